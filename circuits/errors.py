@@ -1,0 +1,27 @@
+"""The errors that this library raises on purpose; everything else is a bug."""
+
+from __future__ import annotations
+
+
+class UnfactorError(Exception):
+    """Base class of every error that the library raises on purpose."""
+
+
+class ArgumentError(UnfactorError, ValueError):
+    """An argument has a wrong type, shape, dtype or value."""
+
+
+class StructureError(UnfactorError, ValueError):
+    """A circuit's structure is not valid: not smooth, not decomposable, or its shapes do not fit."""
+
+
+class PropertyError(UnfactorError, ValueError):
+    """A query needs a structural property that this circuit does not have."""
+
+
+class ImpossibleEvidenceError(UnfactorError, ValueError):
+    """A query conditions on evidence that has probability zero under the circuit."""
+
+
+class CheckpointError(UnfactorError, ValueError):
+    """A saved circuit or training state is missing, corrupt, hostile, or of a newer format version."""
