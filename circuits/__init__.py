@@ -1,0 +1,40 @@
+"""Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
+
+from circuits import queries, structures, testing
+from circuits.compile import CompiledCircuit, compile
+from circuits.distributions import Bernoulli, Categorical
+from circuits.errors import (
+    ArgumentError,
+    CheckpointError,
+    ImpossibleEvidenceError,
+    PropertyError,
+    StructureError,
+    UnfactorError,
+)
+from circuits.evidence import Evidence
+from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
+
+__all__ = [
+    "ArgumentError",
+    "Bernoulli",
+    "Categorical",
+    "CheckpointError",
+    "Circuit",
+    "CompiledCircuit",
+    "Evidence",
+    "ImpossibleEvidenceError",
+    "Input",
+    "Node",
+    "Product",
+    "PropertyError",
+    "StructureError",
+    "Sum",
+    "UnfactorError",
+    "compile",
+    "inputs",
+    "product",
+    "queries",
+    "structures",
+    "sum",
+    "testing",
+]

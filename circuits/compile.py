@@ -1,0 +1,262 @@
+"""From a symbolic :class:`~circuits.graph.Circuit` to tensors: layering, folding, tied weights.
+
+Nodes are sorted into topological layers; nodes of one layer with the same kind and shapes are folded into one tensor
+operation. Weights of equal shape lie in one *bank*, a parameter (P, O, I) whose rows the layers select, so tied nodes
+share a row and a layer usually reads one contiguous slice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from circuits import passes
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
+from circuits.layers import InputLayer, ProductLayer, SumLayer, Weights
+from circuits.rows import Address, ParameterRows
+from circuits.semiring import LogSemiring
+
+
+class CompiledCircuit(nn.Module):
+    """A circuit on tensors: an ``nn.Module`` whose call is ``log p(x)``. Build it with :func:`compile`.
+
+    The parameters are unconstrained log-weights, normalised by a log-softmax on every read. So any ``torch.optim``
+    optimizer can move them freely, EM writes the logarithm of its new weights, and a zero weight is -inf and stays so.
+
+    Attributes:
+        circuit: the symbolic circuit.
+        bank: the parameters by name: ``sum_OxI`` of shape (P, O, I), normalised along I; ``input_CxK`` of shape
+            (P, C, K), normalised along C. P counts the distinct parameters of that shape.
+    """
+
+    num_categories: Tensor
+
+    def __init__(self, circuit: Circuit, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.circuit = circuit
+        layers = _fold(circuit)
+        self._address: dict[Node, Address] = {
+            node: (position, row) for position, nodes in enumerate(layers) for row, node in enumerate(nodes)
+        }
+        self._parameter_address, bank_shapes = _assign_parameters(layers)
+        self.bank = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in bank_shapes.items()}
+        )
+        self.sum_banks = [name for name in bank_shapes if name.startswith("sum")]
+        built = [self._build_layer(nodes) for nodes in layers]
+        self.input_layers = nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
+        self.inner_layers = nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
+        self.layer_sizes = [(len(nodes), nodes[0].num_units) for nodes in layers]
+        self.last_uses = _last_uses(layers, self._address)
+        self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
+        self._cache: dict[str, tuple[tuple[object, ...], Weights]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.bank.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(iter(self.bank.values())).dtype
+
+    def forward(self, x: Tensor | Evidence) -> Tensor:
+        """Return ``log p(x)`` of complete assignments, int64 (B, D), or log Z of any evidence: shape (B,).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
+        """
+        return self.log_partition(x if isinstance(x, Evidence) else Evidence.observe(x))
+
+    def log_partition(self, evidence: Evidence, banks: passes.Banks | None = None) -> Tensor:
+        """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,), differentiable in factors and weights.
+
+        Args:
+            evidence: for B queries.
+            banks: normalised weights to use in place of this module's own, see :meth:`weights`.
+        """
+        banks = self.weights() if banks is None else banks
+        return passes.log_root(self, self.leaves(evidence, banks), banks)
+
+    def leaves(self, evidence: Evidence, banks: passes.Banks | None = None) -> list[Tensor]:
+        """Return the log-values of all input units under the evidence: per input layer (F, K, B)."""
+        if not torch.compiler.is_compiling():
+            evidence.check(self.num_categories)
+        return passes.leaves(self, LogSemiring(), evidence, self.weights() if banks is None else banks)
+
+    def weights(self) -> passes.Banks:
+        """Return the normalised weights of every bank.
+
+        Without gradients they are computed once and kept until the parameters change; changes are seen through
+        in-place operations on the parameters (optimizers, ``load_state_dict``, ``.to``), not through ``.data``.
+        """
+        return {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
+
+    def log_weights(self, node: ParametricNode) -> Tensor:
+        """Return the normalised log-weights of one node: sums (K, I), inputs (C, K)."""
+        bank, row = self._parameter(node)
+        return self.weights()[bank].log[row]
+
+    @torch.no_grad()
+    def set_weights(self, node: ParametricNode, weights: Tensor) -> None:
+        """Set the weights of one node, and of all nodes tied to it: sums (K, I), inputs (C, K), each >= 0."""
+        bank, row = self._parameter(node)
+        if tuple(weights.shape) != node.parameter_shape or bool((weights < 0).any()):
+            raise ArgumentError(
+                f"weights: expected numbers >= 0 of shape {node.parameter_shape} for {node}, got {tuple(weights.shape)}"
+            )
+        self.bank[bank][row] = weights.to(self.device, torch.float64).log().to(self.dtype)
+
+    @torch.no_grad()
+    def randomize(self, *, seed: int | None = None, generator: torch.Generator | None = None) -> None:
+        """Draw all weights from the uniform Dirichlet distribution, then apply the weights that nodes were given.
+
+        The draw is made in float32 on the CPU, so one seed gives one circuit on every device and in every dtype.
+        """
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed() if seed is None else generator.manual_seed(seed)
+        for parameter in self.bank.values():
+            draw = torch.empty(parameter.shape, dtype=torch.float32).exponential_(generator=generator)
+            parameter.copy_(draw.clamp_min_(torch.finfo(draw.dtype).tiny).log_())
+        for node in self._parameter_address:
+            if node.weights is not None:
+                self.set_weights(node, node.weights)
+
+    def address(self, node: Node) -> Address:
+        """Return where a node of the circuit is evaluated: (layer, row)."""
+        try:
+            return self._address[node]
+        except KeyError:
+            raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
+
+    def __repr__(self) -> str:
+        return f"CompiledCircuit({self.circuit}, {self.circuit.num_parameters} parameters, {self.dtype}, {self.device})"
+
+    def _parameter(self, node: ParametricNode) -> tuple[str, int]:
+        owner = parameter_owner(node)
+        if owner not in self._parameter_address:
+            raise ArgumentError(f"node: {node} does not belong to {self.circuit}")
+        return self._parameter_address[owner]
+
+    def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
+        axis = -1 if name.startswith("sum") else -2
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and parameter.requires_grad):
+            return Weights(torch.log_softmax(parameter, axis), None)
+        version = None if parameter.is_inference() else parameter._version
+        key = (version, parameter.data_ptr(), parameter.dtype, parameter.device)
+        cached = self._cache.get(name)
+        if cached is not None and cached[0] == key and version is not None:
+            return cached[1]
+        with torch.inference_mode(False), torch.no_grad():
+            log = torch.log_softmax(parameter.detach(), axis)
+            weights = Weights(log, log.exp())
+        self._cache[name] = (key, weights)
+        return weights
+
+    def _build_layer(self, nodes: Sequence[Node]) -> InputLayer | ProductLayer | SumLayer:
+        first = nodes[0]
+        children = [[self._address[child] for child in node.children] for node in nodes]
+        child_units = [child.num_units for child in first.children]
+        if isinstance(first, Product):
+            return ProductLayer(children, child_units, first.mode)
+        owners = [self._parameter_address[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
+        parameters = ParameterRows(owners[0][0], [row for _, row in owners])
+        if isinstance(first, Sum):
+            return SumLayer(children, child_units, parameters)
+        variables = [node.var for node in nodes if isinstance(node, Input)]
+        return InputLayer(variables, parameters, self.circuit.num_vars)
+
+
+def compile(  # noqa: A001  - the field's name; users write ct.compile
+    circuit: Circuit,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> CompiledCircuit:
+    """Compile a circuit onto tensors, randomly initialised but for the weights that its nodes were given.
+
+    Args:
+        circuit: the symbolic circuit.
+        device: where the parameters live.
+        dtype: torch.float32 or torch.float64.
+        seed: for the initial weights; fresh entropy when neither it nor ``generator`` is given.
+        generator: a CPU generator, instead of ``seed``.
+
+    Raises:
+        ArgumentError: an argument has a wrong type or value.
+    """
+    if not isinstance(circuit, Circuit):
+        raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if seed is not None and generator is not None:
+        raise ArgumentError("seed: give either seed or generator, not both")
+    pc = CompiledCircuit(circuit, dtype=dtype)
+    pc.randomize(seed=seed, generator=generator)
+    return pc.to(device)
+
+
+def _fold(circuit: Circuit) -> list[list[Node]]:
+    """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
+    depth: dict[Node, int] = {}
+    groups: dict[Hashable, list[Node]] = defaultdict(list)
+    for node in circuit.nodes:
+        depth[node] = 1 + max((depth[child] for child in node.children), default=-1)
+        groups[(depth[node], *_shape_key(node))].append(node)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # type: ignore[index]
+
+
+def _shape_key(node: Node) -> tuple[Hashable, ...]:
+    child_units = tuple(child.num_units for child in node.children)
+    if isinstance(node, Input):
+        return "input", node.parameter_shape
+    if isinstance(node, Product):
+        return "product", node.mode, child_units
+    return "sum", node.num_units, child_units
+
+
+def _assign_parameters(
+    layers: Sequence[Sequence[Node]],
+) -> tuple[dict[ParametricNode, tuple[str, int]], dict[str, tuple[int, int, int]]]:
+    """Give every parameter owner a row in the bank of its shape, in the order of use: (addresses, bank shapes)."""
+    addresses: dict[ParametricNode, tuple[str, int]] = {}
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for node in _parametric_nodes(layers):
+        owner = parameter_owner(node)
+        if owner in addresses:
+            continue
+        rows, columns = owner.parameter_shape
+        name = f"{'input' if isinstance(owner, Input) else 'sum'}_{rows}x{columns}"
+        used = shapes.get(name, (0, rows, columns))[0]
+        addresses[owner] = (name, used)
+        shapes[name] = (used + 1, rows, columns)
+    return addresses, shapes
+
+
+def _parametric_nodes(layers: Sequence[Sequence[Node]]) -> Iterator[ParametricNode]:
+    for nodes in layers:
+        for node in nodes:
+            if isinstance(node, ParametricNode):
+                yield node
+
+
+def _last_uses(layers: Sequence[Sequence[Node]], address: dict[Node, Address]) -> list[list[int]]:
+    """Per layer, the layers whose outputs nobody needs after it."""
+    last_user: dict[int, int] = {}
+    for position, nodes in enumerate(layers):
+        for node in nodes:
+            for child in node.children:
+                last_user[address[child][0]] = position
+    spent: list[list[int]] = [[] for _ in layers]
+    for layer, user in last_user.items():
+        spent[user].append(layer)
+    return spent

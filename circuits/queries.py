@@ -1,0 +1,198 @@
+"""Exact queries on compiled circuits: each is one upward pass, its gradient, or a change of semiring.
+
+Every function takes a :class:`~circuits.compile.CompiledCircuit` and works on a batch of B queries at once. Circuits here
+are smooth and decomposable by construction, which is all that these queries need.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError, ImpossibleEvidenceError
+from circuits.evidence import Evidence
+from circuits.semiring import LogSemiring, MaxSemiring
+
+_MAX_REACHED = 1 << 25
+
+
+class MPE(NamedTuple):
+    """The most probable explanation: the best *joint* configuration of latents (sum choices) and leaves.
+
+    Its assignment maximises p(x) itself only in deterministic circuits; then the query returns a :class:`MAP`.
+    """
+
+    assignment: Tensor
+    """int64 (B, D): argmax over x of max over z of p(x, z | circuit) prod_i e_i(x_i)."""
+    log_score: Tensor
+    """(B,): log of that maximum, including the evidence's factors; -inf for impossible evidence."""
+
+
+class MAP(MPE):
+    """The most probable assignment: an :class:`MPE` of a deterministic circuit, where it also maximises p(x | e)."""
+
+
+def log_likelihood(pc: CompiledCircuit, x: Tensor) -> Tensor:
+    """Return ``log p(x)`` of complete assignments, int64 (B, D): shape (B,), in nats; -inf where impossible."""
+    return pc.log_partition(Evidence.observe(x))
+
+
+def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
+    """Return ``log p(x_O)``, summing out what is not observed.
+
+    Args:
+        pc: the circuit.
+        x: int64 (B, D); entries that are not observed are ignored.
+        observed: bool (B, D).
+
+    Returns:
+        (B,), in nats.
+    """
+    return pc.log_partition(Evidence.observe(x, observed))
+
+
+def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
+    """Return ``log p(x_rest | x_O) = log p(x) - log p(x_O)``.
+
+    Args:
+        pc: the circuit.
+        x: complete assignments, int64 (B, D).
+        observed: bool (B, D), which variables are conditioned on.
+
+    Returns:
+        (B,), in nats; -inf where the rest is impossible given what is observed.
+
+    Raises:
+        ImpossibleEvidenceError: p(x_O) = 0 for some query.
+    """
+    log_evidence = _checked_possible(log_marginal(pc, x, observed))
+    return log_likelihood(pc, x) - log_evidence
+
+
+def log_partition(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
+    """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
+    return pc.log_partition(evidence)
+
+
+def marginals(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
+    """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries.
+
+    Returns:
+        (B, D, C) with C the largest number of categories; rows sum to 1, and values a variable does not have are 0.
+        Differentiable when gradients are enabled and evidence or weights require them.
+
+    Raises:
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    evidence.check(pc.num_categories)
+    factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
+    differentiable = torch.is_grad_enabled() and (
+        factors.requires_grad or any(parameter.requires_grad for parameter in pc.bank.values())
+    )
+    with torch.inference_mode(False), torch.enable_grad():
+        if not differentiable:
+            factors = factors.detach().clone().requires_grad_()
+            banks = {name: passes.Weights(*(_detached(w) for w in weights)) for name, weights in pc.weights().items()}
+        else:
+            factors = factors if factors.requires_grad else factors.detach().requires_grad_()
+            banks = pc.weights()
+        log_z = _checked_possible(pc.log_partition(Evidence.soft(factors), banks))
+        (result,) = torch.autograd.grad(log_z.sum(), factors, create_graph=differentiable)
+    return result
+
+
+@torch.no_grad()
+def sample(
+    pc: CompiledCircuit,
+    num_samples: int,
+    evidence: Evidence | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw exact, independent samples ``x ~ p(x | e)``.
+
+    Args:
+        pc: the circuit.
+        num_samples: S >= 1, samples per query.
+        evidence: for B queries; None: the circuit's own distribution.
+        generator: on the circuit's device; the same state gives the same samples on one machine.
+
+    Returns:
+        int64 (S, D) without evidence, (S, B, D) with it.
+
+    Raises:
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ArgumentError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
+    given = Evidence.nothing(1, pc.circuit.num_vars, pc.device) if evidence is None else evidence
+    given.check(pc.num_categories)
+    semiring, banks = LogSemiring(), pc.weights()
+    outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
+    _checked_possible(_root(outputs))
+    num_nodes = sum(size for size, _ in pc.layer_sizes)
+    per_pass = max(1, _MAX_REACHED // (num_nodes * given.batch_size))
+    draws = []
+    for start in range(0, num_samples, per_pass):
+        count = min(per_pass, num_samples - start)
+        units, query = passes.downward_choice(pc, semiring, outputs, banks, count, generator)
+        values = passes.draw_values(pc, semiring, given, banks, units, query, generator)
+        draws.append(values.unflatten(0, (count, given.batch_size)))
+    samples = torch.cat(draws)
+    return samples.squeeze(1) if evidence is None else samples
+
+
+@torch.no_grad()
+def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
+    """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.
+
+    The maximum is over latents and leaves together and is exact. The most probable assignment alone (MAP, latents summed
+    out) is NP-hard in general; where the circuit is deterministic both are the same and a :class:`MAP` is returned.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence, B = 1.
+
+    Returns:
+        ``(assignment, log_score)``: int64 (B, D) and (B,).
+
+    Raises:
+        ImpossibleEvidenceError: no explanation is possible for some query.
+    """
+    given = Evidence.nothing(1, pc.circuit.num_vars, pc.device) if evidence is None else evidence
+    given.check(pc.num_categories)
+    semiring, banks = MaxSemiring(), pc.weights()
+    if given.missing is not None:  # the maximum over a missing variable is not 1: its values must be compared
+        given = Evidence.soft(given.dense(int(pc.num_categories.max()), pc.dtype))
+    outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
+    log_score = _checked_possible(_root(outputs))
+    units, query = passes.downward_choice(pc, semiring, outputs, banks, 1, None)
+    assignment = passes.draw_values(pc, semiring, given, banks, units, query, None)
+    return (MAP if pc.circuit.is_deterministic else MPE)(assignment, log_score)
+
+
+def _root(outputs: list[Tensor | None]) -> Tensor:
+    root = outputs[-1]
+    assert root is not None
+    return root[0, 0]
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _checked_possible(log_z: Tensor) -> Tensor:
+    impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
+    if impossible:
+        raise ImpossibleEvidenceError(
+            f"the evidence of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
+            f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
+        )
+    return log_z

@@ -1,0 +1,150 @@
+"""Addressing: which rows of earlier layers, and which rows of a parameter bank, a folded layer uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Address = tuple[int, int]
+"""Where a node lives: (layer, row within the layer)."""
+
+_MAX_PIECES = 4
+
+
+class Gradients:
+    """Gradients of the layers' outputs, (F, K, B) each, that add up; nothing is copied until a second one arrives."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int) -> None:
+        self._sizes = sizes
+        self._batch_size = batch_size
+        self._values: dict[int, Tensor] = {}
+        self._owned: set[int] = set()
+
+    def pop(self, layer: int) -> Tensor | None:
+        """Return the gradient of a layer's output and forget it; None if nothing was added."""
+        return self._values.pop(layer, None)
+
+    def add(self, layer: int, rows: slice | Tensor, grad: Tensor) -> None:
+        """Add ``grad`` to some rows of a layer's gradient."""
+        current = self._values.get(layer)
+        num_nodes, num_units = self._sizes[layer]
+        if isinstance(rows, slice) and rows == slice(0, num_nodes, 1):
+            self._values[layer] = grad if current is None else current + grad
+            if current is not None:
+                self._owned.add(layer)
+            return
+        if current is None:
+            current = grad.new_zeros(num_nodes, num_units, self._batch_size)
+        elif layer not in self._owned:
+            current = current.clone()
+        self._owned.add(layer)
+        self._values[layer] = current
+        if isinstance(rows, slice):
+            current[rows] += grad
+        else:
+            current.index_add_(0, rows, grad)
+
+
+class Rows(nn.Module):
+    """Gathers n rows from the outputs of earlier layers: as slices where they are evenly spaced, else by index."""
+
+    order: Tensor | None
+    inverse: Tensor | None
+
+    def __init__(self, addresses: Sequence[Address]) -> None:
+        super().__init__()
+        pieces = _runs_by_layer(addresses)
+        order = inverse = None
+        if len(pieces) > _MAX_PIECES:
+            by_layer = sorted(range(len(addresses)), key=addresses.__getitem__)
+            pieces = _runs_by_layer([addresses[i] for i in by_layer])
+            order = torch.tensor(by_layer)
+            inverse = order.argsort()
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse", inverse, persistent=False)
+        self.layers = [layer for layer, _ in pieces]
+        self.lengths = [len(rows) for _, rows in pieces]
+        self.slices = [as_slice(rows) for _, rows in pieces]
+        for position, (_, rows) in enumerate(pieces):
+            index = torch.tensor(rows) if self.slices[position] is None else None
+            self.register_buffer(f"index{position}", index, persistent=False)
+
+    def forward(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        """Return the rows of ``outputs`` (each (F, K, B, *E)), shape (n, K, B, *E)."""
+        pieces = []
+        for position, layer in enumerate(self.layers):
+            output = outputs[layer]
+            assert output is not None
+            rows = self._rows(position)
+            pieces.append(output[rows] if isinstance(rows, slice) else output.index_select(0, rows))
+        gathered = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return gathered if self.inverse is None else gathered.index_select(0, self.inverse)
+
+    def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
+        """Send the gradient of the gathered rows, (n, K, B), back to where the rows came from."""
+        if self.order is not None:
+            grad = grad.index_select(0, self.order)
+        for position, (layer, part) in enumerate(zip(self.layers, grad.split(self.lengths), strict=True)):
+            gradients.add(layer, self._rows(position), part)
+
+    def _rows(self, position: int) -> slice | Tensor:
+        rows = self.slices[position]
+        if rows is not None:
+            return rows
+        index = getattr(self, f"index{position}")
+        assert isinstance(index, Tensor)
+        return index
+
+
+class ParameterRows(nn.Module):
+    """Selects the rows of a parameter bank (P, O, I) that F folded nodes use; tied nodes share rows."""
+
+    index: Tensor
+
+    def __init__(self, bank: str, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.bank = bank
+        self.num_nodes = len(rows)
+        self.is_tied = len(set(rows)) == 1
+        self.slice = slice(rows[0], rows[0] + 1, 1) if self.is_tied else as_slice(rows)
+        self.register_buffer("index", torch.tensor(rows), persistent=False)
+
+    def select(self, bank: Tensor, *, expand: bool = True) -> Tensor:
+        """Return the rows of ``bank`` for each node, (F, O, I); (1, O, I) for tied nodes unless ``expand``."""
+        if self.slice is None:
+            return bank.index_select(0, self.index)
+        rows = bank[self.slice]
+        return rows.expand(self.num_nodes, -1, -1) if expand and self.is_tied and self.num_nodes > 1 else rows
+
+    def add(self, bank: Tensor, rows: Tensor) -> None:
+        """Add ``rows`` (F, O, I) to the rows of ``bank`` that the nodes use."""
+        bank.index_add_(0, self.index, rows)
+
+    def add_outer(self, bank: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add ``left (F, O, B) @ right (F, I, B)^T`` to the rows of ``bank`` that the nodes use."""
+        if self.slice is not None and not (self.is_tied and self.num_nodes > 1):
+            bank[self.slice].baddbmm_(left, right.transpose(1, 2))
+        else:
+            self.add(bank, torch.bmm(left, right.transpose(1, 2)))
+
+
+def as_slice(rows: Sequence[int]) -> slice | None:
+    """Return the slice that selects exactly ``rows`` in order, or None if there is none."""
+    if len(rows) == 1:
+        return slice(rows[0], rows[0] + 1, 1)
+    step = rows[1] - rows[0]
+    if step < 1 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
+        return None
+    return slice(rows[0], rows[-1] + 1, step)
+
+
+def _runs_by_layer(addresses: Sequence[Address]) -> list[tuple[int, list[int]]]:
+    """Cut ``addresses`` into runs of consecutive entries in the same layer: (layer, rows)."""
+    runs: list[tuple[int, list[int]]] = []
+    for layer, row in addresses:
+        if not runs or runs[-1][0] != layer:
+            runs.append((layer, []))
+        runs[-1][1].append(row)
+    return runs

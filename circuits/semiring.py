@@ -1,0 +1,113 @@
+"""Semirings: what "plus" and "times" mean while a circuit is evaluated.
+
+The same upward pass computes the partition function in the log semiring and the most probable explanation in the max
+semiring (Goodman 1999, "Semiring Parsing"). A further semiring is one subclass of :class:`Semiring`: its values are
+tensors of shape (F, K, B, *E) for F folded nodes of K units over a batch of B, with trailing dimensions E of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from circuits import logspace
+
+_MAX_CHUNK = 1 << 24
+
+
+class Semiring(ABC):
+    """The operations of one upward pass, on log-probabilities."""
+
+    def lift(self, log_values: Tensor) -> Tensor:
+        """Turn the log-values of input units, (F, K, B), into values (F, K, B, *E); the identity by default."""
+        return log_values
+
+    @abstractmethod
+    def times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply two broadcastable values."""
+
+    def product(self, factors: Tensor) -> Tensor:
+        """Multiply many values along dimension 1: (F, N, K, B, *E) to (F, K, B, *E)."""
+        return functools.reduce(self.times, factors.unbind(1))
+
+    @abstractmethod
+    def contract(
+        self,
+        log_weights: Tensor,  # shape: (F, O, I)
+        x: Tensor,  # shape: (F, I, B, *E)
+        *,
+        weights: Tensor | None = None,  # shape: (F, O, I), exp(log_weights)
+    ) -> Tensor:  # shape: (F, O, B, *E)
+        """Add up over i the products of weight (o, i) and value (i, b)."""
+
+    def mix(
+        self,
+        log_table: Tensor,  # shape: (V, K)
+        values: Tensor,  # shape: (n, k)
+        log_factors: Tensor,  # shape: (n, k)
+        *,
+        table: Tensor | None = None,  # shape: (V, K), exp(log_table)
+    ) -> Tensor:  # shape: (n, K, *E)
+        """Add up over j the products of factor (n, j) and table row ``values[n, j]``."""
+        rows = log_table[values].transpose(1, 2)  # (n, K, k)
+        return self.contract(rows, self.lift(log_factors.unsqueeze(-1))).squeeze(2)
+
+
+class LogSemiring(Semiring):
+    """Log-probabilities with log-sum-exp as plus: partition functions."""
+
+    def times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Add the logarithms."""
+        return left + right
+
+    def product(self, factors: Tensor) -> Tensor:
+        """Add the logarithms along dimension 1."""
+        return factors.sum(1)
+
+    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        """Log-sum-exp over i, as one batched GEMM."""
+        return logspace.log_matmul(log_weights, x, weights=weights)
+
+    def mix(
+        self, log_table: Tensor, values: Tensor, log_factors: Tensor, *, table: Tensor | None = None
+    ) -> Tensor:
+        """Log-sum-exp over the listed rows, reading those rows only."""
+        return logspace.log_mix(log_table, values, log_factors, table=table)
+
+    def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw one index per row of ``scores`` (n, I) with probability proportional to exp(score): shape (n,).
+
+        A race of exponential clocks (the Gumbel-max trick): the first of I clocks with rates exp(score) to ring wins.
+        """
+        waiting = torch.empty_like(scores).exponential_(generator=generator)
+        return (scores - waiting.clamp_min_(torch.finfo(scores.dtype).tiny).log_()).argmax(-1)
+
+
+class MaxSemiring(Semiring):
+    """Log-probabilities with the maximum as plus: the most probable explanation of latents and leaves."""
+
+    def times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Add the logarithms."""
+        return left + right
+
+    def product(self, factors: Tensor) -> Tensor:
+        """Add the logarithms along dimension 1."""
+        return factors.sum(1)
+
+    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        """Maximise over i, in chunks of output units that bound the memory."""
+        per_output = max(1, x.numel())
+        chunk = max(1, _MAX_CHUNK // per_output)
+        pieces = [(part.unsqueeze(-1) + x.unsqueeze(1)).amax(2) for part in log_weights.split(chunk, 1)]
+        return torch.cat(pieces, 1)
+
+    def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the index of the largest score of each row, (n, I) to (n,)."""
+        return scores.argmax(-1)
+
+
+ChoosingSemiring = LogSemiring | MaxSemiring
+"""Semirings whose upward pass can be followed by a choice of one child per reached sum unit."""

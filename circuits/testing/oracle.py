@@ -1,0 +1,99 @@
+"""The oracle: queries by brute-force enumeration of all assignments, in float64, node by node.
+
+It shares no code with the compiled circuit but the weights: every node becomes a table over its own variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.graph import Input, Node, Product
+
+_MAX_ASSIGNMENTS = 1 << 22
+
+
+@torch.no_grad()
+def enumerate_joint(pc: CompiledCircuit) -> Tensor:
+    """Return the log-probability of every assignment of a small circuit.
+
+    Args:
+        pc: a circuit with at most 2**22 assignments.
+
+    Returns:
+        float64, shape ``pc.circuit.num_categories``, (C,) * D when all variables have C categories.
+
+    Raises:
+        ArgumentError: the circuit is too large.
+    """
+    return _enumerate(pc, lambda terms: torch.logsumexp(terms, 1))
+
+
+@torch.no_grad()
+def enumerate_explanations(pc: CompiledCircuit) -> Tensor:
+    """Return ``max_z log p(x, z)`` of every assignment: float64, shape ``pc.circuit.num_categories``."""
+    return _enumerate(pc, lambda terms: terms.amax(1))
+
+
+@torch.no_grad()
+def enumerated_log_partition(joint: Tensor, evidence: Evidence) -> Tensor:
+    """Return ``log sum_x joint(x) prod_i e_i(x_i)`` from a table of log-probabilities: float64 (B,)."""
+    return torch.logsumexp(_with_evidence(joint, evidence).flatten(1), 1)
+
+
+@torch.no_grad()
+def enumerated_marginals(joint: Tensor, evidence: Evidence) -> Tensor:
+    """Return ``p(x_i = v | e)`` from a table of log-probabilities: float64 (B, D, C), 0 beyond a variable's values."""
+    weighted = _with_evidence(joint, evidence)
+    posterior = torch.softmax(weighted.flatten(1), 1).reshape(weighted.shape)
+    marginals = posterior.new_zeros(len(posterior), joint.dim(), max(joint.shape))
+    for var, count in enumerate(joint.shape):
+        others = [1 + other for other in range(joint.dim()) if other != var]
+        marginals[:, var, :count] = posterior.sum(others) if others else posterior
+    return marginals
+
+
+def _with_evidence(joint: Tensor, evidence: Evidence) -> Tensor:
+    factors = evidence.dense(max(joint.shape), torch.float64)
+    total = joint.unsqueeze(0)
+    for var, count in enumerate(joint.shape):
+        total = total + factors[:, var, :count].reshape(-1, *_broadcast_shape(joint.dim(), var, count))
+    return total
+
+
+def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
+    """Tabulate every node over its variables, (K, C_0 or 1, ..., C_D-1 or 1), children first; ``plus`` adds up dim 1."""
+    circuit = pc.circuit
+    num_assignments = 1
+    for count in circuit.num_categories:
+        num_assignments *= count
+    if num_assignments > _MAX_ASSIGNMENTS:
+        raise ArgumentError(
+            f"pc: {circuit} has {num_assignments} assignments; enumeration is for at most {_MAX_ASSIGNMENTS}"
+        )
+    tables: dict[Node, Tensor] = {}
+    for node in circuit.nodes:
+        if isinstance(node, Input):
+            weights = pc.log_weights(node).double().cpu().t()
+            shape = _broadcast_shape(circuit.num_vars, node.var, weights.shape[1])
+            tables[node] = weights.reshape(-1, *shape)
+        elif isinstance(node, Product):
+            table = tables[node.children[0]]
+            for child in node.children[1:]:
+                other = tables[child]
+                table = (table.unsqueeze(1) + other.unsqueeze(0)).flatten(0, 1) if node.mode == "outer" else table + other
+            tables[node] = table
+        else:
+            weights = pc.log_weights(node).double().cpu()
+            children = torch.cat([tables[child] for child in node.children])
+            tables[node] = plus(weights.reshape(*weights.shape, *[1] * circuit.num_vars) + children.unsqueeze(0))
+    return tables[circuit.root][0]
+
+
+def _broadcast_shape(num_vars: int, var: int, count: int) -> list[int]:
+    return [count if other == var else 1 for other in range(num_vars)]
