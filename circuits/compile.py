@@ -148,7 +148,8 @@ class CompiledCircuit(nn.Module):
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
         axis = -1 if name.startswith("sum") else -2
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and parameter.requires_grad):
-            return Weights(torch.log_softmax(parameter, axis), None)
+            log = torch.log_softmax(parameter, axis)
+            return Weights(log, log.detach().exp())
         version = None if parameter.is_inference() else parameter._version
         key = (version, parameter.data_ptr(), parameter.dtype, parameter.device)
         cached = self._cache.get(name)

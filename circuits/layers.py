@@ -26,8 +26,8 @@ class Weights(NamedTuple):
     """Normalised weights of one parameter bank: sums (P, O, I), inputs (P, C, K)."""
 
     log: Tensor
-    linear: Tensor | None
-    """exp(log) where somebody has it already."""
+    linear: Tensor
+    """exp(log), detached: for GEMMs; gradients flow through ``log``."""
 
 
 class InputLayer(nn.Module):
@@ -69,8 +69,7 @@ class InputLayer(nn.Module):
         if is_one_matmul:  # all positions share one table: one GEMM reads it once
             factors = factors.reshape(batch_size * num_nodes, 1, num_categories)
         log_table = self.parameter_rows.select(weights.log, expand=not is_one_matmul).transpose(1, 2)
-        linear = weights.linear
-        table = None if linear is None else self.parameter_rows.select(linear, expand=not is_one_matmul).transpose(1, 2)
+        table = self.parameter_rows.select(weights.linear, expand=not is_one_matmul).transpose(1, 2)
         out = semiring.contract(log_table, semiring.lift(factors.permute(1, 2, 0)), weights=table)
         if is_one_matmul:
             out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
@@ -82,7 +81,7 @@ class InputLayer(nn.Module):
         values = self._of_variables(evidence.values)  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
         values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
-        table = Weights(*(None if w is None else w.reshape(-1, num_units) for w in weights))
+        table = Weights(*(bank.reshape(-1, num_units) for bank in weights))
         factors = None
         if evidence.log_factors is not None:
             factors = self._of_variables(evidence.log_factors).flatten(0, 1).to(weights.log.dtype)
@@ -171,14 +170,13 @@ class SumLayer(_InnerLayer):
 
     def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None], weights: Weights) -> Tensor:
         """Return the mixtures, shape (F, K, B, *E)."""
-        linear = None if weights.linear is None else self.parameter_rows.select(weights.linear)
-        return semiring.contract(self.parameter_rows.select(weights.log), self.gather(outputs), weights=linear)
+        log_weights, linear = self.parameter_rows.select(weights.log), self.parameter_rows.select(weights.linear)
+        return semiring.contract(log_weights, self.gather(outputs), weights=linear)
 
     def forward_recorded(
         self, outputs: Sequence[Tensor | None], weights: Weights
     ) -> tuple[Tensor, logspace.Contraction | None]:
         """Return the mixtures in the log semiring and what :meth:`adjoint` needs."""
-        assert weights.linear is not None
         log_weights, linear = self.parameter_rows.select(weights.log), self.parameter_rows.select(weights.linear)
         return logspace.contract(log_weights, linear, self.gather(outputs), record=True)
 
@@ -186,7 +184,6 @@ class SumLayer(_InnerLayer):
         self, grad: Tensor, saved: logspace.Contraction, weights: Weights, gradients: Gradients, flows: Flows | None
     ) -> None:
         """Send the gradient of the output, (F, K, B), to the children and, unless None, to the weights' ``flows``."""
-        assert weights.linear is not None
         grad_x, scale = logspace.contract_adjoint(grad, self.parameter_rows.select(weights.linear), saved)
         if flows is not None:
             self.parameter_rows.add_outer(flows.linear, scale, saved.scaled)

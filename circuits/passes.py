@@ -7,7 +7,7 @@ probable explanation).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,7 @@ def log_root(pc: CompiledCircuit, leaf_values: Sequence[Tensor], banks: Banks) -
         root = upward(pc, LogSemiring(), leaf_values, banks)[-1]
         assert root is not None
         return root[0, 0]
-    return _LogRoot.apply(pc, len(leaf_values), *leaf_values, *log_weights)
+    return _LogRoot.apply(pc, banks, len(leaf_values), *leaf_values, *log_weights)
 
 
 class _LogRoot(torch.autograd.Function):
@@ -66,9 +66,8 @@ class _LogRoot(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, pc: CompiledCircuit, num_leaves: int, *tensors: Tensor) -> Tensor:
-        leaf_values, log_weights = tensors[:num_leaves], tensors[num_leaves:]
-        banks = {name: Weights(log, log.exp()) for name, log in zip(pc.sum_banks, log_weights, strict=True)}
+    def forward(ctx: Any, pc: CompiledCircuit, banks: Banks, num_leaves: int, *tensors: Tensor) -> Tensor:
+        leaf_values = tensors[:num_leaves]
         outputs: list[Tensor | None] = [*leaf_values, *[None] * len(pc.inner_layers)]
         ctx.saved = {}
         for position, layer in enumerate(pc.inner_layers, start=num_leaves):
@@ -87,9 +86,9 @@ class _LogRoot(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            return None, None, *_LogRoot._differentiable_gradients(ctx, grad)
+            return None, None, None, *_LogRoot._differentiable_gradients(ctx, grad)
         pc: CompiledCircuit = ctx.pc
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         flows = {
             name: Flows(ctx.banks[name].log) if needed[ctx.num_leaves + i] else None for i, name in enumerate(pc.sum_banks)
         }
@@ -110,18 +109,41 @@ class _LogRoot(torch.autograd.Function):
         for name in pc.sum_banks:
             flow = flows[name]
             bank_grads.append(None if flow is None else flow.total(ctx.banks[name].linear))
-        return None, None, *leaf_grads, *bank_grads
+        return None, None, None, *leaf_grads, *bank_grads
 
     @staticmethod
     def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Run the pass once more with operations that autograd can differentiate twice."""
         tensors = ctx.saved_tensors
-        banks = {name: Weights(log, None) for name, log in zip(ctx.pc.sum_banks, tensors[ctx.num_leaves :], strict=True)}
+        logs = dict(zip(ctx.pc.sum_banks, tensors[ctx.num_leaves :], strict=True))
+        banks = {name: Weights(log, ctx.banks[name].linear) for name, log in logs.items()}
         root = upward(ctx.pc, LogSemiring(), tensors[: ctx.num_leaves], banks)[-1]
         assert root is not None
-        wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True) if needed]
+        wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True) if needed]
         grads = iter(torch.autograd.grad(root[0, 0], wanted, grad, create_graph=True, allow_unused=True))
-        return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[2:])
+        return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[3:])
+
+
+def factor_gradients(log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tensor, banks: Banks) -> Tensor:
+    """Return ``d log Z / d log e``: the posterior marginals, in the shape of the log-factors.
+
+    The result is itself differentiable if gradients are enabled and factors or weights require them.
+
+    Args:
+        log_z_of: log Z, (B,), of given log-factors and weights.
+        factors: log-factors of the evidence.
+        banks: the circuit's weights.
+    """
+    tensors = (factors, *(weights.log for weights in banks.values()))
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    with torch.inference_mode(False), torch.enable_grad():
+        if differentiable:
+            factors = factors.clone() if factors.requires_grad else factors.detach().requires_grad_()
+        else:
+            factors = factors.detach().clone().requires_grad_()
+            banks = {name: Weights(weights.log.detach(), weights.linear) for name, weights in banks.items()}
+        (gradient,) = torch.autograd.grad(log_z_of(factors, banks).sum(), factors, create_graph=differentiable)
+    return gradient
 
 
 def downward_choice(

@@ -94,19 +94,11 @@ def marginals(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
     """
     evidence.check(pc.num_categories)
     factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
-    differentiable = torch.is_grad_enabled() and (
-        factors.requires_grad or any(parameter.requires_grad for parameter in pc.bank.values())
-    )
-    with torch.inference_mode(False), torch.enable_grad():
-        if not differentiable:
-            factors = factors.detach().clone().requires_grad_()
-            banks = {name: passes.Weights(*(_detached(w) for w in weights)) for name, weights in pc.weights().items()}
-        else:
-            factors = factors if factors.requires_grad else factors.detach().requires_grad_()
-            banks = pc.weights()
-        log_z = _checked_possible(pc.log_partition(Evidence.soft(factors), banks))
-        (result,) = torch.autograd.grad(log_z.sum(), factors, create_graph=differentiable)
-    return result
+
+    def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
+        return _checked_possible(pc.log_partition(Evidence.soft(factors), banks))
+
+    return passes.factor_gradients(log_z_of, factors, pc.weights())
 
 
 @torch.no_grad()
@@ -182,10 +174,6 @@ def _root(outputs: list[Tensor | None]) -> Tensor:
     root = outputs[-1]
     assert root is not None
     return root[0, 0]
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
 
 
 def _checked_possible(log_z: Tensor) -> Tensor:

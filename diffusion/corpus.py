@@ -1,0 +1,265 @@
+"""From documents to tokens to windows: the text that small denoisers and their circuits are trained on."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.errors import ArgumentError, CorpusError
+
+ARITHMETIC_DOCUMENTS = 2_000
+ARITHMETIC_LINES = (10, 40)
+_EQUATION = re.compile(r"([1-9])\+([1-9])=([1-9][0-9]?)")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents for training, and documents that training never sees."""
+
+    name: str
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def load_corpus(
+    source: str | Path,
+    *,
+    field: str | None = None,
+    held_out_fraction: float = 0.1,
+    seed: int = 0,
+) -> Corpus:
+    """Read a corpus and split it by document.
+
+    Args:
+        source: ``"embedded"``, the language reference that comes with Python (``pydoc_data.topics``, a document per
+            topic); ``"arithmetic"``, generated sums (``arithmetic_documents``); or the path of a ``.txt`` file, whose
+            documents are separated by blank lines, or of a ``.jsonl`` file with a document per line. Either file may
+            be compressed, with ``.gz`` appended to its name.
+        field: the key that holds the text in each line of a ``.jsonl`` file.
+        held_out_fraction: share of the documents that is held out, in [0, 1).
+        seed: chooses which documents are held out, and generates the arithmetic.
+
+    Raises:
+        CorpusError: the file is missing, not text, not in its format, empty, or has too few documents to split.
+        ArgumentError: ``field`` is missing or superfluous, or ``held_out_fraction`` outside [0, 1).
+    """
+    if not 0 <= held_out_fraction < 1:
+        raise ArgumentError(f"held_out_fraction must lie in [0, 1), got {held_out_fraction}")
+    name = str(source)
+    is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
+    if field is not None and not is_jsonl:
+        raise ArgumentError(f"field={field!r} applies to .jsonl files only, and the source is {name!r}: leave it out")
+    if name == "embedded":
+        documents = _python_reference()
+    elif name == "arithmetic":
+        documents = arithmetic_documents(ARITHMETIC_DOCUMENTS, seed=seed)
+    elif is_jsonl:
+        if field is None:
+            raise ArgumentError(f"field must name the key that holds the text in each line of {name}")
+        documents = _documents_of_jsonl(name, field)
+    elif name.removesuffix(".gz").endswith(".txt"):
+        documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
+    else:
+        raise CorpusError(
+            f"cannot tell the format of {name!r}: "
+            "expected 'embedded', 'arithmetic', or a path that ends in .txt, .jsonl, .txt.gz or .jsonl.gz"
+        )
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise CorpusError(f"{name} holds no text")
+    train, held_out = _split(documents, held_out_fraction, seed)
+    if not train or (held_out_fraction > 0 and not held_out):
+        raise CorpusError(
+            f"{name} has {len(documents)} document(s), too few to hold out {held_out_fraction:.0%}: "
+            "separate documents by blank lines, or pass held_out_fraction=0"
+        )
+    return Corpus(name, train, held_out)
+
+
+def _python_reference() -> list[str]:
+    from pydoc_data.topics import topics  # half a megabyte of text
+
+    return list(topics.values())
+
+
+def _read_text(name: str) -> str:
+    path = Path(name)
+    if not path.exists():
+        raise CorpusError(f"there is no file {name!r}")
+    if not path.is_file():
+        raise CorpusError(f"{name} is not a file")
+    try:
+        content = path.read_bytes()
+        if name.endswith(".gz"):
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{name} is not a complete gzip file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{name} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+    except OSError as error:
+        raise CorpusError(f"{name} cannot be read: {error.strerror or error}") from error
+    if "\0" in text:
+        raise CorpusError(f"{name} is not text: it contains null characters")
+    return text.replace("\r\n", "\n")
+
+
+def _documents_of_jsonl(name: str, field: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read_text(name).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CorpusError(f"{name}, line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise CorpusError(f"{name}, line {number} is not a JSON object")
+        if field not in record:
+            raise CorpusError(f"{name}, line {number} has no key {field!r}; its keys are: {', '.join(record)}")
+        if not isinstance(record[field], str):
+            raise CorpusError(f"{name}, line {number}: {field!r} holds {type(record[field]).__name__}, expected text")
+        documents.append(record[field])
+    return documents
+
+
+def _split(documents: Sequence[str], held_out_fraction: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    # Ordered by a hash of the text, so that neither the order nor the presence of other documents decides the side.
+    def key(document: str) -> bytes:
+        return hashlib.blake2b(document.encode("utf-8", "surrogatepass"), key=str(seed).encode()).digest()
+
+    ordered = sorted(documents, key=key)
+    count = max(1, round(held_out_fraction * len(ordered))) if held_out_fraction > 0 else 0
+    held_out = set(ordered[:count])
+    # Copies of a held-out document must not be trained on: they go where the first copy went.
+    train = tuple(document for document in documents if document not in held_out)
+    return train, tuple(document for document in documents if document in held_out)
+
+
+def arithmetic_documents(num_documents: int, seed: int) -> list[str]:
+    """Generate documents of single-digit additions, one a line: ``7+8=15``.
+
+    Every line is worth little alone, since both operands are uniform on 1..9, but its characters determine each other:
+    whoever fills in several of them independently gets a wrong sum, and, as lines are 6 or 7 characters long with their
+    newline, one wrong length spoils the lines after it. The smallest hidden Markov model of it has 142 states.
+
+    Args:
+        num_documents: how many; each has 10 to 40 lines, and ends with a newline.
+        seed: the same seed gives the same documents.
+    """
+    if num_documents < 0:
+        raise ArgumentError(f"num_documents must be at least 0, got {num_documents}")
+    random = np.random.default_rng(seed)
+    shortest, longest = ARITHMETIC_LINES
+    documents = []
+    for num_lines in random.integers(shortest, longest, size=num_documents, endpoint=True):
+        operands = random.integers(1, 9, size=(num_lines, 2), endpoint=True).tolist()
+        documents.append("".join(f"{a}+{b}={a + b}\n" for a, b in operands))
+    return documents
+
+
+@dataclass(frozen=True)
+class ArithmeticCheck:
+    """How many of the complete lines of a text read like ``7+8=15``, and how many of those are true."""
+
+    num_lines: int
+    num_well_formed: int
+    num_correct: int
+
+    @property
+    def ok(self) -> bool:
+        """At least one line is complete, and all complete lines are well-formed and true."""
+        return 0 < self.num_lines == self.num_correct
+
+
+def check_arithmetic(context: str, text: str) -> ArithmeticCheck:
+    """Judge the lines that ``text`` completes, as a continuation of ``context``.
+
+    The first judged line is what follows the last newline of ``context``, continued by ``text``. A last line
+    without its newline is ignored, for it may yet become anything. Lines of ``context`` alone are not judged.
+    """
+    unfinished = context.rpartition("\n")[2]
+    lines = (unfinished + text).split("\n")[:-1]
+    matches = [match for line in lines if (match := _EQUATION.fullmatch(line))]
+    correct = sum(int(match[1]) + int(match[2]) == int(match[3]) for match in matches)
+    return ArithmeticCheck(num_lines=len(lines), num_well_formed=len(matches), num_correct=correct)
+
+
+def join_documents(token_docs: Sequence[Sequence[int]], *, eos_id: int) -> Tensor:
+    """Concatenate tokenised documents, each followed by the end-of-text token.
+
+    Returns:
+        The token stream, int64, shape (number of all tokens + number of documents,).
+    """
+    length = sum(len(tokens) + 1 for tokens in token_docs)
+    stream = chain.from_iterable(chain(tokens, (eos_id,)) for tokens in token_docs)
+    return torch.from_numpy(np.fromiter(stream, dtype=np.int64, count=length))
+
+
+def windows(stream: Tensor, *, length: int, max_windows: int | None = None) -> Tensor:
+    """Cut a token stream into consecutive windows that do not overlap; a shorter rest is dropped.
+
+    Args:
+        stream: int64 token ids, shape (N,), from ``join_documents``.
+        length: tokens a window.
+        max_windows: keep at most this many, spread evenly over the stream.
+
+    Returns:
+        int64, shape (number of windows, length), the same for every call.
+
+    Raises:
+        CorpusError: the stream is shorter than one window.
+        ArgumentError: ``length`` or ``max_windows`` is not positive, or ``stream`` is not a vector of int64.
+    """
+    _check_stream(stream, length)
+    count = stream.numel() // length
+    cut = stream[: count * length].view(count, length)
+    if max_windows is None:
+        return cut
+    if max_windows < 1:
+        raise ArgumentError(f"max_windows must be at least 1, got {max_windows}")
+    kept = min(max_windows, count)
+    return cut[torch.arange(kept) * count // kept]
+
+
+def random_windows(
+    stream: Tensor, *, length: int, num_windows: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw windows of a token stream at uniformly random offsets, with replacement.
+
+    Args:
+        stream: int64 token ids, shape (N,), from ``join_documents``.
+        length: tokens a window.
+        num_windows: how many to draw.
+        generator: source of randomness, on the stream's device.
+
+    Returns:
+        int64, shape (num_windows, length).
+
+    Raises:
+        CorpusError: the stream is shorter than one window.
+        ArgumentError: ``length`` is not positive, or ``stream`` is not a vector of int64.
+    """
+    _check_stream(stream, length)
+    starts = torch.randint(stream.numel() - length + 1, (num_windows, 1), generator=generator, device=stream.device)
+    return stream[starts + torch.arange(length, device=stream.device)]
+
+
+def _check_stream(stream: Tensor, length: int) -> None:
+    if stream.ndim != 1 or stream.dtype != torch.int64:
+        raise ArgumentError(f"stream must be a vector of int64, got {stream.dtype} of shape {tuple(stream.shape)}")
+    if length < 1:
+        raise ArgumentError(f"length must be at least 1, got {length}")
+    if stream.numel() < length:
+        raise CorpusError(f"the text has {stream.numel()} tokens, fewer than one window of {length}")

@@ -1,0 +1,264 @@
+"""Training a denoiser from scratch: the masked-diffusion objective on the last block of random windows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from circuits._progress import progress_bar
+from diffusion._training_state import TrainingCheckpoint, TrainingCurve, fingerprint
+from diffusion.corpus import random_windows, windows
+from diffusion.denoisers.base import Denoiser
+from diffusion.denoisers.transformer import TransformerDenoiser
+from diffusion.errors import ArgumentError
+from diffusion.masking import ScheduleName, mask_tokens, sample_times, schedule
+
+__all__ = ["DenoiserTraining", "TrainingCurve", "held_out_loss", "train_denoiser"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserTraining:
+    """How a denoiser is trained.
+
+    Attributes:
+        steps: optimizer updates.
+        batch_size: windows an update.
+        learning_rate: the peak; it rises linearly over ``warmup_steps`` and then falls to 0 along a cosine.
+        warmup_steps: updates until the peak.
+        weight_decay: of matrices; vectors do not decay.
+        gradient_clip: largest norm of the gradient.
+        schedule: which noise levels are drawn.
+        loss: ``masked_mean``: a sequence's mean negative log-likelihood per masked token, which under the linear
+            schedule has nearly the expectation of the bound, and less variance; ``elbo``: the bound itself.
+        short_context_probability: share of the updates in which the left part of the context is missing, so that the
+            model also knows the beginnings of texts.
+        precision: ``auto`` is bfloat16 matrix products where the hardware has them, with float32 for the rest.
+        validate_every: updates between two held-out evaluations; the last update is always followed by one.
+        validation_windows: held-out windows an evaluation.
+        checkpoint_every: updates between two checkpoints: the most that an interruption loses.
+        seed: of windows, noise levels and masks.
+    """
+
+    steps: int = 1600
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    schedule: ScheduleName = "linear"
+    loss: Literal["masked_mean", "elbo"] = "masked_mean"
+    short_context_probability: float = 0.1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    validate_every: int = 200
+    validation_windows: int = 512
+    checkpoint_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "validate_every", "validation_windows", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.short_context_probability <= 1:
+            raise ArgumentError(f"short_context_probability must lie in [0, 1], got {self.short_context_probability}")
+        schedule(self.schedule)
+
+
+def train_denoiser(
+    model: TransformerDenoiser,
+    train_tokens: Tensor,  # shape: (N,)
+    held_out_tokens: Tensor | None = None,  # shape: (M,)
+    *,
+    config: DenoiserTraining | None = None,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> TrainingCurve:
+    """Train a denoiser in place to fill in the last block of a window, given the context before it.
+
+    Every update draws random windows of ``context_length + block_length`` tokens, leaves the context visible, masks
+    block tokens at random and lowers the cross-entropy at the masked ones with AdamW.
+
+    All randomness of an update derives from the seed and the update's number. So a run that was interrupted anywhere
+    and is started again with the same arguments and ``checkpoint_path`` ends like one that was not, on one machine.
+
+    Args:
+        model: the denoiser, on the device to train on.
+        train_tokens: token stream from ``join_documents``, int64, shape (N,).
+        held_out_tokens: token stream for the held-out curve, shape (M,).
+        config: by default ``DenoiserTraining()``.
+        checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
+        progress: draw a progress bar on standard error.
+
+    Returns:
+        The learning curve, from the first update on, also when the run was continued.
+
+    Raises:
+        CheckpointError: the checkpoint is corrupt, or of another model, configuration or text.
+        CorpusError: a token stream is shorter than a window.
+        ArgumentError: a token is outside the model's vocabulary.
+    """
+    config = config or DenoiserTraining()
+    optimizer = _optimizer(model, config)
+    checkpoint = TrainingCheckpoint(
+        Path(checkpoint_path) if checkpoint_path is not None else None,
+        {
+            "configuration": json.dumps(asdict(config)),
+            "model": json.dumps(asdict(model.config)),
+            "training text": fingerprint(train_tokens),
+            "held-out text": fingerprint(held_out_tokens),
+        },
+    )
+    state = checkpoint.restore(model, optimizer)
+    held_out = None
+    if held_out_tokens is not None:
+        held_out = windows(held_out_tokens, length=model.config.span, max_windows=config.validation_windows)
+        held_out = held_out.to(model.device)
+    with progress_bar("training the denoiser", config.steps, enabled=progress, completed=state.step) as advance:
+        while state.step < config.steps:
+            loss = _update(model, optimizer, train_tokens, config, state.step)
+            state = state.after_update(loss)
+            is_last = state.step == config.steps
+            if is_last or state.step % config.validate_every == 0:
+                block_length = model.config.block_length
+                state = state.after_validation(
+                    held_out_loss(model, held_out, block_length=block_length) if held_out is not None else math.nan
+                )
+            if is_last or state.step % config.checkpoint_every == 0:
+                checkpoint.write(model, optimizer, state)
+            advance(note=f"{loss:.3f} nats/token")
+    return state.curve
+
+
+@torch.no_grad()
+def held_out_loss(
+    denoiser: Denoiser,
+    held_out: Tensor,  # shape: (B, context length + block_length)
+    *,
+    block_length: int,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> float:
+    """Return the negative evidence lower bound of each window's last block given its context, in nats per token.
+
+        (1 / L) sum_{k=1..L} E_{masks of size k} [ (1 / k) sum_{i masked} -log q_i(x_i | visible tokens) ]
+
+    It is the same for every schedule, and is the mean cost per token of revealing the block one by one in random order
+    (Uria et al. 2014, arXiv 1310.1757). Every mask size k gets an equal share of the windows.
+
+    Args:
+        denoiser: what to evaluate.
+        held_out: int64 token windows, shape (B, context length + block_length), on the denoiser's device.
+        block_length: L, at least 1.
+        seed: of the masks; the same seed gives the same masks.
+        batch_size: windows per call of the denoiser.
+
+    Raises:
+        ArgumentError: there are no windows, or they are shorter than ``block_length``.
+    """
+    if held_out.ndim != 2 or not len(held_out) or not 1 <= block_length <= held_out.shape[1]:
+        raise ArgumentError(
+            f"held_out must be windows of shape (B, L) with B >= 1 and L >= block_length = {block_length} >= 1, "
+            f"got shape {tuple(held_out.shape)}"
+        )
+    length = held_out.shape[1]
+    block = (length - block_length, length)
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.rand(len(held_out), block_length, generator=generator).argsort(dim=1)
+    mask_sizes = 1 + torch.arange(len(held_out)) % block_length
+    masked = torch.zeros(held_out.shape, dtype=torch.bool)
+    masked[:, block[0] :] = rank < mask_sizes[:, None]
+    masked = masked.to(held_out.device)
+    total = 0.0
+    for tokens, hidden in zip(held_out.split(batch_size), masked.split(batch_size), strict=True):
+        logits = denoiser.logits(tokens.masked_fill(hidden, denoiser.spec.mask_id), window=block)
+        total += float(_mean_per_sequence(_surprisal(logits, tokens[:, block[0] :]), hidden[:, block[0] :]).sum())
+    return total / len(held_out)
+
+
+def _update(
+    model: TransformerDenoiser, optimizer: torch.optim.Optimizer, stream: Tensor, config: DenoiserTraining, step: int
+) -> float:
+    """Do one update of the weights and return its loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(step, config)
+    loss = _loss(model, stream, config, step)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _loss(model: TransformerDenoiser, stream: Tensor, config: DenoiserTraining, step: int) -> Tensor:
+    shape = model.config
+    # A function of seed and step alone: this is what makes an interrupted run continue exactly.
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
+    tokens = random_windows(stream, length=shape.span, num_windows=config.batch_size, generator=generator)
+    context, block = tokens.split([shape.context_length, shape.block_length], dim=1)
+    if float(torch.rand((), generator=generator)) < config.short_context_probability:
+        # Only distances count in the model: a context cut at its left is what a padded one looks like.
+        cut = int(torch.randint(shape.context_length + 1, (), generator=generator))
+        context = context[:, cut:]
+    t = sample_times(config.batch_size, generator=generator)
+    noise = schedule(config.schedule)
+    noisy, masked = mask_tokens(block, t, mask_id=shape.mask_id, schedule=noise, generator=generator)
+    noisy = torch.cat([context, noisy], dim=1).to(model.device)
+    block, masked = block.to(model.device), masked.to(model.device)
+    with _autocast(model.device, config.precision):
+        logits = model.logits(noisy, window=(context.shape[1], noisy.shape[1]))
+    surprisal = _surprisal(logits, block)
+    if config.loss == "masked_mean":
+        return _mean_per_sequence(surprisal, masked).mean()
+    weight = noise.elbo_weight(t).to(model.device)
+    return (weight * (surprisal * masked).mean(dim=1)).mean()
+
+
+def _surprisal(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+def _mean_per_sequence(surprisal: Tensor, masked: Tensor) -> Tensor:
+    return (surprisal * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)
+
+
+def _optimizer(model: TransformerDenoiser, config: DenoiserTraining) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def _learning_rate(step: int, config: DenoiserTraining) -> float:
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    wanted = precision == "bfloat16" or (precision == "auto" and _multiplies_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 matrix products; emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return False

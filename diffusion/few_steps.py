@@ -1,0 +1,139 @@
+"""Quality against the number of denoiser calls: the same denoiser, without and with the circuit, judged text by text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from circuits._files import replace_file
+from circuits._progress import progress_bar
+from diffusion.decoding import DecodeMode
+from diffusion.denoisers.base import Denoiser
+from diffusion.errors import ArgumentError
+from diffusion.evaluation import Estimate
+from diffusion.generation import generate
+from diffusion.head import CoupledHead
+from diffusion.remasking import Strategy
+
+Judge = Callable[[Tensor, Tensor], bool]
+"""Says whether one generated text is good: (prompt, generated), int64 (P,) and (gen_length,)."""
+
+
+@dataclass(frozen=True)
+class FewStepRow:
+    """Shares of good texts at one number of steps per block, with 95 % Wilson intervals."""
+
+    num_steps: int
+    without: Estimate
+    coupled: Estimate
+
+
+@dataclass(frozen=True)
+class FewStepTable:
+    """Share of good texts against steps per block.
+
+    Attributes:
+        rows: one per number of steps.
+        num_texts: how many texts each share was measured on.
+        criterion: what "good" means.
+        decode: how the circuit was used.
+        temperature: of the tokens.
+        seed: of the draws.
+    """
+
+    rows: tuple[FewStepRow, ...]
+    num_texts: int
+    criterion: str
+    decode: str
+    temperature: float
+    seed: int
+
+    def __str__(self) -> str:
+        lines = [f"| steps per block | without circuit | with circuit ({self.decode}) |", "|---|---|---|"]
+        lines += [f"| {row.num_steps} | {row.without} | {row.coupled} |" for row in self.rows]
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, atomically."""
+        with replace_file(path) as temporary:
+            Path(temporary).write_text(json.dumps(asdict(self), indent=1))
+
+
+def few_step_quality(
+    denoiser: Denoiser,
+    head: CoupledHead,
+    prompts: Tensor,  # shape: (N, P)
+    judge: Judge,
+    *,
+    criterion: str,
+    steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    strategy: Strategy = "low_confidence",
+    decode: DecodeMode = "latent",
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> FewStepTable:
+    """Generate one block after each prompt, without and with the circuit, at several numbers of denoiser calls.
+
+    Args:
+        denoiser: the masked-token predictor.
+        head: the circuit over one block, with its activation threshold.
+        prompts: int64 (N, P), on the denoiser's device.
+        judge: says whether a generated block is good.
+        criterion: what the judge looks at, for the table.
+        steps: denoiser calls per block, each from 1 to L.
+        strategy: which positions a step commits.
+        decode: how the circuit is used.
+        temperature: of the tokens, with and without the circuit.
+        batch_size: texts at a time.
+        seed: of the draws.
+        progress: draw a progress bar.
+
+    Raises:
+        ArgumentError: no prompts, or an argument that ``generate`` refuses.
+    """
+    if prompts.dim() != 2 or not len(prompts):
+        raise ArgumentError(f"prompts: expected int64 (N >= 1, P), got {tuple(prompts.shape)}")
+    rows = []
+    num_batches = -(-len(prompts) // batch_size)
+    with progress_bar("generating", 2 * len(steps) * num_batches, enabled=progress) as advance:
+        for num_steps in steps:
+            shares = []
+            for used in (None, head):
+                generator = torch.Generator(device=prompts.device).manual_seed(seed)
+                num_good = 0
+                for part in prompts.split(batch_size):
+                    out = generate(
+                        denoiser,
+                        part,
+                        gen_length=head.block_length,
+                        block_length=head.block_length,
+                        num_steps=num_steps,
+                        strategy=strategy,
+                        head=used,
+                        decode=decode,
+                        temperature=temperature,
+                        stop_at_eos=False,
+                        generator=generator,
+                    )
+                    num_good += sum(judge(*pair) for pair in zip(part, out.generated, strict=True))
+                    advance()
+                shares.append(_wilson(num_good, len(prompts)))
+            rows.append(FewStepRow(num_steps, *shares))
+    return FewStepTable(tuple(rows), len(prompts), criterion, decode, temperature, seed)
+
+
+def _wilson(num_good: int, num_all: int) -> Estimate:
+    """Return a share with its 95 % Wilson score interval (Wilson 1927)."""
+    z = 1.959964
+    share = num_good / num_all
+    centre = (share + z * z / (2 * num_all)) / (1 + z * z / num_all)
+    spread = z / (1 + z * z / num_all) * (share * (1 - share) / num_all + z * z / (4 * num_all**2)) ** 0.5
+    return Estimate(share, max(0.0, centre - spread), min(1.0, centre + spread))

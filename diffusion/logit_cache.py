@@ -1,0 +1,294 @@
+"""A denoiser's predictions on disk, so that a circuit can train on them for many epochs without the denoiser.
+
+A cache is a folder of plain arrays that are memory-mapped when read: ``tokens.npy`` (N, L), ``masked.npy`` (N, L),
+``log_q.npy`` (N, L, k) and, unless k = V, ``values.npy`` (N, L, k); and ``meta.json``, which also says how far the cache
+has been filled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from circuits import CompiledCircuit
+from circuits._files import replace_file
+from circuits._progress import progress_bar
+from diffusion.coupling import CoupledDistribution, Normalization
+from diffusion.denoisers.base import Denoiser
+from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.masking import ScheduleName, mask_tokens, sample_times, schedule
+
+FORMAT_VERSION = 1
+_LOWEST_LOG_Q = -6e4  # float16 holds it
+
+
+@dataclass(frozen=True, eq=False)
+class CachedBatch:
+    """Some examples of a cache, on one device.
+
+    Attributes:
+        tokens: the true tokens, int64 (B, L).
+        masked: bool (B, L).
+        log_q: the denoiser's log-probabilities, (B, L, k); k = V when all tokens are kept.
+        values: the tokens that ``log_q`` is about, int64 (B, L, k); None: all.
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    log_q: Tensor
+    values: Tensor | None
+
+    def distribution(self, pc: CompiledCircuit, normalization: Normalization = "global") -> CoupledDistribution:
+        """Couple a circuit to the cached predictions."""
+        if self.values is None:
+            return CoupledDistribution(pc, self.log_q, self.tokens, self.masked, normalization=normalization)
+        return CoupledDistribution.from_listed(
+            pc, self.values, self.log_q, self.tokens, self.masked, normalization=normalization
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LogitCache:
+    """Memory-mapped predictions of a denoiser for N noised blocks of L tokens; open one with :meth:`open`."""
+
+    tokens: NDArray[np.int64]
+    masked: NDArray[np.bool_]
+    log_q: NDArray[np.floating]
+    values: NDArray[np.int64] | None
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def block_length(self) -> int:
+        """L."""
+        return int(self.tokens.shape[1])
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> LogitCache:
+        """Open a complete cache.
+
+        Raises:
+            CheckpointError: the folder is missing, not a cache, of a newer format, or not complete.
+        """
+        folder = Path(path)
+        meta = _read_meta(folder)
+        if meta["done"] < meta["num_examples"]:
+            raise CheckpointError(
+                f"{folder} holds {meta['done']} of {meta['num_examples']} examples; call cache_logits with the same arguments "
+                "to complete it"
+            )
+        arrays = _open_arrays(folder, meta, mode="r")
+        return cls(arrays["tokens"], arrays["masked"], arrays["log_q"], arrays.get("values"), meta["vocab_size"])
+
+    def batch(self, index: NDArray[np.int64] | slice, device: torch.device | str = "cpu") -> CachedBatch:
+        """Read some examples."""
+
+        def read(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array[index])).to(device)
+
+        return CachedBatch(
+            read(self.tokens).long(),
+            read(self.masked),
+            read(self.log_q).float(),
+            None if self.values is None else read(self.values).long(),
+        )
+
+
+@torch.no_grad()
+def cache_logits(
+    denoiser: Denoiser,
+    windows: Tensor,  # shape: (N, context length + L)
+    path: str | os.PathLike[str],
+    *,
+    block_length: int,
+    top_k: int | None = None,
+    masks_per_window: int = 1,
+    schedule_name: ScheduleName = "linear",
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+) -> LogitCache:
+    """Mask the last block of each window at random, and write the denoiser's predictions for it to disk.
+
+    An interrupted call goes on where it stopped when it is repeated with the same arguments; a complete cache of the
+    same arguments is opened at once.
+
+    Args:
+        denoiser: whose logits are cached.
+        windows: int64 tokens, (N, context length + L); the context is always visible.
+        path: the folder; created, or continued.
+        block_length: L.
+        top_k: keep the k most probable tokens of every position and the true one, k + 1 in all; None: all V.
+        masks_per_window: how many noisy versions of every window, each with its own noise level.
+        schedule_name: the noise schedule; times are uniform on (0, 1).
+        seed: of noise levels and masks.
+        batch_size: windows per call of the denoiser.
+        progress: draw a progress bar.
+        device: of the denoiser; by default that of ``windows``.
+
+    Raises:
+        ArgumentError: no windows, or windows shorter than a block.
+        CheckpointError: the folder holds something else, or a cache made with other arguments.
+    """
+    if windows.dim() != 2 or not len(windows) or not 1 <= block_length <= windows.shape[1]:
+        raise ArgumentError(
+            f"windows: expected int64 (N >= 1, at least block_length={block_length}), got {tuple(windows.shape)}"
+        )
+    vocab_size = denoiser.spec.vocab_size
+    listed = vocab_size if top_k is None or top_k + 1 >= vocab_size else top_k + 1
+    meta = {
+        "format": "unfactor-logit-cache",
+        "format_version": FORMAT_VERSION,
+        "num_examples": len(windows) * masks_per_window,
+        "block_length": block_length,
+        "vocab_size": vocab_size,
+        "num_listed": listed,
+        "schedule": schedule_name,
+        "seed": seed,
+        "batch_size": batch_size,
+        "windows": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "denoiser": _fingerprint(denoiser, windows[:4], block_length, device),
+    }
+    folder = Path(path)
+    done = _continue_or_create(folder, meta)
+    arrays = _open_arrays(folder, meta, mode="r+")
+    windows = windows.repeat(masks_per_window, 1)
+    with progress_bar("caching logits", len(windows), enabled=progress, completed=done) as advance:
+        for start in range(done, len(windows), batch_size):
+            rows = slice(start, min(start + batch_size, len(windows)))
+            generator = torch.Generator().manual_seed(_seed_of(seed, start))
+            _fill(arrays, rows, denoiser, windows[rows], block_length, schedule_name, generator, device)
+            for array in arrays.values():
+                array.flush()
+            _write_meta(folder, {**meta, "done": rows.stop})
+            advance(rows.stop - rows.start)
+    return LogitCache.open(folder)
+
+
+def _fill(
+    arrays: dict[str, np.memmap],
+    rows: slice,
+    denoiser: Denoiser,
+    windows: Tensor,
+    block_length: int,
+    schedule_name: ScheduleName,
+    generator: torch.Generator,
+    device: torch.device | str | None,
+) -> None:
+    block = windows[:, -block_length:].cpu()
+    t = sample_times(len(windows), generator=generator)
+    noisy, masked = mask_tokens(
+        block, t, mask_id=denoiser.spec.mask_id, schedule=schedule(schedule_name), generator=generator
+    )
+    canvas = torch.cat([windows[:, :-block_length].cpu(), noisy], 1).to(device or windows.device)
+    logits = denoiser.logits(canvas, window=(canvas.shape[1] - block_length, canvas.shape[1]))
+    log_q = allowed_log_probs(logits, denoiser).cpu()
+    if "values" in arrays:
+        log_q, values = list_best_and_true(log_q, block, arrays["values"].shape[-1] - 1)
+        arrays["values"][rows] = values.numpy()
+    arrays["tokens"][rows] = block.numpy()
+    arrays["masked"][rows] = masked.numpy()
+    arrays["log_q"][rows] = log_q.clamp_min(_LOWEST_LOG_Q).numpy()
+
+
+def allowed_log_probs(logits: Tensor, denoiser: Denoiser) -> Tensor:
+    """Return normalised log-probabilities with the denoiser's forbidden tokens ruled out, in the logits' shape."""
+    forbidden = torch.tensor(denoiser.spec.forbidden_ids, device=logits.device)
+    return torch.log_softmax(logits.index_fill(-1, forbidden, -torch.inf), -1)
+
+
+def list_best_and_true(log_q: Tensor, true: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return (log_q, tokens) of the true token and the best ``top_k`` others, each (B, L, top_k + 1)."""
+    true = true.unsqueeze(-1)
+    others, values = log_q.scatter(2, true, -torch.inf).topk(top_k, -1)
+    return torch.cat([log_q.gather(2, true), others], -1), torch.cat([true, values], -1)
+
+
+def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
+    blocks = (meta["num_examples"], meta["block_length"])
+    layout: dict[str, tuple[tuple[int, ...], type]] = {
+        "tokens": (blocks, np.int32),
+        "masked": (blocks, np.bool_),
+        "log_q": ((*blocks, meta["num_listed"]), np.float16),
+    }
+    if meta["num_listed"] < meta["vocab_size"]:
+        layout["values"] = ((*blocks, meta["num_listed"]), np.int32)
+    return layout
+
+
+def _continue_or_create(folder: Path, meta: dict) -> int:
+    """Return how many examples the folder holds already, creating empty arrays when it is new."""
+    if (folder / "meta.json").exists():
+        found = _read_meta(folder)
+        different = [name for name, value in meta.items() if found.get(name) != value]
+        if different:
+            raise CheckpointError(
+                f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
+            )
+        return int(found["done"])
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty and not a logit cache: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (shape, dtype) in _array_layout(meta).items():
+        with replace_file(folder / f"{name}.npy") as temporary:
+            np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
+    _write_meta(folder, {**meta, "done": 0})
+    return 0
+
+
+def _open_arrays(folder: Path, meta: dict, *, mode: str) -> dict[str, np.memmap]:
+    arrays = {}
+    for name, (shape, dtype) in _array_layout(meta).items():
+        path = folder / f"{name}.npy"
+        try:
+            array = np.lib.format.open_memmap(path, mode=mode)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}; delete the folder and cache again") from error
+        if array.shape != shape or array.dtype != dtype:
+            raise CheckpointError(f"{path} has {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+        arrays[name] = array
+    return arrays
+
+
+def _read_meta(folder: Path) -> dict:
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a logit cache: {error}") from error
+    numbers = ("num_examples", "block_length", "vocab_size", "num_listed", "done")
+    if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
+        raise CheckpointError(f"{path} does not describe a logit cache")
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}")
+    if any(not isinstance(meta.get(name), int) or meta[name] < 0 for name in numbers):
+        raise CheckpointError(f"{path} is not complete: expected whole numbers for {', '.join(numbers)}")
+    return meta
+
+
+def _write_meta(folder: Path, meta: dict) -> None:
+    with replace_file(folder / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
+
+
+def _seed_of(seed: int, start: int) -> int:
+    return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
+
+
+def _fingerprint(denoiser: Denoiser, windows: Tensor, block_length: int, device: torch.device | str | None) -> str:
+    """Digest the denoiser's predictions on a few fully masked blocks: another denoiser predicts something else."""
+    canvas = windows.clone().to(device or windows.device)
+    canvas[:, -block_length:] = denoiser.spec.mask_id
+    logits = denoiser.logits(canvas, window=(canvas.shape[1] - block_length, canvas.shape[1]))
+    return hashlib.sha256(logits.float().cpu().numpy().round(3).tobytes()).hexdigest()

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import denoiser_training
+from diffusion.denoiser_training import DenoiserTraining, TrainingCurve, held_out_loss, train_denoiser
+from diffusion.denoisers.base import DenoiserSpec
+from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from diffusion.errors import ArgumentError, CheckpointError, CorpusError
+
+PAD, MASK, EOS, FIRST = range(4)
+PERIOD = 5
+SHAPE = TransformerConfig(
+    vocab_size=FIRST + PERIOD, mask_id=MASK, pad_id=PAD, eos_id=EOS, context_length=8, block_length=8, width=16,
+    num_layers=1, num_heads=2,
+)  # fmt: skip
+TRAINING = DenoiserTraining(
+    steps=12, batch_size=8, warmup_steps=2, validate_every=5, validation_windows=8, checkpoint_every=3
+)
+COUNTING = FIRST + torch.arange(400) % PERIOD
+
+
+def train(
+    seed: int = 0, config: DenoiserTraining = TRAINING, **arguments: Any
+) -> tuple[dict[str, Tensor], TrainingCurve]:
+    model = TransformerDenoiser(SHAPE, seed=seed)
+    curve = train_denoiser(model, COUNTING, COUNTING[:200], config=config, progress=False, **arguments)
+    return model.state_dict(), curve
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("loss", "schedule"), [("masked_mean", "linear"), ("elbo", "linear"), ("elbo", "cosine")])
+def test_it_learns_to_count(loss: Any, schedule: Any) -> None:
+    config = replace(TRAINING, steps=150, batch_size=16, learning_rate=1e-2, loss=loss, schedule=schedule)
+    _, curve = train(config=config)
+    assert curve.held_out[0] > 0.8 * math.log(PERIOD)
+    assert curve.held_out[-1] < 0.25 * math.log(PERIOD)
+
+
+def test_curve_has_an_entry_per_validation_and_one_at_the_end() -> None:
+    _, curve = train()
+    assert curve.steps == (5, 10, 12)
+    assert len(curve.train) == len(curve.held_out) == 3
+    assert all(math.isfinite(value) for value in curve.train + curve.held_out)
+
+
+def test_same_seed_same_result_and_another_seed_another() -> None:
+    first, again, other = train(), train(), train(config=replace(TRAINING, seed=1))
+    assert same(first[0], again[0])
+    assert first[1] == again[1]
+    assert not same(first[0], other[0])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_after", [1, 4, 6, 11, 12])
+def test_killed_and_started_again_ends_like_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    path = tmp_path / "folder" / "run.safetensors"
+    update = denoiser_training._update
+    done = 0
+
+    def update_until_killed(*arguments: Any) -> float:
+        nonlocal done
+        if done == killed_after:
+            raise Killed
+        done += 1
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(denoiser_training, "_update", update_until_killed)
+        if killed_after < TRAINING.steps:
+            with pytest.raises(Killed):
+                train(checkpoint_path=path)
+        else:
+            train(checkpoint_path=path)
+    resumed = train(seed=5, checkpoint_path=path) if path.exists() else train(checkpoint_path=path)
+    uninterrupted = train()
+    assert same(resumed[0], uninterrupted[0])
+    assert resumed[1] == uninterrupted[1]
+
+
+def test_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.safetensors"
+    finished = train(checkpoint_path=path)
+    monkeypatch.setattr(denoiser_training, "_update", None)
+    assert same(train(seed=3, checkpoint_path=path)[0], finished[0])
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"steps": 13}, {"seed": 4}])
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "run.safetensors"
+    train(checkpoint_path=path)
+    with pytest.raises(CheckpointError, match="belongs to a run with another configuration"):
+        train(config=replace(TRAINING, **change), checkpoint_path=path)
+    with pytest.raises(CheckpointError, match="another training text and held-out text"):
+        train_denoiser(TransformerDenoiser(SHAPE), COUNTING[1:], config=TRAINING, checkpoint_path=path, progress=False)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-4], lambda data: b"\x80\x04" + data])
+def test_damaged_checkpoint_is_a_checkpoint_error(tmp_path: Path, damage: Any) -> None:
+    path = tmp_path / "run.safetensors"
+    train(checkpoint_path=path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError):
+        train(checkpoint_path=path)
+
+
+def test_saved_model_is_not_a_training_checkpoint(tmp_path: Path) -> None:
+    TransformerDenoiser(SHAPE).save(tmp_path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of denoiser training"):
+        train(checkpoint_path=tmp_path / "model.safetensors")
+
+
+class Tabulated:
+    """Predicts every masked token from how many are masked: the true token has probability 1 / (1 + that number)."""
+
+    spec = DenoiserSpec(vocab_size=3, mask_id=0, eos_ids=(), pad_id=0, forbidden_ids=(0,), max_length=100)
+
+    def logits(self, tokens: Tensor, *, valid=None, t=None, window=None, cache=None) -> Tensor:
+        start, stop = window
+        hidden = (tokens == 0).sum(1)[:, None].expand(-1, stop - start)
+        return torch.stack([torch.full(hidden.shape, -math.inf), torch.zeros(hidden.shape), hidden.log()], dim=-1)
+
+
+def test_held_out_loss_is_the_mean_over_mask_sizes_of_the_loss_per_masked_token() -> None:
+    held_out = torch.ones(12, 7, dtype=torch.long)
+    expected = sum(math.log(1 + size) for size in range(1, 5)) / 4
+    assert held_out_loss(Tabulated(), held_out, block_length=4, batch_size=5) == pytest.approx(expected, rel=1e-6)
+
+
+def test_untrained_model_knows_nothing() -> None:
+    loss = held_out_loss(TransformerDenoiser(SHAPE), COUNTING.view(-1, 16), block_length=8)
+    assert loss == pytest.approx(math.log(SHAPE.vocab_size), abs=0.2)
+
+
+def test_held_out_loss_needs_windows() -> None:
+    for shape, block_length in (((0, 16), 8), ((3, 16), 17), ((3, 16), 0)):
+        with pytest.raises(ArgumentError, match="held_out must be windows"):
+            held_out_loss(TransformerDenoiser(SHAPE), torch.ones(shape, dtype=torch.long), block_length=block_length)
+
+
+def test_matrix_products_in_bfloat16_train_too() -> None:
+    _, curve = train(config=replace(TRAINING, precision="bfloat16"))
+    _, exact = train(config=replace(TRAINING, precision="float32"))
+    assert curve.held_out != exact.held_out
+    assert curve.held_out == pytest.approx(exact.held_out, abs=0.05)
+
+
+def test_text_that_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(CorpusError, match="fewer than one window of 16"):
+        train_denoiser(TransformerDenoiser(SHAPE), COUNTING[:15], config=TRAINING, progress=False)
+    with pytest.raises(ArgumentError, match="tokens must be ids in"):
+        train_denoiser(TransformerDenoiser(SHAPE), COUNTING + PERIOD, config=TRAINING, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}, {"schedule": "cubic"},
+        {"short_context_probability": 1.5}, {"gradient_clip": -1.0}, {"checkpoint_every": 0},
+    ],
+)  # fmt: skip
+def test_bad_configuration_is_named(change: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(change))):
+        replace(TRAINING, **change)
