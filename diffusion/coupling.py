@@ -155,9 +155,13 @@ class CoupledDistribution(Distribution):
                 f"value: expected int64 tokens of shape (..., {self.masked.shape[0]}, {self.masked.shape[1]}), got "
                 f"{tuple(value.shape)}"
             )
-        flat = value.reshape(-1, *self.masked.shape)
-        results = [self._log_prob_of(block) for block in flat]
-        return torch.stack(results).reshape(value.shape[:-1])
+        _check_tokens(value, self.num_tokens)
+        log_z = self._checked(self.log_partition)
+        blocks = value.reshape(-1, *self.masked.shape)  # (S, B, L)
+        factors = self._log_q_of(blocks).masked_fill(~self.masked & (blocks != self.tokens), -torch.inf)
+        scored = Evidence(factors.flatten(0, 1).unsqueeze(-1), blocks.flatten(0, 1).unsqueeze(-1), None)
+        log_joint = passes.log_root(self.pc, self._leaves(scored, num_copies=len(blocks)), self._banks)
+        return (log_joint.reshape(blocks.shape[:2]) - log_z).reshape(value.shape[:-1])
 
     @cached_property
     def marginal_probs(self) -> Tensor:
@@ -229,33 +233,31 @@ class CoupledDistribution(Distribution):
         return self.pc.leaves(self._prediction, self._banks)
 
     def _leaves(
-        self, evidence: Evidence, semiring: ChoosingSemiring | None = None, banks: passes.Banks | None = None
+        self,
+        evidence: Evidence,
+        semiring: ChoosingSemiring | None = None,
+        banks: passes.Banks | None = None,
+        num_copies: int = 1,
     ) -> list[Tensor]:
-        """Evaluate the input units, divided by their own normalisers in the local variant."""
-        if not torch.compiler.is_compiling():
-            evidence.check(self.pc.num_categories)
+        """Evaluate the input units under evidence on ``num_copies`` of the batch, divided by Z_{i,n} in the local variant."""
+        evidence.check(self.pc.num_categories)
         values = passes.leaves(self.pc, semiring or LogSemiring(), evidence, banks or self._banks)
         if self.normalization == "global":
             return values
         return [
-            value - normaliser.masked_fill(normaliser == -torch.inf, 0.0)
+            value - normaliser.masked_fill(normaliser == -torch.inf, 0.0).repeat(1, 1, num_copies)
             for value, normaliser in zip(values, self._leaf_normalisers, strict=True)
         ]
 
-    def _log_prob_of(self, block: Tensor) -> Tensor:
-        """Score one assignment per query, (B, L) to (B,): the log-partition of hard evidence weighted by q."""
-        log_z = self._checked(self.log_partition)
-        agrees = (block == self.tokens) | self.masked
-        _check_tokens(block, self.num_tokens)
-        assert self._prediction.log_factors is not None
-        if self._prediction.values is None:
-            factors = self._prediction.log_factors.gather(2, block.unsqueeze(-1))
+    def _log_q_of(self, blocks: Tensor) -> Tensor:
+        """Return log q_i at the tokens of ``blocks``, (S, B, L); 0 at observed positions, -inf at tokens not listed."""
+        log_q, values = self._prediction.log_factors, self._prediction.values
+        assert log_q is not None
+        if values is None:
+            chosen = log_q.expand(len(blocks), -1, -1, -1).gather(3, blocks.unsqueeze(-1)).squeeze(-1)
         else:
-            is_listed = self._prediction.values == block.unsqueeze(-1)
-            factors = self._prediction.log_factors.masked_fill(~is_listed, -torch.inf).amax(-1, keepdim=True)
-        factors = torch.where(agrees.unsqueeze(-1), factors, -torch.inf)
-        scored = Evidence(factors, block.unsqueeze(-1), None)
-        return passes.log_root(self.pc, self._leaves(scored), self._banks) - log_z
+            chosen = log_q.masked_fill(values != blocks.unsqueeze(-1), -torch.inf).amax(-1)
+        return chosen.masked_fill(~self.masked, 0.0)
 
     def _choose_units(
         self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None

@@ -172,6 +172,10 @@ def test_windows_tile_the_stream_in_order(num_tokens: int, length: int, limit: i
     assert bool((some[:, 0] % length == 0).all())
 
 
+def test_fewer_windows_are_spread_evenly() -> None:
+    assert windows(torch.arange(30), length=3, max_windows=3)[:, 0].tolist() == [0, 9, 18]
+
+
 def test_random_windows_are_stretches_of_the_stream_and_reach_all_of_it() -> None:
     stream = torch.arange(20)
     drawn = random_windows(stream, length=5, num_windows=500, generator=torch.Generator().manual_seed(0))

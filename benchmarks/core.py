@@ -1,0 +1,227 @@
+"""The core against the bare floor and against peers, in one run.
+
+    python benchmarks/core.py            # all of it; peers need: pip install -c constraints.txt -e '.[bench]'
+    python benchmarks/core.py --quick    # smaller sizes, a smoke test
+
+Every number is the median of several rounds; within a round the candidates take turns, so that a change of the machine's
+speed reaches all of them. Ratios are medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import circuits as ct
+import numpy as np
+import torch
+from circuits import logspace
+from torch import Tensor
+
+Timed = Callable[[], object]
+
+
+def measure(candidates: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
+    """Run all candidates in turn; return seconds per round for each."""
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(title: str, seconds: dict[str, list[float]], floor: str) -> None:
+    print(f"\n{title}")
+    for name, values in seconds.items():
+        ratio = statistics.median(value / base for value, base in zip(values, seconds[floor], strict=True))
+        print(f"  {name:<52} {statistics.median(values) * 1e3:10.2f} ms   {ratio:7.2f} x")
+
+
+def naive_scan(log_initial: Tensor, log_transition: Tensor, log_emission: Tensor, x: Tensor) -> Tensor:
+    """The loop that one writes first: a scaled GEMM per step, in log space in between."""
+    transition = log_transition.exp()
+    log_alpha = log_emission.t()[x[:, -1]]
+    for step in reversed(range(x.shape[1] - 1)):
+        peak = log_alpha.amax(1, keepdim=True)
+        log_alpha = (log_alpha - peak).exp().matmul(transition.t()).log() + peak + log_emission.t()[x[:, step]]
+    return torch.logsumexp(log_alpha + log_initial, 1)
+
+
+def hmm_tables(pc: ct.CompiledCircuit) -> tuple[Tensor, Tensor, Tensor]:
+    """Initial (N,), transition (N, N) and emission (N, C) log-probabilities of a compiled homogeneous HMM."""
+    circuit = pc.circuit
+    with torch.no_grad():
+        initial = pc.log_weights(circuit.node("initial"))[0].clone()
+        transition = pc.log_weights(circuit.node("transition0")).clone()
+        emission = pc.log_weights(circuit.node("emission0")).t().clone()
+    return initial, transition, emission
+
+
+def benchmark_hmm(num_states: int, batch_size: int, length: int, num_categories: int, rounds: int) -> None:
+    pc = ct.compile(ct.structures.hmm(length, num_states, num_categories), seed=0)
+    x = torch.randint(0, num_categories, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    tables = hmm_tables(pc)
+    weights = tables[1].exp()
+    left, right = torch.rand(batch_size, num_states), torch.rand(num_states, batch_size)
+    out, out_t = torch.empty(batch_size, num_states), torch.empty(num_states, batch_size)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return pc(x)
+
+    def forward_backward() -> None:
+        pc.zero_grad()
+        pc(x).sum().backward()
+
+    leaves = [table.clone().requires_grad_() for table in tables]
+
+    def naive_forward_backward() -> None:
+        normalised = [torch.log_softmax(leaf, -1) for leaf in leaves]
+        torch.autograd.grad(naive_scan(*normalised, x).sum(), leaves)
+
+    def naive_forward() -> object:
+        with torch.no_grad():
+            return naive_scan(*tables, x)
+
+    def gemms(count: int) -> Timed:
+        def run() -> None:
+            for _ in range(count):
+                torch.mm(left, weights, out=out)
+
+        return run
+
+    def gemms_transposed() -> None:
+        for _ in range(length - 1):
+            torch.mm(weights, right, out=out_t)
+
+    grad_weights = torch.empty_like(weights)
+
+    def three_gemms() -> None:
+        for _ in range(length - 1):
+            torch.mm(left, weights, out=out)
+            torch.mm(out, weights.t(), out=left)
+            torch.mm(left.t(), out, out=grad_weights)
+
+    torch.testing.assert_close(pc(x).detach(), naive_forward(), rtol=1e-4, atol=1e-3)
+    size = f"N={num_states}, B={batch_size}, L={length}"
+    floor = f"{length - 1} bare GEMMs (B x N)(N x N)"
+    seconds = measure(
+        {
+            floor: gemms(length - 1),
+            f"{length - 1} bare GEMMs (N x N)(N x B)": gemms_transposed,
+            "unfactor, forward": forward,
+            "naive torch loop, forward": naive_forward,
+        },
+        rounds,
+    )
+    report(f"HMM log-likelihood, {size}", seconds, floor)
+    floor = f"3 x {length - 1} bare GEMMs"
+    seconds = measure(
+        {
+            floor: three_gemms,
+            "unfactor, forward and backward": forward_backward,
+            "naive torch loop, forward and backward": naive_forward_backward,
+        },
+        rounds,
+    )
+    report(f"HMM gradients of all weights, {size}", seconds, floor)
+
+
+def benchmark_peers(num_states: int, batch_size: int, length: int, num_categories: int, rounds: int) -> None:
+    pc = ct.compile(ct.structures.hmm(length, num_states, num_categories), seed=0)
+    x = torch.randint(0, num_categories, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    tables = hmm_tables(pc)
+    initial, transition, emission = (table.exp() for table in tables)
+    left, out = torch.rand(batch_size, num_states), torch.empty(batch_size, num_states)
+
+    def gemms() -> None:
+        for _ in range(length - 1):
+            torch.mm(left, transition, out=out)
+
+    def ours() -> Tensor:
+        with torch.no_grad():
+            return pc(x)
+
+    floor = f"{length - 1} bare GEMMs (B x N)(N x N)"
+    candidates: dict[str, Timed] = {floor: gemms, "unfactor, forward": ours}
+    reference = ours()
+    try:
+        from pomegranate.distributions import Categorical
+        from pomegranate.hmm import DenseHMM
+
+        states = [Categorical(row.unsqueeze(0)) for row in emission]
+        ends = torch.full((num_states,), 1e-30)
+        pomegranate = DenseHMM(states, edges=transition, starts=initial, ends=ends)
+        candidates["pomegranate, forward"] = lambda: pomegranate.forward(x.unsqueeze(-1))
+    except ImportError as error:
+        print(f"\n(pomegranate is not here: {error})")
+    try:
+        from hmmlearn.hmm import CategoricalHMM
+
+        peer = CategoricalHMM(num_states, implementation="scaling")
+        for name, table in zip(("startprob_", "transmat_", "emissionprob_"), (initial, transition, emission), strict=True):
+            values = table.double().numpy()
+            setattr(peer, name, values / values.sum(-1, keepdims=True))
+        peer.n_features = num_categories
+        flat, lengths = x.reshape(-1, 1).numpy(), [length] * batch_size
+        np.testing.assert_allclose(peer.score(flat, lengths), float(reference.double().sum()), rtol=1e-4)
+        candidates["hmmlearn, score"] = lambda: peer.score(flat, lengths)
+    except ImportError as error:
+        print(f"\n(hmmlearn is not here: {error})")
+    report(f"HMM forward beside peers, N={num_states}, B={batch_size}, L={length}", measure(candidates, rounds), floor)
+
+
+def benchmark_emission(num_states: int, num_rows: int, num_categories: int, top_k: int, rounds: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_table = torch.log_softmax(torch.randn(num_categories, num_states, generator=generator), 0)
+    table = log_table.exp()
+    factors = torch.log_softmax(4 * torch.randn(num_rows, num_categories, generator=generator), 1)
+    listed, values = factors.topk(top_k, 1)
+    linear = factors.exp()
+    out = torch.empty(num_rows, num_states)
+
+    def dense() -> Tensor:
+        columns = factors.t().unsqueeze(0)
+        return logspace.log_matmul(log_table.t().unsqueeze(0), columns, weights=table.t().unsqueeze(0))
+
+    def listed_only() -> Tensor:
+        return logspace.log_mix(log_table, values, listed, table=table)
+
+    floor = "bare GEMM (B*L x V)(V x N)"
+    candidates = {
+        floor: lambda: torch.mm(linear, table, out=out),
+        "unfactor, emission with dense evidence": dense,
+        f"unfactor, emission with the best {top_k}": listed_only,
+    }
+    with torch.no_grad():
+        size = f"B*L={num_rows}, V={num_categories}, N={num_states}"
+        report(f"Coupled emission, {size}", measure(candidates, rounds), floor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, a smoke test")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(
+        f"torch {torch.__version__}, python {platform.python_version()}, {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, float32, medians of {arguments.rounds} rounds"
+    )
+    scale = 8 if arguments.quick else 1
+    benchmark_hmm(1024 // scale, 64, 32, 112, arguments.rounds)
+    benchmark_peers(256 // scale, 64, 32, 112, arguments.rounds)
+    benchmark_emission(1024 // scale, 256, 112, 32, arguments.rounds)
+    benchmark_emission(1024 // scale, 256, 16_384 // scale, 64, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

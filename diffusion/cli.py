@@ -1,0 +1,302 @@
+"""The command ``unfactor``: a demonstration, and its stages one by one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import click
+import typer
+
+from diffusion.errors import ArgumentError, UnfactorError
+
+app = typer.Typer(
+    name="unfactor",
+    help="Probabilistic circuits as joint output layers of masked diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the models and results.")]
+CorpusName = Annotated[
+    str, typer.Option(help="'embedded' (Python's documentation), 'arithmetic', or a .txt/.jsonl file, also .gz.")
+]
+FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")]
+PresetName = Annotated[str, typer.Option(help="'default', 'large' (better figures, about 15 minutes) or 'tiny' (a test).")]
+DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Seed = Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")]
+Decode = Annotated[str, typer.Option(help="independent, latent, marginal, any_order or joint.")]
+StrategyName = Annotated[
+    str, typer.Option(help="low_confidence, margin, entropy, random, top_prob or threshold.")
+]
+Temperature = Annotated[float, typer.Option(help="Of the tokens; 0 is greedy.")]
+
+_DEFAULT_OUT = Path("unfactor-demo")
+_FEW_STEPS = 4
+
+
+@app.command()
+def demo(
+    corpus: CorpusName = "embedded",
+    field: FieldName = None,
+    out: Out = _DEFAULT_OUT,
+    preset: PresetName = "default",
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train a small denoiser, fit a circuit on top of it, and show what the circuit returns."""
+    workspace, recipe = _workspace(out, device, quiet), _recipe(preset, corpus, field)
+    workspace.train(recipe)
+    workspace.fit(recipe)
+    table = workspace.evaluate_gap(recipe)
+    _print_gap(table)
+    if corpus == "arithmetic":
+        _print_few_steps(workspace.evaluate_arithmetic(recipe))
+    _print_side_by_side(workspace, recipe)
+    dense = table.rows[-1]
+    _say(
+        f"\n[bold]Shown:[/] with every token of a block masked, one step of the denoiser alone has perplexity "
+        f"{dense.one_step.value:.1f}, with the circuit {dense.coupled.value:.1f}, one token at a time "
+        f"{dense.sequential.value:.1f}: the circuit closes {dense.share_closed.value:.0%} of the gap."
+    )
+    _say(f"[bold]Files:[/] models and results are in {out}/, the picture is {workspace.results / 'gap.png'}")
+    _say(
+        f"[bold]Next:[/] unfactor generate --out {out} --prompt 'If the ' --steps 4; "
+        "unfactor demo --corpus arithmetic --out arithmetic; or --corpus with a text of your own"
+    )
+
+
+@app.command()
+def train(
+    corpus: CorpusName = "embedded",
+    field: FieldName = None,
+    out: Out = _DEFAULT_OUT,
+    preset: PresetName = "default",
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the denoiser.")] = None,
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train a tokenizer and a denoiser on a corpus."""
+    recipe = _recipe(preset, corpus, field)
+    if steps is not None:
+        training = replace(recipe.denoiser.training, steps=steps)
+        recipe = replace(recipe, denoiser=replace(recipe.denoiser, training=training))
+    model = _workspace(out, device, quiet).train(recipe)
+    _say(f"A denoiser of {model.num_parameters:,} parameters is in {out}/denoiser; next: unfactor fit --out {out}")
+
+
+@app.command("cache-logits")
+def cache_logits(
+    out: Out = _DEFAULT_OUT,
+    blocks: Annotated[int | None, typer.Option(min=1, help="Noised training blocks.")] = None,
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Cache the denoiser's predictions on disk; `unfactor fit` does it too where they are not there."""
+    workspace = _workspace(out, device, quiet)
+    recipe = workspace.recipe()
+    if blocks is not None:
+        recipe = replace(recipe, circuit=replace(recipe.circuit, cached_blocks=blocks))
+    train_cache, held_out = workspace.cache(recipe)
+    _say(f"{len(train_cache):,} training and {len(held_out):,} held-out blocks are in {out}/cache")
+
+
+@app.command()
+def fit(
+    out: Out = _DEFAULT_OUT,
+    states: Annotated[int | None, typer.Option(min=1, help="States of the hidden Markov model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the circuit on the coupled objective.")] = None,
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fit a circuit to the denoiser of a folder."""
+    workspace = _workspace(out, device, quiet)
+    recipe = workspace.recipe()
+    if states is not None:
+        recipe = replace(recipe, circuit=replace(recipe.circuit, num_states=states))
+    if steps is not None:
+        training = replace(recipe.circuit.training, steps=steps)
+        recipe = replace(recipe, circuit=replace(recipe.circuit, training=training))
+    head = workspace.fit(recipe)
+    _say(f"{head.pc.circuit} is in {out}/circuit; next: unfactor evaluate --out {out}")
+
+
+@app.command()
+def generate(
+    out: Out = _DEFAULT_OUT,
+    prompt: Annotated[str, typer.Option(help="The beginning of the text.")] = "",
+    length: Annotated[int, typer.Option(min=1, help="Tokens to generate, a multiple of the block length.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Denoiser calls, a multiple of the number of blocks.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
+    circuit: Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")] = True,
+    decode: Decode = "latent",
+    strategy: StrategyName = "low_confidence",
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    device: DeviceName = "auto",
+) -> None:
+    """Write text with the models of a folder."""
+    texts = _workspace(out, device, quiet=True).write(
+        [prompt] * samples,
+        gen_length=length,
+        num_steps=steps,
+        use_circuit=circuit,
+        decode=_one_of("decode", decode, _decode_modes()),
+        strategy=_one_of("strategy", strategy, _strategies()),
+        temperature=temperature,
+        seed=seed,
+    )
+    for text in texts:
+        print(prompt + text)
+
+
+@app.command()
+def evaluate(
+    out: Out = _DEFAULT_OUT,
+    windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks of the gap table.")] = None,
+    texts: Annotated[int | None, typer.Option(min=1, help="Texts of the arithmetic table.")] = None,
+    decode: Decode = "latent",
+    strategy: StrategyName = "low_confidence",
+    temperature: Temperature = 1.0,
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure and draw the gap table, and for the arithmetic corpus the share of right texts by number of steps."""
+    workspace = _workspace(out, device, quiet)
+    recipe = workspace.recipe()
+    recipe = replace(recipe, gap_windows=windows or recipe.gap_windows, texts=texts or recipe.texts)
+    options: dict[str, Any] = {
+        "decode": _one_of("decode", decode, _decode_modes()),
+        "strategy": _one_of("strategy", strategy, _strategies()),
+        "temperature": temperature,
+    }
+    _print_gap(workspace.evaluate_gap(recipe))
+    if recipe.text.corpus == "arithmetic":
+        _print_few_steps(workspace.evaluate_arithmetic(recipe, **options))
+    _say(f"Tables and pictures are in {workspace.results}/")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"unfactor {installed('unfactor')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program; errors of ours are one line on standard error and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except UnfactorError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; the same command continues where it stopped", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"unfactor: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _workspace(out: Path, device: str, quiet: bool) -> Any:
+    import torch
+
+    from diffusion.pipeline import Workspace
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ArgumentError(f"device: expected 'cpu', 'cuda' or 'auto', got {device!r}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device: no CUDA device here, got {device!r}; use --device cpu")
+    return Workspace(out, progress=not quiet, device=chosen)
+
+
+def _recipe(preset: str, corpus: str, field: str | None) -> Any:
+    from diffusion.pipeline import PRESETS
+
+    return PRESETS[_one_of("preset", preset, tuple(PRESETS))].with_text(corpus, field)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _decode_modes() -> tuple[str, ...]:
+    from diffusion.decoding import DecodeMode
+
+    return get_args(DecodeMode)
+
+
+def _strategies() -> tuple[str, ...]:
+    from diffusion.remasking import Strategy
+
+    return get_args(Strategy)
+
+
+def _say(message: str) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=True, highlight=False).print(message)
+
+
+def _print_gap(table: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks [95 % interval]")
+    for column in ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed"):
+        shown.add_column(column, justify="right")
+    for row in table.rows:
+        cells = (row.one_step, row.circuit_alone, row.coupled, row.sequential, row.share_closed)
+        note = "" if row.is_meaningful else " *"
+        shown.add_row(f"{row.mask_ratio:.2f}", *(str(cell).replace("[", r"\[") for cell in cells[:-1]), f"{cells[-1]}{note}".replace("[", r"\["))
+    Console().print(shown)
+    if not all(row.is_meaningful for row in table.rows):
+        _say("* not meaningful: the denoiser, one token at a time, is no better than the circuit alone; train it longer")
+
+
+def _print_few_steps(table: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"Share of {table.num_texts} texts: {table.criterion} [95 % interval]")
+    for column in ("steps per block", "without circuit", f"with circuit ({table.decode})"):
+        shown.add_column(column, justify="right")
+    for row in table.rows:
+        shown.add_row(str(row.num_steps), *(str(cell).replace("[", r"\[") for cell in (row.without, row.coupled)))
+    Console().print(shown)
+
+
+def _print_side_by_side(workspace: Any, recipe: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    prompts = workspace.held_out_prompts(recipe, 4)
+    length = recipe.denoiser.block_length
+    columns = [
+        workspace.write(prompts, gen_length=length, num_steps=_FEW_STEPS, use_circuit=used) for used in (False, True)
+    ]
+    shown = Table(title=f"{length} new tokens in {_FEW_STEPS} calls of the same denoiser", show_lines=True)
+    for column in ("prompt", "without circuit", "with circuit"):
+        shown.add_column(column)
+    for row in zip(prompts, *columns, strict=True):
+        shown.add_row(*(Text(cell) for cell in row))
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    main()

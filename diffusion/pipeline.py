@@ -1,0 +1,463 @@
+"""From a corpus to a denoiser with a circuit as its output layer: stages that keep their results in one folder.
+
+    recipe.json         what the folder was made from
+    tokenizer.json      text to tokens
+    denoiser/           the masked-token predictor
+    likelihood/         the circuit fitted by maximum likelihood
+    circuit/            the circuit fitted on the coupled objective
+    checkpoints/        of runs that were interrupted
+    cache/              the denoiser's predictions that the circuit trains on
+    results/            tables and pictures
+
+Every stage is skipped when its result is there, and continued when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import circuits as ct
+from circuits import CompiledCircuit
+from circuits._files import replace_file
+from diffusion.circuit_training import CircuitTraining, fit_coupled
+from diffusion.corpus import Corpus, check_arithmetic, join_documents, load_corpus, random_windows, windows
+from diffusion.decoding import DecodeMode
+from diffusion.denoiser_training import DenoiserTraining, train_denoiser
+from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.evaluation import GapTable, misspecification_gap
+from diffusion.few_steps import FewStepTable, few_step_quality
+from diffusion.generation import generate
+from diffusion.head import CoupledHead
+from diffusion.logit_cache import LogitCache, cache_logits
+from diffusion.remasking import Strategy
+from diffusion.tokenizer import TextTokenizer, TokenizerKind, train_tokenizer
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """Which text, and how it becomes tokens.
+
+    Attributes:
+        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.corpus.load_corpus`.
+        field: the key of the text in a .jsonl corpus.
+        tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
+        vocab_size: of the "bpe" tokenizer.
+    """
+
+    corpus: str = "embedded"
+    field: str | None = None
+    tokenizer: TokenizerKind = "characters"
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRecipe:
+    """The denoiser's size and training."""
+
+    context_length: int = 32
+    block_length: int = 32
+    max_length: int = 512
+    width: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    training: DenoiserTraining = field(default_factory=DenoiserTraining)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitRecipe:
+    """The circuit's size and training.
+
+    Attributes:
+        num_states: N of the hidden Markov model over a block.
+        likelihood_blocks: training blocks of the maximum-likelihood fit.
+        likelihood_epochs: passes over them.
+        cached_blocks: noised blocks whose predictions the coupled fit trains on.
+        training: the coupled fit.
+    """
+
+    num_states: int = 256
+    likelihood_blocks: int = 40_000
+    likelihood_epochs: int = 5
+    cached_blocks: int = 16_384
+    training: CircuitTraining = field(default_factory=CircuitTraining)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run of the whole pipeline depends on; ``gap_windows`` and ``texts`` size the evaluation."""
+
+    text: TextRecipe = field(default_factory=TextRecipe)
+    denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
+    gap_windows: int = 256
+    texts: int = 256
+    seed: int = 0
+
+    def with_text(self, corpus: str, field: str | None) -> Recipe:
+        """Return the recipe for another corpus."""
+        return replace(self, text=replace(self.text, corpus=corpus, field=field))
+
+
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(),
+    "tiny": Recipe(
+        denoiser=DenoiserRecipe(width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)),
+        circuit=CircuitRecipe(
+            num_states=32,
+            likelihood_blocks=4_000,
+            likelihood_epochs=2,
+            cached_blocks=1_024,
+            training=CircuitTraining(steps=60, batch_size=64),
+        ),
+        gap_windows=48,
+        texts=16,
+    ),
+}
+
+
+class Workspace:
+    """A folder with the results of the stages.
+
+    Args:
+        path: the folder; created by the first stage.
+        progress: draw a progress bar for every stage.
+        device: where denoiser and circuit run.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, progress: bool = True, device: torch.device | str = "cpu"
+    ) -> None:
+        self.path = Path(path)
+        self.progress = progress
+        self.device = torch.device(device)
+
+    @property
+    def results(self) -> Path:
+        """Where tables and pictures go."""
+        return self.path / "results"
+
+    def train(self, recipe: Recipe) -> TransformerDenoiser:
+        """Train tokenizer and denoiser, or load them if they are there.
+
+        Raises:
+            CheckpointError: the folder holds a denoiser of another recipe.
+            CorpusError: the corpus cannot be read, or is too short.
+        """
+        self._claim(recipe)
+        if (self.path / "denoiser").exists():
+            return self.denoiser()
+        corpus = self._corpus(recipe)
+        tokenizer = train_tokenizer(corpus.train, kind=recipe.text.tokenizer, vocab_size=recipe.text.vocab_size)
+        tokenizer.save(self.path / "tokenizer.json")
+        shape = recipe.denoiser
+        model = TransformerDenoiser(
+            TransformerConfig(
+                vocab_size=tokenizer.vocab_size,
+                mask_id=tokenizer.mask_id,
+                pad_id=tokenizer.pad_id,
+                eos_id=tokenizer.eos_id,
+                forbidden_ids=tokenizer.forbidden_ids,
+                context_length=shape.context_length,
+                block_length=shape.block_length,
+                max_length=shape.max_length,
+                width=shape.width,
+                num_layers=shape.num_layers,
+                num_heads=shape.num_heads,
+            ),
+            seed=recipe.seed,
+        ).to(self.device)
+        train_denoiser(
+            model,
+            self._stream(corpus.train),
+            self._stream(corpus.held_out),
+            config=shape.training,
+            checkpoint_path=self._checkpoint("denoiser"),
+            progress=self.progress,
+        )
+        model.eval().save(self.path / "denoiser")
+        return model
+
+    def cache(self, recipe: Recipe) -> tuple[LogitCache, LogitCache]:
+        """Cache the denoiser's predictions on training blocks and on held-out blocks; continued if interrupted."""
+        denoiser, corpus = self.denoiser(), self._corpus(recipe)
+        span, shape = denoiser.config.span, recipe.denoiser
+        generator = torch.Generator().manual_seed(recipe.seed)
+        train = random_windows(
+            self._stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
+        )
+        held_out = windows(self._stream(corpus.held_out), length=span, max_windows=256)
+        caches = []
+        for name, data in (("train", train), ("held-out", held_out)):
+            folder = self.path / "cache" / f"{name}-{len(data)}"
+            caches.append(
+                cache_logits(
+                    denoiser,
+                    data,
+                    folder,
+                    block_length=shape.block_length,
+                    seed=recipe.seed,
+                    progress=self.progress,
+                    device=self.device,
+                )
+            )
+        return caches[0], caches[1]
+
+    def fit(self, recipe: Recipe) -> CoupledHead:
+        """Fit the circuit: maximum likelihood on blocks, then the coupled objective on cached predictions."""
+        self._claim(recipe)
+        settings = {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
+        stamp = self.path / "circuit.json"
+        if stamp.exists() and _read_json(stamp) == settings:
+            return self.head()
+        if stamp.exists():  # another circuit for the same denoiser: its checkpoints are of no use
+            stamp.unlink()
+            for name in ("likelihood", "circuit"):
+                self._checkpoint(name).unlink(missing_ok=True)
+        pc = self._fit_likelihood(recipe)
+        head = CoupledHead(pc)
+        train, held_out = self.cache(recipe)
+        fit_coupled(
+            head,
+            train,
+            held_out,
+            config=recipe.circuit.training,
+            checkpoint_path=self._checkpoint("circuit"),
+            progress=self.progress,
+        )
+        ct.save(pc, self.path / "circuit")
+        _write_json(stamp, settings)
+        shutil.rmtree(self.path / "cache")
+        return head
+
+    def _fit_likelihood(self, recipe: Recipe) -> CompiledCircuit:
+        settings, corpus = recipe.circuit, self._corpus(recipe)
+        length = recipe.denoiser.block_length
+        generator = torch.Generator().manual_seed(recipe.seed)
+        blocks = random_windows(
+            self._stream(corpus.train), length=length, num_windows=settings.likelihood_blocks, generator=generator
+        )
+        held_out = windows(self._stream(corpus.held_out), length=length, max_windows=512)
+        hmm = ct.structures.hmm(length, settings.num_states, self.tokenizer().vocab_size)
+        pc = ct.compile(hmm, device=self.device, seed=recipe.seed)
+        ct.learning.fit(
+            pc,
+            blocks,
+            optimizer="anemone",
+            num_epochs=settings.likelihood_epochs,
+            batch_size=512,
+            validation_data=held_out,
+            checkpoint_path=self._checkpoint("likelihood"),
+            seed=recipe.seed,
+            progress=self.progress,
+        )
+        ct.save(pc, self.path / "likelihood")
+        return pc
+
+    def evaluate_gap(self, recipe: Recipe) -> GapTable:
+        """Measure the gap table on held-out windows, and draw it; results/gap.json, gap.txt and gap.png."""
+        from diffusion.plots import draw_gap
+
+        denoiser = self.denoiser()
+        data = windows(
+            self._stream(self._corpus(recipe).held_out), length=denoiser.config.span, max_windows=recipe.gap_windows
+        )
+        table = misspecification_gap(
+            denoiser,
+            self.head(),
+            data.to(self.device),
+            circuit_alone=self.circuit("likelihood"),
+            seed=recipe.seed,
+            progress=self.progress,
+        )
+        table.save(self.results / "gap.json")
+        with replace_file(self.results / "gap.txt") as temporary:
+            temporary.write_text(f"{table}\n")
+        draw_gap(table, self.results / "gap.png", title=f"corpus: {Path(recipe.text.corpus).name}")
+        return table
+
+    def evaluate_arithmetic(
+        self,
+        recipe: Recipe,
+        *,
+        decode: DecodeMode = "latent",
+        strategy: Strategy = "low_confidence",
+        temperature: float = 1.0,
+    ) -> FewStepTable:
+        """Measure the share of right arithmetic at 1 to 32 steps per block, and draw it; results/arithmetic.*.
+
+        Raises:
+            ArgumentError: the folder's corpus is not the arithmetic one.
+        """
+        from diffusion.plots import draw_few_steps
+
+        if recipe.text.corpus != "arithmetic":
+            raise ArgumentError(f"corpus: right and wrong are known for 'arithmetic' only, this is {recipe.text.corpus!r}")
+        denoiser, tokenizer = self.denoiser(), self.tokenizer()
+        length, context = denoiser.config.block_length, denoiser.config.context_length
+        data = windows(
+            self._stream(self._corpus(recipe).held_out), length=denoiser.config.span, max_windows=recipe.texts
+        )
+
+        def is_right(prompt: Tensor, generated: Tensor) -> bool:
+            texts = (tokenizer.decode(part.tolist()) for part in (prompt, generated))
+            return check_arithmetic(*texts).ok
+
+        table = few_step_quality(
+            denoiser,
+            self.head(),
+            data[:, :context].to(self.device),
+            is_right,
+            criterion="all lines well-formed and right",
+            steps=[steps for steps in (1, 2, 4, 8, 16, 32) if steps <= length],
+            decode=decode,
+            strategy=strategy,
+            temperature=temperature,
+            seed=recipe.seed,
+            progress=self.progress,
+        )
+        table.save(self.results / "arithmetic.json")
+        with replace_file(self.results / "arithmetic.txt") as temporary:
+            temporary.write_text(f"{table}\n")
+        draw_few_steps(table, self.results / "arithmetic.png")
+        return table
+
+    def write(
+        self,
+        prompts: list[str],
+        *,
+        gen_length: int,
+        num_steps: int,
+        use_circuit: bool = True,
+        decode: DecodeMode = "latent",
+        strategy: Strategy = "low_confidence",
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continue each prompt by ``gen_length`` tokens in ``num_steps`` denoiser calls; return the new texts.
+
+        Raises:
+            ArgumentError: as :func:`~diffusion.generation.generate`.
+        """
+        denoiser, tokenizer = self.denoiser(), self.tokenizer()
+        out = generate(
+            denoiser,
+            [torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=self.device) for prompt in prompts],
+            gen_length=gen_length,
+            block_length=denoiser.config.block_length,
+            num_steps=num_steps,
+            strategy=strategy,
+            head=self.head() if use_circuit else None,
+            decode=decode,
+            temperature=temperature,
+            generator=torch.Generator(device=self.device).manual_seed(seed),
+        )
+        return [tokenizer.decode(row.tolist()) for row in out.generated]
+
+    def held_out_prompts(self, recipe: Recipe, count: int) -> list[str]:
+        """Return the beginnings of some held-out documents, one context length each."""
+        tokenizer, length = self.tokenizer(), recipe.denoiser.context_length
+        documents = [document for document in self._corpus(recipe).held_out if len(tokenizer.encode(document)) > length]
+        return [tokenizer.decode(tokenizer.encode(document)[:length]) for document in documents[:count]]
+
+    def recipe(self) -> Recipe:
+        """Return what the folder was made from.
+
+        Raises:
+            CheckpointError: there is no such folder, or its recipe cannot be read.
+        """
+        path = self.path / "recipe.json"
+        if not path.exists():
+            raise CheckpointError(f"{self.path} holds no model; make one with `unfactor train --out {self.path}`")
+        content = _read_json(path)
+        try:
+            if content["format_version"] != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{path} has format version {content['format_version']}, this library reads {FORMAT_VERSION}"
+                )
+            return _recipe_from(content["recipe"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not complete: {error}; delete the folder and start again") from error
+
+    def denoiser(self) -> TransformerDenoiser:
+        """Load the denoiser; raises CheckpointError if it is not there."""
+        self.recipe()
+        if not (self.path / "denoiser").exists():
+            raise CheckpointError(f"{self.path} holds no denoiser yet; run `unfactor train --out {self.path}`")
+        return TransformerDenoiser.load(self.path / "denoiser", device=self.device).eval()
+
+    def tokenizer(self) -> TextTokenizer:
+        """Load the tokenizer; raises CheckpointError if it is not there."""
+        return TextTokenizer.load(self.path / "tokenizer.json")
+
+    def circuit(self, name: str = "circuit") -> CompiledCircuit:
+        """Load the circuit of the coupled fit, or the one of the "likelihood" fit."""
+        self.recipe()
+        if not (self.path / name).exists():
+            raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
+        return ct.load(self.path / name, device=self.device)
+
+    def head(self) -> CoupledHead:
+        """Load the circuit as an output layer that is active at every mask ratio."""
+        return CoupledHead(self.circuit(), activation_threshold=1.0)
+
+    def _claim(self, recipe: Recipe) -> None:
+        """Write the recipe into a new folder; refuse a folder whose text or denoiser is of another recipe."""
+        path = self.path / "recipe.json"
+        if path.exists():
+            found = self.recipe()
+            for part in ("text", "denoiser", "seed"):
+                if getattr(found, part) != getattr(recipe, part):
+                    raise CheckpointError(
+                        f"{self.path} was made with another {part} ({getattr(found, part)}): choose another --out"
+                    )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise CheckpointError(f"{self.path} is not empty and was not made by unfactor: choose another --out")
+        self._corpus(recipe)  # a corpus that cannot be read leaves no folder behind
+        self.results.mkdir(parents=True, exist_ok=True)
+        _write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe)})
+
+    def _corpus(self, recipe: Recipe) -> Corpus:
+        return load_corpus(recipe.text.corpus, field=recipe.text.field, seed=recipe.seed)
+
+    def _stream(self, documents: tuple[str, ...]) -> Tensor:
+        tokenizer = self.tokenizer()
+        return join_documents(tokenizer.encode_documents(documents), eos_id=tokenizer.eos_id)
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+
+def _recipe_from(content: dict[str, Any]) -> Recipe:
+    denoiser = dict(content["denoiser"])
+    circuit = dict(content["circuit"])
+    return Recipe(
+        text=TextRecipe(**content["text"]),
+        denoiser=DenoiserRecipe(**{**denoiser, "training": DenoiserTraining(**denoiser["training"])}),
+        circuit=CircuitRecipe(**{**circuit, "training": CircuitTraining(**circuit["training"])}),
+        gap_windows=content["gap_windows"],
+        texts=content["texts"],
+        seed=content["seed"],
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _write_json(path: Path, content: object) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
