@@ -3,8 +3,8 @@
     python benchmarks/core.py            # all of it; peers need: pip install -c constraints.txt -e '.[bench]'
     python benchmarks/core.py --quick    # smaller sizes, a smoke test
 
-Every number is the median of several rounds; within a round the candidates take turns, so that a change of the machine's
-speed reaches all of them. Ratios are medians of the rounds' ratios.
+Every number is the median of several rounds; within a round the candidates take turns, so that a change of the
+machine's speed reaches all of them. Ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import statistics
 import time
 from collections.abc import Callable
 
-import circuits as ct
 import numpy as np
 import torch
-from circuits import logspace
 from torch import Tensor
+
+import circuits as ct
+from circuits import logspace
 
 Timed = Callable[[], object]
 
@@ -166,7 +167,9 @@ def benchmark_peers(num_states: int, batch_size: int, length: int, num_categorie
         from hmmlearn.hmm import CategoricalHMM
 
         peer = CategoricalHMM(num_states, implementation="scaling")
-        for name, table in zip(("startprob_", "transmat_", "emissionprob_"), (initial, transition, emission), strict=True):
+        for name, table in zip(
+            ("startprob_", "transmat_", "emissionprob_"), (initial, transition, emission), strict=True
+        ):
             values = table.double().numpy()
             setattr(peer, name, values / values.sum(-1, keepdims=True))
         peer.n_features = num_categories

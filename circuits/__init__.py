@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import queries, structures, testing
+from circuits import learning, queries, structures, testing
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -13,6 +13,7 @@ from circuits.errors import (
 )
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
+from circuits.io import load, save
 
 __all__ = [
     "ArgumentError",
@@ -32,8 +33,11 @@ __all__ = [
     "UnfactorError",
     "compile",
     "inputs",
+    "learning",
+    "load",
     "product",
     "queries",
+    "save",
     "structures",
     "sum",
     "testing",

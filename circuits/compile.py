@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,12 @@ class CompiledCircuit(nn.Module):
         )
         self.sum_banks = [name for name in bank_shapes if name.startswith("sum")]
         built = [self._build_layer(nodes) for nodes in layers]
-        self.input_layers = nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
-        self.inner_layers = nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
+        self.input_layers: Sequence[InputLayer] = cast(
+            Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
+        )
+        self.inner_layers: Sequence[ProductLayer | SumLayer] = cast(
+            Any, nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
+        )
         self.layer_sizes = [(len(nodes), nodes[0].num_units) for nodes in layers]
         self.last_uses = _last_uses(layers, self._address)
         self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
@@ -175,7 +180,7 @@ class CompiledCircuit(nn.Module):
         return InputLayer(variables, parameters, self.circuit.num_vars)
 
 
-def compile(  # noqa: A001  - the field's name; users write ct.compile
+def compile(
     circuit: Circuit,
     *,
     device: torch.device | str = "cpu",
@@ -209,14 +214,14 @@ def compile(  # noqa: A001  - the field's name; users write ct.compile
 def _fold(circuit: Circuit) -> list[list[Node]]:
     """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
     depth: dict[Node, int] = {}
-    groups: dict[Hashable, list[Node]] = defaultdict(list)
+    groups: dict[tuple[int, Hashable], list[Node]] = defaultdict(list)
     for node in circuit.nodes:
         depth[node] = 1 + max((depth[child] for child in node.children), default=-1)
-        groups[(depth[node], *_shape_key(node))].append(node)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # type: ignore[index]
+        groups[depth[node], _shape_key(node)].append(node)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def _shape_key(node: Node) -> tuple[Hashable, ...]:
+def _shape_key(node: Node) -> Hashable:
     child_units = tuple(child.num_units for child in node.children)
     if isinstance(node, Input):
         return "input", node.parameter_shape

@@ -85,7 +85,8 @@ class Evidence:
         """Hard evidence ``x`` (B, D) where ``observed`` (B, D), soft evidence ``log_factors`` (B, D, C) elsewhere.
 
         Raises:
-            ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, or a factor that is NaN or +inf.
+            ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, or a factor that is NaN or
+                +inf.
         """
         _check_factors(log_factors, "(B, D, C)")
         _check_tensor("x", x, "int64 (B, D)", x_dim=2, integer=True)
@@ -138,7 +139,9 @@ class Evidence:
             assert self.log_factors is not None
             factors = self.log_factors.to(dtype)
         else:
-            listed = torch.zeros_like(self.values, dtype=dtype) if self.log_factors is None else self.log_factors.to(dtype)
+            listed = (
+                torch.zeros_like(self.values, dtype=dtype) if self.log_factors is None else self.log_factors.to(dtype)
+            )
             factors = listed.new_full((*self.values.shape[:2], num_categories), -torch.inf)
             factors = factors.scatter_reduce(2, self.values, listed, "amax")
         return factors if self.missing is None else factors.masked_fill(self.missing.unsqueeze(-1), 0.0)
@@ -177,7 +180,9 @@ class Evidence:
 
 def _check_tensor(name: str, value: Tensor, expected: str, *, x_dim: int, integer: bool) -> None:
     if not isinstance(value, Tensor):
-        raise ArgumentError(f"{name}: expected a tensor {expected}, got {type(value).__name__}; wrap it in torch.as_tensor")
+        raise ArgumentError(
+            f"{name}: expected a tensor {expected}, got {type(value).__name__}; wrap it in torch.as_tensor"
+        )
     is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if value.dim() != x_dim or is_integer != integer:
         raise ArgumentError(f"{name}: expected {expected}, got {value.dtype} {tuple(value.shape)}")
@@ -192,13 +197,16 @@ def _check_factors(log_factors: Tensor, shape: str) -> None:
 
 
 def _check_distinct(values: Tensor, log_factors: Tensor) -> None:
-    possible = torch.where(log_factors.detach() > -torch.inf, values, -1 - torch.arange(values.shape[-1], device=values.device))
+    possible = torch.where(
+        log_factors.detach() > -torch.inf, values, -1 - torch.arange(values.shape[-1], device=values.device)
+    )
     ordered = possible.sort(-1).values
     repeated = (ordered[..., 1:] == ordered[..., :-1]).nonzero()
     if len(repeated):
         batch, var, position = repeated[0].tolist()
         raise ArgumentError(
-            f"values: expected distinct values in a row, got {int(ordered[batch, var, position])} twice at batch {batch}, "
+            f"values: expected distinct values in a row, got {int(ordered[batch, var, position])} twice at batch "
+            f"{batch}, "
             f"variable {var}; add up its factors with torch.logaddexp first"
         )
 

@@ -60,7 +60,9 @@ class Input(Node):
         self.var = _checked_variable(var)
         self.num_units = _checked_count("num_units", num_units)
         if not isinstance(distribution, Distribution):
-            raise ArgumentError(f"distribution: expected an input family such as ct.Categorical(3), got {distribution!r}")
+            raise ArgumentError(
+                f"distribution: expected an input family such as ct.Categorical(3), got {distribution!r}"
+            )
         self.distribution = distribution
         self.children = ()
         self.name = _checked_name(name)
@@ -124,7 +126,8 @@ class Sum(Node):
             if child.scope_bits != self.scope_bits:
                 raise StructureError(
                     f"sum is not smooth: {self.children[0]} and {child} have different scopes; "
-                    "children of a sum need the same scope (multiply the smaller one with inputs on the missing variables)"
+                    "children of a sum need the same scope (multiply the smaller one with inputs on the missing "
+                    "variables)"
                 )
         self.parameter_shape = (num_units, _total_units(self.children))
         self.tied_to = _checked_tie(self, tied_to)
@@ -176,7 +179,7 @@ def product(*children: Node, mode: ProductMode = "elementwise", name: str | None
     return Product(children, mode, name=name)
 
 
-def sum(  # noqa: A001  - the field's name; users write ct.sum
+def sum(
     *children: Node,
     num_units: int,
     tied_to: Sum | None = None,
@@ -307,7 +310,8 @@ class Circuit:
         missing = ((1 << self.num_vars) - 1) & ~self.root.scope_bits
         if missing:
             raise StructureError(
-                f"unknown variables {format_scope(missing)}: {self.root} covers {format_scope(self.root.scope_bits)}, but "
+                f"unknown variables {format_scope(missing)}: {self.root} covers "
+                f"{format_scope(self.root.scope_bits)}, but "
                 f"a circuit over num_vars={self.num_vars} needs every variable from 0; renumber the variables"
             )
         first: dict[int, Input] = {}
@@ -323,7 +327,9 @@ class Circuit:
         named: dict[str, Node] = {}
         for node in self.nodes:
             if node.name is not None and named.setdefault(node.name, node) is not node:
-                raise StructureError(f"two nodes are called {node.name!r}: {named[node.name]} and {node}; names are unique")
+                raise StructureError(
+                    f"two nodes are called {node.name!r}: {named[node.name]} and {node}; names are unique"
+                )
 
 
 def parameter_owner(node: ParametricNode) -> ParametricNode:
@@ -335,7 +341,7 @@ def parameter_owner(node: ParametricNode) -> ParametricNode:
 
 def format_scope(scope_bits: int, limit: int = 8) -> str:
     """Write a scope as ``{0, 1, 2}``, shortened when it has more than ``limit`` variables."""
-    variables = []
+    variables: list[str] = []
     for var in _variables_of(scope_bits):
         if len(variables) == limit:
             return "{" + ", ".join(variables) + f", ... {scope_bits.bit_count()} in all}}"
@@ -440,12 +446,14 @@ def _checked_tie(node: ParametricNode, tied_to: ParametricNode | None) -> Parame
         raise StructureError(f"tied_to: {node} can only use the parameters of its own kind of node, got {tied_to!r}")
     if tied_to.parameter_shape != node.parameter_shape:
         raise StructureError(
-            f"shape mismatch of tied parameters: {node} needs weights of shape {node.parameter_shape}, and {tied_to} has "
+            f"shape mismatch of tied parameters: {node} needs weights of shape {node.parameter_shape}, and {tied_to} "
+            "has "
             f"{tied_to.parameter_shape}"
         )
     if isinstance(node, Input) and isinstance(tied_to, Input) and node.distribution != tied_to.distribution:
         raise StructureError(
-            f"tied_to: {node} is {node.distribution!r} and {tied_to} is {tied_to.distribution!r}; families must be the same"
+            f"tied_to: {node} is {node.distribution!r} and {tied_to} is {tied_to.distribution!r}; families must be "
+            "the same"
         )
     return tied_to
 

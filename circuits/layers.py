@@ -8,7 +8,7 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,9 @@ class InputLayer(nn.Module):
 
     def forward(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         """Return ``log sum_v e(v) w(v)`` of every unit, shape (F, K, B, *E)."""
-        out = self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
+        out = (
+            self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
+        )
         if evidence.missing is None:
             return out
         missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
@@ -51,7 +53,7 @@ class InputLayer(nn.Module):
         return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), one, out)
 
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
-        """Return ``log e(v) + log w(v)`` of n reached units; ``node``, ``unit`` and ``query`` are (n,): shape (n, C)."""
+        """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""
         scores = weights.log[self.parameter_rows.index[node], :, unit]
         factors = evidence.pick(query, self.variables[node]).dense(scores.shape[1], scores.dtype)
         return scores + factors[:, 0, : scores.shape[1]]
@@ -120,7 +122,7 @@ class ProductLayer(_InnerLayer):
             slots = [[address for addresses in children for address in addresses]]
         else:
             slots = [[addresses[slot] for addresses in children] for slot in range(self.num_children)]
-        self.slots = nn.ModuleList(Rows(slot) for slot in slots)
+        self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
 
     def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return the products of the children's units, shape (F, K, B, *E)."""
@@ -161,7 +163,8 @@ class SumLayer(_InnerLayer):
     ) -> None:
         super().__init__(children, child_units)
         self.parameter_rows = parameters
-        self.slots = nn.ModuleList(Rows([addresses[slot] for addresses in children]) for slot in range(len(child_units)))
+        slots = ([addresses[slot] for addresses in children] for slot in range(len(child_units)))
+        self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
 
     def gather(self, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return the children's units side by side, shape (F, I, B, *E)."""

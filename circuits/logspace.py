@@ -98,7 +98,7 @@ def column_peak(x: Tensor) -> Tensor:
 
 
 def _repair(out: Tensor, total: Tensor, log_weights: Tensor, x: Tensor) -> list[Repaired]:
-    """Recompute in log space the entries of ``out`` whose sum is too small to be trusted; -inf if nothing is possible."""
+    """Recompute in log space the entries of ``out`` whose sum is too small to trust; -inf if nothing is possible."""
     low = total < smallest_safe_sum(x.dtype, x.shape[1])
     possible = torch.bmm((log_weights > -torch.inf).to(x.dtype), (x > -torch.inf).to(x.dtype)) > 0
     out.masked_fill_(low, -torch.inf)
@@ -199,13 +199,12 @@ def log_mix(
     peak = log_factors.detach().amax(1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
     table = log_table.exp() if table is None or log_table.requires_grad else table
-    total = torch.nn.functional.embedding_bag(
-        values, table, mode="sum", per_sample_weights=(log_factors - peak).exp()
-    )
+    total = torch.nn.functional.embedding_bag(values, table, mode="sum", per_sample_weights=(log_factors - peak).exp())
     low = total < smallest_safe_sum(log_table.dtype, values.shape[1])
     out = torch.where(low, -torch.inf, torch.where(low, 1.0, total).log() + peak)
     if torch.compiler.is_compiling() or not bool(low.any()):
         return out
     row, unit = low.nonzero(as_tuple=True)
-    exact = torch.logsumexp(log_table[values[row], unit.unsqueeze(1)] + log_factors[row], 1)
-    return out.index_put((row, unit), exact)
+    terms = log_table[values[row], unit.unsqueeze(1)] + log_factors[row]
+    possible = (terms > -torch.inf).any(1)  # where nothing is, logsumexp has the gradient NaN
+    return out.index_put((row[possible], unit[possible]), torch.logsumexp(terms[possible], 1))

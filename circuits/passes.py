@@ -74,7 +74,9 @@ class _LogRoot(torch.autograd.Function):
             if isinstance(layer, ProductLayer):
                 outputs[position] = layer(LogSemiring(), outputs)
             else:
-                outputs[position], ctx.saved[position] = layer.forward_recorded(outputs, banks[layer.parameter_rows.bank])
+                outputs[position], ctx.saved[position] = layer.forward_recorded(
+                    outputs, banks[layer.parameter_rows.bank]
+                )
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
         ctx.pc, ctx.num_leaves, ctx.banks = pc, num_leaves, banks
@@ -90,7 +92,8 @@ class _LogRoot(torch.autograd.Function):
         pc: CompiledCircuit = ctx.pc
         needed = ctx.needs_input_grad[3:]
         flows = {
-            name: Flows(ctx.banks[name].log) if needed[ctx.num_leaves + i] else None for i, name in enumerate(pc.sum_banks)
+            name: Flows(ctx.banks[name].log) if needed[ctx.num_leaves + i] else None
+            for i, name in enumerate(pc.sum_banks)
         }
         gradients = Gradients(pc.layer_sizes, len(grad))
         gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.reshape(1, 1, -1))

@@ -1,7 +1,7 @@
 """Exact queries on compiled circuits: each is one upward pass, its gradient, or a change of semiring.
 
-Every function takes a :class:`~circuits.compile.CompiledCircuit` and works on a batch of B queries at once. Circuits here
-are smooth and decomposable by construction, which is all that these queries need.
+Every function takes a :class:`~circuits.compile.CompiledCircuit` and works on a batch of B queries at once. Circuits
+here are smooth and decomposable by construction, which is all that these queries need.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def sample(
 def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
     """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.
 
-    The maximum is over latents and leaves together and is exact. The most probable assignment alone (MAP, latents summed
-    out) is NP-hard in general; where the circuit is deterministic both are the same and a :class:`MAP` is returned.
+    The maximum is over latents and leaves together and is exact. The most probable assignment alone (MAP, latents
+    summed out) is NP-hard in general; where the circuit is deterministic both are the same and a :class:`MAP` is
+    returned.
 
     Args:
         pc: the circuit.

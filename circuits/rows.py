@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -135,7 +136,7 @@ def as_slice(rows: Sequence[int]) -> slice | None:
     if len(rows) == 1:
         return slice(rows[0], rows[0] + 1, 1)
     step = rows[1] - rows[0]
-    if step < 1 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
+    if step < 1 or any(b - a != step for a, b in itertools.pairwise(rows)):
         return None
     return slice(rows[0], rows[-1] + 1, step)
 

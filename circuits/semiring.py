@@ -71,9 +71,7 @@ class LogSemiring(Semiring):
         """Log-sum-exp over i, as one batched GEMM."""
         return logspace.log_matmul(log_weights, x, weights=weights)
 
-    def mix(
-        self, log_table: Tensor, values: Tensor, log_factors: Tensor, *, table: Tensor | None = None
-    ) -> Tensor:
+    def mix(self, log_table: Tensor, values: Tensor, log_factors: Tensor, *, table: Tensor | None = None) -> Tensor:
         """Log-sum-exp over the listed rows, reading those rows only."""
         return logspace.log_mix(log_table, values, log_factors, table=table)
 

@@ -62,9 +62,9 @@ def fit_coupled(
 ) -> TrainingCurve:
     """Raise ``E[w(t) CLL]`` of a frozen denoiser's cached predictions over the circuit's weights, in place.
 
-    The gradient with respect to the log-weights is the flows at the true tokens minus the flows under the evidence (Li et
-    al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated with the same arguments continues, and ends
-    like one that was not interrupted.
+    The gradient with respect to the log-weights is the flows at the true tokens minus the flows under the evidence (Li
+    et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated with the same arguments continues,
+    and ends like one that was not interrupted.
 
     Args:
         head: whose circuit is trained, with the head's normalisation.
@@ -105,7 +105,9 @@ def fit_coupled(
             optimizer.zero_grad()
             loss.backward()
             if not bool(loss.isfinite()):
-                raise ArgumentError(f"the loss became {float(loss)} at step {state.step}: lower learning_rate={config.learning_rate}")
+                raise ArgumentError(
+                    f"the loss became {float(loss)} at step {state.step}: lower learning_rate={config.learning_rate}"
+                )
             optimizer.step()
             state = state.after_update(float(loss.detach()))
             is_last = state.step == config.steps
@@ -121,7 +123,11 @@ def fit_coupled(
 
 @torch.no_grad()
 def coupled_loss(
-    head: CoupledHead, cache: LogitCache, *, weighting: Literal["masked_mean", "uniform"] = "masked_mean", batch_size: int = 256
+    head: CoupledHead,
+    cache: LogitCache,
+    *,
+    weighting: Literal["masked_mean", "uniform"] = "masked_mean",
+    batch_size: int = 256,
 ) -> float:
     """Return the mean coupled loss over a whole cache, in nats per masked token (or per block with ``uniform``)."""
     config = CircuitTraining(weighting=weighting)

@@ -25,14 +25,14 @@ CorpusName = Annotated[
     str, typer.Option(help="'embedded' (Python's documentation), 'arithmetic', or a .txt/.jsonl file, also .gz.")
 ]
 FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")]
-PresetName = Annotated[str, typer.Option(help="'default', 'large' (better figures, about 15 minutes) or 'tiny' (a test).")]
+PresetName = Annotated[
+    str, typer.Option(help="'default', 'large' (better figures, about 15 minutes) or 'tiny' (a test).")
+]
 DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Seed = Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")]
 Decode = Annotated[str, typer.Option(help="independent, latent, marginal, any_order or joint.")]
-StrategyName = Annotated[
-    str, typer.Option(help="low_confidence, margin, entropy, random, top_prob or threshold.")
-]
+StrategyName = Annotated[str, typer.Option(help="low_confidence, margin, entropy, random, top_prob or threshold.")]
 Temperature = Annotated[float, typer.Option(help="Of the tokens; 0 is greedy.")]
 
 _DEFAULT_OUT = Path("unfactor-demo")
@@ -262,10 +262,16 @@ def _print_gap(table: Any) -> None:
     for row in table.rows:
         cells = (row.one_step, row.circuit_alone, row.coupled, row.sequential, row.share_closed)
         note = "" if row.is_meaningful else " *"
-        shown.add_row(f"{row.mask_ratio:.2f}", *(str(cell).replace("[", r"\[") for cell in cells[:-1]), f"{cells[-1]}{note}".replace("[", r"\["))
+        shown.add_row(
+            f"{row.mask_ratio:.2f}",
+            *(str(cell).replace("[", r"\[") for cell in cells[:-1]),
+            f"{cells[-1]}{note}".replace("[", r"\["),
+        )
     Console().print(shown)
     if not all(row.is_meaningful for row in table.rows):
-        _say("* not meaningful: the denoiser, one token at a time, is no better than the circuit alone; train it longer")
+        _say(
+            "* not meaningful: the denoiser, one token at a time, is no better than the circuit alone; train it longer"
+        )
 
 
 def _print_few_steps(table: Any) -> None:

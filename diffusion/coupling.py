@@ -9,9 +9,10 @@ discrete diffusion (Li et al. 2026, arXiv 2603.00045) predicts
              Z_{i,n} = sum_v p(v | n) q_i(v)
 
 The *global* normalisation multiplies the densities and divides by one number Z. The prediction q moves the posterior of
-the circuit's latents: a latent whose leaves agree with q gains. The *local* normalisation renormalises every input unit's
-product with q on its own. Then the latents follow the observed tokens only, the product is a circuit with other leaves,
-normalised by construction, and plain EM applies to it. With a circuit that is uniform over values both are exactly q.
+the circuit's latents: a latent whose leaves agree with q gains. The *local* normalisation renormalises every input
+unit's product with q on its own. Then the latents follow the observed tokens only, the product is a circuit with other
+leaves, normalised by construction, and plain EM applies to it. With a circuit that is uniform over values both are
+exactly q.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Normalization = Literal["global", "local"]
 
 
 class CoupledDistribution(Distribution):
-    """The joint distribution of the tokens of B blocks: a circuit times a factorized prediction, given what is observed.
+    """The joint distribution of B blocks of tokens: a circuit times a factorized prediction, given what is observed.
 
     ``batch_shape`` is (B,), ``event_shape`` is (L,). Everything is exact and batched, and differentiable in the logits
     and in the circuit's weights.
@@ -129,7 +130,9 @@ class CoupledDistribution(Distribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CoupledDistribution:
         """Not supported: repeat the logits and tokens instead, so that the cost is visible."""
-        raise ArgumentError(f"batch_shape: cannot expand to {tuple(batch_shape)}; repeat logits, tokens and masked instead")
+        raise ArgumentError(
+            f"batch_shape: cannot expand to {tuple(batch_shape)}; repeat logits, tokens and masked instead"
+        )
 
     @cached_property
     def log_partition(self) -> Tensor:
@@ -239,7 +242,7 @@ class CoupledDistribution(Distribution):
         banks: passes.Banks | None = None,
         num_copies: int = 1,
     ) -> list[Tensor]:
-        """Evaluate the input units under evidence on ``num_copies`` of the batch, divided by Z_{i,n} in the local variant."""
+        """Evaluate the input units under evidence on ``num_copies`` of the batch; local: divided by Z_{i,n}."""
         evidence.check(self.pc.num_categories)
         values = passes.leaves(self.pc, semiring or LogSemiring(), evidence, banks or self._banks)
         if self.normalization == "global":
@@ -274,7 +277,8 @@ class CoupledDistribution(Distribution):
         impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
         if impossible:
             raise ImpossibleEvidenceError(
-                f"circuit and denoiser rule out every text for {len(impossible)} of {len(log_z)} blocks (the first is block "
+                f"circuit and denoiser rule out every text for {len(impossible)} of {len(log_z)} blocks (the first "
+                "is block "
                 f"{impossible[0]}): allow more tokens, raise top_k, or give the circuit no zero weights"
             )
         return log_z
@@ -315,7 +319,8 @@ def _check_arguments(
     shape = logits.shape[:2]
     if shape[1] != num_vars or categories != {logits.shape[2]}:
         raise ArgumentError(
-            f"logits: the circuit has {num_vars} variables of {sorted(categories)} categories, so expected (B, {num_vars}, "
+            f"logits: the circuit has {num_vars} variables of {sorted(categories)} categories, so expected (B, "
+            f"{num_vars}, "
             f"{max(categories)}), got {tuple(logits.shape)}"
         )
     if tokens.shape != shape or tokens.dtype != torch.int64:
@@ -323,7 +328,9 @@ def _check_arguments(
     if masked.shape != shape or masked.dtype != torch.bool:
         raise ArgumentError(f"masked: expected bool of shape {tuple(shape)}, got {masked.dtype} {tuple(masked.shape)}")
     if include is not None and (include.shape != shape or include.dtype != torch.int64):
-        raise ArgumentError(f"include: expected int64 of shape {tuple(shape)}, got {include.dtype} {tuple(include.shape)}")
+        raise ArgumentError(
+            f"include: expected int64 of shape {tuple(shape)}, got {include.dtype} {tuple(include.shape)}"
+        )
     if normalization not in get_args(Normalization):
         raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
@@ -331,7 +338,8 @@ def _check_arguments(
     best = logits.detach().amax(-1).masked_fill(~masked, 0.0)
     if not bool(best.isfinite().all()):
         raise ArgumentError(
-            "logits: expected rows with at least one finite entry and no NaN or +inf at masked positions; row maxima are "
+            "logits: expected rows with at least one finite entry and no NaN or +inf at masked positions; row maxima "
+            "are "
             f"{best[~best.isfinite()][:3].tolist()}"
         )
 
@@ -339,5 +347,6 @@ def _check_arguments(
 def _check_tokens(tokens: Tensor, num_tokens: int) -> None:
     if bool(((tokens < 0) | (tokens >= num_tokens)).any()):
         raise ArgumentError(
-            f"value: expected tokens from 0 to {num_tokens - 1}, got values from {int(tokens.min())} to {int(tokens.max())}"
+            f"value: expected tokens from 0 to {num_tokens - 1}, got values from {int(tokens.min())} to "
+            f"{int(tokens.max())}"
         )

@@ -22,11 +22,11 @@ class DecodeOptions:
     """How a step chooses.
 
     Attributes:
-        decode: ``independent``: every token on its own, without the circuit; ``latent``: draw the circuit's latents from
-            their posterior, then every token on its own given them, with log q / tau + log p(v | z); ``marginal``: every
-            token from its exact posterior marginal; ``any_order``: commit the most reliable position, ask the circuit
-            again without asking the denoiser, and so on; ``joint``: one exact joint sample, or at temperature 0 the most
-            probable explanation.
+        decode: ``independent``: every token on its own, without the circuit; ``latent``: draw the circuit's latents
+            from their posterior, then every token on its own given them, with log q / tau + log p(v | z); ``marginal``:
+            every token from its exact posterior marginal; ``any_order``: commit the most reliable position, ask the
+            circuit again without asking the denoiser, and so on; ``joint``: one exact joint sample, or at temperature
+            0 the most probable explanation.
         strategy: what makes a position reliable, see :mod:`diffusion.remasking`.
         temperature: tau >= 0; 0 takes the best token. ``joint`` takes 0 and 1 only: tempering the product is #P-hard.
         threshold: for the strategy ``threshold``: commit every position whose token has more than this probability.
@@ -47,7 +47,8 @@ class DecodeOptions:
         if self.decode == "joint" and self.temperature not in (0.0, 1.0):
             raise ArgumentError(
                 f"temperature: decode='joint' takes 1 (exact sample) or 0 (most probable explanation), got "
-                f"{self.temperature}; tempering a mixture is #P-hard, decode='latent' tempers the tokens given the latents"
+                f"{self.temperature}; tempering a mixture is #P-hard, decode='latent' tempers the tokens given the "
+                "latents"
             )
 
     @property

@@ -125,8 +125,8 @@ def misspecification_gap(
         head: the circuit; its number of variables L is the block length.
         data: held-out windows, int64 (N, context length + L), on the denoiser's device; the context is always visible.
         mask_ratios: shares of the block that are masked, each in (0, 1].
-        circuit_alone: the circuit for the column of that name, for instance one fitted by maximum likelihood; by default
-            the head's.
+        circuit_alone: the circuit for the column of that name, for instance one fitted by maximum likelihood; by
+            default the head's.
         num_bootstrap: resamples of the N windows behind every confidence interval.
         batch_size: windows per call.
         seed: of masks, orders and the bootstrap.
@@ -190,7 +190,9 @@ def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _summarise(ratio: float, count: int, losses: dict[str, NDArray[np.float64]], num_bootstrap: int, seed: int) -> GapRow:
+def _summarise(
+    ratio: float, count: int, losses: dict[str, NDArray[np.float64]], num_bootstrap: int, seed: int
+) -> GapRow:
     """Turn losses per window, in nats per masked token, into perplexities with bootstrap intervals."""
     num_windows = len(losses["one_step"])
     resamples = np.random.default_rng(seed).integers(num_windows, size=(num_bootstrap, num_windows))

@@ -1,4 +1,4 @@
-"""Quality against the number of denoiser calls: the same denoiser, without and with the circuit, judged text by text."""
+"""Quality against the number of denoiser calls: one denoiser, without and with the circuit, judged text by text."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class Generation:
         valid: bool (B, P + gen_length), False at padding: left of a prompt, and after a text that has ended.
         prompt_length: P.
         num_calls: how often the denoiser was called.
-        trajectory: int64 (num_calls + 1, B, P + gen_length), the tokens before the first step and after every step, with
-            masks; None unless it was asked for.
+        trajectory: int64 (num_calls + 1, B, P + gen_length), the tokens before the first step and after every step,
+            with masks; None unless it was asked for.
     """
 
     tokens: Tensor
@@ -59,8 +59,8 @@ def generate(
 ) -> Generation:
     """Generate text block by block (semi-autoregressive masked diffusion; Nie et al. 2025, Li et al. 2026).
 
-    Every step calls the denoiser once on the whole canvas, decodes some masked positions of the current block, and leaves
-    the others masked. ``head=None`` is the factorized baseline; it runs the same code.
+    Every step calls the denoiser once on the whole canvas, decodes some masked positions of the current block, and
+    leaves the others masked. ``head=None`` is the factorized baseline; it runs the same code.
 
     Args:
         denoiser: the masked-token predictor.
@@ -92,7 +92,8 @@ def generate(
     batch_size, prompt_length = prompts.shape
     if prompt_length + gen_length > spec.max_length:
         raise ArgumentError(
-            f"prompt: {prompt_length} tokens and gen_length={gen_length} exceed the denoiser's {spec.max_length} positions; "
+            f"prompt: {prompt_length} tokens and gen_length={gen_length} exceed the denoiser's {spec.max_length} "
+            "positions; "
             "shorten the prompt or generate less"
         )
     canvas = torch.cat([prompts, torch.full((batch_size, gen_length), spec.mask_id, device=prompts.device)], 1)
@@ -148,7 +149,8 @@ def _checked_blocks(gen_length: int, block_length: int, num_steps: int) -> int:
     num_blocks = gen_length // block_length
     if num_steps % num_blocks or num_steps > gen_length:
         raise ArgumentError(
-            f"num_steps: expected a multiple of the {num_blocks} blocks, at most gen_length={gen_length}, got {num_steps}"
+            f"num_steps: expected a multiple of the {num_blocks} blocks, at most gen_length={gen_length}, got "
+            f"{num_steps}"
         )
     return num_blocks
 
@@ -156,12 +158,14 @@ def _checked_blocks(gen_length: int, block_length: int, num_steps: int) -> int:
 def _check_head(head: CoupledHead, spec: DenoiserSpec, block_length: int) -> None:
     if head.block_length != block_length:
         raise ArgumentError(
-            f"block_length: the head's circuit is over {head.block_length} positions, got {block_length}; they must be equal"
+            f"block_length: the head's circuit is over {head.block_length} positions, got {block_length}; they must "
+            "be equal"
         )
     categories = set(head.pc.circuit.num_categories)
     if categories != {spec.vocab_size}:
         raise ArgumentError(
-            f"head: its circuit has {sorted(categories)} categories and the denoiser {spec.vocab_size} tokens; fit a circuit "
+            f"head: its circuit has {sorted(categories)} categories and the denoiser {spec.vocab_size} tokens; fit a "
+            "circuit "
             "on this denoiser's tokens"
         )
 
@@ -171,7 +175,8 @@ def _pad_left(prompt: Tensor | Sequence[Sequence[int]] | Sequence[Tensor], spec:
     rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompt]
     if not rows or any(row.dim() != 1 for row in rows):
         raise ArgumentError(
-            f"prompt: expected int64 (B, P) or a sequence of B >= 1 sequences of token ids, got {type(prompt).__name__} with "
+            "prompt: expected int64 (B, P) or a sequence of B >= 1 sequences of token ids, got "
+            f"{type(prompt).__name__} with "
             f"{len(rows)} rows"
         )
     length = max(len(row) for row in rows)

@@ -38,7 +38,7 @@ class CoupledHead(nn.Module):
         super().__init__()
         if not isinstance(pc, CompiledCircuit):
             raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
-        if not 0 <= activation_threshold:
+        if not activation_threshold >= 0:
             raise ArgumentError(f"activation_threshold: expected a number >= 0, got {activation_threshold!r}")
         if normalization not in get_args(Normalization):
             raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")

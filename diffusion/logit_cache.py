@@ -1,8 +1,8 @@
 """A denoiser's predictions on disk, so that a circuit can train on them for many epochs without the denoiser.
 
 A cache is a folder of plain arrays that are memory-mapped when read: ``tokens.npy`` (N, L), ``masked.npy`` (N, L),
-``log_q.npy`` (N, L, k) and, unless k = V, ``values.npy`` (N, L, k); and ``meta.json``, which also says how far the cache
-has been filled.
+``log_q.npy`` (N, L, k) and, unless k = V, ``values.npy`` (N, L, k); and ``meta.json``, which also says how far the
+cache has been filled.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class LogitCache:
         meta = _read_meta(folder)
         if meta["done"] < meta["num_examples"]:
             raise CheckpointError(
-                f"{folder} holds {meta['done']} of {meta['num_examples']} examples; call cache_logits with the same arguments "
+                f"{folder} holds {meta['done']} of {meta['num_examples']} examples; call cache_logits with the same "
+                "arguments "
                 "to complete it"
             )
         arrays = _open_arrays(folder, meta, mode="r")
@@ -271,7 +272,9 @@ def _read_meta(folder: Path) -> dict:
     if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
         raise CheckpointError(f"{path} does not describe a logit cache")
     if meta.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}"
+        )
     if any(not isinstance(meta.get(name), int) or meta[name] < 0 for name in numbers):
         raise CheckpointError(f"{path} is not complete: expected whole numbers for {', '.join(numbers)}")
     return meta

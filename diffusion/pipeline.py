@@ -112,7 +112,9 @@ class Recipe:
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
     "tiny": Recipe(
-        denoiser=DenoiserRecipe(width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)),
+        denoiser=DenoiserRecipe(
+            width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)
+        ),
         circuit=CircuitRecipe(
             num_states=32,
             likelihood_blocks=4_000,
@@ -302,7 +304,9 @@ class Workspace:
         from diffusion.plots import draw_few_steps
 
         if recipe.text.corpus != "arithmetic":
-            raise ArgumentError(f"corpus: right and wrong are known for 'arithmetic' only, this is {recipe.text.corpus!r}")
+            raise ArgumentError(
+                f"corpus: right and wrong are known for 'arithmetic' only, this is {recipe.text.corpus!r}"
+            )
         denoiser, tokenizer = self.denoiser(), self.tokenizer()
         length, context = denoiser.config.block_length, denoiser.config.context_length
         data = windows(

@@ -31,7 +31,9 @@ def draw_gap(table: GapTable, path: str | os.PathLike[str], *, title: str = "") 
     for name, label in _LABELS.items():
         _line(left, ratios, [getattr(row, name) for row in table.rows], label, _COLOURS[name])
     left.set_yscale("log")
-    left.set_yticks(ticks := _log_ticks([getattr(row, name).value for row in table.rows for name in _LABELS]), map(str, ticks))
+    left.set_yticks(
+        ticks := _log_ticks([getattr(row, name).value for row in table.rows for name in _LABELS]), map(str, ticks)
+    )
     left.minorticks_off()
     left.set(xlabel="share of the block that is masked", ylabel="perplexity of masked tokens", xticks=ratios)
     left.set_title(title or "What the factorized output loses, and the circuit returns", fontsize=11, loc="left")
@@ -81,7 +83,9 @@ def _line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], label: 
 
 def _log_ticks(values: Sequence[float]) -> list[int]:
     finite = [value for value in values if value < float("inf")]
-    ticks = [tick for tick in (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000) if tick >= min(finite) * 0.8]
+    ticks = [
+        tick for tick in (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000) if tick >= min(finite) * 0.8
+    ]
     return [tick for tick in ticks if tick <= max(finite) * 1.2] or ticks[:1]
 
 

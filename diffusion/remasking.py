@@ -1,7 +1,8 @@
 """Remasking strategies: how reliable each position's prediction is, and so which positions are committed in a step.
 
 A strategy turns a step's predictions into one score per position; the positions with the highest scores are committed,
-the others stay masked. (LLaDA's "low-confidence remasking", Nie et al. 2025; Dream's entropy and margin, Ye et al. 2025.)
+the others stay masked. (LLaDA's "low-confidence remasking", Nie et al. 2025; Dream's entropy and margin, Ye et al.
+2025.)
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def reliability(
     """Return a score per position, higher where committing is safer.
 
     Args:
-        strategy: ``low_confidence`` and ``threshold``: probability of the chosen token; ``top_prob``: probability of the
-            best token, whichever was chosen; ``margin``: best minus second best probability; ``entropy``: negative
+        strategy: ``low_confidence`` and ``threshold``: probability of the chosen token; ``top_prob``: probability of
+            the best token, whichever was chosen; ``margin``: best minus second best probability; ``entropy``: negative
             entropy, in nats; ``random``: uniform.
         log_probs: normalised log-probabilities per position, (B, L, V).
         tokens: the chosen tokens, int64 (B, L).

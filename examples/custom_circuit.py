@@ -3,8 +3,9 @@
 Three binary variables: a disease, a test and a symptom that both depend on it. Run: python examples/custom_circuit.py
 """
 
-import circuits as ct
 import torch
+
+import circuits as ct
 
 # Nodes are vectors of units. Unit 0 of each leaf belongs to "healthy", unit 1 to "ill"; columns are distributions.
 disease = ct.inputs(0, 2, ct.Bernoulli(), weights=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -40,4 +41,7 @@ data = ct.queries.sample(pc, 20_000, generator=torch.Generator().manual_seed(0))
 learned = ct.compile(circuit, dtype=torch.float64)  # starts from the weights that the nodes were given
 learned.randomize(seed=0)
 result = ct.learning.fit(learned, data, optimizer="em", num_epochs=30, progress=False)
-print(f"log-likelihood of the data: {pc(data).mean().item():.4f} true, {result.train_log_likelihood[-1]:.4f} learned, in nats per sample")
+print(
+    f"log-likelihood of the data: {pc(data).mean().item():.4f} true, {result.train_log_likelihood[-1]:.4f} learned, "
+    "in nats per sample"
+)

@@ -6,9 +6,10 @@ predictor it can only say so word by word. Run: python examples/own_denoiser.py
 
 from collections import Counter
 
+import torch
+
 import circuits as ct
 import diffusion as df
-import torch
 
 WORDS = ["San", "New", "Diego", "York", "<mask>"]
 TRUE_BLOCKS = torch.tensor([[0, 2], [1, 3]])  # San Diego, New York

@@ -3,10 +3,11 @@
 Run: pytest examples/test_your_structure.py (or: python examples/test_your_structure.py)
 """
 
-import circuits as ct
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import circuits as ct
 
 
 def comb(num_vars: int, num_units: int, num_categories: int) -> ct.Circuit:

@@ -37,6 +37,8 @@ def mixture(num_vars: int, num_categories: int | Sequence[int], num_components: 
         raise ArgumentError(f"num_vars: expected an integer >= 1, got {num_vars!r}")
     categories = [num_categories] * num_vars if isinstance(num_categories, int) else list(num_categories)
     if len(categories) != num_vars:
-        raise ArgumentError(f"num_categories: expected one number or num_vars={num_vars} of them, got {len(categories)}")
+        raise ArgumentError(
+            f"num_categories: expected one number or num_vars={num_vars} of them, got {len(categories)}"
+        )
     leaves = [inputs(var, num_components, Categorical(count)) for var, count in enumerate(categories)]
     return Circuit(sum(product(*leaves), num_units=1))

@@ -66,7 +66,9 @@ def hmm(
         first_transition = first_transition or mixed
         states = product(leaf, mixed)
     assert states is not None
-    return Circuit(sum(states, num_units=1, weights=None if initial is None else initial.reshape(1, -1), name="initial"))
+    return Circuit(
+        sum(states, num_units=1, weights=None if initial is None else initial.reshape(1, -1), name="initial")
+    )
 
 
 def _table_of(tables: Tensor | None, step: int, homogeneous: bool) -> Tensor | None:

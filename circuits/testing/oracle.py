@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.graph import Input, Node, Product
+from circuits.graph import Input, Node, Product, Sum
 
 _MAX_ASSIGNMENTS = 1 << 22
 
@@ -67,7 +67,7 @@ def _with_evidence(joint: Tensor, evidence: Evidence) -> Tensor:
 
 
 def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
-    """Tabulate every node over its variables, (K, C_0 or 1, ..., C_D-1 or 1), children first; ``plus`` adds up dim 1."""
+    """Tabulate every node over its variables, (K, C_0 or 1, ..., C_D-1 or 1), children first; ``plus`` adds dim 1."""
     circuit = pc.circuit
     num_assignments = 1
     for count in circuit.num_categories:
@@ -86,9 +86,12 @@ def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
             table = tables[node.children[0]]
             for child in node.children[1:]:
                 other = tables[child]
-                table = (table.unsqueeze(1) + other.unsqueeze(0)).flatten(0, 1) if node.mode == "outer" else table + other
+                table = (
+                    (table.unsqueeze(1) + other.unsqueeze(0)).flatten(0, 1) if node.mode == "outer" else table + other
+                )
             tables[node] = table
         else:
+            assert isinstance(node, Sum)
             weights = pc.log_weights(node).double().cpu()
             children = torch.cat([tables[child] for child in node.children])
             tables[node] = plus(weights.reshape(*weights.shape, *[1] * circuit.num_vars) + children.unsqueeze(0))

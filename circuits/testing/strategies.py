@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.evidence import Evidence
-from circuits.graph import Circuit, Input, Node, ParametricNode, Sum, inputs, product, sum
+from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
+
+T = TypeVar("T", Input, Sum)
 
 
 @st.composite
@@ -45,12 +51,14 @@ class _Builder:
         self.zeros = zeros
         self.families = [self._family(max_categories) for _ in range(num_vars)]
         self.built: dict[tuple[tuple[int, ...], int], list[Node]] = {}
-        self.owners: dict[object, list[ParametricNode]] = {}
+        self.leaves: dict[Hashable, list[Input]] = {}
+        self.mixtures: dict[Hashable, list[Sum]] = {}
 
     def region(self, scope: tuple[int, ...], num_units: int) -> Node:
         """Build or reuse a node over ``scope`` with ``num_units`` units."""
         known = self.built.setdefault((scope, num_units), [])
-        if known and self.draw(st.booleans(), label="share a node"):
+        share: bool = self.draw(st.booleans(), label="share a node") if known else False
+        if share:
             return known[self.draw(st.integers(0, len(known) - 1))]
         is_leaf = len(scope) == 1 and self.draw(st.integers(0, 3), label="mix inputs") != 3
         node = self.leaf(scope[0], num_units) if is_leaf else self.mixture(scope, num_units)
@@ -61,18 +69,21 @@ class _Builder:
         """Build input units on ``var``."""
         family = self.families[var]
         shape = (family.num_categories, num_units)
-        tied_to = self._owner(("input", family, shape))
+        tied_to = self._owner(self.leaves, (family, shape))
         weights = None if tied_to else self._weights(shape, axis=0)
         node = inputs(var, num_units, family, tied_to=tied_to, weights=weights)
-        return self._remember(("input", family, shape), node)
+        self.leaves.setdefault((family, shape), []).append(node)
+        return node
 
     def mixture(self, scope: tuple[int, ...], num_units: int) -> Sum:
         """Build sum units over one to three children."""
         children = [self.component(scope) for _ in range(self.draw(st.integers(1, 3), label="children"))]
-        shape = (num_units, torch.tensor([child.num_units for child in children]).sum().item())
-        tied_to = self._owner(("sum", shape))
+        shape = (num_units, builtins.sum(child.num_units for child in children))
+        tied_to = self._owner(self.mixtures, shape)
         weights = None if tied_to else self._weights(shape, axis=1)
-        return self._remember(("sum", shape), sum(*children, num_units=num_units, tied_to=tied_to, weights=weights))
+        node = sum(*children, num_units=num_units, tied_to=tied_to, weights=weights)
+        self.mixtures.setdefault(shape, []).append(node)
+        return node
 
     def component(self, scope: tuple[int, ...]) -> Node:
         """Build one child of a sum: input units, or a product over a random partition of the scope."""
@@ -92,15 +103,12 @@ class _Builder:
         count = self.draw(st.integers(1, max_categories), label="categories")
         return Bernoulli() if count == 2 and self.draw(st.booleans(), label="bernoulli") else Categorical(count)
 
-    def _owner(self, key: object) -> ParametricNode | None:
-        known = self.owners.get(key, [])
+    def _owner(self, owners: Mapping[Hashable, list[T]], key: Hashable) -> T | None:
+        """Draw whether to tie to an earlier node with parameters of the same shape, and which."""
+        known = owners.get(key, [])
         if known and self.draw(st.integers(0, 2), label="tie parameters") == 2:
             return known[self.draw(st.integers(0, len(known) - 1))]
         return None
-
-    def _remember(self, key: object, node: ParametricNode) -> ParametricNode:
-        self.owners.setdefault(key, []).append(node)
-        return node
 
     def _weights(self, shape: tuple[int, int], axis: int) -> Tensor | None:
         """Draw weights with some zeros, or None: random ones when compiled."""

@@ -1,10 +1,11 @@
 """Every query equals brute-force enumeration, on random circuits under random evidence, in float64."""
 
-import circuits as ct
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import circuits as ct
 
 RELATIVE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -73,7 +74,9 @@ def test_marginal_and_conditional_follow_the_chain_rule(case, data):
 def test_mpe_is_the_best_enumerated_explanation(case):
     pc, evidence = case
     scores = ct.testing.enumerate_explanations(pc)
-    scored = [ct.testing.enumerated_log_partition(scores, ct.Evidence.observe(x[None])) for x in all_assignments(pc.circuit)]
+    scored = [
+        ct.testing.enumerated_log_partition(scores, ct.Evidence.observe(x[None])) for x in all_assignments(pc.circuit)
+    ]
     factors = evidence.dense(max(pc.circuit.num_categories), torch.float64)
     x = all_assignments(pc.circuit)
     evidence_score = factors[:, torch.arange(pc.circuit.num_vars), x].sum(-1)  # (B, all assignments)

@@ -1,13 +1,14 @@
 """The coupled distribution equals the brute-force product of a circuit and a factorized prediction."""
 
-import circuits as ct
 import pytest
 import torch
-from diffusion import CoupledDistribution, CoupledHead
-from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+
+import circuits as ct
+from diffusion import CoupledDistribution, CoupledHead
+from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 
 L, V, B = 3, 4, 2
 NORMALIZATIONS = ["global", "local"]
@@ -45,7 +46,7 @@ def problems(draw):
 
 
 def brute_force(pc, logits, tokens, masked, normalization):
-    """Log p_hat of all blocks, (V ** L, B), by enumerating blocks and, for the local one, latents of an HMM or mixture."""
+    """Log p_hat of all blocks, (V ** L, B), by enumerating all blocks."""
     log_q = torch.log_softmax(logits, -1)
     blocks = all_blocks()
     q = torch.stack([torch.where(masked, log_q.gather(2, per_block(blocks)[i].unsqueeze(-1)).squeeze(-1), 0.0).sum(-1)
@@ -87,7 +88,9 @@ def test_log_prob_and_marginals_are_the_enumerated_ones(normalization, problem):
     log_prob = dist.log_prob(per_block(all_blocks()))
     torch.testing.assert_close(log_prob, expected, **CLOSE)
     torch.testing.assert_close(log_prob.exp().sum(0), torch.ones(B, dtype=torch.float64), **CLOSE)
-    by_value = torch.stack([(expected.exp().unsqueeze(-1) * (per_block(all_blocks()) == v)).sum(0) for v in range(V)], -1)
+    by_value = torch.stack(
+        [(expected.exp().unsqueeze(-1) * (per_block(all_blocks()) == v)).sum(0) for v in range(V)], -1
+    )
     torch.testing.assert_close(dist.marginal_probs, by_value, **CLOSE)
 
 
@@ -105,7 +108,9 @@ def test_samples_follow_the_distribution(normalization, top_k, generator):
     pc = compiled(ct.structures.hmm(L, 2, V), seed=1)
     logits = torch.randn(B, L, V, dtype=torch.float64, generator=generator)
     masked = torch.tensor([[True, False, True], [True, True, True]])
-    dist = CoupledDistribution(pc, logits, torch.tensor([[0, 1, 2]] * B), masked, normalization=normalization, top_k=top_k)
+    dist = CoupledDistribution(
+        pc, logits, torch.tensor([[0, 1, 2]] * B), masked, normalization=normalization, top_k=top_k
+    )
     num_samples = 20_000
     samples = dist.sample((num_samples,), generator=generator)
     assert samples.shape == (num_samples, B, L)
@@ -223,7 +228,12 @@ def test_an_impossible_product_raises():
     pc = compiled(ct.Circuit(ct.sum(leaf, num_units=1)))
     logits = torch.tensor([[[-torch.inf, 0.0]]])
     dist = CoupledDistribution(pc, logits, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool))
-    for query in (lambda: dist.sample(), lambda: dist.mode, lambda: dist.marginal_probs, lambda: dist.log_prob(dist.tokens)):
+    for query in (
+        lambda: dist.sample(),
+        lambda: dist.mode,
+        lambda: dist.marginal_probs,
+        lambda: dist.log_prob(dist.tokens),
+    ):
         with pytest.raises(ImpossibleEvidenceError, match="rule out every text"):
             query()
 

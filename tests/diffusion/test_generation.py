@@ -2,15 +2,16 @@
 
 import typing
 
-import circuits as ct
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import circuits as ct
 from diffusion import CoupledHead, DecodeOptions, DenoiserSpec, generate
 from diffusion.decoding import DecodeMode, decode_step
 from diffusion.errors import ArgumentError
 from diffusion.remasking import Strategy, choose_positions, reliability
-from hypothesis import given
-from hypothesis import strategies as st
 
 V, L, MASK, PAD, EOS = 7, 4, 6, 5, 4
 MODES = typing.get_args(DecodeMode)
@@ -111,9 +112,7 @@ def test_joint_decoding_in_one_step_draws_from_the_coupled_distribution(denoiser
     )  # fmt: skip
     logits = denoiser.table[:L].clone()
     logits[:, [MASK, PAD]] = -torch.inf
-    dist = head.distribution(
-        logits.unsqueeze(0), torch.full((1, L), MASK), torch.ones(1, L, dtype=torch.bool)
-    )
+    dist = head.distribution(logits.unsqueeze(0), torch.full((1, L), MASK), torch.ones(1, L, dtype=torch.bool))
     pairs = torch.bincount(out.generated[:, 0] * V + out.generated[:, 1], minlength=V * V) / num_texts
     samples = dist.sample((40_000,), generator=seeded())[:, 0]
     expected = torch.bincount(samples[:, 0] * V + samples[:, 1], minlength=V * V) / len(samples)
