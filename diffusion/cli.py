@@ -256,17 +256,14 @@ def _print_gap(table: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks [95 % interval]")
+    from diffusion.evaluation import MODELS
+
+    shown = Table(title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)", title_justify="left")
     for column in ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed"):
         shown.add_column(column, justify="right")
     for row in table.rows:
-        cells = (row.one_step, row.circuit_alone, row.coupled, row.sequential, row.share_closed)
-        note = "" if row.is_meaningful else " *"
-        shown.add_row(
-            f"{row.mask_ratio:.2f}",
-            *(str(cell).replace("[", r"\[") for cell in cells[:-1]),
-            f"{cells[-1]}{note}".replace("[", r"\["),
-        )
+        cells = [_with_interval(getattr(row, name)) for name in (*MODELS, "share_closed")]
+        shown.add_row(f"{row.mask_ratio:.2f}", *cells[:-1], cells[-1] + ("" if row.is_meaningful else " *"))
     Console().print(shown)
     if not all(row.is_meaningful for row in table.rows):
         _say(
@@ -278,12 +275,16 @@ def _print_few_steps(table: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=f"Share of {table.num_texts} texts: {table.criterion} [95 % interval]")
+    shown = Table(title=f"Share of {table.num_texts} texts: {table.criterion} (95 % interval)", title_justify="left")
     for column in ("steps per block", "without circuit", f"with circuit ({table.decode})"):
         shown.add_column(column, justify="right")
     for row in table.rows:
-        shown.add_row(str(row.num_steps), *(str(cell).replace("[", r"\[") for cell in (row.without, row.coupled)))
+        shown.add_row(str(row.num_steps), _with_interval(row.without), _with_interval(row.coupled))
     Console().print(shown)
+
+
+def _with_interval(estimate: Any) -> str:
+    return f"{estimate.value:.2f} [dim]({estimate.low:.2f}-{estimate.high:.2f})[/]"
 
 
 def _print_side_by_side(workspace: Any, recipe: Any) -> None:

@@ -95,7 +95,7 @@ class LogitCache:
         """Read some examples."""
 
         def read(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array[index])).to(device)
+            return torch.from_numpy(np.array(array[index])).to(device)  # a copy: the map is read-only
 
         return CachedBatch(
             read(self.tokens).long(),

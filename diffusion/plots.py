@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from circuits._files import replace_file
@@ -38,17 +39,16 @@ def draw_gap(table: GapTable, path: str | os.PathLike[str], *, title: str = "") 
     left.set(xlabel="share of the block that is masked", ylabel="perplexity of masked tokens", xticks=ratios)
     left.set_title(title or "What the factorized output loses, and the circuit returns", fontsize=11, loc="left")
     left.legend(frameon=False, fontsize=9)
-    shares = [row.share_closed for row in table.rows]
-    positions = range(len(shares))
-    right.bar(positions, [share.value for share in shares], color=_COLOURS["coupled"], width=0.6)
-    errors = [[share.value - share.low for share in shares], [share.high - share.value for share in shares]]
-    right.errorbar(positions, [share.value for share in shares], yerr=errors, fmt="none", ecolor="black", capsize=3)
+    positions = range(len(table.rows))
     for position, row in zip(positions, table.rows, strict=True):
+        value, low, high = (min(max(end, -0.5), 1.2) for end in asdict(row.share_closed).values())
+        right.bar(position, value, color=_COLOURS["coupled"], width=0.6, alpha=1.0 if row.is_meaningful else 0.4)
+        right.vlines(position, low, high, color="black", linewidth=1)
         note = f"{row.share_closed.value:.2f}" + ("" if row.is_meaningful else "*")
-        right.text(position, max(row.share_closed.high, 0) + 0.02, note, ha="center", fontsize=9)
+        right.text(position, max(high, value, 0) + 0.02, note, ha="center", fontsize=9)
     right.set(xlabel="share of the block that is masked", ylabel="share of the gap closed (nats)")
     right.set_xticks(positions, [f"{ratio:g}" for ratio in ratios])
-    right.set_ylim(min(0, *(share.low for share in shares)), max(1.0, *(share.high + 0.1 for share in shares)))
+    right.set_ylim(bottom=min(0.0, right.get_ylim()[0]), top=max(1.0, right.get_ylim()[1]))
     right.set_title(f"{table.num_windows} held-out blocks, 95 % intervals", fontsize=9, loc="right", color="#555555")
     _finish(figure, (left, right), path)
 

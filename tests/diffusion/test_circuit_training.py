@@ -1,0 +1,181 @@
+"""Logit cache and coupled fitting: what is cached is what the denoiser says, and interrupted work continues exactly."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import circuits as ct
+from diffusion import (
+    CircuitTraining,
+    CoupledHead,
+    LogitCache,
+    TransformerConfig,
+    TransformerDenoiser,
+    cache_logits,
+    fit_coupled,
+)
+from diffusion.circuit_training import coupled_loss
+from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.logit_cache import allowed_log_probs
+
+V, CONTEXT, L = 9, 4, 4
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    config = TransformerConfig(
+        vocab_size=V, mask_id=8, pad_id=7, eos_id=6, forbidden_ids=(7, 8), context_length=CONTEXT, block_length=L,
+        width=16, num_layers=1, num_heads=2,
+    )  # fmt: skip
+    return TransformerDenoiser(config, seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(0, 6, (50, CONTEXT + L), generator=torch.Generator().manual_seed(0))
+
+
+def cached(denoiser, windows, path, **options):
+    return cache_logits(denoiser, windows, path, block_length=L, batch_size=16, progress=False, **options)
+
+
+def test_a_cache_holds_the_denoisers_log_probabilities(denoiser, windows, tmp_path):
+    cache = cached(denoiser, windows, tmp_path / "cache", masks_per_window=2)
+    assert len(cache) == 100
+    batch = cache.batch(slice(0, 50))
+    assert torch.equal(batch.tokens, windows[:, CONTEXT:])
+    canvas = windows.clone()
+    canvas[:, CONTEXT:] = canvas[:, CONTEXT:].masked_fill(batch.masked, 8)
+    with torch.no_grad():
+        expected = allowed_log_probs(denoiser.logits(canvas, window=(CONTEXT, CONTEXT + L)), denoiser)
+    torch.testing.assert_close(batch.log_q.exp(), expected.exp(), rtol=0, atol=2e-3)  # float16
+    assert (batch.log_q[..., 7:] < -5e4).all()
+    assert not torch.equal(batch.masked, cache.batch(slice(50, 100)).masked)
+
+
+def test_top_k_keeps_the_true_token_and_the_best_others(denoiser, windows, tmp_path):
+    whole = cached(denoiser, windows, tmp_path / "all").batch(slice(None))
+    listed = cached(denoiser, windows, tmp_path / "listed", top_k=3).batch(slice(None))
+    assert listed.values.shape == (50, L, 4)
+    assert (listed.values == listed.tokens.unsqueeze(-1)).any(-1).all()
+    assert torch.equal(whole.log_q.gather(2, listed.values), listed.log_q)
+    others = whole.log_q.scatter(2, whole.tokens.unsqueeze(-1), -torch.inf).topk(3).values
+    assert torch.equal(listed.log_q[..., 1:], others)
+    pc = ct.compile(ct.structures.hmm(L, 2, V), seed=0)
+    assert listed.distribution(pc).log_prob(listed.tokens).isfinite().all()
+
+
+def test_an_interrupted_cache_continues_to_the_same_arrays(denoiser, windows, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    class Unreliable:
+        spec = denoiser.spec
+        calls = 0
+
+        def logits(self, tokens, **options):
+            self.calls += 1
+            if self.calls == 4:  # the first call is the fingerprint's
+                raise Interrupted
+            return denoiser.logits(tokens, **options)
+
+    with pytest.raises(Interrupted):
+        cached(Unreliable(), windows, tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="holds 32 of 50 examples"):
+        LogitCache.open(tmp_path / "cache")
+    continued, straight = (cached(denoiser, windows, tmp_path / name) for name in ("cache", "straight"))
+    for name in ("tokens", "masked", "log_q"):
+        np.testing.assert_array_equal(getattr(continued, name), getattr(straight, name))
+
+
+def test_a_cache_of_something_else_is_refused(denoiser, windows, tmp_path):
+    cached(denoiser, windows, tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="cache of another seed"):
+        cached(denoiser, windows, tmp_path / "cache", seed=1)
+    with pytest.raises(CheckpointError, match="another windows"):
+        cached(denoiser, windows.flip(0), tmp_path / "cache")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("precious")
+    with pytest.raises(CheckpointError, match="not a logit cache"):
+        cached(denoiser, windows, tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "header", "meta", "version", "missing"])
+def test_a_damaged_cache_is_refused(damage, denoiser, windows, tmp_path):
+    cached(denoiser, windows, tmp_path)
+    array, meta = tmp_path / "log_q.npy", tmp_path / "meta.json"
+    if damage == "truncate":
+        array.write_bytes(array.read_bytes()[:500])
+    elif damage == "header":
+        array.write_bytes(b"not numpy" + array.read_bytes()[9:])
+    elif damage == "meta":
+        meta.write_text("[1, 2")
+    elif damage == "version":
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "format_version": 99}))
+    else:
+        array.unlink()
+    with pytest.raises(CheckpointError):
+        LogitCache.open(tmp_path)
+
+
+@pytest.fixture
+def cache(denoiser, windows, tmp_path):
+    return cached(denoiser, windows, tmp_path / "cache", masks_per_window=4)
+
+
+def new_head(**options):
+    return CoupledHead(ct.compile(ct.structures.hmm(L, 4, V), seed=0), **options)
+
+
+@pytest.mark.parametrize("normalization", ["global", "local"])
+def test_the_coupled_loss_falls_below_the_denoisers_own(normalization, cache):
+    head = new_head(normalization=normalization)
+    before = coupled_loss(head, cache)
+    curve = fit_coupled(head, cache, cache, config=CircuitTraining(steps=60, batch_size=50), progress=False)
+    after = coupled_loss(head, cache)
+    assert after < before - 0.1
+    assert curve.held_out[-1] == pytest.approx(after)
+    batch = cache.batch(slice(None))
+    own = batch.log_q.gather(2, batch.tokens.unsqueeze(-1)).squeeze(-1)
+    own_loss = -((own * batch.masked).sum(1) / batch.masked.sum(1).clamp_min(1)).mean()
+    assert after < own_loss
+
+
+def test_a_killed_fit_ends_like_one_that_was_not(cache, tmp_path):
+    config = CircuitTraining(steps=30, batch_size=16, checkpoint_every=7, validate_every=10)
+    straight = new_head()
+    curve = fit_coupled(straight, cache, config=config, progress=False)
+    script = f"""
+        import os
+        import circuits as ct
+        from diffusion import CircuitTraining, CoupledHead, LogitCache, fit_coupled
+        from diffusion import circuit_training
+        original, calls = circuit_training._training_batch, []
+        def killing(*arguments):
+            calls.append(None)
+            if len(calls) == 18:
+                os.kill(os.getpid(), 9)
+            return original(*arguments)
+        circuit_training._training_batch = killing
+        head = CoupledHead(ct.compile(ct.structures.hmm({L}, 4, {V}), seed=0))
+        fit_coupled(head, LogitCache.open({str(tmp_path / "cache")!r}),
+                    config=CircuitTraining(steps=30, batch_size=16, checkpoint_every=7, validate_every=10),
+                    checkpoint_path={str(tmp_path / "fit.safetensors")!r}, progress=False)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False).returncode == -9
+    resumed = new_head()
+    again = fit_coupled(resumed, cache, config=config, checkpoint_path=tmp_path / "fit.safetensors", progress=False)
+    assert again.train == curve.train
+    for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_circuit_of_another_shape_is_refused(cache):
+    head = CoupledHead(ct.compile(ct.structures.hmm(L + 1, 2, V), seed=0))
+    with pytest.raises(ArgumentError, match="cache: blocks of 4 tokens from 9 do not fit"):
+        fit_coupled(head, cache, progress=False)
