@@ -215,9 +215,8 @@ class Circuit:
 
     def __init__(self, root: Node, *, num_vars: int | None = None) -> None:
         if not isinstance(root, Node):
-            if isinstance(root, Iterable):
-                roots = list(root)
-                raise StructureError(f"no single root: got {len(roots)} nodes {roots[:2]}; join them with ct.sum(...)")
+            if isinstance(root, (list, tuple)):
+                raise StructureError(f"no single root: got {len(root)} nodes {root[:2]}; join them with ct.sum(...)")
             raise ArgumentError(f"root: expected a node built with ct.inputs, ct.product or ct.sum, got {root!r}")
         if root.num_units != 1:
             raise StructureError(

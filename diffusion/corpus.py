@@ -20,7 +20,8 @@ from diffusion.errors import ArgumentError, CorpusError
 
 ARITHMETIC_DOCUMENTS = 2_000
 ARITHMETIC_LINES = (10, 40)
-_EQUATION = re.compile(r"([1-9])\+([1-9])=([1-9][0-9]?)")
+LARGEST_OPERAND = 6
+_EQUATION = re.compile(rf"([1-{LARGEST_OPERAND}])\+([1-{LARGEST_OPERAND}])=([1-9][0-9]?)")
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,11 @@ def _split(documents: Sequence[str], held_out_fraction: float, seed: int) -> tup
 
 
 def arithmetic_documents(num_documents: int, seed: int) -> list[str]:
-    """Generate documents of single-digit additions, one a line: ``7+8=15``.
+    """Generate documents of additions, one a line: ``5+6=11``.
 
-    Every line is worth little alone, since both operands are uniform on 1..9, but its characters determine each other:
-    whoever fills in several of them independently gets a wrong sum, and, as lines are 6 or 7 characters long with their
-    newline, one wrong length spoils the lines after it. The smallest hidden Markov model of it has 142 states.
+    The operands are independent and uniform on 1..6, like two dice, but with their sum they determine each other:
+    whoever fills in several characters independently gets wrong sums, and, as lines have 6 or 7 characters with their
+    newline, one wrong length spoils the lines after it. A hidden Markov model with about 75 states is exact.
 
     Args:
         num_documents: how many; each has 10 to 40 lines, and ends with a newline.
@@ -164,14 +165,14 @@ def arithmetic_documents(num_documents: int, seed: int) -> list[str]:
     shortest, longest = ARITHMETIC_LINES
     documents = []
     for num_lines in random.integers(shortest, longest, size=num_documents, endpoint=True):
-        operands = random.integers(1, 9, size=(num_lines, 2), endpoint=True).tolist()
+        operands = random.integers(1, LARGEST_OPERAND, size=(num_lines, 2), endpoint=True).tolist()
         documents.append("".join(f"{a}+{b}={a + b}\n" for a, b in operands))
     return documents
 
 
 @dataclass(frozen=True)
 class ArithmeticCheck:
-    """How many of the complete lines of a text read like ``7+8=15``, and how many of those are true."""
+    """How many of the complete lines of a text read like ``5+6=11``, and how many of those are true."""
 
     num_lines: int
     num_well_formed: int

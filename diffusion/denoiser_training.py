@@ -48,9 +48,9 @@ class DenoiserTraining:
         seed: of windows, noise levels and masks.
     """
 
-    steps: int = 1600
-    batch_size: int = 48
-    learning_rate: float = 3e-3
+    steps: int = 5000
+    batch_size: int = 24
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
@@ -58,9 +58,9 @@ class DenoiserTraining:
     loss: Literal["masked_mean", "elbo"] = "masked_mean"
     short_context_probability: float = 0.1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    validate_every: int = 200
+    validate_every: int = 500
     validation_windows: int = 512
-    checkpoint_every: int = 100
+    checkpoint_every: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -111,6 +111,17 @@ class Recipe:
 
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
+    "large": Recipe(
+        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=5000, batch_size=24, learning_rate=2e-3, validate_every=1000)),
+        circuit=CircuitRecipe(
+            num_states=512,
+            likelihood_blocks=60_000,
+            likelihood_epochs=5,
+            cached_blocks=24_576,
+            training=CircuitTraining(steps=800, batch_size=128),
+        ),
+        gap_windows=1024,
+    ),
     "tiny": Recipe(
         denoiser=DenoiserRecipe(
             width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)

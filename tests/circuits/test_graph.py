@@ -1,0 +1,154 @@
+"""What can be built, and what every invalid structure is told."""
+
+import pytest
+import torch
+
+import circuits as ct
+
+
+def leaf(var=0, units=2, categories=3, **options):
+    return ct.inputs(var, units, ct.Categorical(categories), **options)
+
+
+def test_a_valid_circuit_knows_its_shape():
+    a, b = leaf(0), leaf(1)
+    circuit = ct.Circuit(ct.sum(ct.product(a, b), num_units=1))
+    assert circuit.scope == {0, 1}
+    assert circuit.num_vars == 2
+    assert circuit.num_categories == (3, 3)
+    assert circuit.num_units == 7
+    assert circuit.num_parameters == 6 + 6 + 2
+    assert circuit.is_smooth
+    assert circuit.is_decomposable
+    assert not circuit.is_deterministic
+    assert [type(node).__name__ for node in circuit.nodes] == ["Input", "Input", "Product", "Sum"]
+
+
+def test_nodes_are_immutable():
+    node = leaf()
+    with pytest.raises(AttributeError, match="immutable"):
+        node.num_units = 5
+
+
+def not_decomposable():
+    return ct.product(leaf(0), ct.product(leaf(0), leaf(1)))
+
+
+def not_smooth():
+    return ct.sum(leaf(0), leaf(1), num_units=1)
+
+
+def unit_mismatch():
+    return ct.product(leaf(0, units=2), leaf(1, units=3))
+
+
+def tied_shape_mismatch():
+    return leaf(1, units=3, tied_to=leaf(0, units=2))
+
+
+def tied_family_mismatch():
+    return ct.inputs(1, 2, ct.Bernoulli(), tied_to=ct.inputs(0, 2, ct.Categorical(2)))
+
+
+def tied_kind_mismatch():
+    return ct.sum(leaf(0), num_units=2, tied_to=leaf(0))
+
+
+def weights_mismatch():
+    return leaf(0, weights=torch.full((2, 2), 0.5))
+
+
+def two_root_units():
+    return ct.Circuit(ct.sum(leaf(0), num_units=2))
+
+
+def two_roots():
+    return ct.Circuit([ct.sum(leaf(0), num_units=1), ct.sum(leaf(0), num_units=1)])
+
+
+def variable_beyond_the_last():
+    return ct.Circuit(ct.sum(ct.product(leaf(0), leaf(5)), num_units=1), num_vars=3)
+
+
+def variable_that_is_missing():
+    return ct.Circuit(ct.sum(ct.product(leaf(0), leaf(2)), num_units=1))
+
+
+def categories_that_disagree():
+    return ct.Circuit(ct.sum(leaf(0, categories=2), leaf(0, categories=3), num_units=1))
+
+
+def same_name_twice():
+    return ct.Circuit(ct.sum(leaf(0, name="a"), leaf(0, name="a"), num_units=1))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (not_decomposable, r"not decomposable: Input\(.*scope=\{0\}\) and Product\(.*scope=\{0, 1\}\) share"),
+        (not_smooth, r"not smooth: Input\(.*scope=\{0\}\) and Input\(.*scope=\{1\}\)"),
+        (unit_mismatch, r"unit mismatch .*Input\(num_units=2, scope=\{0\}\).*Input\(num_units=3, scope=\{1\}\)"),
+        (tied_shape_mismatch, r"shape mismatch of tied parameters: Input\(num_units=3.*Input\(num_units=2"),
+        (tied_family_mismatch, r"families must be the same"),
+        (tied_kind_mismatch, r"its own kind of node"),
+        (weights_mismatch, r"shape mismatch of weights: Input.*needs floating-point weights of shape \(3, 2\)"),
+        (two_root_units, r"no single root: Sum\(num_units=2, scope=\{0\}\).*over Input\(num_units=2, scope=\{0\}\)"),
+        (two_roots, r"no single root: got 2 nodes \[Sum\(.*Sum\("),
+        (variable_beyond_the_last, r"unknown variable 5: Input\(num_units=2, scope=\{5\}\) is below Sum\("),
+        (variable_that_is_missing, r"unknown variables \{1\}: Sum\(.*covers \{0, 2\}"),
+        (categories_that_disagree, r"variable 0 has 2 categories in Input.* and 3 in Input"),
+        (same_name_twice, r"two nodes are called 'a'"),
+        (lambda: leaf(-1), r"unknown variable -1"),
+        (lambda: leaf("x"), r"unknown variable 'x'"),
+    ],
+)
+def test_an_invalid_structure_names_what_is_wrong(build, message):
+    with pytest.raises(ct.StructureError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: leaf(0, units=0), "num_units: expected an integer >= 1, got 0"),
+        (lambda: leaf(0, units=True), "num_units: expected an integer >= 1, got True"),
+        (lambda: ct.Categorical(0), "num_categories: expected an integer >= 1"),
+        (lambda: ct.inputs(0, 1, "categorical"), "distribution: expected an input family"),
+        (lambda: ct.sum(num_units=1), "expected at least one child"),
+        (lambda: ct.product([leaf(0), leaf(1)]), "pass them as separate arguments"),
+        (lambda: ct.product(leaf(0), leaf(1), mode="inner"), "mode: expected 'elementwise' or 'outer'"),
+        (lambda: leaf(0, weights=torch.full((3, 2), 0.5)), "sum to 1 along axis 0"),
+        (lambda: leaf(0, weights=torch.full((3, 2), 1 / 3), tied_to=leaf(0)), "give the weights to that node"),
+        (lambda: ct.Circuit("root"), "root: expected a node"),
+        (lambda: ct.compile("circuit"), "circuit: expected ct.Circuit"),
+        (lambda: ct.structures.hmm(0, 2, 3), "seq_length: expected an integer >= 1, got 0"),
+        (lambda: ct.structures.mixture(2, [3], 2), "num_categories: expected one number or num_vars=2"),
+        (lambda: ct.structures.hmm(3, 2, 3).node("no"), "no node is called .no.; named nodes: emission0"),
+    ],
+)
+def test_a_wrong_argument_names_itself(build, message):
+    with pytest.raises(ct.ArgumentError, match=message):
+        build()
+
+
+def test_the_repr_of_a_circuit_is_the_code_that_builds_it():
+    from hypothesis import given
+
+    @given(ct.testing.circuits())
+    def check(circuit):
+        namespace = {}
+        exec(repr(circuit), namespace)
+        rebuilt = namespace["circuit"]
+        assert repr(rebuilt) == repr(circuit)
+        pc, again = (ct.compile(c, dtype=torch.float64, seed=0) for c in (circuit, rebuilt))
+        for name, bank in again.bank.items():
+            assert bank.shape == pc.bank[name].shape
+
+    check()
+
+
+def test_a_chain_of_ten_thousand_steps_builds_and_evaluates():
+    pc = ct.compile(ct.structures.hmm(10_000, 2, 2), dtype=torch.float64, seed=0)
+    log_p = pc(torch.zeros(1, 10_000, dtype=torch.int64))
+    assert log_p.isfinite().all()
+    assert log_p < -1000
