@@ -110,9 +110,13 @@ class Recipe:
 
 
 PRESETS: dict[str, Recipe] = {
-    "default": Recipe(),
+    "default": Recipe(
+        denoiser=DenoiserRecipe(
+            width=128, num_heads=4, training=DenoiserTraining(steps=2200, learning_rate=4e-3, validate_every=550)
+        ),
+    ),
     "large": Recipe(
-        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=5000, batch_size=24, learning_rate=2e-3, validate_every=1000)),
+        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=4500, validate_every=900)),
         circuit=CircuitRecipe(
             num_states=512,
             likelihood_blocks=60_000,

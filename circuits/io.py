@@ -1,0 +1,278 @@
+"""Saving and loading compiled circuits: a folder with ``structure.json`` and ``weights.safetensors``, no pickle.
+
+What is read is never trusted: hashes find accidents, and every number is checked before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits._structure import check_keys, circuit_of, records_of, short
+from circuits.compile import CompiledCircuit, compile
+from circuits.errors import ArgumentError, CheckpointError
+from circuits.graph import Circuit, Node, ParametricNode, parameter_owner
+
+FORMAT = "unfactor-circuit"
+FORMAT_VERSION = 1
+STRUCTURE_FILE = "structure.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_MAX_STRUCTURE_BYTES = 1 << 28
+_ATTEMPTS = 3
+
+
+def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
+    """Save a compiled circuit, structure and weights, as a folder.
+
+    The folder is written beside ``path`` and swapped in by renaming, so whoever loads it, at any time, gets the version
+    before or this one. ``weights=`` that nodes were given are not stored; the present weights are.
+
+    Args:
+        pc: the circuit.
+        path: the folder to write; it may be absent, empty, or hold a saved circuit, which is replaced.
+
+    Raises:
+        ArgumentError: ``path`` holds something else, or a weight is NaN or +inf.
+    """
+    from safetensors.torch import save_file
+
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    folder = Path(path).resolve()
+    _check_replaceable(folder)
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}
+    for name, tensor in weights.items():
+        if not _are_log_weights(name, tensor):
+            raise ArgumentError(f"pc: {name} has NaN or +inf, or a unit without weight; such a circuit cannot be saved")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(folder, f"{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        save_file(weights, temporary / WEIGHTS_FILE)
+        structure = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "library_version": _library_version(),
+            "weights_sha256": _file_hash(temporary / WEIGHTS_FILE),
+            "dtype": str(pc.dtype).removeprefix("torch."),
+            "num_vars": pc.circuit.num_vars,
+            "nodes": records_of(pc.circuit),
+        }
+        text = json.dumps({"sha256": _structure_hash(structure), **structure}, separators=(",", ":"))
+        if len(text) > _MAX_STRUCTURE_BYTES:
+            raise ArgumentError(f"pc: {pc.circuit} takes {len(text)} bytes; the limit is {_MAX_STRUCTURE_BYTES}")
+        (temporary / STRUCTURE_FILE).write_text(text, encoding="ascii")
+        _swap_in(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> CompiledCircuit:
+    """Load a compiled circuit that :func:`save` wrote. Nothing in the folder is executed.
+
+    Args:
+        path: the folder.
+        device: where the parameters go.
+        dtype: torch.float32 or torch.float64; None: as they were saved.
+
+    Raises:
+        ArgumentError: a wrong ``dtype``.
+        CheckpointError: the folder is missing, corrupt, hostile, or of a newer format version.
+    """
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ArgumentError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype}")
+    path = Path(path).resolve()
+    attempt = 0
+    while True:
+        attempt += 1
+        folder = path if path.exists() else _backup_of(path)
+        version = _identity(folder)
+        try:
+            return _loaded(folder).to(device=device, dtype=dtype)
+        except CheckpointError as error:
+            was_replaced_meanwhile = _identity(folder) != version
+            if not was_replaced_meanwhile or attempt == _ATTEMPTS:
+                raise CheckpointError(f"{path}: {error}") from error
+
+
+def _loaded(folder: Path) -> CompiledCircuit:
+    structure = _read_structure(folder / STRUCTURE_FILE)
+    try:
+        check_keys(structure, {"library_version", "weights_sha256", "dtype", "num_vars", "nodes"})
+        circuit = circuit_of(structure["nodes"], structure["num_vars"])
+        if not isinstance(structure["dtype"], str) or structure["dtype"] not in _DTYPES:
+            raise CheckpointError(f"dtype: expected float32 or float64, got {short(structure['dtype'])}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{STRUCTURE_FILE}: {error}; save the circuit again") from error
+    dtype = _DTYPES[structure["dtype"]]
+    weights = _read_weights(folder / WEIGHTS_FILE, structure["weights_sha256"], circuit)
+    pc = compile(circuit, dtype=dtype, seed=0)
+    for name in sorted(pc.bank.keys() | weights.keys()):
+        expected, found = (_form(tensors.get(name)) for tensors in (dict(pc.bank.items()), weights))
+        if found != expected:
+            problem = f"{short(name)} is {found}, and the structure needs {expected}"
+            raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
+        if not _are_log_weights(name, weights[name]):
+            problem = f"{name} has NaN or +inf, or a unit without weight"
+            raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
+    with torch.no_grad():
+        for name, parameter in pc.bank.items():
+            parameter.copy_(weights[name])
+    return pc
+
+
+def _read_structure(path: Path) -> dict[str, Any]:
+    """Return the contents of the structure file but for its format, version and hash, which are checked here."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_STRUCTURE_BYTES:
+            raise CheckpointError(f"{path.name} has {size} bytes, and the limit is {_MAX_STRUCTURE_BYTES}")
+        structure = json.loads(path.read_bytes())
+        if not isinstance(structure, dict) or structure.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{path.name} does not describe a circuit; give the folder that ct.save wrote")
+        _check_version(structure)
+        if structure.pop("sha256", None) != _structure_hash({"format": FORMAT, **structure}):
+            raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"there is no {path.name}; give the folder that ct.save wrote") from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
+    structure.pop("format_version")
+    return structure
+
+
+def _check_version(structure: Mapping[str, Any]) -> None:
+    version = structure.get("format_version")
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format version {short(version)}, written by unfactor {short(structure.get('library_version'))}; "
+            f"this unfactor reads version {FORMAT_VERSION}: install a newer one"
+        )
+
+
+def _read_weights(path: Path, expected_hash: Any, circuit: Circuit) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if _file_hash(path) != expected_hash:
+            raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            stored = _total_size(file.get_slice(name).get_shape() for name in names)
+            needed = _num_weights(circuit)
+            if stored != needed:  # before as much as the structure says is allocated
+                problem = f"{stored} weights, and the structure needs {short(needed)}"
+                raise CheckpointError(f"{path.name} has {problem}; save the circuit again")
+            return {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path.name}; save the circuit again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
+
+
+def _num_weights(circuit: Circuit) -> int:
+    owners: set[Node] = {parameter_owner(node) for node in circuit.nodes if isinstance(node, ParametricNode)}
+    return _total_size(owner.parameter_shape for owner in owners if isinstance(owner, ParametricNode))
+
+
+def _total_size(shapes: Iterable[Sequence[int]]) -> int:
+    total = 0
+    for shape in shapes:
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _form(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _are_log_weights(bank: str, tensor: Tensor) -> bool:
+    """Whether a log-softmax of them has no NaN."""
+    greatest = tensor.amax(-1 if bank.startswith("sum") else -2)
+    return bool(((greatest > -torch.inf) & (greatest < torch.inf)).all())  # amax hands NaN on
+
+
+def _structure_hash(structure: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(structure, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir() or set(os.listdir(folder)) - {STRUCTURE_FILE, WEIGHTS_FILE}:
+        raise ArgumentError(
+            f"path: {folder} is not a saved circuit, and saving would replace it; give a folder that does not exist yet"
+        )
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    """Rename ``temporary`` to ``folder``. A crash between the two renames leaves the old version as the backup."""
+    backup = _backup_of(folder)
+    if folder.exists():
+        shutil.rmtree(backup, ignore_errors=True)
+        folder.rename(backup)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if not folder.exists():
+            with contextlib.suppress(FileNotFoundError):
+                backup.rename(folder)
+        raise
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def _backup_of(folder: Path) -> Path:
+    return _sibling(folder, "backup")
+
+
+def _sibling(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return what tells one version of a folder from another."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _library_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("unfactor")
+    except PackageNotFoundError:
+        return "unknown"

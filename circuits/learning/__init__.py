@@ -1,0 +1,15 @@
+"""Learning weights by maximum likelihood: expected flows, the EM family, and a fit loop with checkpoints."""
+
+from circuits.learning.em import AnemoneState, ExpectedFlows, anemone_step, em_step, expected_flows, top_down_flows
+from circuits.learning.fit import FitResult, fit
+
+__all__ = [
+    "AnemoneState",
+    "ExpectedFlows",
+    "FitResult",
+    "anemone_step",
+    "em_step",
+    "expected_flows",
+    "fit",
+    "top_down_flows",
+]

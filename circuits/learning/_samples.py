@@ -1,0 +1,118 @@
+"""The data of a fit: checked once, kept where it is, moved to the circuit's device batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Batch(NamedTuple):
+    """Some samples on the circuit's device."""
+
+    evidence: Evidence
+    weights: Tensor | None
+    """(B,), or None: every sample counts once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N samples over D variables."""
+
+    x: Tensor
+    """Integers (N, D)."""
+    observed: Tensor | None
+    """bool (N, D), or None: everything is."""
+    weights: Tensor | None
+    """(N,), or None: every sample counts once."""
+
+    def batches(self, batch_size: int, device: torch.device, order: Tensor | None = None) -> Iterator[Batch]:
+        """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from."""
+        order = torch.arange(len(self.x)) if order is None else order
+        for index in order.tensor_split(-(-len(order) // batch_size)):
+            x, observed, weights = (
+                None if tensor is None else tensor[index.to(tensor.device)].to(device)
+                for tensor in (self.x, self.observed, self.weights)
+            )
+            assert x is not None
+            yield Batch(Evidence.observe(x, observed), weights)
+
+    def digest(self) -> str:
+        """Return a hash of everything that the samples say."""
+        return digest(self.x, self.observed, self.weights)
+
+
+def checked_samples(pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any) -> Samples:
+    """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
+    x = _as_tensor(name, data)
+    num_vars = pc.circuit.num_vars
+    if x.dtype not in _INTEGERS or x.dim() != 2 or x.shape[1] != num_vars:
+        raise ArgumentError(
+            f"{name}: expected integers of shape (num_samples, {num_vars}), got {x.dtype} {tuple(x.shape)}; "
+            "convert them with .to(torch.int64)"
+        )
+    if not len(x):
+        raise ArgumentError(f"{name}: expected at least one sample, got shape {tuple(x.shape)}")
+    if observed is not None:
+        observed = _as_tensor("observed", observed)
+        if observed.dtype != torch.bool or observed.shape != x.shape:
+            raise ArgumentError(
+                f"observed: expected bool of the shape of {name}, {tuple(x.shape)}, got {observed.dtype} "
+                f"{tuple(observed.shape)}"
+            )
+    _check_values(pc, name, x, observed)
+    if sample_weights is not None:
+        sample_weights = _as_tensor("sample_weights", sample_weights)
+        is_valid = sample_weights.shape == x.shape[:1] and sample_weights.is_floating_point()
+        if not is_valid or not bool(((sample_weights >= 0) & (sample_weights < torch.inf)).all()):
+            raise ArgumentError(
+                f"sample_weights: expected finite floating-point numbers >= 0 of shape ({len(x)},), got "
+                f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
+            )
+    return Samples(x, observed, sample_weights)
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """Return a hash of the tensors' types, shapes and values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(b"none" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor is not None and tensor.numel():
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _as_tensor(name: str, data: Any) -> Tensor:
+    if isinstance(data, Tensor):
+        return data.detach()
+    if not hasattr(data, "__array__"):
+        raise ArgumentError(f"{name}: expected a tensor or a numpy array, got {type(data).__name__}")
+    import numpy as np
+
+    array = np.ascontiguousarray(data)
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except TypeError:
+        raise ArgumentError(f"{name}: expected an array of integers, got one of {array.dtype}") from None
+
+
+def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None) -> None:
+    outside = (x < 0) | (x >= pc.num_categories.to(x.device))
+    if observed is not None:
+        outside &= observed.to(x.device)
+    if bool(outside.any()):
+        sample, var = outside.nonzero()[0].tolist()
+        raise ArgumentError(
+            f"{name}: expected values from 0 to {pc.circuit.num_categories[var] - 1} of variable {var}, got "
+            f"{int(x[sample, var])} in sample {sample}; mark unknown values as False in `observed`"
+        )

@@ -1,0 +1,260 @@
+"""Maximum-likelihood learning of a circuit's weights: one loop for EM, mini-batch EM, Anemone and gradient descent."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from circuits._progress import progress_bar
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError, ImpossibleEvidenceError
+from circuits.graph import build_code
+from circuits.learning._checkpoint import Checkpoint, History, Snapshot
+from circuits.learning._learners import (
+    EMName,
+    Learner,
+    OptimizerFactory,
+    build_learner,
+    possible_mass,
+    possible_total,
+)
+from circuits.learning._samples import Samples, checked_samples
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a fit measured; all likelihoods are means in nats per sample."""
+
+    train_log_likelihood: tuple[float, ...]
+    """Per epoch, over the possible samples, each under the weights that it found: those before its update."""
+    validation_log_likelihood: tuple[float, ...]
+    """Per epoch, after it; empty without validation data. -inf if a validation sample is impossible."""
+    best_epoch: int
+    """The epoch, from 0, that the circuit's weights come from: the best in validation, else the last."""
+    stopped_early: bool
+    """Whether ``patience`` ran out."""
+    num_impossible: int
+    """How many training samples had probability zero in the last epoch; nothing is learnt from them."""
+
+
+def fit(
+    pc: CompiledCircuit,
+    data: Tensor | np.ndarray,  # shape: (N, D)
+    *,
+    optimizer: EMName | torch.optim.Optimizer | OptimizerFactory = "em",
+    observed: Tensor | np.ndarray | None = None,  # shape: (N, D)
+    sample_weights: Tensor | np.ndarray | None = None,  # shape: (N,)
+    num_epochs: int = 50,
+    batch_size: int = 256,
+    step_size: float | None = None,
+    momentum: float | None = None,
+    pseudocount: float | None = None,
+    validation_data: Tensor | np.ndarray | None = None,  # shape: (M, D)
+    validation_observed: Tensor | np.ndarray | None = None,  # shape: (M, D)
+    patience: int | None = None,
+    min_improvement: float = 0.0,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FitResult:
+    """Fit the weights of a circuit to data by maximum likelihood, in place.
+
+    The order of the samples is a function of seed and epoch alone. So a run with a ``checkpoint_path`` that was
+    interrupted anywhere, and is started again with the same arguments, ends like one that was not, to the last bit on
+    one machine; with more ``num_epochs`` it goes on, and a finished one returns at once.
+
+    Args:
+        pc: the circuit; its present weights are where the search starts.
+        data: integers (N, D). They stay where they are; batches are moved to the circuit's device.
+        optimizer: ``"em"``: full-batch EM, one step an epoch; ``"minibatch_em"``: a step of size s a batch;
+            ``"anemone"``: the same with momentum and flow-rescaled steps (Liu et al. 2025), see
+            :func:`~circuits.learning.anemone_step`; or a ``torch.optim`` optimizer over ``pc.parameters()``; or a
+            function from parameters to one, for instance ``lambda p: torch.optim.Adam(p, lr=0.1)``.
+        observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
+        sample_weights: how often each sample counts, (N,) >= 0.
+        num_epochs: passes over the data.
+        batch_size: the greatest number of samples a batch.
+        step_size: s of the EM family, by default 1 for em, 0.1 for minibatch_em, 0.4 for anemone.
+        momentum: mu of anemone, by default 0.9.
+        pseudocount: a of the EM family, by default 0.01 (samples) for em and minibatch_em, and 1e-6 (of a batch) for
+            anemone. Greater than 0, it keeps values that were never seen possible.
+        validation_data: integers (M, D); when given, the circuit ends with the weights of its best epoch.
+        validation_observed: bool (M, D), like ``observed``.
+        patience: stop after so many epochs in a row without a better validation likelihood; None: never.
+        min_improvement: by how much, in nats per sample, an epoch must be better than the best one to count as such.
+        checkpoint_path: a ``.safetensors`` file that the state is written to after every epoch, and that the run
+            continues from when it exists.
+        seed: an integer >= 0, for the order of the samples.
+        progress: draw a progress bar on standard error.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, shape or value; or a gradient optimizer diverged, and then the
+            weights are those of the last complete epoch.
+        ImpossibleEvidenceError: all samples have probability zero.
+        CheckpointError: the checkpoint is corrupt, or of another run.
+    """
+    _check_options(pc, num_epochs, batch_size, patience, min_improvement, seed, validation_data is not None)
+    samples = checked_samples(pc, "data", data, observed, sample_weights)
+    validation = None
+    if validation_data is not None:
+        validation = checked_samples(pc, "validation_data", validation_data, validation_observed, None)
+    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
+    learner, method = build_learner(pc, optimizer, options)
+    identity = {
+        "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),
+        "data": samples.digest(),
+        "validation_data": "none" if validation is None else validation.digest(),
+        "optimizer": method,
+        "options": f"batch_size={batch_size} patience={patience} min_improvement={min_improvement} seed={seed}",
+    }
+    checkpoint = Checkpoint(checkpoint_path, identity)
+    history, best_weights = _resume(pc, learner, checkpoint, num_epochs)
+
+    with progress_bar("fitting the circuit", num_epochs, enabled=progress, completed=history.num_epochs) as advance:
+        while history.num_epochs < num_epochs and not _is_out_of_patience(history, patience):
+            train, num_impossible = _epoch(pc, learner, samples, batch_size, seed, history.num_epochs)
+            heard = None if validation is None else _mean_log_likelihood(pc, validation, batch_size)
+            history = _extended(history, train, heard, num_impossible, min_improvement)
+            if heard is not None and history.best_epoch == history.num_epochs - 1:
+                best_weights = _copied_weights(pc)
+            checkpoint.write(
+                Snapshot(
+                    weights=_copied_weights(pc), best_weights=best_weights, learner=learner.state(), history=history
+                )
+            )
+            advance(note=f"train {train:.4f}" + ("" if heard is None else f", validation {heard:.4f}") + " nats")
+    if best_weights is not None:
+        _set_weights(pc, best_weights)
+    return FitResult(
+        train_log_likelihood=history.train,
+        validation_log_likelihood=history.validation,
+        best_epoch=history.best_epoch,
+        stopped_early=_is_out_of_patience(history, patience),
+        num_impossible=history.num_impossible,
+    )
+
+
+def _epoch(
+    pc: CompiledCircuit, learner: Learner, samples: Samples, batch_size: int, seed: int, epoch: int
+) -> tuple[float, int]:
+    """Learn from all samples once: (mean log-likelihood of the possible ones, number of impossible ones)."""
+    order = _shuffled(len(samples.x), seed, epoch) if learner.is_shuffled else None
+    total = torch.zeros((), dtype=torch.float64, device=pc.device)
+    mass, num_impossible = torch.zeros_like(total), torch.zeros_like(total)
+    for batch in samples.batches(batch_size, pc.device, order):
+        log_likelihood = learner.update(batch)
+        total += possible_total(log_likelihood, batch.weights)
+        mass += possible_mass(log_likelihood, batch.weights)
+        num_impossible += (log_likelihood == -torch.inf).sum()
+    if not float(mass) > 0:
+        raise ImpossibleEvidenceError(
+            f"data: all {len(samples.x)} samples have probability zero under the circuit, or weight zero, so there is "
+            "nothing to learn from; look for zeros in the weights that nodes were given"
+        )
+    learner.end_epoch()
+    return float(total / mass), int(num_impossible)
+
+
+@torch.no_grad()
+def _mean_log_likelihood(pc: CompiledCircuit, samples: Samples, batch_size: int) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=pc.device)
+    for batch in samples.batches(batch_size, pc.device):
+        total += pc.log_partition(batch.evidence).double().sum()
+    return float(total) / len(samples.x)
+
+
+def _shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:
+    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "big"))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def _extended(
+    history: History, train: float, validation: float | None, num_impossible: int, min_improvement: float
+) -> History:
+    epoch = history.num_epochs
+    heard = history.validation if validation is None else (*history.validation, validation)
+    is_best = validation is None or epoch == 0 or validation > history.validation[history.best_epoch] + min_improvement
+    return History(
+        train=(*history.train, train),
+        validation=heard,
+        best_epoch=epoch if is_best else history.best_epoch,
+        num_impossible=num_impossible,
+    )
+
+
+def _is_out_of_patience(history: History, patience: int | None) -> bool:
+    return patience is not None and history.num_epochs - 1 - history.best_epoch >= patience
+
+
+def _resume(
+    pc: CompiledCircuit, learner: Learner, checkpoint: Checkpoint, num_epochs: int
+) -> tuple[History, dict[str, Tensor] | None]:
+    snapshot = checkpoint.read()
+    if snapshot is None:
+        return History(), None
+    if snapshot.history.num_epochs > num_epochs:
+        raise checkpoint.error(f"has done {snapshot.history.num_epochs} epochs, more than num_epochs={num_epochs}")
+    for weights in (snapshot.weights, snapshot.best_weights):
+        if weights is not None and not _fits(pc, weights):
+            raise checkpoint.error("is corrupt: its weights do not fit the circuit")
+    try:
+        learner.restore(snapshot.learner)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise checkpoint.error(f"is corrupt: its optimizer state does not fit: {error}") from error
+    _set_weights(pc, snapshot.weights)
+    best_weights = snapshot.best_weights
+    return snapshot.history, None if best_weights is None else {k: w.to(pc.device) for k, w in best_weights.items()}
+
+
+def _fits(pc: CompiledCircuit, weights: dict[str, Tensor]) -> bool:
+    return weights.keys() == set(pc.bank) and all(
+        weights[name].shape == parameter.shape
+        and weights[name].dtype == parameter.dtype
+        and bool((weights[name] < torch.inf).all())
+        for name, parameter in pc.bank.items()
+    )
+
+
+def _copied_weights(pc: CompiledCircuit) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in pc.bank.items()}
+
+
+@torch.no_grad()
+def _set_weights(pc: CompiledCircuit, weights: dict[str, Tensor]) -> None:
+    for name, parameter in pc.bank.items():
+        parameter.copy_(weights[name])
+
+
+def _check_options(
+    pc: CompiledCircuit,
+    num_epochs: int,
+    batch_size: int,
+    patience: int | None,
+    min_improvement: float,
+    seed: int,
+    is_validated: bool,
+) -> None:
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    counts = [("num_epochs", num_epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)]
+    if patience is not None:
+        counts.append(("patience", patience, 1))
+    for name, value, least in counts:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if patience is not None and not is_validated:
+        raise ArgumentError("patience: early stopping compares validation likelihoods; give validation_data too")
+    if not 0 <= min_improvement < math.inf:
+        raise ArgumentError(f"min_improvement: expected a number >= 0 (nats per sample), got {min_improvement!r}")
+    if not all(bool((parameter < torch.inf).all()) for parameter in pc.bank.values()):
+        raise ArgumentError("pc: its weights have NaN or +inf among them; call pc.randomize(seed=...) first")
