@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import click
 import typer
 
 from diffusion.errors import ArgumentError, UnfactorError
@@ -37,6 +36,7 @@ Temperature = Annotated[float, typer.Option(help="Of the tokens; 0 is greedy.")]
 
 _DEFAULT_OUT = Path("unfactor-demo")
 _FEW_STEPS = 4
+_UsageErrors: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of the copy that typer carries
 
 
 @app.command()
@@ -193,11 +193,11 @@ def main() -> None:
     """Run the program; errors of ours are one line on standard error and exit code 2."""
     try:
         sys.exit(app(standalone_mode=False))
-    except click.ClickException as error:
+    except _UsageErrors as error:
         _fail(error.format_message(), error.exit_code)
     except UnfactorError as error:
         _fail(str(error), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command continues where it stopped", 130)
 
 
@@ -258,7 +258,9 @@ def _print_gap(table: Any) -> None:
 
     from diffusion.evaluation import MODELS
 
-    shown = Table(title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)", title_justify="left")
+    shown = Table(
+        title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)", title_justify="left"
+    )
     for column in ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed"):
         shown.add_column(column, justify="right")
     for row in table.rows:

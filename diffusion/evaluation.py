@@ -60,8 +60,8 @@ class GapRow:
         coupled: the product of both.
         sequential: the denoiser, one token at a time.
         share_closed: (log one-step - log coupled) / (log one-step - log sequential).
-        is_meaningful: False when the denoiser, one token at a time, is no better than the circuit alone or than itself in
-            one step: then the share measures a weak denoiser, not the barrier.
+        is_meaningful: False when the denoiser, one token at a time, is no better than the circuit alone or than itself
+            in one step: then the share measures a weak denoiser, not the barrier.
     """
 
     mask_ratio: float

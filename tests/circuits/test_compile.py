@@ -139,14 +139,13 @@ def test_torch_compile_gives_the_same_values_and_gradients(generator):
     x = torch.randint(4, (6, 5), generator=generator)
     compiled = torch.compile(pc, backend="aot_eager")
     torch.testing.assert_close(compiled(x), pc(x))
+    grads = []
     for call in (compiled, pc):
         pc.zero_grad()
         call(x).sum().backward()
-        grads = [parameter.grad.clone() for parameter in pc.parameters()]
-        if call is pc:
-            for first, second in zip(previous, grads, strict=True):
-                torch.testing.assert_close(first, second)
-        previous = grads
+        grads.append([parameter.grad.clone() for parameter in pc.parameters()])
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), pc(x))
 
@@ -227,6 +226,9 @@ def test_the_same_answers_on_a_gpu(generator):
 
 def test_importing_circuits_imports_nothing_heavy():
     heavy = ["pyjuice", "transformers", "matplotlib", "hypothesis", "rich", "typer", "scipy", "networkx", "tokenizers"]
-    code = f"import torch, sys; before = set(sys.modules); import circuits; print([m for m in {heavy} if m in set(sys.modules) - before])"
+    code = (
+        "import torch, sys; before = set(sys.modules); import circuits; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

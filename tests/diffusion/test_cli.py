@@ -1,0 +1,115 @@
+"""The program: the stages on a small corpus, reuse, and one clear line for everything that is wrong."""
+
+import sys
+
+import pytest
+
+from diffusion import cli, pipeline
+from diffusion.circuit_training import CircuitTraining
+from diffusion.denoiser_training import DenoiserTraining
+
+SMALLEST = pipeline.Recipe(
+    denoiser=pipeline.DenoiserRecipe(
+        width=16, num_layers=1, num_heads=2, max_length=128, training=DenoiserTraining(steps=4, batch_size=4)
+    ),
+    circuit=pipeline.CircuitRecipe(
+        num_states=3,
+        likelihood_blocks=64,
+        likelihood_epochs=1,
+        cached_blocks=32,
+        training=CircuitTraining(steps=3, batch_size=16),
+    ),
+    gap_windows=6,
+    texts=4,
+)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    monkeypatch.setitem(pipeline.PRESETS, "tiny", SMALLEST)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(f"The {i}th text says that {i} and {i + 1} make {2 * i + 1}. " * 4 for i in range(40)))
+    return path
+
+
+def test_the_stages_one_by_one(run, corpus, tmp_path):
+    out = tmp_path / "models"
+    assert run("train", "--corpus", corpus, "--out", out, "--preset", "tiny", "--quiet")[0] == 0
+    assert run("cache-logits", "--out", out, "--quiet")[0] == 0
+    assert run("fit", "--out", out, "--quiet")[0] == 0
+    code, text, _ = run("evaluate", "--out", out, "--quiet")
+    assert code == 0
+    assert "one-step" in text
+    assert {path.name for path in (out / "results").iterdir()} == {"gap.json", "gap.png", "gap.txt"}
+    options = ("generate", "--out", out, "--prompt", "The 3th", "--length", 64, "--steps", 4, "--seed", 3)
+    code, first, _ = run(*options)
+    assert code == 0
+    assert first.startswith("The 3th")
+    assert run(*options)[1] == first
+    assert run(*options, "--no-circuit")[0] == 0
+
+
+def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
+    out = tmp_path / "demo"
+    arguments = ("demo", "--corpus", "arithmetic", "--preset", "tiny", "--out", out, "--quiet")
+    code, text, _ = run(*arguments)
+    assert code == 0
+    lines = [line for line in text.splitlines() if line.split(":")[0] in ("Shown", "Files", "Next")]
+    assert len(lines) == 3
+    assert (out / "results" / "arithmetic.png").exists()
+    monkeypatch.setattr(pipeline, "train_denoiser", None)  # calling it would fail
+    monkeypatch.setattr(pipeline, "fit_coupled", None)
+    assert run(*arguments)[0] == 0
+    code, _, error = run("demo", "--corpus", "embedded", "--preset", "tiny", "--out", out)
+    assert code == 2
+    assert "was made with another text" in error
+
+
+def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
+    empty, folder = tmp_path / "empty.txt", tmp_path / "other"
+    empty.write_text(" \n\n ")
+    folder.mkdir()
+    (folder / "file").write_text("precious")
+    models = tmp_path / "models"
+    assert run("train", "--corpus", corpus, "--out", models, "--preset", "tiny", "--quiet")[0] == 0
+    new = ("--out", tmp_path / "new")
+    cases = [
+        (("demo", "--corpus", tmp_path / "missing.txt", *new), "missing.txt"),
+        (("demo", "--corpus", empty, *new), "holds no text"),
+        (("demo", "--preset", "huge", *new), "preset: expected one of"),
+        (("demo", "--nonsense"), "nonsense"),
+        (("demo", "--device", "quantum", *new), "device"),
+        (("train", "--corpus", corpus, "--out", folder), "was not made by unfactor"),
+        (("fit", *new), "holds no model"),
+        (("evaluate", "--out", models), "holds no circuit yet"),
+        (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "exceed the denoiser's 128 positions"),
+        (("generate", "--out", models, "--length", "7", "--no-circuit"), "gen_length: expected a multiple"),
+        (("generate", "--out", models, "--decode", "magic"), "decode: expected one of"),
+        (("generate", "--out", models, "--steps", "zero"), "steps"),
+        (("nonsense",), "nonsense"),
+    ]
+    for arguments, message in cases:
+        code, out, error = run(*arguments)
+        assert code == 2, arguments
+        assert message in error
+        assert error.count("\n") == 1
+        assert out == ""
+    assert not (tmp_path / "new").exists()
+    assert (folder / "file").read_text() == "precious"
+
+
+def test_version_and_help(run):
+    assert run("--help")[0] == 0
