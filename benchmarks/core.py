@@ -1,6 +1,6 @@
 """The core against the bare floor and against peers, in one run.
 
-    python benchmarks/core.py            # all of it; peers need: pip install -c constraints.txt -e '.[bench]'
+    python benchmarks/core.py            # all of it; peers need: pip install -c constraints.txt -e '.[peers]'
     python benchmarks/core.py --quick    # smaller sizes, a smoke test
 
 Every number is the median of several rounds; within a round the candidates take turns, so that a change of the
