@@ -1,6 +1,7 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
 from diffusion import evaluation, masking
+from diffusion.calibration import NoiseCalibration
 from diffusion.circuit_training import CircuitTraining, fit_coupled
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding import DecodeOptions
@@ -20,6 +21,7 @@ __all__ = [
     "DenoiserTraining",
     "Generation",
     "LogitCache",
+    "NoiseCalibration",
     "TransformerConfig",
     "TransformerDenoiser",
     "cache_logits",

@@ -60,14 +60,16 @@ def fit_coupled(
     checkpoint_path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainingCurve:
-    """Raise ``E[w(t) CLL]`` of a frozen denoiser's cached predictions over the circuit's weights, in place.
+    """Raise ``E[w(t) CLL]`` of a frozen denoiser's cached predictions over the head's parameters, in place.
+
+    These are the circuit's weights and, where the head has one, its calibration.
 
     The gradient with respect to the log-weights is the flows at the true tokens minus the flows under the evidence (Li
     et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated with the same arguments continues,
     and ends like one that was not interrupted.
 
     Args:
-        head: whose circuit is trained, with the head's normalisation.
+        head: whose circuit and calibration are trained, with the head's normalisation.
         cache: predictions for training blocks.
         held_out: predictions for held-out blocks, for the curve.
         config: by default ``CircuitTraining()``.
@@ -87,16 +89,16 @@ def fit_coupled(
             f"cache: blocks of {cache.block_length} tokens from {cache.vocab_size} do not fit {head.pc.circuit} of "
             f"{sorted(set(head.pc.circuit.num_categories))} categories"
         )
-    optimizer = torch.optim.Adam(head.pc.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
     checkpoint = TrainingCheckpoint(
         Path(checkpoint_path) if checkpoint_path is not None else None,
         {
             "configuration": json.dumps(asdict(config)),
-            "circuit": repr([(name, tuple(bank.shape)) for name, bank in head.pc.bank.items()]) + head.normalization,
+            "circuit": repr([(name, tuple(p.shape)) for name, p in head.named_parameters()]) + head.normalization,
             "cache": f"{len(cache)} {int(np.asarray(cache.tokens[:64], dtype=np.int64).sum())}",
         },
     )
-    state = checkpoint.restore(head.pc, optimizer)
+    state = checkpoint.restore(head, optimizer)
     with progress_bar("fitting the circuit", config.steps, enabled=progress, completed=state.step) as advance:
         while state.step < config.steps:
             for group in optimizer.param_groups:
@@ -116,7 +118,7 @@ def fit_coupled(
                     math.nan if held_out is None else coupled_loss(head, held_out, weighting=config.weighting)
                 )
             if is_last or state.step % config.checkpoint_every == 0:
-                checkpoint.write(head.pc, optimizer, state)
+                checkpoint.write(head, optimizer, state)
             advance(note=f"{state.losses[-1] if state.losses else state.curve.train[-1]:.3f} nats/token")
     return state.curve
 
@@ -139,7 +141,7 @@ def coupled_loss(
 
 
 def _loss(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:
-    cll = batch.distribution(head.pc, head.normalization).log_prob(batch.tokens)
+    cll = batch.distribution(head).log_prob(batch.tokens)
     if config.weighting == "masked_mean":
         cll = cll / batch.masked.sum(-1).clamp_min(1)
     return -cll.mean()

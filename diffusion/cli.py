@@ -122,7 +122,7 @@ def fit(
         training = replace(recipe.circuit.training, steps=steps)
         recipe = replace(recipe, circuit=replace(recipe.circuit, training=training))
     head = workspace.fit(recipe)
-    _say(f"{head.pc.circuit} is in {out}/circuit; next: unfactor evaluate --out {out}")
+    _say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 
 
 @app.command()

@@ -167,6 +167,11 @@ class CoupledDistribution(Distribution):
         return (log_joint.reshape(blocks.shape[:2]) - log_z).reshape(value.shape[:-1])
 
     @cached_property
+    def log_prediction(self) -> Tensor:
+        """``log q_i(v)`` as it enters the product, (B, L, V): 0 at observed positions, -inf at tokens not listed."""
+        return self._prediction.dense(self.num_tokens, self.pc.dtype)
+
+    @cached_property
     def marginal_probs(self) -> Tensor:
         """``p_hat(x_i = v | observed tokens)`` of every position and token, (B, L, V); rows sum to 1."""
         return self.marginals_given(self.evidence)

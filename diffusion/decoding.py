@@ -101,12 +101,12 @@ def decode_step(
     if not bool(active.any()):
         return _independent_step(logits, tokens, masked, counts, options, generator)
     if bool(active.all()):
-        return _coupled_step(head.distribution(logits, tokens, masked), logits, counts, options, generator)
+        return _coupled_step(head.distribution(logits, tokens, masked), counts, options, generator)
     new_tokens, committed = tokens.clone(), torch.zeros_like(masked)
     for rows, is_coupled in ((active, True), (~active, False)):
         part = logits[rows], tokens[rows], masked[rows]
         if is_coupled:
-            step = _coupled_step(head.distribution(*part), part[0], counts[rows], options, generator)
+            step = _coupled_step(head.distribution(*part), counts[rows], options, generator)
         else:
             step = _independent_step(*part, counts[rows], options, generator)
         new_tokens[rows], committed[rows] = step.tokens, step.committed
@@ -127,7 +127,6 @@ def _independent_step(
 
 def _coupled_step(
     dist: CoupledDistribution,
-    logits: Tensor,
     counts: Tensor,
     options: DecodeOptions,
     generator: torch.Generator | None,
@@ -137,7 +136,7 @@ def _coupled_step(
         return _any_order_step(dist, counts, options, generator)
     if options.decode == "latent":
         latent = dist.sample_latent_log_weights(generator)
-        proposal = _propose(logits.to(latent.dtype) / tau + latent, options, generator)
+        proposal = _propose(dist.log_prediction / tau + latent, options, generator)
     elif options.decode == "marginal":
         proposal = _propose(dist.marginal_probs.log() / tau, options, generator)
     else:

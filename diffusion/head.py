@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
+import circuits as ct
 from circuits import CompiledCircuit
+from circuits._files import replace_file
+from diffusion.calibration import NoiseCalibration
 from diffusion.coupling import CoupledDistribution, Normalization
-from diffusion.errors import ArgumentError
+from diffusion.errors import ArgumentError, CheckpointError
+
+FORMAT = "unfactor-coupled-head"
+FORMAT_VERSION = 1
 
 
 class CoupledHead(nn.Module):
@@ -21,6 +32,9 @@ class CoupledHead(nn.Module):
         temperature: tau >= 0 of the tokens' distribution in decoding: log q / tau; 0 takes the best token.
         normalization: "global" or "local", see :mod:`diffusion.coupling`; training and decoding share it.
         top_k: evidence on the k best tokens only; None: on all.
+        calibration: what becomes of the prediction before the circuit multiplies it, see
+            :class:`~diffusion.calibration.NoiseCalibration`; its parameters are this module's too. None: the plain
+            product.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -34,6 +48,7 @@ class CoupledHead(nn.Module):
         *,
         normalization: Normalization = "global",
         top_k: int | None = None,
+        calibration: NoiseCalibration | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(pc, CompiledCircuit):
@@ -43,11 +58,17 @@ class CoupledHead(nn.Module):
         if normalization not in get_args(Normalization):
             raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
         check_temperature(temperature)
+        if calibration is not None and {calibration.bias.shape[1]} != set(pc.circuit.num_categories):
+            raise ArgumentError(
+                f"calibration: it is for {calibration.bias.shape[1]} tokens, and the circuit has "
+                f"{sorted(set(pc.circuit.num_categories))} categories"
+            )
         self.pc = pc
         self.activation_threshold = activation_threshold
         self.temperature = temperature
         self.normalization = normalization
         self.top_k = top_k
+        self.calibration = calibration
 
     @property
     def block_length(self) -> int:
@@ -62,9 +83,20 @@ class CoupledHead(nn.Module):
         self, logits: Tensor, tokens: Tensor, masked: Tensor, *, include: Tensor | None = None
     ) -> CoupledDistribution:
         """Return the joint distribution of a block: logits (B, L, V), tokens (B, L), masked (B, L)."""
+        factors = self.calibrated(logits, masked)
         return CoupledDistribution(
-            self.pc, logits, tokens, masked, normalization=self.normalization, top_k=self.top_k, include=include
+            self.pc, factors, tokens, masked, normalization=self.normalization, top_k=self.top_k, include=include
         )
+
+    def calibrated(self, logits: Tensor, masked: Tensor, values: Tensor | None = None) -> Tensor:
+        """Return the log-factors that the circuit is multiplied with, in the shape of ``logits``.
+
+        Args:
+            logits: of all tokens, (B, L, V), or of the listed ``values``, (B, L, k).
+            masked: bool (B, L).
+            values: int64 (B, L, k); None: all tokens.
+        """
+        return logits if self.calibration is None else self.calibration(logits, masked, values)
 
     def conditional_log_likelihood(self, logits: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Return ``CLL = log p_hat(x_M | x_O)`` of the true tokens ``targets``, int64 (B, L): (B,), in nats."""
@@ -74,6 +106,79 @@ class CoupledHead(nn.Module):
         """Return which sequences the circuit is used for, by their own mask ratio: bool (B, L) to bool (B,)."""
         ratio = masked.float().mean(-1)
         return (ratio < self.activation_threshold) | (self.activation_threshold >= 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder: the circuit in ``circuit/``, settings and calibration in ``head.safetensors``; no pickle.
+
+        Raises:
+            ArgumentError: ``path`` holds something else, or a weight is NaN.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        ct.save(self.pc, folder / "circuit")
+        tensors = {} if self.calibration is None else self.calibration.state_dict()
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
+            "circuit_sha256": _circuit_hash(folder),
+        }
+        with replace_file(folder / "head.safetensors") as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CoupledHead:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt, of a newer format, or does not belong to the others.
+        """
+        folder = Path(path)
+        metadata, tensors = _read(folder / "head.safetensors")
+        if metadata.get("circuit_sha256") != _circuit_hash(folder):
+            raise CheckpointError(f"{folder}: head.safetensors belongs to another circuit; save the head again")
+        try:
+            settings = json.loads(metadata["settings"])
+            calibration = None
+            if tensors:
+                num_knots, num_tokens = tensors["bias"].shape
+                calibration = NoiseCalibration(num_tokens, num_knots)
+                calibration.load_state_dict(tensors)
+            return cls(ct.load(folder / "circuit"), **settings, calibration=calibration).to(device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder}/head.safetensors is corrupt: {error}; save the head again") from error
+
+
+_SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k")
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not describe a coupled head")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} has format version {metadata.get('format_version')}, this library reads {FORMAT_VERSION}"
+        )
+    return metadata, tensors
+
+
+def _circuit_hash(folder: Path) -> str:
+    """Return a hash of the circuit's structure file, which holds the hash of the weights."""
+    try:
+        return hashlib.sha256((folder / "circuit" / "structure.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{folder} holds no circuit: {error}") from error
 
 
 def check_temperature(temperature: float) -> None:

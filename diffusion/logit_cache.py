@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuits import CompiledCircuit
 from circuits._files import replace_file
 from circuits._progress import progress_bar
-from diffusion.coupling import CoupledDistribution, Normalization
+from diffusion.coupling import CoupledDistribution
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.head import CoupledHead
 from diffusion.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 FORMAT_VERSION = 1
@@ -46,12 +46,13 @@ class CachedBatch:
     log_q: Tensor
     values: Tensor | None
 
-    def distribution(self, pc: CompiledCircuit, normalization: Normalization = "global") -> CoupledDistribution:
-        """Couple a circuit to the cached predictions."""
+    def distribution(self, head: CoupledHead) -> CoupledDistribution:
+        """Couple a head's circuit to the cached predictions."""
+        factors = head.calibrated(self.log_q, self.masked, self.values)
         if self.values is None:
-            return CoupledDistribution(pc, self.log_q, self.tokens, self.masked, normalization=normalization)
+            return CoupledDistribution(head.pc, factors, self.tokens, self.masked, normalization=head.normalization)
         return CoupledDistribution.from_listed(
-            pc, self.values, self.log_q, self.tokens, self.masked, normalization=normalization
+            head.pc, self.values, factors, self.tokens, self.masked, normalization=head.normalization
         )
 
 

@@ -4,7 +4,7 @@
     tokenizer.json      text to tokens
     denoiser/           the masked-token predictor
     likelihood/         the circuit fitted by maximum likelihood
-    circuit/            the circuit fitted on the coupled objective
+    head/               the output layer: circuit and calibration, fitted on the coupled objective
     checkpoints/        of runs that were interrupted
     cache/              the denoiser's predictions that the circuit trains on
     results/            tables and pictures
@@ -27,6 +27,7 @@ from torch import Tensor
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits._files import replace_file
+from diffusion.calibration import NoiseCalibration
 from diffusion.circuit_training import CircuitTraining, fit_coupled
 from diffusion.corpus import Corpus, check_arithmetic, join_documents, load_corpus, random_windows, windows
 from diffusion.decoding import DecodeMode
@@ -86,7 +87,7 @@ class CircuitRecipe:
         training: the coupled fit.
     """
 
-    num_states: int = 256
+    num_states: int = 128
     likelihood_blocks: int = 40_000
     likelihood_epochs: int = 5
     cached_blocks: int = 16_384
@@ -116,13 +117,11 @@ PRESETS: dict[str, Recipe] = {
         ),
     ),
     "large": Recipe(
-        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=4500, validate_every=900)),
+        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=6000, validate_every=1000)),
         circuit=CircuitRecipe(
-            num_states=512,
             likelihood_blocks=60_000,
-            likelihood_epochs=5,
             cached_blocks=24_576,
-            training=CircuitTraining(steps=800, batch_size=128),
+            training=CircuitTraining(steps=1200),
         ),
         gap_windows=1024,
     ),
@@ -239,20 +238,22 @@ class Workspace:
             return self.head()
         if stamp.exists():  # another circuit for the same denoiser: its checkpoints are of no use
             stamp.unlink()
-            for name in ("likelihood", "circuit"):
+            for name in ("likelihood", "head"):
                 self._checkpoint(name).unlink(missing_ok=True)
         pc = self._fit_likelihood(recipe)
-        head = CoupledHead(pc)
         train, held_out = self.cache(recipe)
+        counts = torch.bincount(torch.from_numpy(train.tokens[:].astype("int64")).flatten(), minlength=train.vocab_size)
+        calibration = NoiseCalibration.dividing_out(counts).to(self.device)
+        head = CoupledHead(pc, activation_threshold=1.0, calibration=calibration)
         fit_coupled(
             head,
             train,
             held_out,
             config=recipe.circuit.training,
-            checkpoint_path=self._checkpoint("circuit"),
+            checkpoint_path=self._checkpoint("head"),
             progress=self.progress,
         )
-        ct.save(pc, self.path / "circuit")
+        head.save(self.path / "head")
         _write_json(stamp, settings)
         shutil.rmtree(self.path / "cache")
         return head
@@ -293,7 +294,7 @@ class Workspace:
             denoiser,
             self.head(),
             data.to(self.device),
-            circuit_alone=self.circuit("likelihood"),
+            circuit_alone=ct.load(self.path / "likelihood", device=self.device),
             seed=recipe.seed,
             progress=self.progress,
         )
@@ -419,16 +420,12 @@ class Workspace:
         """Load the tokenizer; raises CheckpointError if it is not there."""
         return TextTokenizer.load(self.path / "tokenizer.json")
 
-    def circuit(self, name: str = "circuit") -> CompiledCircuit:
-        """Load the circuit of the coupled fit, or the one of the "likelihood" fit."""
-        self.recipe()
-        if not (self.path / name).exists():
-            raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
-        return ct.load(self.path / name, device=self.device)
-
     def head(self) -> CoupledHead:
-        """Load the circuit as an output layer that is active at every mask ratio."""
-        return CoupledHead(self.circuit(), activation_threshold=1.0)
+        """Load the output layer, which is active at every mask ratio; raises CheckpointError if it is not there."""
+        self.recipe()
+        if not (self.path / "head").exists():
+            raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
+        return CoupledHead.load(self.path / "head", device=self.device)
 
     def _claim(self, recipe: Recipe) -> None:
         """Write the recipe into a new folder; refuse a folder whose text or denoiser is of another recipe."""

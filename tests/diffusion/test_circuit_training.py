@@ -67,7 +67,7 @@ def test_top_k_keeps_the_true_token_and_the_best_others(denoiser, windows, tmp_p
     others = whole.log_q.scatter(2, whole.tokens.unsqueeze(-1), -torch.inf).topk(3).values
     assert torch.equal(listed.log_q[..., 1:], others)
     pc = ct.compile(ct.structures.hmm(L, 2, V), seed=0)
-    assert listed.distribution(pc).log_prob(listed.tokens).isfinite().all()
+    assert listed.distribution(CoupledHead(pc)).log_prob(listed.tokens).isfinite().all()
 
 
 def test_an_interrupted_cache_continues_to_the_same_arrays(denoiser, windows, tmp_path):
