@@ -40,7 +40,7 @@ class Diagram:
 def placed(diagram: Diagram) -> tuple[list[tuple[float, float]], float, float]:
     """Return the vertices' centres, and the width and height of the whole.
 
-    Vertices stand one row above the highest vertex below them; rows are ordered by the mean place of the neighbours,
+    A vertex stands one row below the lowest vertex above it; rows are ordered by the mean place of the neighbours,
     downward and upward in turn (Sugiyama, Tagawa, Toda 1981).
     """
     above: list[list[int]] = [[] for _ in diagram.vertices]
@@ -52,7 +52,7 @@ def placed(diagram: Diagram) -> tuple[list[tuple[float, float]], float, float]:
     x = [0.0] * len(diagram.vertices)
     for row in rows:
         _spread(row, [float(i) for i in range(len(row))], diagram, x)
-    for sweep in range(2 * _SWEEPS):
+    for sweep in range(2 * _SWEEPS + 1):  # the last one centres vertices above what is below them
         is_downward = sweep % 2 == 1
         for row in reversed(rows) if is_downward else rows:
             neighbours = above if is_downward else below
@@ -67,7 +67,7 @@ def placed(diagram: Diagram) -> tuple[list[tuple[float, float]], float, float]:
 
 
 def _rows(above: Sequence[Sequence[int]], below: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the vertices by height: inputs just below the lowest vertex above them."""
+    """Return the vertices by height: every vertex just below the lowest of those above it."""
     height: dict[int, int] = {}
     waiting = [len(lower) for lower in below]
     ready = [vertex for vertex, count in enumerate(waiting) if count == 0]
@@ -77,12 +77,13 @@ def _rows(above: Sequence[Sequence[int]], below: Sequence[Sequence[int]]) -> lis
             waiting[upper] -= 1
             if waiting[upper] == 0:
                 ready.append(upper)
-    for vertex in ready:
-        if not below[vertex] and above[vertex]:
+    for vertex in reversed(ready):
+        if above[vertex]:
             height[vertex] = min(height[upper] for upper in above[vertex]) - 1
-    rows: list[list[int]] = [[] for _ in range(max(height.values()) + 1)]
+    lowest = min(height.values())
+    rows: list[list[int]] = [[] for _ in range(max(height.values()) - lowest + 1)]
     for vertex in sorted(height):
-        rows[height[vertex]].append(vertex)
+        rows[height[vertex] - lowest].append(vertex)
     return rows
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from circuits._files import replace_file
 from circuits._layout import Diagram, Vertex, placed
@@ -18,13 +18,16 @@ from circuits.region_graphs import RegionGraph
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Engine = Literal["graphviz", "matplotlib"]
+
 _MAX_VERTICES = 400
 _FORMATS = (".png", ".svg", ".pdf")
 _SUM, _PRODUCT, _INPUT, _REGION = "#cfe2f3", "#fde2c4", "#dcefd8", "#e8e8e8"
 _MAX_LISTED = 6
+_INCHES, _MARGIN = 0.62, 0.25
 
 
-def structure(circuit: Circuit, path: str | os.PathLike[str]) -> None:
+def structure(circuit: Circuit, path: str | os.PathLike[str], *, engine: Engine | None = None) -> None:
     """Draw a circuit: one vertex per node, sums (+) above what they mix, products (x), inputs by their variable.
 
     The number of units of a node stands below its sign.
@@ -32,9 +35,10 @@ def structure(circuit: Circuit, path: str | os.PathLike[str]) -> None:
     Args:
         circuit: of at most 400 nodes.
         path: a .png, .svg or .pdf file.
+        engine: what draws; None: Graphviz where its program ``dot`` is installed, else matplotlib.
 
     Raises:
-        ArgumentError: too many nodes, or another kind of file.
+        ArgumentError: too many nodes, another kind of file, or Graphviz asked for where it is not installed.
         UnfactorError: Graphviz failed.
     """
     if not isinstance(circuit, Circuit):
@@ -42,10 +46,10 @@ def structure(circuit: Circuit, path: str | os.PathLike[str]) -> None:
     position = {node: i for i, node in enumerate(circuit.nodes)}
     vertices = [_vertex_of(node) for node in circuit.nodes]
     edges = [(position[node], position[child]) for node in circuit.nodes for child in node.children]
-    _draw("circuit", Diagram(vertices, edges), path)
+    _draw("circuit", Diagram(vertices, edges), path, engine)
 
 
-def region_graph(graph: RegionGraph, path: str | os.PathLike[str]) -> None:
+def region_graph(graph: RegionGraph, path: str | os.PathLike[str], *, engine: Engine | None = None) -> None:
     """Draw a region graph: regions as boxes of their variables, partitions as dots; the root is at the top.
 
     Regions of an image (a graph with a ``shape`` of two or three axes) are drawn as their cells in the image.
@@ -53,9 +57,11 @@ def region_graph(graph: RegionGraph, path: str | os.PathLike[str]) -> None:
     Args:
         graph: of at most 400 regions and partitions.
         path: a .png, .svg or .pdf file.
+        engine: what draws; None: Graphviz where its program ``dot`` is installed, else matplotlib. Regions of an image
+            are always drawn by matplotlib.
 
     Raises:
-        ArgumentError: too many regions, or another kind of file.
+        ArgumentError: too many regions, another kind of file, or Graphviz asked for where it is not installed.
         UnfactorError: Graphviz failed.
     """
     if not isinstance(graph, RegionGraph):
@@ -66,7 +72,7 @@ def region_graph(graph: RegionGraph, path: str | os.PathLike[str]) -> None:
         edges.append((partition.region, len(vertices)))
         edges += [(len(vertices), part) for part in partition.parts]
         vertices.append(Vertex("", "dot", "black"))
-    _draw("graph", Diagram(vertices, edges), path)
+    _draw("graph", Diagram(vertices, edges), path, engine)
 
 
 def _vertex_of(node: Node) -> Vertex:
@@ -105,7 +111,7 @@ def _ranges_text(scope: Sequence[int]) -> str:
     return " ".join(words)
 
 
-def _draw(argument: str, diagram: Diagram, path: str | os.PathLike[str]) -> None:
+def _draw(argument: str, diagram: Diagram, path: str | os.PathLike[str], engine: Engine | None) -> None:
     target = Path(path)
     if target.suffix.lower() not in _FORMATS:
         raise ArgumentError(f"path: expected a file that ends in {', '.join(_FORMATS)}, got {target.name!r}")
@@ -114,8 +120,12 @@ def _draw(argument: str, diagram: Diagram, path: str | os.PathLike[str]) -> None
             f"{argument}: {len(diagram.vertices)} vertices are too many for a picture; draw a smaller one of the same "
             f"kind, of at most {_MAX_VERTICES}"
         )
+    if engine not in (None, *get_args(Engine)):
+        raise ArgumentError(f"engine: expected 'graphviz', 'matplotlib' or None, got {engine!r}")
+    if engine == "graphviz" and shutil.which("dot") is None:
+        raise ArgumentError("engine: Graphviz's program `dot` is not installed; install it, or use 'matplotlib'")
     has_grids = any(vertex.shape == "grid" for vertex in diagram.vertices)
-    program = None if has_grids else shutil.which("dot")
+    program = None if has_grids or engine == "matplotlib" else shutil.which("dot")
     with replace_file(target) as temporary:
         if program is None:
             _draw_with_matplotlib(diagram, temporary, target.suffix.lower())
@@ -137,10 +147,15 @@ def _draw_with_graphviz(program: str, diagram: Diagram, path: Path, suffix: str)
 
 def dot_text(diagram: Diagram) -> str:
     """Return the diagram in Graphviz's language."""
-    lines = ["digraph {", '  node [style=filled, fontname="Helvetica"];', "  edge [arrowhead=none];"]
+    lines = [
+        "digraph {",
+        "  graph [dpi=72, bgcolor=white, nodesep=0.12, ranksep=0.25, margin=0.05];",
+        '  node [style=filled, fontname="Helvetica", fontsize=9, margin="0.04,0.02", width=0.35, height=0.2];',
+        "  edge [arrowhead=none];",
+    ]
     for position, vertex in enumerate(diagram.vertices):
         label = vertex.label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        shape = "point" if vertex.shape == "dot" else vertex.shape
+        shape = "point, width=0.08, height=0.08" if vertex.shape == "dot" else vertex.shape
         lines.append(f'  v{position} [label="{label}", shape={shape}, fillcolor="{vertex.color}"];')
     lines += [f"  v{above} -> v{below};" for above, below in diagram.edges]
     return "\n".join([*lines, "}"]) + "\n"
@@ -151,21 +166,22 @@ def _draw_with_matplotlib(diagram: Diagram, path: Path, suffix: str) -> None:
     from matplotlib.figure import Figure
 
     places, width, height = placed(diagram)
-    figure = Figure(figsize=(max(width * 0.62, 2.0), max(height * 0.8, 1.2)), dpi=72)
+    row_height = min(max(0.8, 0.05 * width), 1.2)
+    figure = Figure(figsize=((width + 2 * _MARGIN) * _INCHES, height * row_height), dpi=72)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set_xlim(-0.7, width - 0.3)
-    axes.set_ylim(-0.6, height - 0.4)
+    axes.set_xlim(-_MARGIN, width + _MARGIN)
+    axes.set_ylim(-0.5, height - 0.5)
     for above, below in diagram.edges:
         (x0, y0), (x1, y1) = places[above], places[below]
         axes.plot([x0, x1], [y0, y1], color="#888888", linewidth=0.8, zorder=1)
     for vertex, (x, y) in zip(diagram.vertices, places, strict=True):
-        _draw_vertex(axes, vertex, x, y)
+        _draw_vertex(axes, vertex, x, y, _INCHES / row_height)
     figure.savefig(path, format=suffix[1:], metadata=_metadata(suffix))
 
 
-def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float) -> None:
+def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float, aspect: float) -> None:
     from matplotlib.patches import Rectangle
 
     if vertex.shape == "dot":
@@ -174,12 +190,14 @@ def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float) -> None:
     if vertex.shape == "grid":
         rows, columns = len(vertex.cells), len(vertex.cells[0])
         cell = 0.72 / max(rows, columns)
-        left, top = x - cell * columns / 2, y + cell * rows / 2
+        cell_height = cell * aspect
+        left, top = x - cell * columns / 2, y + cell_height * rows / 2
         for i, row in enumerate(vertex.cells):
             for j, is_inside in enumerate(row):
                 color = "#3c78b4" if is_inside else "#f4f4f4"
-                corner = left + j * cell, top - (i + 1) * cell
-                axes.add_patch(Rectangle(corner, cell, cell, facecolor=color, edgecolor="#999999", lw=0.5, zorder=2))
+                corner = left + j * cell, top - (i + 1) * cell_height
+                patch = Rectangle(corner, cell, cell_height, facecolor=color, edgecolor="#999999", lw=0.5, zorder=2)
+                axes.add_patch(patch)
         return
     style: dict[str, Any] = {"facecolor": vertex.color, "edgecolor": "#444444", "linewidth": 0.8}
     style["boxstyle"] = "circle,pad=0.25" if vertex.shape == "circle" else "round,pad=0.3"

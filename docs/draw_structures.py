@@ -54,9 +54,9 @@ def main() -> None:
     """Draw all of them."""
     folder = Path(__file__).parent / "pictures"
     for name, build in CIRCUITS.items():
-        ct.plot.structure(build(), folder / f"{name}.png")
+        ct.plot.structure(build(), folder / f"{name}.png", engine="matplotlib")
     for name, build in REGION_GRAPHS.items():
-        ct.plot.region_graph(build(), folder / f"region_graph_{name}.png")
+        ct.plot.region_graph(build(), folder / f"region_graph_{name}.png", engine="matplotlib")
 
 
 if __name__ == "__main__":
