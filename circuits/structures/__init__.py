@@ -4,6 +4,7 @@ from circuits.region_graphs.chow_liu import empirical_mutual_information, maximu
 from circuits.structures.basic import fully_factorized, mixture, naive_bayes
 from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, second_order_hmm
 from circuits.structures.latent_tree import hclt, latent_tree
+from circuits.structures.learnspn import learn_spn
 from circuits.structures.regions import from_region_graph, linear_tree, poon_domingos, quad_graph, quad_tree, rat_spn
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "hclt",
     "hmm",
     "latent_tree",
+    "learn_spn",
     "linear_tree",
     "low_rank_hmm",
     "maximum_spanning_tree",

@@ -189,7 +189,8 @@ def second_order_hmm(
 
     The states are pairs: ``transition{t}_{i}_{j}`` is a sum node of one unit for (z_t-1, z_t) = (i, j) that mixes the
     pairs (j, k). So a step has N^2 sum and N^2 product nodes, folded into one tensor operation each, N^3
-    multiplications, and N^3 B numbers in flight; building and compiling take time in proportion to L N^2.
+    multiplications, and N^3 B numbers in flight; building and compiling take time in proportion to L N^2 (measured
+    on one core: L = 32 and N = 16 are 16,000 nodes and take under a second, N = 32 are 63,000 nodes and take four).
 
     Args:
         seq_length: L >= 1, the number of variables.

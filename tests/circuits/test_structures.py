@@ -9,6 +9,7 @@ import torch
 import circuits as ct
 from circuits import structures
 from circuits.region_graphs import chow_liu
+from circuits.structures import learnspn
 
 FAMILIES = [ct.Categorical(2), ct.Bernoulli(), ct.Categorical(3), ct.Categorical(2)]
 FOLLOWS = torch.tensor([[True, False, True], [True, True, False], [False, True, True]])
@@ -60,6 +61,8 @@ STRUCTURES = {
     "quad_graph": lambda: structures.quad_graph((3, 2), 2, 2),
     "quad_graph with channels": lambda: structures.quad_graph((2, 2, 2), 2, 2),
     "linear_tree": lambda: structures.linear_tree(4, 2, FAMILIES),
+    "learn_spn": lambda: structures.learn_spn(data(), min_rows=20, seed=0),
+    "learn_spn, three clusters": lambda: structures.learn_spn(data(), num_clusters=3, min_rows=20, seed=0),
     "linear_tree, repeated": lambda: structures.linear_tree(4, 2, FAMILIES, num_repetitions=2, seed=0),
 }
 
@@ -300,6 +303,53 @@ def test_units_of_leaves_may_differ():
     assert {node.parameter_shape for node in circuit.sums} == {(3, 5), (3, 3), (1, 6)}
 
 
+def clustered(num_rows, seed=0):
+    """Draw rows of a mixture of two far components with independent variables."""
+    generator = torch.Generator().manual_seed(seed)
+    component = torch.rand(num_rows, 1, generator=generator) < 0.3
+    chance = torch.where(component, 0.9, 0.1).expand(num_rows, 6)
+    return (torch.rand(num_rows, 6, generator=generator) < chance).long()
+
+
+def test_learn_spn_finds_a_mixture():
+    circuit = structures.learn_spn(clustered(2000), seed=0)
+    assert sorted(circuit.root.weights.flatten().tolist()) == pytest.approx([0.3, 0.7], abs=0.03)
+    assert all(isinstance(child, ct.Product) and len(child.children) == 6 for child in circuit.root.children)
+    held_out = clustered(500, seed=1)
+    learned, independent = (
+        ct.compile(fitted, dtype=torch.float64)(held_out).mean()
+        for fitted in (circuit, structures.learn_spn(clustered(2000), min_rows=2001))
+    )
+    assert learned > independent + 0.5
+
+
+def test_learn_spn_splits_independent_groups():
+    x = torch.cat([clustered(1000), clustered(1000, seed=1)], 1)
+    circuit = structures.learn_spn(x, seed=0)
+    groups = {child.scope for child in circuit.root.children[0].children}
+    assert groups == {frozenset(range(6)), frozenset(range(6, 12))}
+
+
+def test_learn_spn_takes_the_smoothed_frequencies_of_one_variable():
+    x = torch.tensor([[0], [0], [2], [0]])
+    pc = ct.compile(structures.learn_spn(x, num_categories=4, smoothing=0.5), dtype=torch.float64)
+    expected = torch.tensor([3.5, 0.5, 1.5, 0.5], dtype=torch.float64) / 6
+    torch.testing.assert_close(ct.testing.enumerate_joint(pc).exp(), expected)
+
+
+def test_learn_spn_follows_the_seed_and_bounds_its_memory(monkeypatch):
+    x = data(num_rows=300, num_vars=8)
+    one, other = (ct.compile(structures.learn_spn(x, seed=0, min_rows=20))(x) for _ in range(2))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    monkeypatch.setattr(learnspn, "_MAX_ELEMENTS", 64)
+    torch.testing.assert_close(ct.compile(structures.learn_spn(x, seed=0, min_rows=20))(x), one)
+
+
+def test_learn_spn_ends_where_all_rows_are_the_same():
+    circuit = structures.learn_spn(torch.ones(100, 3, dtype=torch.int64))
+    assert {len(node.scope) for node in circuit.nodes} == {1, 3}
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
@@ -361,6 +411,14 @@ def test_units_of_leaves_may_differ():
             "variables: 'c' is not a node of the tree",
         ),
         (lambda: structures.hclt(torch.rand(3, 2), 2), ct.ArgumentError, "data: expected an int64 tensor"),
+        (lambda: structures.learn_spn(torch.rand(3, 2)), ct.ArgumentError, "data: expected an int64 tensor"),
+        (lambda: structures.learn_spn(data(), num_clusters=1), ct.ArgumentError, "num_clusters: .* >= 2, got 1"),
+        (
+            lambda: structures.learn_spn(data(), significance=0),
+            ct.ArgumentError,
+            "significance: expected a number above",
+        ),
+        (lambda: structures.learn_spn(data(), smoothing=-1), ct.ArgumentError, "smoothing: expected a number above 0"),
         (lambda: structures.hclt([[1]], 2), ct.ArgumentError, "data: expected an int64 tensor"),
         (lambda: structures.hclt(data(), 2, 2), ct.ArgumentError, "data: expected values from 0 to 1, got 2"),
         (lambda: structures.hclt(data(), 2, weights=torch.ones(3)), ct.ArgumentError, "weights: expected numbers of"),
