@@ -65,7 +65,7 @@ def random_binary_tree(num_vars: int, depth: int | None, num_repetitions: int, s
 
 def from_tree(edges: Sequence[tuple[int, int]], root: int | None) -> Builder:
     """Split every variable of a rooted tree off the subtrees below it."""
-    tree = rooted_tree(edges, root)
+    tree = rooted_tree(edges, 0 if root is None and not edges else root)
     num_vars = len(tree.order)
     if set(tree.order) != set(range(num_vars)):
         raise StructureError(f"edges: expected a tree over the variables 0 to {num_vars - 1}, got other nodes")

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from circuits.distributions import Distribution
+from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
 from circuits.structures._arguments import checked_count, checked_table, family_of
@@ -283,6 +283,10 @@ class _Emissions:
         if emission is None:
             self._tables = None
             return
+        if not isinstance(self._family, (Categorical, Bernoulli)):
+            raise ArgumentError(
+                f"emission: a table is for categorical emissions, got the family {self._family!r}; leave the table out"
+            )
         shape = (num_states, self._family.num_categories)
         self._tables = checked_table("emission", emission, shape, seq_length, homogeneous)
 

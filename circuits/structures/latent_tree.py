@@ -97,7 +97,7 @@ def hclt(
     if num_categories is None:
         num_categories = [int(largest) + 1 for largest in data.amax(0)]
     families = families_of("num_categories", num_categories, num_vars)
-    counts = [family.num_categories for family in families]
+    counts = [getattr(family, "num_categories", 0) for family in families]
     observed: dict[Hashable, int] = {var: var for var in range(num_vars)}
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -105,7 +105,11 @@ def hclt(
     for position in range(num_trees):
         row_weights = weights if position == 0 else _bootstrapped(len(data), weights, generator)
         edges = chow_liu_tree(
-            data, num_categories=counts, pseudocount=pseudocount, weights=row_weights, num_bins=num_bins
+            data,
+            num_categories=counts if all(counts) else None,
+            pseudocount=pseudocount,
+            weights=row_weights,
+            num_bins=num_bins,
         )
         prefix = f"tree{position}_" if num_trees > 1 else ""
         top = root if edges else 0

@@ -26,6 +26,7 @@ GRAPHS = {
     "quad graph": lambda: ct.RegionGraph.quad_graph((5, 3)),
     "quad graph with channels": lambda: ct.RegionGraph.quad_graph((3, 2, 2)),
     "Chow-Liu tree": lambda: ct.RegionGraph.chow_liu_tree(torch.randint(3, (20, 6))),
+    "Chow-Liu tree of one variable": lambda: ct.RegionGraph.chow_liu_tree(torch.randint(3, (20, 1))),
     "tree": lambda: ct.RegionGraph.from_tree([(0, 1), (1, 2), (1, 3)]),
     "one variable": lambda: ct.RegionGraph.fully_factorized(1),
 }

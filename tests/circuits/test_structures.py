@@ -234,7 +234,8 @@ def test_bins_merge_neighbouring_values():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_chow_liu_tree_has_the_maximum_total_mutual_information(seed):
-    x = data(num_vars=12, seed=seed)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    x = data(num_vars=12, seed=seed)[:, shuffled]
     information = structures.empirical_mutual_information(x)
     edges = structures.maximum_spanning_tree(information)
     assert networkx.is_tree(networkx.Graph(edges))
@@ -328,6 +329,18 @@ def test_learn_spn_splits_independent_groups():
     circuit = structures.learn_spn(x, seed=0)
     groups = {child.scope for child in circuit.root.children[0].children}
     assert groups == {frozenset(range(6)), frozenset(range(6, 12))}
+
+
+@pytest.mark.parametrize("significance", [0.05, 0.3, 0.7])
+def test_learn_spn_splits_two_variables_where_scipys_g_test_does(significance):
+    from scipy.stats import chi2_contingency
+
+    for seed in range(20):
+        x = torch.randint(3, (100, 2), generator=torch.Generator().manual_seed(seed))
+        table = torch.zeros(3, 3).index_put_((x[:, 0], x[:, 1]), torch.ones(100), accumulate=True)
+        p_value = chi2_contingency(table.numpy(), correction=False, lambda_="log-likelihood").pvalue
+        circuit = structures.learn_spn(x, significance=significance, seed=0)
+        assert (len(circuit.root.children) == 1) == (p_value >= significance)
 
 
 def test_learn_spn_takes_the_smoothed_frequencies_of_one_variable():
