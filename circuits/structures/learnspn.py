@@ -171,8 +171,9 @@ class _Learner:
         num_components, width = shares.shape[1], flat.shape[1] * size
         counts = torch.full((num_components, width), self.smoothing, dtype=torch.float64, device=flat.device)
         for rows, part in zip(flat.split(self._chunk(flat)), shares.split(self._chunk(flat)), strict=True):
-            repeated = part.t().unsqueeze(2).expand(-1, -1, flat.shape[1]).flatten(1)
-            counts.index_add_(1, rows.flatten(), repeated)
+            for component, share in enumerate(part.t()):
+                share = share.unsqueeze(1).expand_as(rows).flatten()
+                counts[component] += torch.bincount(rows.flatten(), share, minlength=width)
         return (counts / counts.unflatten(1, (-1, size)).sum(2).repeat_interleave(size, 1)).log()
 
     def _chunk(self, flat: Tensor) -> int:
