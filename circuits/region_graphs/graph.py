@@ -198,7 +198,7 @@ class RegionGraph:
     def linear_tree(
         cls, num_vars: int, *, order: Sequence[int] | None = None, num_repetitions: int = 1, seed: int | None = None
     ) -> RegionGraph:
-        """Build a chain that splits off one variable at a time, the autoregressive tail.
+        """Build a chain that splits off one variable at a time, the autoregressive tail (Loconte et al. 2025).
 
         Args:
             num_vars: D >= 1.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from circuits.errors import ArgumentError, StructureError
 
 Name = TypeVar("Name", bound=Hashable)
 
 
-class RootedTree(NamedTuple, Generic[Name]):
+@dataclass(frozen=True)
+class RootedTree(Generic[Name]):
     """A tree whose edges point away from its root."""
 
     order: list[Name]

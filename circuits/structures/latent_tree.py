@@ -95,7 +95,7 @@ def hclt(
         raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}")
     num_vars = data.shape[1]
     if num_categories is None:
-        num_categories = [int(largest) + 1 for largest in data.amax(0)]
+        num_categories = [int(largest) + 1 for largest in data.amax(0).tolist()]
     families = families_of("num_categories", num_categories, num_vars)
     counts = [getattr(family, "num_categories", 0) for family in families]
     observed: dict[Hashable, int] = {var: var for var in range(num_vars)}

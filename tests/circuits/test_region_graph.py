@@ -94,6 +94,17 @@ def test_the_rectangles_of_a_grid_are_the_regions_of_poon_domingos():
     assert {graph.scope(region) for region in range(graph.num_regions)} == rectangles
 
 
+def test_the_root_of_a_tree_of_variables_is_split_off_first():
+    edges = [(0, 1), (1, 2), (2, 3), (3, 4)]
+    for root, depth in ((None, 2), (2, 2), (0, 4)):
+        graph = ct.RegionGraph.from_tree(edges, root=root)
+        first = graph.partitions_of[graph.root][0]
+        assert frozenset({2 if root is None else root}) in {graph.scope(part) for part in first.parts}
+        regions = [node for node in graph.to_networkx() if node[0] == "region"]
+        lengths = networkx.single_source_shortest_path_length(graph.to_networkx(), ("region", graph.root))
+        assert max(lengths[region] for region in regions) == 2 * depth
+
+
 def test_structured_decomposability_is_told_apart():
     assert ct.RegionGraph.quad_tree((4, 4)).is_structured_decomposable
     assert not ct.RegionGraph.quad_graph((4, 4)).is_structured_decomposable
