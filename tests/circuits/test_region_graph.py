@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import circuits as ct
 from circuits.region_graphs import Partition
+from circuits.region_graphs.rooted import rooted_tree
 
 GRAPHS = {
     "fully factorized": lambda: ct.RegionGraph.fully_factorized(5, num_repetitions=2),
@@ -103,6 +104,14 @@ def test_the_root_of_a_tree_of_variables_is_split_off_first():
         regions = [node for node in graph.to_networkx() if node[0] == "region"]
         lengths = networkx.single_source_shortest_path_length(graph.to_networkx(), ("region", graph.root))
         assert max(lengths[region] for region in regions) == 2 * depth
+
+
+@given(st.integers(2, 12).flatmap(lambda n: st.tuples(*(st.integers(0, i) for i in range(n - 1)))))
+def test_the_centre_of_a_tree_is_networkxs(parents):
+    edges = [(parent, var) for var, parent in enumerate(parents, start=1)]
+    tree = rooted_tree(edges)
+    assert tree.order[0] in networkx.center(networkx.Graph(edges))
+    assert sorted((min(a, b), max(a, b)) for a in tree.children for b in tree.children[a]) == sorted(edges)
 
 
 def test_structured_decomposability_is_told_apart():
