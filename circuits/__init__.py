@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, queries, structures, testing
+from circuits import learning, plot, queries, structures, testing
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -14,6 +14,7 @@ from circuits.errors import (
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
 from circuits.io import load, save
+from circuits.region_graphs import RegionGraph
 
 __all__ = [
     "ArgumentError",
@@ -28,6 +29,7 @@ __all__ = [
     "Node",
     "Product",
     "PropertyError",
+    "RegionGraph",
     "StructureError",
     "Sum",
     "UnfactorError",
@@ -35,6 +37,7 @@ __all__ = [
     "inputs",
     "learning",
     "load",
+    "plot",
     "product",
     "queries",
     "save",

@@ -1,6 +1,29 @@
 """Well-known circuit structures: functions that return a :class:`~circuits.graph.Circuit`."""
 
-from circuits.structures.basic import fully_factorized, mixture
-from circuits.structures.hmm import hmm
+from circuits.region_graphs.chow_liu import empirical_mutual_information, maximum_spanning_tree
+from circuits.structures.basic import fully_factorized, mixture, naive_bayes
+from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, second_order_hmm
+from circuits.structures.latent_tree import hclt, latent_tree
+from circuits.structures.learnspn import learn_spn
+from circuits.structures.regions import from_region_graph, linear_tree, poon_domingos, quad_graph, quad_tree, rat_spn
 
-__all__ = ["fully_factorized", "hmm", "mixture"]
+__all__ = [
+    "block_sparse_hmm",
+    "empirical_mutual_information",
+    "from_region_graph",
+    "fully_factorized",
+    "hclt",
+    "hmm",
+    "latent_tree",
+    "learn_spn",
+    "linear_tree",
+    "low_rank_hmm",
+    "maximum_spanning_tree",
+    "mixture",
+    "naive_bayes",
+    "poon_domingos",
+    "quad_graph",
+    "quad_tree",
+    "rat_spn",
+    "second_order_hmm",
+]

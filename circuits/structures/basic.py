@@ -1,20 +1,22 @@
-"""Fully factorized distributions and their mixtures."""
+"""Fully factorized distributions, their mixtures, and naive Bayes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from circuits.distributions import Categorical
-from circuits.errors import ArgumentError
+import torch
+
+from circuits.distributions import Categorical, Distribution
 from circuits.graph import Circuit, inputs, product, sum
+from circuits.structures._arguments import checked_count, families_of
 
 
-def fully_factorized(num_vars: int, num_categories: int | Sequence[int]) -> Circuit:
-    """Build independent categorical variables: ``p(x) = prod_i p_i(x_i)``.
+def fully_factorized(num_vars: int, num_categories: int | Distribution | Sequence[int | Distribution]) -> Circuit:
+    """Build independent variables: ``p(x) = prod_i p_i(x_i)``.
 
     Args:
         num_vars: D >= 1.
-        num_categories: C, one number for all variables or one per variable.
+        num_categories: C, or an input family; one for all variables or one per variable.
 
     Raises:
         ArgumentError: an argument has a wrong type, length or value.
@@ -22,23 +24,45 @@ def fully_factorized(num_vars: int, num_categories: int | Sequence[int]) -> Circ
     return mixture(num_vars, num_categories, num_components=1)
 
 
-def mixture(num_vars: int, num_categories: int | Sequence[int], num_components: int) -> Circuit:
-    """Build a mixture of fully factorized distributions (latent class model): ``p(x) = sum_k w_k prod_i p_ki(x_i)``.
+def mixture(
+    num_vars: int, num_categories: int | Distribution | Sequence[int | Distribution], num_components: int
+) -> Circuit:
+    """Build a mixture of fully factorized distributions, ``p(x) = sum_k w_k prod_i p_ki(x_i)``.
+
+    This is the latent class model (Lazarsfeld and Henry 1968).
 
     Args:
         num_vars: D >= 1.
-        num_categories: C, one number for all variables or one per variable.
+        num_categories: C, or an input family; one for all variables or one per variable.
         num_components: K >= 1.
 
     Raises:
         ArgumentError: an argument has a wrong type, length or value.
     """
-    if not isinstance(num_vars, int) or num_vars < 1:
-        raise ArgumentError(f"num_vars: expected an integer >= 1, got {num_vars!r}")
-    categories = [num_categories] * num_vars if isinstance(num_categories, int) else list(num_categories)
-    if len(categories) != num_vars:
-        raise ArgumentError(
-            f"num_categories: expected one number or num_vars={num_vars} of them, got {len(categories)}"
-        )
-    leaves = [inputs(var, num_components, Categorical(count)) for var, count in enumerate(categories)]
+    checked_count("num_vars", num_vars)
+    families = families_of("num_categories", num_categories, num_vars)
+    leaves = [inputs(var, num_components, family) for var, family in enumerate(families)]
     return Circuit(sum(product(*leaves), num_units=1))
+
+
+def naive_bayes(
+    num_features: int, num_categories: int | Distribution | Sequence[int | Distribution], num_classes: int
+) -> Circuit:
+    """Build naive Bayes, ``p(x, y) = p(y) prod_i p(x_i | y)`` (Duda and Hart 1973; Maron 1961).
+
+    The class is a variable like the others, the last one: condition on it, sample it, or ask for its marginals given
+    the features. The circuit is deterministic in the sense that every assignment has one explanation, its class.
+
+    Args:
+        num_features: D >= 1; the features are the variables 0 .. D - 1, and the class is variable D.
+        num_categories: C, or an input family; one for all features or one per feature.
+        num_classes: K >= 1. The node named ``class`` holds the indicators of the classes and ``prior`` holds p(y).
+
+    Raises:
+        ArgumentError: an argument has a wrong type, length or value.
+    """
+    checked_count("num_features", num_features)
+    families = families_of("num_categories", num_categories, num_features)
+    leaves = [inputs(var, num_classes, family) for var, family in enumerate(families)]
+    label = inputs(num_features, num_classes, Categorical(num_classes), weights=torch.eye(num_classes), name="class")
+    return Circuit(sum(product(*leaves, label), num_units=1, name="prior"))
