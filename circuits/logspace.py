@@ -144,8 +144,11 @@ class _LogMatmul(torch.autograd.Function):
         log_weights, weights, x = ctx.saved_tensors
         if torch.is_grad_enabled():
             out = contract_plain(log_weights, x)
-            grads = torch.autograd.grad(out, (log_weights, x), grad, create_graph=True, allow_unused=True)
-            return grads[0], None, grads[1]
+            tensors = {0: log_weights, 2: x}
+            needed = [position for position in tensors if ctx.needs_input_grad[position]]
+            grads = torch.autograd.grad(out, [tensors[i] for i in needed], grad, create_graph=True, allow_unused=True)
+            gradient_of = dict(zip(needed, grads, strict=True))
+            return gradient_of.get(0), None, gradient_of.get(2)
         grad = grad.contiguous()
         grad_x, scale = contract_adjoint(grad, weights, ctx.saved)
         if not ctx.needs_input_grad[0]:
