@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, queries, structures, testing
+from circuits import learning, properties, queries, structures, testing
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -36,6 +36,7 @@ __all__ = [
     "learning",
     "load",
     "product",
+    "properties",
     "queries",
     "save",
     "structures",

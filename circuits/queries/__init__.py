@@ -12,6 +12,14 @@ from circuits.queries.basic import (
     sample,
 )
 from circuits.queries.cumulative import log_cdf
+from circuits.queries.divergences import (
+    cauchy_schwarz_divergence,
+    cross_entropy,
+    kl_divergence,
+    log_inner_product,
+    renyi_divergence,
+)
+from circuits.queries.entropy import entropy, latent_entropy
 from circuits.queries.expectations import covariance, expectation, mean, moments, variance
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
@@ -23,11 +31,17 @@ __all__ = [
     "DistinctSamples",
     "KBestAssignments",
     "KBestExplanations",
+    "cauchy_schwarz_divergence",
     "covariance",
+    "cross_entropy",
+    "entropy",
     "expectation",
     "k_best",
+    "kl_divergence",
+    "latent_entropy",
     "log_cdf",
     "log_conditional",
+    "log_inner_product",
     "log_likelihood",
     "log_marginal",
     "log_partition",
@@ -37,6 +51,7 @@ __all__ = [
     "mpe",
     "mutual_information",
     "pairwise_marginals",
+    "renyi_divergence",
     "sample",
     "sample_without_replacement",
     "variance",
