@@ -1,5 +1,6 @@
 """Exact queries on compiled circuits, one file per topic; every function works on a batch of B queries at once."""
 
+from circuits.queries.automata import Automaton, automaton_log_probability, order_log_probability
 from circuits.queries.basic import (
     MAP,
     MPE,
@@ -28,9 +29,11 @@ from circuits.queries.without_replacement import DistinctSamples, sample_without
 __all__ = [
     "MAP",
     "MPE",
+    "Automaton",
     "DistinctSamples",
     "KBestAssignments",
     "KBestExplanations",
+    "automaton_log_probability",
     "cauchy_schwarz_divergence",
     "covariance",
     "cross_entropy",
@@ -50,6 +53,7 @@ __all__ = [
     "moments",
     "mpe",
     "mutual_information",
+    "order_log_probability",
     "pairwise_marginals",
     "renyi_divergence",
     "sample",
