@@ -20,7 +20,7 @@ from circuits.queries.divergences import (
     log_inner_product,
     renyi_divergence,
 )
-from circuits.queries.entropy import entropy, latent_entropy
+from circuits.queries.entropy import EntropyBounds, entropy, entropy_bounds, latent_entropy
 from circuits.queries.expectations import covariance, expectation, mean, moments, variance
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
@@ -31,6 +31,7 @@ __all__ = [
     "MPE",
     "Automaton",
     "DistinctSamples",
+    "EntropyBounds",
     "KBestAssignments",
     "KBestExplanations",
     "automaton_log_probability",
@@ -38,6 +39,7 @@ __all__ = [
     "covariance",
     "cross_entropy",
     "entropy",
+    "entropy_bounds",
     "expectation",
     "k_best",
     "kl_divergence",

@@ -96,3 +96,60 @@ def test_entropy_where_linear_weights_underflow(dtype):
     evidence = ct.Evidence.soft(torch.tensor([[[-900.0, 0.0]], [[-torch.inf, 0.0]]], dtype=dtype))
     expected = torch.tensor([2.0, 1.0], dtype=dtype).log()
     torch.testing.assert_close(ct.queries.latent_entropy(pc, evidence), expected, rtol=1e-4, atol=1e-4)
+
+
+@given(compiled_with_evidence(max_vars=5))
+def test_entropy_lies_between_its_bounds(case):
+    pc, evidence = case
+    posterior = posterior_or_error(pc, evidence, lambda: ct.queries.entropy_bounds(pc, evidence))
+    if posterior is None:
+        return
+    exact = entropy_of(posterior)
+    lower, upper = ct.queries.entropy_bounds(pc, evidence)
+    assert (lower <= exact + 1e-9).all()
+    assert (exact <= upper + 1e-9).all()
+    assert (upper <= ct.queries.latent_entropy(pc, evidence) + 1e-9).all()
+
+
+@pytest.mark.parametrize("structure", ["hmm", "mixture", "outer"])
+def test_bounds_are_closer_than_those_from_the_latents_alone(structure, generator):
+    if structure == "outer":
+        parts = [
+            ct.sum(ct.product(*(ct.inputs(v, 3, ct.Categorical(3)) for v in block)), num_units=2)
+            for block in ((0, 1), (2, 3))
+        ]
+        circuit = ct.Circuit(ct.sum(ct.product(*parts, mode="outer"), num_units=1))
+    else:
+        circuit = ct.structures.hmm(4, 3, 3) if structure == "hmm" else ct.structures.mixture(4, 3, 3)
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    evidence = ct.Evidence.soft(3 * torch.randn(20, 4, 3, dtype=torch.float64, generator=generator))
+    exact = entropy_of(posterior_or_error(pc, evidence, lambda: None))
+    lower, upper = ct.queries.entropy_bounds(pc, evidence)
+    assert (lower <= exact).all()
+    assert (exact <= upper).all()
+    assert (upper < ct.queries.latent_entropy(pc, evidence) - 1e-3).any()
+    assert (exact - lower).mean() < 0.5 * exact.mean()
+
+
+def test_bounds_meet_where_components_are_disjoint_or_equal():
+    disjoint = ct.compile(decision_tree(), dtype=torch.float64, seed=0)
+    exact = ct.queries.entropy(disjoint)
+    for bound in ct.queries.entropy_bounds(disjoint):
+        torch.testing.assert_close(bound, exact, **RELATIVE)
+    weights = torch.tensor([[0.2, 0.2], [0.8, 0.8]], dtype=torch.float64)
+    equal = ct.compile(
+        ct.Circuit(ct.sum(ct.inputs(0, 2, ct.Bernoulli(), weights=weights), num_units=1)), dtype=torch.float64
+    )
+    for bound in ct.queries.entropy_bounds(equal):
+        torch.testing.assert_close(bound, entropy_of(weights[:, 0])[None], **RELATIVE)
+
+
+def test_gradients_of_the_bounds(generator):
+    pc = ct.compile(ct.structures.hmm(3, 2, 3), dtype=torch.float64, seed=1)
+    factors = torch.randn(2, 3, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(soft_function(pc, ct.queries.entropy_bounds), factors, atol=1e-6)
+    grads = torch.autograd.grad(sum(ct.queries.entropy_bounds(pc)).sum(), list(pc.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    evidence = ct.Evidence.observe(torch.zeros(2, 3, dtype=torch.int64), torch.eye(3, dtype=torch.bool)[:2])
+    grads = torch.autograd.grad(sum(ct.queries.entropy_bounds(pc, evidence)).sum(), list(pc.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
