@@ -15,9 +15,9 @@ from circuits.evidence import Evidence
 from circuits.powers import Power, log_sum_of_powers
 from circuits.properties import is_deterministic, require_compatible, require_deterministic
 from circuits.queries._common import checked_possible, dense_factors
-from circuits.queries.entropy import entropy
+from circuits.queries.entropy import latent_entropy
 
-_LOST_MASS = 1e-3
+_ROUNDING = 64.0
 
 
 def log_inner_product(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
@@ -80,8 +80,8 @@ def cross_entropy(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | N
         evidence: for B queries, conditions both; None: no evidence, B = 1.
 
     Returns:
-        (B,), in nats; +inf where p has mass outside the support of q (more than 1e-3 times the square root of the
-        type's resolution; less is not seen).
+        (B,), in nats; +inf where p has mass outside the support of q, more than the rounding of log-values can hide
+        (64 units of the type's resolution per variable and per nat of log Z).
 
     Raises:
         PropertyError: q is not deterministic, or the circuits are not compatible; names the nodes.
@@ -111,7 +111,7 @@ def kl_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | N
     """
     for pc in (p, q):
         require_deterministic(pc, "kl_divergence")
-    return _cross_entropy(p, q, evidence, "kl_divergence") - entropy(p, evidence)
+    return _cross_entropy(p, q, evidence, "kl_divergence") - latent_entropy(p, evidence)
 
 
 def renyi_divergence(p: CompiledCircuit, q: CompiledCircuit, alpha: float, evidence: Evidence | None = None) -> Tensor:
@@ -156,7 +156,7 @@ def renyi_divergence(p: CompiledCircuit, q: CompiledCircuit, alpha: float, evide
     if alpha < 1:
         return divergence
     inside, _ = log_sum_of_powers([_power(p), _power(q, 0.0)], factors)
-    return torch.where(_is_all(inside, log_p), divergence, torch.inf)
+    return torch.where(_is_all(inside, log_p, p.circuit.num_vars), divergence, torch.inf)
 
 
 def _cross_entropy(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None, query: str) -> Tensor:
@@ -165,12 +165,13 @@ def _cross_entropy(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | 
     log_p, log_q = (checked_possible(pc.log_partition(Evidence.soft(factors))) for pc in (p, q))
     inside, average = log_sum_of_powers([_power(p), _power(q, 0.0)], factors, averaged=1)
     assert average is not None
-    return torch.where(_is_all(inside, log_p), log_q - average, torch.inf)
+    return torch.where(_is_all(inside, log_p, p.circuit.num_vars), log_q - average, torch.inf)
 
 
-def _is_all(log_inside: Tensor, log_p: Tensor) -> Tensor:
+def _is_all(log_inside: Tensor, log_p: Tensor, num_vars: int) -> Tensor:
     """Return whether the mass of p inside the support of q is all of it, up to what rounding can hide."""
-    return log_inside.detach() - log_p.detach() > -_LOST_MASS * torch.finfo(log_p.dtype).eps ** 0.5
+    tolerance = _ROUNDING * torch.finfo(log_p.dtype).eps * (num_vars + log_p.detach().abs())
+    return log_inside.detach() - log_p.detach() > -tolerance
 
 
 def _power(pc: CompiledCircuit, exponent: float = 1.0) -> Power:

@@ -120,7 +120,7 @@ def _descend(
     for leaf, (units, ranks) in zip(pc.input_layers, reached, strict=False):
         assert isinstance(leaf, InputLayer)
         all_nodes, all_columns = (units >= 0).nonzero(as_tuple=True)
-        for part in _chunks(len(all_nodes), evidence.dense(1).shape[2]):
+        for part in _chunks(len(all_nodes), int(pc.num_categories.max())):
             node, column = all_nodes[part], all_columns[part]
             scores = leaf.scores(evidence, banks[leaf.parameter_rows.bank], node, units[node, column], query[column])
             values[column, leaf.variables[node]] = _ranked(scores, ranks[node, column])

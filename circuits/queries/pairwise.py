@@ -52,7 +52,8 @@ def mutual_information(pc: CompiledCircuit, evidence: Evidence | None = None) ->
 
     Exact: every pair's posterior table is computed, as in :func:`pairwise_marginals`, and reduced at once, so that the
     tables of one variable i are in memory at a time (Cover and Thomas 2006, equation 2.28). Needs a smooth and
-    decomposable circuit, which all circuits here are. Differentiable in evidence and weights.
+    decomposable circuit, which all circuits here are. Differentiable in evidence and weights; memory is bounded under
+    ``torch.no_grad()`` only.
 
     Args:
         pc: the circuit.

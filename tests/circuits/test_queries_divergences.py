@@ -220,3 +220,11 @@ def test_missing_properties_are_named_with_their_nodes():
         ct.queries.renyi_divergence(h, other, 1)
     with pytest.raises(ct.ArgumentError, match="q: expected the dtype"):
         ct.queries.log_inner_product(h, ct.compile(other.circuit, seed=0))
+
+
+def test_float32_rounding_is_not_taken_for_mass_outside_of_the_support(generator):
+    p, q = (ct.compile(ct.structures.fully_factorized(200, 5), seed=s) for s in (0, 1))
+    evidence = ct.Evidence.soft(5 * torch.randn(8, 200, 5, generator=generator))
+    single = ct.queries.kl_divergence(p, q, evidence)
+    double = ct.queries.kl_divergence(p.double(), q.double(), evidence)
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-2)
