@@ -45,7 +45,7 @@ def log_matmul_average(
     if edge is not None:
         edge = torch.where(log_weights > -torch.inf, edge, 0.0)
         numerator = numerator + torch.matmul(weights * edge, scaled)
-    low = total < logspace.smallest_safe_sum(x.dtype, x.shape[1])
+    low = total < logspace.smallest_differentiable_sum(x.dtype, x.shape[1])
     result = torch.where(low, 0.0, numerator) / torch.where(low, 1.0, total)
     f, o, b = (low & (out > -torch.inf)).nonzero(as_tuple=True)
     if len(f):

@@ -98,7 +98,7 @@ def test_entropy_where_linear_weights_underflow(dtype):
     torch.testing.assert_close(ct.queries.latent_entropy(pc, evidence), expected, rtol=1e-4, atol=1e-4)
 
 
-@given(compiled_with_evidence(max_vars=5))
+@given(compiled_with_evidence(max_vars=4))
 def test_entropy_lies_between_its_bounds(case):
     pc, evidence = case
     posterior = posterior_or_error(pc, evidence, lambda: ct.queries.entropy_bounds(pc, evidence))
