@@ -94,6 +94,24 @@ def test_determinism_by_weights_is_proven_by_enumeration(data):
         torch.testing.assert_close(ct.testing.enumerate_explanations(pc), enumerated)
 
 
+def test_determinism_without_a_common_structure():
+    """Branches on x0 that split the rest in crossing ways: told apart by the support of x0 alone."""
+    branches = []
+    for value, blocks in enumerate((((1, 2), (3, 4)), ((1, 3), (2, 4)))):
+        rest = [block(*variables, num_units=1) for variables in blocks]
+        one_hot = torch.eye(2, dtype=torch.float64)[:, [value]]
+        branches.append(ct.product(ct.inputs(0, 1, ct.Bernoulli(), weights=one_hot), *rest))
+    pc = ct.compile(ct.Circuit(ct.sum(*branches, num_units=1)), dtype=torch.float64, seed=0)
+    assert not pc.circuit.is_structured_decomposable
+    assert ct.properties.is_deterministic(pc)
+    joint = ct.testing.enumerate_joint(pc)
+    torch.testing.assert_close(ct.testing.enumerate_explanations(pc), joint)
+    torch.testing.assert_close(ct.queries.entropy(pc)[0], -torch.special.xlogy(joint.exp(), joint.exp()).sum())
+    for node in pc.circuit.inputs:
+        pc.set_weights(node, torch.full(node.parameter_shape, 0.5))
+    assert not ct.properties.is_deterministic(pc)
+
+
 def test_every_circuit_is_smooth_and_decomposable():
     circuit = ct.structures.hmm(3, 2, 2)
     assert ct.properties.is_smooth(circuit)

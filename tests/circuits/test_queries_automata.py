@@ -73,6 +73,27 @@ def test_probability_that_the_values_are_in_order(case, strict):
     torch.testing.assert_close(result.exp(), (posterior * in_order).sum(1), **RELATIVE)
 
 
+def chain(order, num_categories):
+    """Build a chain that splits off the variables in the given order."""
+    *front, last = order
+    rest = ct.inputs(last, 2, ct.Categorical(num_categories))
+    for var in reversed(front):
+        rest = ct.sum(ct.product(ct.inputs(var, 2, ct.Categorical(num_categories)), rest), num_units=2)
+    return ct.Circuit(ct.sum(rest, num_units=1))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_orders_read_forwards_and_backwards(order, strict, generator):
+    pc = ct.compile(chain(order, 4), dtype=torch.float64, seed=0)
+    evidence = ct.Evidence.soft(torch.randn(2, 3, 4, dtype=torch.float64, generator=generator))
+    log_p, _ = log_posterior(pc, evidence)
+    steps = all_assignments(pc.circuit).diff(dim=1)
+    in_order = ((steps > 0) if strict else (steps >= 0)).all(1)
+    result = ct.queries.order_log_probability(pc, evidence, strict=strict)
+    torch.testing.assert_close(result.exp(), (log_p.exp() * in_order).sum(1), **RELATIVE)
+
+
 def contains_two_ones():
     """Accepts binary sequences with 1, 1 in a row."""
     return ct.queries.Automaton.deterministic(torch.tensor([[0, 1], [0, 2], [2, 2]]), [2])
