@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from query_cases import RELATIVE, compiled_with_evidence, posterior_or_error, soft_function
 
 import circuits as ct
@@ -30,7 +30,6 @@ def explanation_scores(pc, node, unit, factors):
     )
 
 
-@settings(max_examples=40)
 @given(compiled_with_evidence(max_vars=3, max_units=2, max_categories=3))
 def test_latent_entropy_is_that_of_the_enumerated_explanations(case):
     pc, evidence = case

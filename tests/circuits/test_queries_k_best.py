@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from query_cases import RELATIVE, compiled_with_evidence
 
@@ -46,7 +46,6 @@ def multiset(scored):
     return sorted((round(score, 9), x) for score, x in scored)
 
 
-@settings(max_examples=40)
 @given(compiled_with_evidence(max_vars=3, max_units=2, max_categories=3), st.integers(1, 12))
 def test_k_best_are_the_best_enumerated_explanations(case, k):
     pc, evidence = case
