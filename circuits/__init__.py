@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, plot, queries, structures, testing
+from circuits import learning, plot, properties, queries, structures, testing
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "plot",
     "product",
+    "properties",
     "queries",
     "save",
     "structures",

@@ -103,10 +103,10 @@ class CompiledCircuit(nn.Module):
         """
         return {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
 
-    def log_weights(self, node: ParametricNode) -> Tensor:
-        """Return the normalised log-weights of one node: sums (K, I), inputs (C, K)."""
+    def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
+        """Return the normalised log-weights of one node: sums (K, I), inputs (C, K); from ``banks`` if given."""
         bank, row = self._parameter(node)
-        return self.weights()[bank].log[row]
+        return (self.weights() if banks is None else banks)[bank].log[row]
 
     @torch.no_grad()
     def set_weights(self, node: ParametricNode, weights: Tensor) -> None:

@@ -283,6 +283,13 @@ class Circuit:
         """
         return all(node.parameter_shape[1] == 1 for node in self.sums)
 
+    @cached_property
+    def is_structured_decomposable(self) -> bool:
+        """Whether products over the same scope decompose it in the same way, see :mod:`circuits.properties`."""
+        from circuits import properties  # which builds on this module
+
+        return properties.is_structured_decomposable(self)
+
     def node(self, name: str) -> Node:
         """Return the node of that name; raises ArgumentError if there is none."""
         for node in self.nodes:

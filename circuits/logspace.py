@@ -46,6 +46,11 @@ def smallest_safe_sum(dtype: torch.dtype, num_terms: int) -> float:
     return num_terms * info.tiny / info.eps
 
 
+def smallest_differentiable_sum(dtype: torch.dtype, num_terms: int) -> float:
+    """Return the safe sum above which ``total ** -n``, part of the n-th derivative, does not overflow up to n = 3."""
+    return max(smallest_safe_sum(dtype, num_terms), torch.finfo(dtype).tiny ** (1 / 3))
+
+
 def contract(
     log_weights: Tensor,  # shape: (F, O, I)
     weights: Tensor,  # shape: (F, O, I), exp(log_weights)
@@ -120,7 +125,8 @@ def contract_plain(
     """Multiply in log space with plain differentiable operations: for second derivatives and for ``torch.compile``."""
     peak = column_peak(x.detach())
     total = torch.matmul(log_weights.exp(), (x - peak).exp())
-    low = total < smallest_safe_sum(x.dtype, x.shape[1])
+    smallest = smallest_safe_sum if torch.compiler.is_compiling() else smallest_differentiable_sum
+    low = total < smallest(x.dtype, x.shape[1])
     out = torch.where(low, -torch.inf, torch.where(low, 1.0, total).log() + peak)
     if torch.compiler.is_compiling() or not bool(low.any()):
         return out
@@ -144,8 +150,11 @@ class _LogMatmul(torch.autograd.Function):
         log_weights, weights, x = ctx.saved_tensors
         if torch.is_grad_enabled():
             out = contract_plain(log_weights, x)
-            grads = torch.autograd.grad(out, (log_weights, x), grad, create_graph=True, allow_unused=True)
-            return grads[0], None, grads[1]
+            tensors = {0: log_weights, 2: x}
+            needed = [position for position in tensors if ctx.needs_input_grad[position]]
+            grads = torch.autograd.grad(out, [tensors[i] for i in needed], grad, create_graph=True, allow_unused=True)
+            gradient_of = dict(zip(needed, grads, strict=True))
+            return gradient_of.get(0), None, gradient_of.get(2)
         grad = grad.contiguous()
         grad_x, scale = contract_adjoint(grad, weights, ctx.saved)
         if not ctx.needs_input_grad[0]:

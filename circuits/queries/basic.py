@@ -13,8 +13,9 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError, ImpossibleEvidenceError
+from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.queries._common import checked_possible
 from circuits.semiring import LogSemiring, MaxSemiring
 
 _MAX_REACHED = 1 << 25
@@ -69,7 +70,7 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
     Raises:
         ImpossibleEvidenceError: p(x_O) = 0 for some query.
     """
-    log_evidence = _checked_possible(log_marginal(pc, x, observed))
+    log_evidence = checked_possible(log_marginal(pc, x, observed))
     return log_likelihood(pc, x) - log_evidence
 
 
@@ -96,7 +97,7 @@ def marginals(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
     factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
 
     def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-        return _checked_possible(pc.log_partition(Evidence.soft(factors), banks))
+        return checked_possible(pc.log_partition(Evidence.soft(factors), banks))
 
     return passes.factor_gradients(log_z_of, factors, pc.weights())
 
@@ -128,7 +129,7 @@ def sample(
     given.check(pc.num_categories)
     semiring, banks = LogSemiring(), pc.weights()
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
-    _checked_possible(_root(outputs))
+    checked_possible(_root(outputs))
     num_nodes = sum(size for size, _ in pc.layer_sizes)
     per_pass = max(1, _MAX_REACHED // (num_nodes * given.batch_size))
     draws = []
@@ -165,7 +166,7 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
     if given.missing is not None:  # the maximum over a missing variable is not 1: its values must be compared
         given = Evidence.soft(given.dense(int(pc.num_categories.max()), pc.dtype))
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
-    log_score = _checked_possible(_root(outputs))
+    log_score = checked_possible(_root(outputs))
     units, query = passes.downward_choice(pc, semiring, outputs, banks, 1, None)
     assignment = passes.draw_values(pc, semiring, given, banks, units, query, None)
     return (MAP if pc.circuit.is_deterministic else MPE)(assignment, log_score)
@@ -175,13 +176,3 @@ def _root(outputs: list[Tensor | None]) -> Tensor:
     root = outputs[-1]
     assert root is not None
     return root[0, 0]
-
-
-def _checked_possible(log_z: Tensor) -> Tensor:
-    impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
-    if impossible:
-        raise ImpossibleEvidenceError(
-            f"the evidence of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
-            f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
-        )
-    return log_z

@@ -1,0 +1,64 @@
+"""Exact queries on compiled circuits, one file per topic; every function works on a batch of B queries at once."""
+
+from circuits.queries.automata import Automaton, automaton_log_probability, order_log_probability
+from circuits.queries.basic import (
+    MAP,
+    MPE,
+    log_conditional,
+    log_likelihood,
+    log_marginal,
+    log_partition,
+    marginals,
+    mpe,
+    sample,
+)
+from circuits.queries.cumulative import log_cdf
+from circuits.queries.divergences import (
+    cauchy_schwarz_divergence,
+    cross_entropy,
+    kl_divergence,
+    log_inner_product,
+    renyi_divergence,
+)
+from circuits.queries.entropy import EntropyBounds, entropy, entropy_bounds, latent_entropy
+from circuits.queries.expectations import covariance, expectation, mean, moments, variance
+from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
+from circuits.queries.pairwise import mutual_information, pairwise_marginals
+from circuits.queries.without_replacement import DistinctSamples, sample_without_replacement
+
+__all__ = [
+    "MAP",
+    "MPE",
+    "Automaton",
+    "DistinctSamples",
+    "EntropyBounds",
+    "KBestAssignments",
+    "KBestExplanations",
+    "automaton_log_probability",
+    "cauchy_schwarz_divergence",
+    "covariance",
+    "cross_entropy",
+    "entropy",
+    "entropy_bounds",
+    "expectation",
+    "k_best",
+    "kl_divergence",
+    "latent_entropy",
+    "log_cdf",
+    "log_conditional",
+    "log_inner_product",
+    "log_likelihood",
+    "log_marginal",
+    "log_partition",
+    "marginals",
+    "mean",
+    "moments",
+    "mpe",
+    "mutual_information",
+    "order_log_probability",
+    "pairwise_marginals",
+    "renyi_divergence",
+    "sample",
+    "sample_without_replacement",
+    "variance",
+]

@@ -1,0 +1,178 @@
+"""Expectations of sums and products of univariate functions; moments of ordered variables."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.queries._common import (
+    checked_possible,
+    dense_factors,
+    existing_values,
+    queries_per_pass,
+    value_table,
+)
+from circuits.queries.basic import marginals
+from circuits.semiring import LogSemiring
+from circuits.semirings import SignedSemiring
+
+
+def expectation(
+    pc: CompiledCircuit,
+    functions: Tensor,
+    evidence: Evidence | None = None,
+    *,
+    of: Literal["sum", "product"] = "sum",
+) -> Tensor:
+    """Return the posterior expectation of a sum or of a product of univariate functions, exactly.
+
+    ``E[sum_i f_i(x_i) | e]`` is linear in the posterior marginals, hence one upward and one downward pass for any
+    number of functions: the first-order expectation semiring by way of its gradient (Eisner 2002; Li and Eisner 2009,
+    section 4). ``E[prod_i f_i(x_i) | e]`` is one upward pass per function, in which positive and negative terms are
+    added up apart. Needs a smooth and decomposable circuit, which all circuits here are. Differentiable in functions,
+    evidence and weights.
+
+    Args:
+        pc: the circuit.
+        functions: ``f_i(v)`` at [i, v], (D, C), or M of them at [i, v, m], (D, C, M); any finite numbers. Entries of
+            values that a variable does not have are ignored.
+        evidence: for B queries; None: no evidence, B = 1.
+        of: "sum" or "product" over the variables.
+
+    Returns:
+        (B,), or (B, M).
+
+    Raises:
+        ArgumentError: ``functions`` has a wrong shape or a number that is not finite, or ``of`` is neither.
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    table = value_table(pc, "functions", functions, extra_dim=True)
+    stacked = table if table.dim() == 3 else table.unsqueeze(2)
+    if of == "sum":
+        result = torch.einsum("bdc,dcm->bm", marginals(pc, Evidence.soft(dense_factors(pc, evidence))), stacked)
+    elif of == "product":
+        result = _expected_product(pc, stacked, dense_factors(pc, evidence))
+    else:
+        raise ArgumentError(f"of: expected 'sum' or 'product', got {of!r}")
+    return result if table.dim() == 3 else result.squeeze(1)
+
+
+def moments(
+    pc: CompiledCircuit,
+    order: int,
+    evidence: Evidence | None = None,
+    *,
+    values: Tensor | None = None,
+    about: Literal["zero", "mean"] = "zero",
+) -> Tensor:
+    """Return a posterior moment of every variable: ``E[x_i^order | e]``, or ``E[(x_i - E[x_i | e])^order | e]``.
+
+    Needs a smooth and decomposable circuit, which all circuits here are. Differentiable in values, evidence and
+    weights.
+
+    Args:
+        pc: the circuit.
+        order: an integer >= 1.
+        evidence: for B queries; None: no evidence, B = 1.
+        values: the number that each value stands for, (D, C); None: v stands for the number v.
+        about: "zero" for raw moments, "mean" for central ones.
+
+    Returns:
+        (B, D).
+
+    Raises:
+        ArgumentError: an argument has a wrong type, shape or value.
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    if not isinstance(order, int) or isinstance(order, bool) or order < 1:
+        raise ArgumentError(f"order: expected an integer >= 1, got {order!r}")
+    if about not in ("zero", "mean"):
+        raise ArgumentError(f"about: expected 'zero' or 'mean', got {about!r}")
+    numbers = value_table(pc, "values", values)
+    posterior = marginals(pc, Evidence.soft(dense_factors(pc, evidence)))
+    if about == "zero":
+        return (posterior * numbers**order).sum(2)
+    centred = numbers - (posterior * numbers).sum(2, keepdim=True)
+    return (posterior * centred**order).sum(2)
+
+
+def mean(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
+    """Return the posterior mean of every variable, ``E[x_i | e]``, (B, D): the first of :func:`moments`."""
+    return moments(pc, 1, evidence, values=values)
+
+
+def variance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
+    """Return the posterior variance of every variable, (B, D): the second central one of :func:`moments`."""
+    return moments(pc, 2, evidence, values=values, about="mean")
+
+
+def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
+    """Return the posterior covariance matrix of the variables, ``Cov[x_i, x_j | e]``.
+
+    Row i is the derivative of ``E[x_i | e]`` with respect to log-factors ``t_j x_j``: a second derivative of log Z,
+    D of them in batches of bounded size (Li and Eisner 2009, the second-order expectation semiring by way of its
+    gradient). Needs a smooth and decomposable circuit, which all circuits here are. Differentiable in values, evidence
+    and weights.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence, B = 1.
+        values: the number that each value stands for, (D, C); None: v stands for the number v.
+
+    Returns:
+        (B, D, D), symmetric, the variances on the diagonal.
+
+    Raises:
+        ArgumentError: ``values`` has a wrong shape or a number that is not finite.
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    numbers = value_table(pc, "values", values)
+    factors = dense_factors(pc, evidence)
+    checked_possible(pc.log_partition(Evidence.soft(factors)))
+    batch_size, num_vars = factors.shape[:2]
+    banks = pc.weights()
+
+    def means_of(factors: Tensor, banks: passes.Banks, variables: Tensor) -> Tensor:
+        with torch.enable_grad():
+            log_z = pc.log_partition(Evidence.soft(factors), banks)
+            (posterior,) = torch.autograd.grad(log_z.sum(), factors, create_graph=True)
+        chosen = variables.repeat_interleave(batch_size)
+        query = torch.arange(len(factors), device=factors.device)
+        return (posterior[query, chosen] * numbers[chosen]).sum(1)
+
+    rows = []
+    for variables in torch.arange(num_vars, device=pc.device).split(max(1, queries_per_pass(pc) // batch_size)):
+        repeated = factors.repeat(len(variables), 1, 1)
+        slopes = passes.factor_gradients(functools.partial(means_of, variables=variables), repeated, banks)
+        row = (slopes * numbers).sum(2)
+        rows.append(row.unflatten(0, (len(variables), batch_size)))
+    return torch.cat(rows).transpose(0, 1)
+
+
+def _expected_product(pc: CompiledCircuit, functions: Tensor, factors: Tensor) -> Tensor:
+    """Return E[prod_i f_im(x_i) | e], (B, M), for functions (D, C, M) and log-factors (B, D, C)."""
+    log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
+    banks = pc.weights()
+    functions = functions.masked_fill(~existing_values(pc).unsqueeze(2), 0.0).permute(2, 0, 1)  # (M, D, C)
+    batch_size = len(factors)
+    columns = []
+    for part in functions.split(max(1, queries_per_pass(pc) // (4 * batch_size))):
+        signed = []
+        for sign in (1.0, -1.0):
+            positive = sign * part > 0
+            log_f = torch.where(positive, torch.where(positive, sign * part, 1.0).log(), -torch.inf)
+            weighted = (log_f.unsqueeze(1) + factors).flatten(0, 1)  # (M * B, D, C)
+            signed.append(passes.leaves(pc, LogSemiring(), Evidence.soft(weighted), banks))
+        leaf_values = [torch.stack(pair, -1) for pair in zip(*signed, strict=True)]
+        root = passes.upward(pc, SignedSemiring(), leaf_values, banks)[-1]
+        assert root is not None
+        shares = (root[0, 0].unflatten(0, (-1, batch_size)) - log_z.unsqueeze(1)).exp()  # (M, B, 2)
+        columns.append(shares[..., 0] - shares[..., 1])
+    return torch.cat(columns).transpose(0, 1)

@@ -1,0 +1,110 @@
+"""Posterior marginals of pairs of variables, and what two variables tell about each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.queries._common import checked_possible, dense_factors, queries_per_pass
+
+
+def pairwise_marginals(pc: CompiledCircuit, evidence: Evidence | None = None, pairs: Tensor | None = None) -> Tensor:
+    """Return the posterior of pairs of variables, ``p(x_i = u, x_j = v | e)``.
+
+    By the chain rule ``p(x_i = u | e) p(x_j = v | e, x_i = u)``: one upward and downward pass per conditioning value
+    (i, u), many of them in one batch of bounded size. Needs a smooth and decomposable circuit, which all circuits here
+    are. Differentiable in evidence and weights; the passes are then recorded, and memory grows with their number.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence, B = 1.
+        pairs: int64 (P, 2), the variables i and j of each pair; None: all of them.
+
+    Returns:
+        (B, P, C, C), the value of i first; (B, D, D, C, C) for all pairs, where i = j is the diagonal matrix of
+        ``p(x_i | e)``. Each (C, C) sums to 1; entries of values that a variable does not have are 0.
+
+    Raises:
+        ArgumentError: ``pairs`` are not pairs of variables of the circuit.
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    factors = dense_factors(pc, evidence)
+    log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
+    if pairs is None:
+        return torch.stack([joint for _, joint in _joints(pc, factors, log_z, range(factors.shape[1]))], 1)
+    _check_pairs(pc, pairs)
+    first = pairs[:, 0].unique().tolist()
+    tables = factors.new_zeros(len(factors), len(pairs), *[factors.shape[2]] * 2)
+    for variable, joint in _joints(pc, factors, log_z, first):
+        here = (pairs[:, 0] == variable).nonzero().flatten().to(factors.device)
+        tables = tables.index_copy(1, here, joint[:, pairs[here.to(pairs.device), 1].to(factors.device)])
+    return tables
+
+
+def mutual_information(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
+    """Return the mutual information of every two variables given the evidence, ``I(X_i; X_j | e)`` in nats.
+
+    Exact: every pair's posterior table is computed, as in :func:`pairwise_marginals`, and reduced at once, so that the
+    tables of one variable i are in memory at a time (Cover and Thomas 2006, equation 2.28). Needs a smooth and
+    decomposable circuit, which all circuits here are. Differentiable in evidence and weights; memory is bounded under
+    ``torch.no_grad()`` only.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence, B = 1.
+
+    Returns:
+        (B, D, D), symmetric, >= 0 up to rounding; the diagonal is the entropy ``H(X_i | e)``.
+
+    Raises:
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    factors = dense_factors(pc, evidence)
+    log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
+    rows = []
+    for _, joint in _joints(pc, factors, log_z, range(factors.shape[1])):  # (B, D, C, C)
+        independent = joint.sum(3, keepdim=True) * joint.sum(2, keepdim=True)
+        possible = (joint > 0) & (independent > 0)
+        ratio = torch.where(possible, joint, 1.0).log() - torch.where(possible, independent, 1.0).log()
+        rows.append((joint * ratio).sum((2, 3)))
+    return torch.stack(rows, 1)
+
+
+def _joints(
+    pc: CompiledCircuit, factors: Tensor, log_z: Tensor, variables: range | list[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each variable i with the tables p(x_i = u, x_j = v | e) of all j: (B, D, C, C)."""
+    batch_size, num_vars, num_values = factors.shape
+    banks = pc.weights()
+
+    def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
+        return pc.log_partition(Evidence.soft(factors), banks)
+
+    for variable in variables:
+        count = pc.circuit.num_categories[variable]
+        other_values = ~torch.eye(num_values, dtype=torch.bool, device=factors.device)[:count]  # (C_i, C)
+        at_variable = torch.arange(num_vars, device=factors.device) == variable
+        ruled_out = other_values.unsqueeze(1) & at_variable.unsqueeze(1)  # (C_i, D, C)
+        parts = []
+        for values in torch.arange(count).split(max(1, queries_per_pass(pc) // batch_size)):
+            conditioned = factors.unsqueeze(1).masked_fill(ruled_out[values], -torch.inf).flatten(0, 1)
+            log_joint = log_z_of(conditioned, banks).unflatten(0, (batch_size, -1)) - log_z.unsqueeze(1)
+            posterior = passes.factor_gradients(log_z_of, conditioned, banks).unflatten(0, (batch_size, -1))
+            parts.append(log_joint.exp()[..., None, None] * posterior)  # (B, C_i, D, C)
+        joint = torch.nn.functional.pad(torch.cat(parts, 1), (0, 0, 0, 0, 0, num_values - count))
+        yield variable, joint.transpose(1, 2)
+
+
+def _check_pairs(pc: CompiledCircuit, pairs: Tensor) -> None:
+    if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
+        got = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
+        raise ArgumentError(f"pairs: expected int64 of shape (P, 2), got {got}")
+    num_vars = pc.circuit.num_vars
+    if bool(((pairs < 0) | (pairs >= num_vars)).any()):
+        raise ArgumentError(f"pairs: expected variables from 0 to {num_vars - 1}, got {pairs.tolist()}")

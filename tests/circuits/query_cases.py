@@ -1,0 +1,48 @@
+"""Random circuits with evidence, and their enumerated posteriors, for the tests of queries."""
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import circuits as ct
+
+RELATIVE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@st.composite
+def compiled_with_evidence(draw, **options):
+    circuit = draw(ct.testing.circuits(**options))
+    pc = ct.compile(circuit, dtype=torch.float64, seed=draw(st.integers(0, 1000), label="seed"))
+    return pc, draw(ct.testing.evidence(circuit))
+
+
+def all_assignments(circuit):
+    return torch.cartesian_prod(*(torch.arange(c) for c in circuit.num_categories)).reshape(-1, circuit.num_vars)
+
+
+def evidence_scores(circuit, evidence):
+    """Return sum_i log e_i(x_i) of every assignment: (B, all assignments)."""
+    factors = evidence.dense(max(circuit.num_categories), torch.float64)
+    return factors[:, torch.arange(circuit.num_vars), all_assignments(circuit)].sum(-1)
+
+
+def log_posterior(pc, evidence):
+    """Return (log p(x | e) of every assignment (B, A), log Z (B,)) by enumeration; NaN rows for impossible evidence."""
+    scores = ct.testing.enumerate_joint(pc).flatten() + evidence_scores(pc.circuit, evidence)
+    log_z = torch.logsumexp(scores, 1)
+    return scores - log_z.unsqueeze(1), log_z
+
+
+def posterior_or_error(pc, evidence, query):
+    """Return p(x | e) of every assignment, (B, A); None, after checking that ``query`` raises, where impossible."""
+    log_p, log_z = log_posterior(pc, evidence)
+    if bool((log_z == -torch.inf).any()):
+        with pytest.raises(ct.ImpossibleEvidenceError):
+            query()
+        return None
+    return log_p.exp()
+
+
+def soft_function(pc, query):
+    """Return a function of log-factors for gradcheck: a query of soft evidence."""
+    return lambda factors: query(pc, ct.Evidence.soft(factors))
