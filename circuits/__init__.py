@@ -2,7 +2,17 @@
 
 from circuits import learning, queries, structures, testing
 from circuits.compile import CompiledCircuit, compile
-from circuits.distributions import Bernoulli, Categorical
+from circuits.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    DiscretizedLogistic,
+    Distribution,
+    EmbeddingCategorical,
+    Gaussian,
+    Literal,
+    Poisson,
+)
 from circuits.errors import (
     ArgumentError,
     CheckpointError,
@@ -18,14 +28,21 @@ from circuits.io import load, save
 __all__ = [
     "ArgumentError",
     "Bernoulli",
+    "Binomial",
     "Categorical",
     "CheckpointError",
     "Circuit",
     "CompiledCircuit",
+    "DiscretizedLogistic",
+    "Distribution",
+    "EmbeddingCategorical",
     "Evidence",
+    "Gaussian",
     "ImpossibleEvidenceError",
     "Input",
+    "Literal",
     "Node",
+    "Poisson",
     "Product",
     "PropertyError",
     "StructureError",

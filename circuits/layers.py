@@ -1,4 +1,4 @@
-"""The three tensor layers that a compiled circuit is made of.
+"""The tensor layers that a compiled circuit is made of.
 
 A layer evaluates F nodes of equal shape at once. Its output has shape (F, K, B, *E): F folded nodes, K units each, a
 batch of B, and the semiring's own trailing dimensions E. The batch comes last so that every sum layer is a GEMM of its
@@ -7,6 +7,7 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,24 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from circuits import logspace
+from circuits.distributions import Direct
+from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import ProductMode
 from circuits.rows import Address, Gradients, ParameterRows, Rows
-from circuits.semiring import Semiring
+from circuits.semiring import ChoosingSemiring, Semiring
 
 _MAX_SLOTS = 4
 
 
 class Weights(NamedTuple):
-    """Normalised weights of one parameter bank: sums (P, O, I), inputs (P, C, K)."""
+    """Normalised weights of one parameter bank: sums (P, O, I), finite input families (P, C, K).
+
+    The banks of other input families hold what the family reads: ``log`` is their numbers (P, S, K), ``linear`` the
+    logarithm of a factor on every unit, (P, 1, K).
+    """
 
     log: Tensor
     linear: Tensor
     """exp(log), detached: for GEMMs; gradients flow through ``log``."""
 
 
-class InputLayer(nn.Module):
-    """Input units of F nodes with equally many categories C and units K."""
+class InputLayer(nn.Module, ABC):
+    """Input units of F nodes of one family with K units each."""
 
     variables: Tensor
 
@@ -42,15 +49,78 @@ class InputLayer(nn.Module):
         self.register_buffer("variables", torch.tensor(variables), persistent=False)
 
     def forward(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        """Return ``log sum_v e(v) w(v)`` of every unit, shape (F, K, B, *E)."""
-        out = (
+        """Return the sum of ``e(v) p(v)`` over all v of every unit, as values of the semiring (F, K, B, *E)."""
+        if evidence.missing is None:
+            return self._evaluate(semiring, evidence, weights)
+        missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
+        if evidence.otherwise is None:
+            rest = self._without_evidence(semiring, weights)
+        elif torch.compiler.is_compiling() or bool(missing.any()):
+            rest = self(semiring, evidence.otherwise, weights)
+            if not torch.compiler.is_compiling() and bool(missing.all()):
+                return rest
+        else:
+            return self._evaluate(semiring, evidence, weights)
+        out = self._evaluate(semiring, evidence, weights)
+        return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), rest, out)
+
+    @abstractmethod
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        weights: Weights,
+        node: Tensor,
+        unit: Tensor,
+        query: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose a value of n reached units, given by ``node``, ``unit`` and ``query`` (n,): shape (n,).
+
+        It is drawn from ``e(v) p(v)`` in the log semiring, and the best in the max semiring.
+        """
+
+    @abstractmethod
+    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        """Return the values of all units (F, K, B, *E) where their variables are not missing."""
+
+    @abstractmethod
+    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
+        """Return the values of all units where nothing is known, broadcastable with (F, K, B, *E)."""
+
+    def _of_variables(self, tensor: Tensor) -> Tensor:
+        """Select this layer's variables: (B, D, ...) to (B, F, ...)."""
+        return tensor if self.takes_all else tensor.index_select(1, self.variables)
+
+    def _one(self, semiring: Semiring, like: Tensor) -> Tensor:
+        return semiring.lift(torch.zeros((len(self.variables), 1, 1), dtype=like.dtype, device=like.device))
+
+
+class TableLayer(InputLayer):
+    """Input units of F nodes with equally many categories C: each reads a column of a log-table (C, K)."""
+
+    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        return (
             self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
         )
-        if evidence.missing is None:
-            return out
-        missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
-        one = semiring.lift(torch.zeros(missing.shape, dtype=weights.log.dtype, device=weights.log.device))
-        return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), one, out)
+
+    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
+        if semiring.adds_up:
+            return self._one(semiring, weights.log)
+        return semiring.lift(self.parameter_rows.select(weights.log).amax(1).unsqueeze(-1))
+
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        weights: Weights,
+        node: Tensor,
+        unit: Tensor,
+        query: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose a value of n reached units, int64 (n,)."""
+        return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
 
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
         """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""
@@ -58,14 +128,10 @@ class InputLayer(nn.Module):
         factors = evidence.pick(query, self.variables[node]).dense(scores.shape[1], scores.dtype)
         return scores + factors[:, 0, : scores.shape[1]]
 
-    def _of_variables(self, tensor: Tensor) -> Tensor:
-        """Select this layer's variables: (B, D, ...) to (B, F, ...)."""
-        return tensor if self.takes_all else tensor.index_select(1, self.variables)
-
     def _soft(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        assert evidence.log_factors is not None
         num_categories = weights.log.shape[1]
-        factors = self._of_variables(evidence.log_factors)[..., :num_categories].to(weights.log.dtype)  # (B, F, C)
+        factors = self._of_variables(evidence.factors(num_categories))[..., :num_categories]
+        factors = factors.to(weights.log.dtype)  # (B, F, C)
         batch_size, num_nodes = factors.shape[:2]
         is_one_matmul = self.parameter_rows.is_tied and num_nodes > 1
         if is_one_matmul:  # all positions share one table: one GEMM reads it once
@@ -80,7 +146,7 @@ class InputLayer(nn.Module):
     def _listed(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         assert evidence.values is not None
         num_categories, num_units = weights.log.shape[1:]
-        values = self._of_variables(evidence.values)  # (B, F, k)
+        values = self._of_variables(evidence.values).long()  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
         values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
         table = Weights(*(bank.reshape(-1, num_units) for bank in weights))
@@ -94,6 +160,144 @@ class InputLayer(nn.Module):
             assert factors is not None
             out = semiring.mix(table.log, values, factors, table=table.linear)
         return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
+
+
+class DirectLayer(InputLayer):
+    """Input units of F nodes of a family that is evaluated at given values."""
+
+    zero: Tensor
+
+    def __init__(
+        self,
+        variables: Sequence[int],
+        parameters: ParameterRows,
+        num_vars: int,
+        distribution: Direct,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(variables, parameters, num_vars)
+        self.distribution = distribution
+        self.register_buffer("zero", torch.zeros((), dtype=dtype), persistent=False)
+
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        weights: Weights,
+        node: Tensor,
+        unit: Tensor,
+        query: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose a value of n reached units, (n,), in the circuit's dtype."""
+        parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
+        return self._choose(semiring, evidence.pick(query, self.variables[node]), parameters, generator)
+
+    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        parameters = self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)  # S of (F, K, 1)
+        if evidence.bounds is not None:
+            out = self._in_bounds(semiring, parameters, *self._columns(evidence.bounds).unbind(-1))
+        elif evidence.normal is not None:
+            parameters, out = self.distribution.times_normal(parameters, *self._columns(evidence.normal).unbind(-1))
+            out = out if semiring.adds_up else out + self._peak(parameters)
+        else:
+            out = self._listed(semiring, parameters, evidence)
+        out = out + self.parameter_rows.select(weights.linear).transpose(1, 2)
+        return semiring.lift(out.to(self.zero.dtype))
+
+    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
+        if semiring.adds_up:
+            return self._one(semiring, self.zero)
+        return semiring.lift(self._peak(self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)))
+
+    def _in_bounds(self, semiring: Semiring, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
+        if semiring.adds_up:
+            return self.distribution.log_interval(parameters, lower, upper)
+        best = self.distribution.mode(parameters, lower, upper)
+        is_inside = (lower < best) & (best <= upper) if self.distribution.is_discrete else lower < upper
+        return torch.where(is_inside, self.distribution.log_density(parameters, best), -torch.inf)
+
+    def _listed(self, semiring: Semiring, parameters: Sequence[Tensor], evidence: Evidence) -> Tensor:
+        values, factors = self._checked_list(evidence)
+        parameters = [part.unsqueeze(-1) for part in parameters]
+        scores = self.distribution.log_density(parameters, self._columns(values))  # (F, K, B, k)
+        if factors is not None:
+            scores = scores + self._columns(factors)
+        if scores.shape[-1] == 1:
+            return scores.squeeze(-1)
+        return logspace.log_sum(scores) if semiring.adds_up else scores.amax(-1)
+
+    def _choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        parameters: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose a value of n units (n,) for evidence on n single variables (n, 1, ...)."""
+        if evidence.bounds is not None:
+            lower, upper = evidence.bounds[:, 0].unbind(-1)
+            out = self._any(semiring, parameters, lower, upper, generator)
+        elif evidence.normal is not None:
+            joined, _ = self.distribution.times_normal(
+                parameters, *evidence.normal[:, 0].to(self.zero.dtype).unbind(-1)
+            )
+            out = self._any(semiring, joined, -torch.inf, torch.inf, generator)
+        else:
+            values, factors = (None if part is None else part[:, 0] for part in self._checked_list(evidence))
+            assert values is not None
+            scores = self.distribution.log_density([part.unsqueeze(-1) for part in parameters], values)
+            chosen = semiring.choose(scores if factors is None else scores + factors, generator)
+            out = values.gather(1, chosen.unsqueeze(1))[:, 0].to(self.zero.dtype)
+        if evidence.missing is None:
+            return out
+        if evidence.otherwise is not None:
+            rest = self._choose(semiring, evidence.otherwise, parameters, generator)
+        else:
+            rest = self._any(semiring, parameters, -torch.inf, torch.inf, generator)
+        return torch.where(evidence.missing[:, 0], rest, out)
+
+    def _any(
+        self,
+        semiring: ChoosingSemiring,
+        parameters: Sequence[Tensor],
+        lower: Tensor | float,
+        upper: Tensor | float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        bounds = [torch.as_tensor(bound).to(parameters[0]).expand_as(parameters[0]) for bound in (lower, upper)]
+        if semiring.adds_up:
+            return self.distribution.draw(parameters, bounds[0], bounds[1], generator)
+        return self.distribution.mode(parameters, bounds[0], bounds[1])
+
+    def _peak(self, parameters: Sequence[Tensor]) -> Tensor:
+        free = [torch.full_like(parameters[0], bound) for bound in (-torch.inf, torch.inf)]
+        return self.distribution.log_density(parameters, self.distribution.mode(parameters, free[0], free[1]))
+
+    def _checked_list(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
+        """Return the values and factors of one kind of evidence, (B, D, k); dense factors are those of 0 .. C - 1."""
+        factors = evidence.log_factors
+        if evidence.values is None:
+            assert factors is not None
+            if not self.distribution.is_discrete:
+                raise ArgumentError(
+                    f"log_factors: a {self.distribution} has no list of values; use Evidence.gaussian or "
+                    "Evidence.interval on its variable, and Evidence.where to join kinds of evidence"
+                )
+            return torch.arange(factors.shape[-1], device=factors.device).expand_as(factors), factors
+        if not torch.compiler.is_compiling():
+            values = evidence.values if evidence.values.shape[1] == 1 else self._of_variables(evidence.values)
+            outside = self.distribution.outside(values)
+            if bool(outside.any()):
+                raise ArgumentError(
+                    f"x: expected {self.distribution.domain} for a {self.distribution}, got "
+                    f"{values[outside][0].item()}; use NaN or `observed` for unknown values"
+                )
+        return evidence.values, factors
+
+    def _columns(self, tensor: Tensor) -> Tensor:
+        """Select this layer's variables: (B, D, ...) to (F, 1, B, ...), in the circuit's dtype."""
+        return self._of_variables(tensor).transpose(0, 1).unsqueeze(1).to(self.zero.dtype)
 
 
 class _InnerLayer(nn.Module):

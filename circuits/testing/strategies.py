@@ -68,7 +68,7 @@ class _Builder:
     def leaf(self, var: int, num_units: int) -> Input:
         """Build input units on ``var``."""
         family = self.families[var]
-        shape = (family.num_categories, num_units)
+        shape = (family.num_values, num_units)
         tied_to = self._owner(self.leaves, (family, shape))
         weights = None if tied_to else self._weights(shape, axis=0)
         node = inputs(var, num_units, family, tied_to=tied_to, weights=weights)

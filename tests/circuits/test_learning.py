@@ -408,10 +408,10 @@ def test_progress_shows_likelihoods_on_standard_error(capsys):
 GOOD = torch.zeros(5, 4, dtype=torch.int64)
 REFUSED = {
     "empty": ({"data": GOOD[:0]}, "data: expected at least one"),
-    "floats": ({"data": GOOD.double()}, "data: expected integers"),
+    "fractions": ({"data": GOOD + 0.5}, "data: expected values from 0 to 3 of variable 0, got 0.5 in sample 0"),
     "booleans": ({"data": GOOD.bool()}, "data: expected integers"),
     "lists": ({"data": [[0, 0, 0, 0]]}, "data: expected a tensor"),
-    "texts": ({"data": np.array([["a"] * 4])}, "data: expected an array of integers"),
+    "texts": ({"data": np.array([["a"] * 4])}, "data: expected an array of numbers"),
     "one sample": ({"data": GOOD[0]}, r"data: expected integers of shape \(num_samples, 4\)"),
     "another length": ({"data": GOOD[:, :3]}, r"\(5, 3\)"),
     "too large": ({"data": GOOD + 4}, "data: expected values from 0 to 3 of variable 0, got 4 in sample 0"),
