@@ -117,9 +117,14 @@ class CompiledCircuit(nn.Module):
 
     def parameters_of(self, node: ParametricNode) -> Tensor:
         """Return the parameters of one node as its family defines them, for instance rates (1, K); sums (K, I)."""
+        if isinstance(node, Input):
+            return node.distribution.parameters(self.bank_row(node))
+        return self.log_weights(node).exp()
+
+    def bank_row(self, node: ParametricNode) -> Tensor:
+        """Return the unconstrained parameters of one node: sums (K, I), inputs as their family defines them."""
         bank, row = self._parameter(node)
-        family = self.families.get(bank)
-        return self.log_weights(node).exp() if family is None else family.parameters(self.bank[bank][row])
+        return self.bank[bank][row]
 
     @torch.no_grad()
     def set_weights(self, node: ParametricNode, weights: Tensor) -> None:

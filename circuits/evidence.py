@@ -182,7 +182,7 @@ class Evidence:
         if one.otherwise is not None:
             other = cls.where(condition, one.otherwise, other)
         elif one.missing is not None:
-            other = cls.where(condition, cls.nothing(*shape, device=one.device), other)
+            other = other._silenced(condition)
         missing = ~condition if one.missing is None else one.missing | ~condition
         return replace(one, missing=missing, otherwise=other)
 
@@ -277,6 +277,12 @@ class Evidence:
             )
         if self.otherwise is not None:
             self.otherwise.check(num_categories)
+
+    def _silenced(self, where: Tensor) -> Evidence:
+        """Return the evidence that says nothing on the variables ``where``, (B, D)."""
+        missing = where if self.missing is None else self.missing | where
+        otherwise = None if self.otherwise is None else self.otherwise._silenced(where)
+        return replace(self, missing=missing, otherwise=otherwise)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
         mapped: dict[str, Any] = {

@@ -302,7 +302,7 @@ class Literal(Finite):
         """Return the logarithms of the indicators."""
         table = raw.new_full((len(raw), self.num_categories, len(self.values)), -torch.inf)
         index = torch.tensor(self.values, device=raw.device).expand(len(raw), 1, -1)
-        return table.scatter(1, index, 0.0)
+        return table.scatter(1, index, 0.0) + raw.sum(1, keepdim=True)  # 0, but known to autograd
 
     def parameters(self, raw: Tensor) -> Tensor:
         """Return no numbers."""
