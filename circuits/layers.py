@@ -55,12 +55,10 @@ class InputLayer(nn.Module, ABC):
         missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
         if evidence.otherwise is None:
             rest = self._without_evidence(semiring, weights)
-        elif torch.compiler.is_compiling() or bool(missing.any()):
-            rest = self(semiring, evidence.otherwise, weights)
-            if not torch.compiler.is_compiling() and bool(missing.all()):
-                return rest
         else:
-            return self._evaluate(semiring, evidence, weights)
+            rest = self(semiring, evidence.otherwise, weights)
+        if self._is_unneeded(evidence, missing):
+            return rest.expand(len(rest), weights.log.shape[-1], missing.shape[2], *rest.shape[3:])
         out = self._evaluate(semiring, evidence, weights)
         return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), rest, out)
 
@@ -79,6 +77,10 @@ class InputLayer(nn.Module, ABC):
 
         It is drawn from ``e(v) p(v)`` in the log semiring, and the best in the max semiring.
         """
+
+    def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
+        """Whether the evidence says nothing on this layer, and so need not fit its family."""
+        return evidence.otherwise is not None and not torch.compiler.is_compiling() and bool(missing.all())
 
     @abstractmethod
     def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
@@ -210,6 +212,9 @@ class DirectLayer(InputLayer):
             return self._one(semiring, self.zero)
         return semiring.lift(self._peak(self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)))
 
+    def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and bool(missing.all())
+
     def _in_bounds(self, semiring: Semiring, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
         if semiring.adds_up:
             return self.distribution.log_interval(parameters, lower, upper)
@@ -235,27 +240,36 @@ class DirectLayer(InputLayer):
         generator: torch.Generator | None,
     ) -> Tensor:
         """Choose a value of n units (n,) for evidence on n single variables (n, 1, ...)."""
-        if evidence.bounds is not None:
-            lower, upper = evidence.bounds[:, 0].unbind(-1)
-            out = self._any(semiring, parameters, lower, upper, generator)
-        elif evidence.normal is not None:
-            joined, _ = self.distribution.times_normal(
-                parameters, *evidence.normal[:, 0].to(self.zero.dtype).unbind(-1)
-            )
-            out = self._any(semiring, joined, -torch.inf, torch.inf, generator)
-        else:
-            values, factors = (None if part is None else part[:, 0] for part in self._checked_list(evidence))
-            assert values is not None
-            scores = self.distribution.log_density([part.unsqueeze(-1) for part in parameters], values)
-            chosen = semiring.choose(scores if factors is None else scores + factors, generator)
-            out = values.gather(1, chosen.unsqueeze(1))[:, 0].to(self.zero.dtype)
         if evidence.missing is None:
-            return out
+            return self._known(semiring, evidence, parameters, generator)
         if evidence.otherwise is not None:
             rest = self._choose(semiring, evidence.otherwise, parameters, generator)
         else:
             rest = self._any(semiring, parameters, -torch.inf, torch.inf, generator)
-        return torch.where(evidence.missing[:, 0], rest, out)
+        if self._is_unneeded(evidence, evidence.missing):
+            return rest
+        return torch.where(evidence.missing[:, 0], rest, self._known(semiring, evidence, parameters, generator))
+
+    def _known(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        parameters: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose like :meth:`_choose` where nothing is missing."""
+        if evidence.bounds is not None:
+            lower, upper = evidence.bounds[:, 0].unbind(-1)
+            return self._any(semiring, parameters, lower, upper, generator)
+        if evidence.normal is not None:
+            mean, std = evidence.normal[:, 0].to(self.zero.dtype).unbind(-1)
+            joined, _ = self.distribution.times_normal(parameters, mean, std)
+            return self._any(semiring, joined, -torch.inf, torch.inf, generator)
+        values, factors = (None if part is None else part[:, 0] for part in self._checked_list(evidence))
+        assert values is not None
+        scores = self.distribution.log_density([part.unsqueeze(-1) for part in parameters], values)
+        chosen = semiring.choose(scores if factors is None else scores + factors, generator)
+        return values.gather(1, chosen.unsqueeze(1))[:, 0].to(self.zero.dtype)
 
     def _any(
         self,

@@ -113,7 +113,9 @@ class Finite(Distribution):
 
     def outside(self, x: Tensor) -> Tensor:
         """Return where ``x`` is not a whole number from 0 to C - 1."""
-        return (x < 0) | (x >= self.num_values) | (x != x.round() if x.is_floating_point() else False)
+        limit = torch.tensor([self.num_values], device=x.device)  # a plain number may not fit into a small dtype
+        outside = (x < 0) | (x >= limit)
+        return outside | (x != x.round()) if x.is_floating_point() else outside
 
     @abstractmethod
     def fit(self, raw: Tensor, log_target: Tensor, mass: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from circuits.errors import ArgumentError
 
 _LEAST_LOG_RATE = -1e4
 _FARTHEST = 1e8
+_NARROW = 1e-6
+_VISIBLE_TAIL = -37.0  # standard deviations beyond which float64 has no probability for the normal tail
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -229,11 +231,13 @@ class Gaussian(Direct):
     def log_interval(self, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
         """Return ``log P(lower < X <= upper)``, in the lower tail by symmetry, so that no digits cancel."""
         a, b = _standardised(parameters, lower, upper)
-        is_empty = a >= b
-        log_above = torch.special.log_ndtr(torch.where(is_empty, a + 1, b))
-        log_below = torch.special.log_ndtr(a)
-        share = torch.where(is_empty, 1.0, -torch.expm1((log_below - log_above).clamp_max(-1e-300)))
-        return torch.where(is_empty, -torch.inf, log_above + share.log()).to(parameters[0].dtype)
+        width = b - a
+        is_narrow = width < _NARROW  # then the density in the middle, times the width, has more digits
+        log_above = torch.special.log_ndtr(torch.where(is_narrow, a + 1, b))
+        log_share = torch.log(-torch.expm1(torch.special.log_ndtr(a) - log_above))
+        middle = -0.125 * (a + b).square() - _HALF_LOG_TWO_PI + torch.where(width > 0, width, 1.0).log()
+        out = torch.where(is_narrow, middle, log_above + log_share)
+        return torch.where(width > 0, out, -torch.inf).to(parameters[0].dtype)
 
     def mode(self, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
         """Return the mean, moved between the bounds."""
@@ -250,7 +254,9 @@ class Gaussian(Direct):
         a, b = _standardised(parameters, lower, upper)
         share = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)
         below, above = torch.special.ndtr(a), torch.special.ndtr(b)
-        z = torch.special.ndtri(below + share * (above - below)).clamp_min(a).clamp_max(b)
+        z = torch.special.ndtri(below + share * (above - below))
+        is_far = b < _VISIBLE_TAIL  # there the tail is an exponential one
+        z = torch.where(is_far, b + share.log() / b.abs().clamp_min(1), z).clamp_min(a).clamp_max(b)
         is_mirrored = _is_mirrored(parameters, lower, upper)
         return (mean + std * torch.where(is_mirrored, -z, z)).clamp_min(lower).clamp_max(upper).to(mean.dtype)
 
@@ -292,7 +298,7 @@ class Gaussian(Direct):
 
 def _whole(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first and the last whole number >= 0 of ``lower < v <= upper``, in float64."""
-    return (lower.double().floor() + 1).clamp_min(0.0), upper.double().floor()
+    return (lower.double().floor() + 1).clamp(0.0, 1e15), upper.double().floor()
 
 
 def _is_mirrored(parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:

@@ -112,13 +112,17 @@ def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | 
     for var, family in {node.var: node.distribution for node in pc.circuit.inputs}.items():
         domains.setdefault(family.domain, (family, []))[1].append(var)
     for domain, (family, variables) in domains.items():
-        values = x[:, variables]
-        outside = family.outside(values) & ~values.isnan()
+        columns = slice(None) if len(domains) == 1 else variables
+        values = x[:, columns]
+        outside = family.outside(values)
+        if x.is_floating_point():
+            outside &= ~values.isnan()
         if observed is not None:
-            outside &= observed.to(x.device)[:, variables]
+            outside &= observed.to(x.device)[:, columns]
         if bool(outside.any()):
             sample, column = outside.nonzero()[0].tolist()
+            var = column if len(domains) == 1 else variables[column]
             raise ArgumentError(
-                f"{name}: expected {domain} of variable {variables[column]}, got {values[sample, column].item()} in "
-                f"sample {sample}; mark unknown values as False in `observed`"
+                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample {sample}; mark "
+                "unknown values as False in `observed`"
             )

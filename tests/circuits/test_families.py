@@ -140,6 +140,8 @@ def test_intervals_far_in_the_tails_have_digits_and_gradients():
     expected = torch.tensor([tail, tail, 0.0, stats.norm.logpdf(2.0) + math.log(1e-9), -torch.inf])
     torch.testing.assert_close(log_z.float(), expected.float(), rtol=1e-6, atol=1e-9)
     log_z[:4].sum().backward()
+    far = ct.queries.sample(pc, 200, ct.Evidence.interval(lower[1:2] - 0, upper[1:2] - 20)).flatten()
+    assert bool(((far <= -50) & (far > -50.3)).all())
     assert all(bool(p.grad.isfinite().all()) for p in pc.bank.values())
     counts = single(ct.Poisson(), num_units=1, weights=torch.tensor([[3.0]], dtype=torch.float64))
     lower = torch.tensor([[50.0], [-torch.inf], [-torch.inf], [4.2]], dtype=torch.float64)
@@ -478,6 +480,19 @@ def test_every_optimizer_learns_mixed_tables_with_missing_values(optimizer, tmp_
     assert all(torch.equal(pc.bank[name], resumed.bank[name]) for name in pc.bank)
     assert result.train_log_likelihood[-1] > float(truth(x).detach().mean()) - 0.6
     assert result.train_log_likelihood[-1] > result.train_log_likelihood[0] + 1
+
+
+def test_pixels_in_bytes_are_data():
+    pc = ct.compile(ct.structures.fully_factorized(2, ct.DiscretizedLogistic(256)), seed=0)
+    x = torch.tensor([[0, 255], [128, 130]], dtype=torch.uint8)
+    result = learning.fit(pc, x, num_epochs=3, progress=False).train_log_likelihood
+    assert list(result) == sorted(result)
+    with pytest.raises(ct.ArgumentError, match="expected values from 0 to 299 of variable 1, got 300 in sample 0"):
+        learning.fit(
+            ct.compile(ct.structures.fully_factorized(2, ct.DiscretizedLogistic(300))),
+            torch.tensor([[0, 300]]),
+            progress=False,
+        )
 
 
 def test_top_down_flows_are_the_mean_statistics_of_reached_units():
