@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from circuits import logspace
 from circuits.distributions import Direct
-from circuits.errors import ArgumentError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.graph import ProductMode
 from circuits.rows import Address, Gradients, ParameterRows, Rows
@@ -76,6 +76,14 @@ class InputLayer(nn.Module, ABC):
         """Choose a value of n reached units, given by ``node``, ``unit`` and ``query`` (n,): shape (n,).
 
         It is drawn from ``e(v) p(v)`` in the log semiring, and the best in the max semiring.
+        """
+
+    @abstractmethod
+    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Return ``log e(v) + log p(v)`` of all values v of n reached units, (n, C).
+
+        Raises:
+            PropertyError: there are infinitely many values.
         """
 
     def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
@@ -151,16 +159,16 @@ class TableLayer(InputLayer):
         values = self._of_variables(evidence.values).long()  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
         values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
-        table = Weights(*(bank.reshape(-1, num_units) for bank in weights))
+        log_table = weights.log.reshape(-1, num_units)
         factors = None
         if evidence.log_factors is not None:
             factors = self._of_variables(evidence.log_factors).flatten(0, 1).to(weights.log.dtype)
         if num_listed == 1:
-            out = torch.nn.functional.embedding(values[:, 0], table.log)
+            out = log_table.index_select(0, values[:, 0])
             out = semiring.lift(out if factors is None else out + factors)
         else:
             assert factors is not None
-            out = semiring.mix(table.log, values, factors, table=table.linear)
+            out = semiring.mix(log_table, values, factors, table=weights.linear.reshape(-1, num_units))
         return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
 
 
@@ -194,6 +202,13 @@ class DirectLayer(InputLayer):
         """Choose a value of n reached units, (n,), in the circuit's dtype."""
         parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
         return self._choose(semiring, evidence.pick(query, self.variables[node]), parameters, generator)
+
+    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Refuse."""
+        raise PropertyError(
+            f"this query needs variables with finitely many values; variable {int(self.variables[0])} is a "
+            f"{self.distribution}"
+        )
 
     def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         parameters = self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)  # S of (F, K, 1)

@@ -46,7 +46,7 @@ def circuits(
         max_vars: the greatest number of variables.
         max_units: the greatest number of units of a node (outer products may have its square).
         max_categories: the greatest number of categories of a variable.
-        zero_weights: whether some nodes are given weights with zeros in them.
+        zero_weights: whether some nodes are given weights with zeros in them, or are literals.
         families: of the inputs: "table": categorical and Bernoulli; "finite": all that have finitely many values, so
             that enumeration is possible; "all": also Poisson and Gaussian.
     """
@@ -130,7 +130,8 @@ class _Builder:
             return Bernoulli()
         if self.kind == "table" or not self.draw(st.booleans(), label="another family"):
             return Categorical(count)
-        kind = self.draw(st.sampled_from(["binomial", "logistic", "literal", "embedding"]), label="family")
+        kinds = ["binomial", "logistic", "embedding", *["literal"] * self.zeros]
+        kind = self.draw(st.sampled_from(kinds), label="family")
         if kind == "binomial" and count > 1:
             return Binomial(count - 1)
         if kind == "literal":
