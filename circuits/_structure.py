@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from circuits.distributions import FAMILIES, Categorical, Distribution
+from circuits.distributions import FAMILIES, Distribution
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
 
 _MAX_SCOPE_BYTES = 1 << 32
 _MAX_UNITS = 1 << 31
-_MAX_DERIVED = 1 << 31  # entries of a table that is not in the file itself
+_MAX_DERIVED = 1 << 28
 
 AnyNode = TypeVar("AnyNode", bound=Node)
 
@@ -101,8 +101,9 @@ def _node_of(record: Any, nodes: Sequence[Node], num_vars: int) -> Node:
         fields = {field.name for field in dataclasses.fields(cast(Any, distribution))}
         check_keys(record, {"kind", "var", "num_units", "family"}, {"tied_to", "name"} | fields)
         num_units = _integer(record, "num_units", 1, _MAX_UNITS)
-        is_stored = isinstance(distribution.stored_as, Categorical)
-        if not is_stored and distribution.num_values * num_units > _MAX_DERIVED:
+        rows, columns = distribution.parameter_shape(num_units)
+        is_derived = rows * columns < distribution.num_values  # so that the size of the file does not bound the table
+        if is_derived and distribution.num_values * num_units > _MAX_DERIVED:
             raise CheckpointError(f"a {distribution} of {num_units} units would need too much memory")
         return inputs(
             _integer(record, "var", 0, num_vars - 1),

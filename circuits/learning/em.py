@@ -60,15 +60,16 @@ def expected_flows(
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
-        banks, sources = {}, []
-        for name, weights in normalised.items():
-            banks[name], source = _traced(pc, name, weights)
-            sources.append(source)
+        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+        sources = {name: weights.log for name, weights in banks.items()}
+        for name, family in pc.families.items():
+            if isinstance(family, Direct):
+                banks[name], sources[name] = _tilted(family, normalised[name])
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * _checked_sample_weights(sample_weights, log_z)
-        flows = torch.autograd.grad(log_z, sources, counts)
+        flows = torch.autograd.grad(log_z, list(sources.values()), counts)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 
@@ -198,15 +199,11 @@ def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _traced(pc: CompiledCircuit, name: str, weights: Weights) -> tuple[Weights, Tensor]:
-    """Return weights for one pass, and the tensor whose gradient are the flows.
+def _tilted(family: Direct, weights: Weights) -> tuple[Weights, Tensor]:
+    """Return weights for one pass, and the coefficients, all 0, whose gradients are the expected statistics.
 
     Statistics are gathered in float64: a variance is a small difference of large ones.
     """
-    family = pc.families.get(name)
-    if not isinstance(family, Direct):
-        log = weights.log.detach().requires_grad_()
-        return Weights(log, weights.linear), log
     rows, _, num_units = weights.log.shape
     read = weights.log.detach().double()
     coefficients = read.new_zeros(rows, family.num_statistics, num_units).requires_grad_()

@@ -553,6 +553,13 @@ def test_any_change_of_a_saved_mixed_circuit_is_refused_or_is_a_circuit(data):
     assert not torch.isnan(loaded.log_partition(ct.Evidence.nothing(1, loaded.circuit.num_vars))).any()
 
 
+def test_tables_that_no_file_bounds_are_refused(tmp_path):
+    ct.save(single(ct.Binomial(3)), tmp_path / "pc")
+    rewrite(tmp_path / "pc", lambda structure: structure["nodes"][0].update(num_trials=1 << 30))
+    with pytest.raises(ct.CheckpointError, match="too much memory"):
+        ct.load(tmp_path / "pc")
+
+
 def test_raw_parameters_that_are_not_finite_are_not_saved(tmp_path):
     pc = mixed()
     with torch.no_grad():
