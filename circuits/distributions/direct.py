@@ -155,9 +155,9 @@ class Poisson(Direct):
 class Gaussian(Direct):
     """A normal distribution over the real numbers. Parameters: mean and standard deviation, (2, K).
 
-    Values of log p are densities. Initial means are drawn from N(0, 1), so standardise the data, or give weights. The
-    pseudo-observations of EM have the unit's own mean and variance 1; a learning step of size s < 1 interpolates the
-    mean parameters E[x] and E[x^2].
+    Values of log p are densities. Initial means are drawn from N(0, 1), so standardise the data, or start with
+    :func:`~circuits.learning.initialize_inputs`. The pseudo-observations of EM have the unit's own mean and variance 1;
+    a learning step of size s < 1 interpolates the mean parameters E[x] and E[x^2].
 
     Args:
         min_std: the least standard deviation, > 0: a likelihood is unbounded without one.

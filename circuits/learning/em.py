@@ -58,13 +58,7 @@ def expected_flows(
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     with torch.inference_mode(False), torch.enable_grad():
-        with torch.no_grad():
-            normalised = pc.weights()
-        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
-        sources = {name: weights.log for name, weights in banks.items()}
-        for name, family in pc.families.items():
-            if isinstance(family, Direct):
-                banks[name], sources[name] = _tilted(family, normalised[name])
+        banks, sources = traced_weights(pc)
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
@@ -197,6 +191,18 @@ def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
         family = pc.families.get(name)
         shapes[name] = (rows, second if family is None else family.num_statistics, third)
     return shapes
+
+
+def traced_weights(pc: CompiledCircuit) -> tuple[passes.Banks, dict[str, Tensor]]:
+    """Return weights for one pass, and per bank the tensor whose gradient are its flows."""
+    with torch.no_grad():
+        normalised = pc.weights()
+    banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+    sources = {name: weights.log for name, weights in banks.items()}
+    for name, family in pc.families.items():
+        if isinstance(family, Direct):
+            banks[name], sources[name] = _tilted(family, normalised[name])
+    return banks, sources
 
 
 def _tilted(family: Direct, weights: Weights) -> tuple[Weights, Tensor]:

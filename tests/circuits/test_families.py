@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,31 @@ def test_one_em_step_of_a_gaussian_mixture_is_the_textbooks():
     torch.testing.assert_close(pc.log_weights(pc.circuit.node("root")).exp()[0], share.mean(0), **CLOSE)
 
 
+def test_em_of_a_gaussian_mixture_is_scikit_learns():
+    mixture = pytest.importorskip("sklearn.mixture")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 2, dtype=torch.float64, generator=generator)
+    x[:90] += torch.tensor([3.0, -2.0])
+    pc = ct.compile(ct.structures.mixture(2, ct.Gaussian(1e-6), K), dtype=torch.float64, seed=2)
+    mean, std = torch.stack([pc.parameters_of(node).detach() for node in pc.circuit.inputs], -1)  # (K, D) each
+    peer = mixture.GaussianMixture(
+        K,
+        covariance_type="diag",
+        reg_covar=0.0,
+        max_iter=7,
+        tol=0.0,
+        means_init=mean,
+        precisions_init=std**-2,
+        weights_init=pc.log_weights(pc.circuit.root).detach().exp()[0],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged
+        peer.fit(x.numpy())
+    for _ in range(7):
+        learning.em_step(pc, learning.expected_flows(pc, x).flows)
+    torch.testing.assert_close(pc(x), torch.from_numpy(peer.score_samples(x.numpy())), rtol=1e-7, atol=1e-7)
+
+
 def test_variances_far_from_zero_survive_single_precision():
     pc = single(ct.Gaussian(), num_units=1, dtype=torch.float32, weights=torch.tensor([[5000.0], [2.0]]))
     x = 5000 + torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
@@ -480,6 +506,38 @@ def test_every_optimizer_learns_mixed_tables_with_missing_values(optimizer, tmp_
     assert all(torch.equal(pc.bank[name], resumed.bank[name]) for name in pc.bank)
     assert result.train_log_likelihood[-1] > float(truth(x).detach().mean()) - 0.6
     assert result.train_log_likelihood[-1] > result.train_log_likelihood[0] + 1
+
+
+def test_units_that_start_at_the_scale_of_the_data_are_all_used():
+    truth = ct.compile(ct.structures.mixture(3, [ct.Gaussian(), ct.Poisson(), 3], 2), dtype=torch.float64, seed=0)
+    leaves = truth.circuit.inputs
+    truth.set_weights(leaves[0], torch.tensor([[900.0, 1100.0], [20.0, 30.0]]))
+    truth.set_weights(leaves[1], torch.tensor([[300.0, 50.0]]))
+    x = drawn(truth, 300)
+    x[::7, 0] = torch.nan
+    found = []
+    for is_initialized in (False, True):
+        pc = ct.compile(truth.circuit, dtype=torch.float64, seed=1)
+        if is_initialized:
+            learning.initialize_inputs(pc, x, samples_per_unit=2)
+        learning.fit(pc, x, num_epochs=30, pseudocount=0.0, progress=False)
+        found.append(total_log_likelihood(pc, ct.Evidence.observe(x)) / len(x))
+    best = total_log_likelihood(truth, ct.Evidence.observe(x)) / len(x)
+    assert found[0] < best - 1
+    assert found[1] > best - 0.01
+    with pytest.raises(ct.ArgumentError, match="samples_per_unit"):
+        learning.initialize_inputs(pc, x, samples_per_unit=0)
+
+
+@given(ct.testing.circuits(families="all", max_vars=3), st.integers(0, 100))
+def test_initialized_circuits_are_circuits(circuit, seed):
+    pc = ct.compile(circuit, dtype=torch.float64, seed=seed)
+    x = drawn(pc, 20, seed)
+    sums = {name: pc.bank[name].detach().clone() for name in pc.sum_banks}
+    learning.initialize_inputs(pc, x, seed=seed)
+    assert bool((pc(x) > -torch.inf).all())
+    assert all(torch.equal(pc.bank[name], sums[name]) for name in sums)
+    torch.testing.assert_close(pc.log_partition(ct.Evidence.nothing(1, circuit.num_vars)).exp(), torch.ones(1).double())
 
 
 def test_pixels_in_bytes_are_data():
