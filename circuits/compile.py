@@ -19,7 +19,8 @@ from circuits.distributions import Categorical, Direct, Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
-from circuits.layers import DirectLayer, InputLayer, ProductLayer, SumLayer, TableLayer, Weights
+from circuits.input_layers import DirectLayer, InputLayer, TableLayer
+from circuits.layers import ProductLayer, SumLayer, Weights
 from circuits.rows import Address, ParameterRows
 from circuits.semiring import LogSemiring
 

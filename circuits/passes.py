@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from circuits.evidence import Evidence
-from circuits.layers import Flows, InputLayer, ProductLayer, SumLayer, Weights
+from circuits.input_layers import InputLayer
+from circuits.layers import Flows, ProductLayer, SumLayer, Weights
 from circuits.rows import Gradients
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
