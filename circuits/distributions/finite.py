@@ -17,7 +17,7 @@ from circuits.distributions.base import Distribution, Finite, ascend, checked_co
 from circuits.errors import ArgumentError
 
 _GREATEST_LOGIT = 1e4
-_FIT_STEPS = 15
+_FIT_STEPS = 8
 
 
 class _Table(Finite):
@@ -242,7 +242,7 @@ class DiscretizedLogistic(Finite):
 
     def fit(self, raw: Tensor, log_target: Tensor, mass: Tensor) -> Tensor:
         """Climb towards the target, unit by unit."""
-        target, half = log_target.double().exp(), self.num_categories / 2
+        target, half = log_target.exp(), self.num_categories / 2
 
         def inverse_information(raw: Tensor) -> Tensor:
             scale = self.parameters(raw)[..., 1:, :]
@@ -250,11 +250,11 @@ class DiscretizedLogistic(Finite):
 
         fitted = ascend(
             lambda raw: (target * self.read(raw)).sum(-2, keepdim=True),
-            raw.double(),
+            raw,
             num_steps=_FIT_STEPS,
             scale=inverse_information,
         )
-        return torch.where(mass > 0, fitted.to(raw.dtype), raw)
+        return torch.where(mass > 0, fitted, raw)
 
 
 @dataclass(frozen=True)
@@ -370,9 +370,6 @@ class EmbeddingCategorical(Finite):
 
     def fit(self, raw: Tensor, log_target: Tensor, mass: Tensor) -> Tensor:
         """Climb towards the targets of all units together, weighted by how often each is used."""
-        weights = log_target.double().exp() * mass
+        weights = log_target.exp() * mass
         weights = weights / mass.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        fitted = ascend(
-            lambda raw: (weights * self.read(raw)).sum((-2, -1), keepdim=True), raw.double(), num_steps=_FIT_STEPS
-        )
-        return fitted.to(raw.dtype)
+        return ascend(lambda raw: (weights * self.read(raw)).sum((-2, -1), keepdim=True), raw, num_steps=_FIT_STEPS)
