@@ -321,11 +321,11 @@ def test_samples_of_a_mixed_circuit_respect_evidence_and_have_the_right_moments(
 
 
 @given(ct.testing.circuits(families="all", max_vars=4), st.integers(0, 100), st.data())
-def test_no_sample_beats_the_most_probable_explanation_of_a_deterministic_score(circuit, seed, data):
+def test_no_sample_beats_the_most_probable_explanation(circuit, seed, data):
     pc = ct.compile(circuit, dtype=torch.float64, seed=seed)
     evidence = data.draw(ct.testing.evidence(circuit))
-    if bool((pc.log_partition(evidence) == -torch.inf).any()):
-        return
+    if evidence.log_factors is not None or bool((pc.log_partition(evidence) == -torch.inf).any()):
+        return  # soft evidence is a matter of enumeration
     assignment, log_score = ct.queries.mpe(pc, evidence)
     # the score of an assignment is that of hard evidence on it; within (open) bounds it is a supremum
     at_best = ct.queries.mpe(pc, ct.Evidence.observe(assignment)).log_score
