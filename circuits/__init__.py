@@ -2,7 +2,17 @@
 
 from circuits import learning, plot, properties, queries, structures, testing
 from circuits.compile import CompiledCircuit, compile
-from circuits.distributions import Bernoulli, Categorical
+from circuits.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    DiscretizedLogistic,
+    Distribution,
+    EmbeddingCategorical,
+    Gaussian,
+    Literal,
+    Poisson,
+)
 from circuits.errors import (
     ArgumentError,
     CheckpointError,
@@ -19,14 +29,21 @@ from circuits.region_graphs import RegionGraph
 __all__ = [
     "ArgumentError",
     "Bernoulli",
+    "Binomial",
     "Categorical",
     "CheckpointError",
     "Circuit",
     "CompiledCircuit",
+    "DiscretizedLogistic",
+    "Distribution",
+    "EmbeddingCategorical",
     "Evidence",
+    "Gaussian",
     "ImpossibleEvidenceError",
     "Input",
+    "Literal",
     "Node",
+    "Poisson",
     "Product",
     "PropertyError",
     "RegionGraph",

@@ -2,6 +2,7 @@
 
 from circuits.learning.em import AnemoneState, ExpectedFlows, anemone_step, em_step, expected_flows, top_down_flows
 from circuits.learning.fit import FitResult, fit
+from circuits.learning.initialization import initialize_inputs
 
 __all__ = [
     "AnemoneState",
@@ -11,5 +12,6 @@ __all__ = [
     "em_step",
     "expected_flows",
     "fit",
+    "initialize_inputs",
     "top_down_flows",
 ]
