@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, queries, structures, testing
+from circuits import learning, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -41,4 +41,5 @@ __all__ = [
     "structures",
     "sum",
     "testing",
+    "transforms",
 ]
