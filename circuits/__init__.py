@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, queries, structures, testing, transforms
+from circuits import interop, learning, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -33,6 +33,7 @@ __all__ = [
     "UnfactorError",
     "compile",
     "inputs",
+    "interop",
     "learning",
     "load",
     "product",
