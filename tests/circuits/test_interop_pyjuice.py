@@ -325,3 +325,34 @@ def test_old_and_new_pickle_protocols_are_read(protocol, tmp_path):
             load_jpc(tmp_path / "other.jpc")
         return
     assert_same(load_jpc(tmp_path / "other.jpc"), load_jpc(tmp_path / "good.jpc"))
+
+
+def test_the_backend_says_what_it_needs():
+    circuit = ct.structures.hmm(3, 2, 2)
+    with pytest.raises(ct.ArgumentError, match="backend"):
+        ct.compile(circuit, backend="numpy")
+    if not torch.cuda.is_available():
+        with pytest.raises(ct.ArgumentError, match=r"CUDA.*backend='torch'"):
+            ct.compile(circuit, backend="pyjuice")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyJuice's kernels need a CUDA device")
+def test_likelihoods_of_the_backend_are_ours():
+    circuit = ct.structures.hmm(6, 32, 8)
+    with pytest.raises(ct.ArgumentError, match="device='cuda'"):
+        ct.compile(circuit, backend="pyjuice")
+    theirs = ct.compile(circuit, device="cuda", seed=0, backend="pyjuice")
+    ours = ct.compile(circuit, device="cuda", seed=0)
+    x = torch.randint(8, (50, 6), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    observed = torch.rand(50, 6, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.5
+    with torch.no_grad():
+        for step in range(2):
+            torch.testing.assert_close(theirs(x), ours(x), rtol=1e-2, atol=1e-2)
+            marginals = [ct.queries.log_marginal(pc, x, observed) for pc in (theirs, ours)]
+            torch.testing.assert_close(*marginals, rtol=1e-2, atol=1e-2)
+            for pc in (theirs, ours):
+                pc.randomize(seed=step + 1)
+    gradients = [torch.autograd.grad(pc(x).sum(), list(pc.bank.values())) for pc in (theirs, ours)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
