@@ -1,6 +1,6 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import interop, learning, queries, structures, testing, transforms
+from circuits import hub, interop, learning, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import (
@@ -14,6 +14,7 @@ from circuits.errors import (
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
 from circuits.io import load, save
+from circuits.torch_distribution import CircuitDistribution
 
 __all__ = [
     "ArgumentError",
@@ -21,6 +22,7 @@ __all__ = [
     "Categorical",
     "CheckpointError",
     "Circuit",
+    "CircuitDistribution",
     "CompiledCircuit",
     "Evidence",
     "ImpossibleEvidenceError",
@@ -32,6 +34,7 @@ __all__ = [
     "Sum",
     "UnfactorError",
     "compile",
+    "hub",
     "inputs",
     "interop",
     "learning",

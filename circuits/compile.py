@@ -197,7 +197,7 @@ def compile(
         dtype: torch.float32 or torch.float64.
         seed: for the initial weights; fresh entropy when neither it nor ``generator`` is given.
         generator: a CPU generator, instead of ``seed``.
-        backend: "torch", or "pyjuice" for PyJuice's kernels on CUDA, see :class:`~circuits.interop.backend.JuiceCircuit`.
+        backend: "torch", or "pyjuice": PyJuice's CUDA kernels, see :class:`~circuits.interop.backend.JuiceCircuit`.
 
     Raises:
         ArgumentError: an argument has a wrong type or value, or the backend cannot run here.

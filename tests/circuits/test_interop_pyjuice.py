@@ -321,7 +321,7 @@ def test_old_and_new_pickle_protocols_are_read(protocol, tmp_path):
     good = records(tmp_path)
     (tmp_path / "other.jpc").write_bytes(pickle.dumps(good, protocol))
     if protocol == 2:
-        with pytest.raises(ct.CheckpointError, match="expected an array"):
+        with pytest.raises(ct.CheckpointError, match="corrupt array"):
             load_jpc(tmp_path / "other.jpc")
         return
     assert_same(load_jpc(tmp_path / "other.jpc"), load_jpc(tmp_path / "good.jpc"))
