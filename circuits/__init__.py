@@ -1,5 +1,7 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
+from typing import TYPE_CHECKING, Any
+
 from circuits import hub, interop, learning, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import Bernoulli, Categorical
@@ -16,12 +18,16 @@ from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, 
 from circuits.io import load, save
 from circuits.torch_distribution import CircuitDistribution
 
+if TYPE_CHECKING:
+    from circuits.estimator import CircuitDensity
+
 __all__ = [
     "ArgumentError",
     "Bernoulli",
     "Categorical",
     "CheckpointError",
     "Circuit",
+    "CircuitDensity",
     "CircuitDistribution",
     "CompiledCircuit",
     "Evidence",
@@ -47,3 +53,11 @@ __all__ = [
     "testing",
     "transforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CircuitDensity":  # scikit-learn is optional, and takes a while to import
+        from circuits.estimator import CircuitDensity
+
+        return CircuitDensity
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
