@@ -86,8 +86,9 @@ class CircuitDistribution(Distribution):
             raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
         Evidence.observe(x).check(self.pc.num_categories)
         copies = len(x) // self.batch_shape[0]
-        factors = self.evidence.dense(max(self.pc.circuit.num_categories), self.pc.dtype).repeat(copies, 1, 1)
-        scored = Evidence(factors.gather(2, x.unsqueeze(-1)), x.unsqueeze(-1), None)
+        index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
+        factors = _factors_at(x, self.evidence.rows(index), self.pc.dtype)
+        scored = Evidence(log_factors=factors.unsqueeze(-1), values=x.unsqueeze(-1), missing=None)
         log_joint = self.pc.log_partition(scored).reshape(copies, -1)
         return (log_joint - self.log_partition).reshape(value.shape[:-1])
 
@@ -151,3 +152,22 @@ class CircuitDistribution(Distribution):
             f"CircuitDistribution({self.pc.circuit}, batch_shape={tuple(self.batch_shape)}, "
             f"event_shape={tuple(self.event_shape)})"
         )
+
+
+def _factors_at(
+    x: Tensor,  # shape: (N, D)
+    evidence: Evidence,
+    dtype: torch.dtype,
+) -> Tensor:  # shape: (N, D)
+    """Return the log-factors ``log e_i(x_i)`` of one value per query and variable."""
+    if evidence.values is None:
+        assert evidence.log_factors is not None
+        return evidence.log_factors.to(dtype).gather(2, x.unsqueeze(-1)).squeeze(-1)
+    is_listed = evidence.values == x.unsqueeze(-1)
+    listed = (
+        torch.zeros((), dtype=dtype, device=x.device)
+        if evidence.log_factors is None
+        else evidence.log_factors.to(dtype)
+    )
+    factors = torch.where(is_listed, listed, -torch.inf).amax(-1)
+    return factors if evidence.missing is None else factors.masked_fill(evidence.missing, 0.0)

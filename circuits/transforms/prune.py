@@ -117,8 +117,8 @@ def _masks(pc: CompiledCircuit, flows: BankFlows, positions: Tensor) -> Masks:
 
 
 def _total_flows(pc: CompiledCircuit, evidence: Evidence, batch_size: int) -> tuple[BankFlows, float]:
-    """Return the flows of all samples, in float64, and their mean log-likelihood."""
-    total: BankFlows = {name: torch.zeros_like(bank, dtype=torch.float64) for name, bank in pc.bank.items()}
+    """Return the flows of the sums' weights of all samples, in float64, and their mean log-likelihood."""
+    total: BankFlows = {name: torch.zeros_like(pc.bank[name], dtype=torch.float64) for name in pc.sum_banks}
     log_likelihood = 0.0
     for part in _batches(evidence, batch_size, pc.device):
         batch = expected_flows(pc, part)
@@ -127,8 +127,8 @@ def _total_flows(pc: CompiledCircuit, evidence: Evidence, batch_size: int) -> tu
                 "data: a sample has probability zero, so no bound on its loss exists; drop it"
             )
         log_likelihood += float(batch.log_likelihood.double().sum())
-        for name, flow in batch.flows.items():
-            total[name] += flow
+        for name in total:
+            total[name] += batch.flows[name]
     return total, log_likelihood / evidence.batch_size
 
 
