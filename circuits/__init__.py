@@ -1,6 +1,8 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, plot, properties, queries, structures, testing
+from typing import TYPE_CHECKING, Any
+
+from circuits import hub, interop, learning, plot, properties, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
 from circuits.distributions import (
     Bernoulli,
@@ -25,6 +27,10 @@ from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
 from circuits.io import load, save
 from circuits.region_graphs import RegionGraph
+from circuits.torch_distribution import CircuitDistribution
+
+if TYPE_CHECKING:
+    from circuits.estimator import CircuitDensity
 
 __all__ = [
     "ArgumentError",
@@ -33,6 +39,8 @@ __all__ = [
     "Categorical",
     "CheckpointError",
     "Circuit",
+    "CircuitDensity",
+    "CircuitDistribution",
     "CompiledCircuit",
     "DiscretizedLogistic",
     "Distribution",
@@ -51,7 +59,9 @@ __all__ = [
     "Sum",
     "UnfactorError",
     "compile",
+    "hub",
     "inputs",
+    "interop",
     "learning",
     "load",
     "plot",
@@ -62,4 +72,13 @@ __all__ = [
     "structures",
     "sum",
     "testing",
+    "transforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CircuitDensity":  # scikit-learn is optional, and takes a while to import
+        from circuits.estimator import CircuitDensity
+
+        return CircuitDensity
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

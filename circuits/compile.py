@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +226,7 @@ def compile(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    backend: Literal["torch", "pyjuice"] = "torch",
 ) -> CompiledCircuit:
     """Compile a circuit onto tensors, randomly initialised but for the weights that its nodes were given.
 
@@ -235,9 +236,10 @@ def compile(
         dtype: torch.float32 or torch.float64.
         seed: for the initial weights; fresh entropy when neither it nor ``generator`` is given.
         generator: a CPU generator, instead of ``seed``.
+        backend: "torch", or "pyjuice": PyJuice's CUDA kernels, see :class:`~circuits.interop.backend.JuiceCircuit`.
 
     Raises:
-        ArgumentError: an argument has a wrong type or value.
+        ArgumentError: an argument has a wrong type or value, or the backend cannot run here.
     """
     if not isinstance(circuit, Circuit):
         raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
@@ -245,6 +247,12 @@ def compile(
         raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     if seed is not None and generator is not None:
         raise ArgumentError("seed: give either seed or generator, not both")
+    if backend not in ("torch", "pyjuice"):
+        raise ArgumentError(f"backend: expected 'torch' or 'pyjuice', got {backend!r}")
+    if backend == "pyjuice":
+        from circuits.interop.backend import compile_with_pyjuice
+
+        return compile_with_pyjuice(circuit, device, dtype, seed, generator)
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)
     return pc.to(device)
