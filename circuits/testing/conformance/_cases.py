@@ -17,7 +17,12 @@ from circuits.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence, tensor_code
 from circuits.graph import Circuit, ParametricNode, build_code, parameter_owner
 
-_SLOW_DRAWS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+_SUPPRESSED = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.differing_executors,  # an instance of a test case has no state
+]
 
 Law = TypeVar("Law", bound=Callable[..., None])
 
@@ -53,7 +58,7 @@ def _for_all_cases(cls: type[ConformanceTestCase], inherited: Callable[..., None
         inherited(self, case)
 
     count = settings().max_examples if cls.max_examples is None else cls.max_examples
-    configured = settings(max_examples=count, deadline=None, suppress_health_check=_SLOW_DRAWS)
+    configured = settings(max_examples=count, deadline=None, suppress_health_check=_SUPPRESSED)
     decorated: Callable[..., None] = configured(given(case=st.deferred(lambda: cls().cases()))(test))
     vars(decorated)["law"] = inherited
     return decorated
