@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from circuits.testing.conformance._further_queries import FurtherQueryLaws
 from circuits.testing.conformance._gradients import GradientLaws
 from circuits.testing.conformance._learning import LearningLaws
 from circuits.testing.conformance._numerics import NumericLaws
 from circuits.testing.conformance._queries import QueryLaws
 
 
-class StructureTestCase(QueryLaws, GradientLaws, LearningLaws, NumericLaws):
+class StructureTestCase(QueryLaws, FurtherQueryLaws, GradientLaws, LearningLaws, NumericLaws):
     """Tests a structure against enumeration: every query, gradient, learning step, and numeric limit.
 
     Subclass it in a test module, under a name that pytest collects, and supply :meth:`circuit`::
