@@ -108,5 +108,7 @@ class FamilyTestCase(StructureTestCase):
 
 
 def _parameters(pc: CompiledCircuit, leaf: Input) -> Tensor:
-    """Return the parameters of an input node as its family defines them, (S, K)."""
-    return pc.log_weights(leaf).detach().exp()
+    """Return the parameters of an input node as its family defines them, (S, K); (C, K) where they are its table."""
+    parameters_of = getattr(pc, "parameters_of", None)
+    parameters: Tensor = pc.log_weights(leaf).exp() if parameters_of is None else parameters_of(leaf)
+    return parameters.detach()
