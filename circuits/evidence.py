@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits._code import evidence_code
 from circuits.errors import ArgumentError
 
 _MAX_SHOWN = 1000
@@ -181,19 +182,7 @@ class Evidence:
         if self._stored.numel() > _MAX_SHOWN:
             kind = "dense" if self.is_dense else "listed values"
             return f"Evidence({kind}, {tuple(self._stored.shape)}, {self.device})"
-        missing = None if self.missing is None or not bool(self.missing.any()) else self.missing
-        if self.values is None:
-            assert self.log_factors is not None
-            factors = self.log_factors if missing is None else self.log_factors.masked_fill(missing.unsqueeze(-1), 0.0)
-            return f"ct.Evidence.soft({tensor_code(factors)})"
-        if self.log_factors is None and missing is not None and bool(missing.all()):
-            return f"ct.Evidence.nothing({self.batch_size}, {self.num_vars}{_device_code(self.values)})"
-        if self.log_factors is None and self.values.shape[2] == 1:
-            observed = "" if missing is None else f", observed={tensor_code(~missing)}"
-            return f"ct.Evidence.observe({tensor_code(self.values[..., 0])}{observed})"
-        factors = torch.zeros_like(self.values, dtype=torch.float32) if self.log_factors is None else self.log_factors
-        last = "" if missing is None else f", missing={tensor_code(missing)}"
-        return f"ct.Evidence.sparse({tensor_code(self.values)}, {tensor_code(factors)}{last})"
+        return evidence_code(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Show the code in interactive shells and failing examples too, which otherwise list a dataclass's fields."""
@@ -252,14 +241,3 @@ def _check_range(values: Tensor, upper: Tensor | int, name: str) -> None:
             f"{name}: expected values from 0 to {limit - 1}, got {int(values[tuple(first)])} at batch {first[0]}, "
             f"variable {first[1]}; use `observed` for unknown values"
         )
-
-
-def tensor_code(tensor: Tensor) -> str:
-    """Return Python code that builds a tensor, to the last bit."""
-    numbers = str(tensor.detach().tolist()).replace("inf", "torch.inf").replace("nan", "torch.nan")
-    is_default = tensor.numel() > 0 and tensor.dtype in (torch.int64, torch.bool, torch.float32)
-    return f"torch.tensor({numbers}{'' if is_default else f', dtype={tensor.dtype}'}{_device_code(tensor)})"
-
-
-def _device_code(tensor: Tensor) -> str:
-    return "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"

@@ -8,11 +8,11 @@ import circuits as ct
 from circuits.semiring import LogSemiring, MaxSemiring
 
 IS_THOROUGH = settings.default.max_examples >= 1000
-FEW = None if IS_THOROUGH else 12
+FEW = None if IS_THOROUGH else 8
 
 
 class TestRandomCircuits(ct.testing.StructureTestCase):
-    max_examples = None if IS_THOROUGH else 25
+    max_examples = None if IS_THOROUGH else 20
 
     def circuit(self, draw):
         return draw(ct.testing.circuits(max_vars=3, max_units=2, max_categories=3))
@@ -20,7 +20,6 @@ class TestRandomCircuits(ct.testing.StructureTestCase):
 
 class TestHMM(ct.testing.StructureTestCase):
     max_examples = FEW
-    checks_torch_compile = False
 
     def circuit(self, draw):
         sizes = [draw(st.integers(1, largest)) for largest in (4, 2, 3)]

@@ -1,6 +1,8 @@
 """The conformance kit is able to fail: mistakes put into the library on purpose are caught, and shown as code."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -336,3 +338,9 @@ def test_the_repr_of_evidence_is_the_code_that_builds_it(evidence):
 
 def test_the_repr_of_much_evidence_is_short():
     assert repr(ct.Evidence.soft(torch.zeros(2, 3, 1000))) == "Evidence(dense, (2, 3, 1000), cpu)"
+
+
+def test_importing_the_library_loads_no_test_framework():
+    code = "import sys, circuits; print({'hypothesis', 'pytest', '_pytest'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

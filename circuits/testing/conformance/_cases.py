@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from circuits._code import tensor_code
 from circuits.compile import CompiledCircuit, compile
-from circuits.evidence import Evidence, tensor_code
+from circuits.evidence import Evidence
 from circuits.graph import Circuit, ParametricNode, build_code, parameter_owner
 
 _SUPPRESSED = [

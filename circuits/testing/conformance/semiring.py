@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits import passes
-from circuits.evidence import Evidence, tensor_code
+from circuits._code import tensor_code
+from circuits.evidence import Evidence
 from circuits.semiring import Semiring
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, law
