@@ -18,7 +18,7 @@ from circuits.testing.oracle import (
 )
 
 if TYPE_CHECKING:
-    from circuits.testing.conformance import FamilyTestCase, SemiringTestCase, StructureTestCase
+    from circuits.testing.conformance import FamilyTestCase, SemiringTestCase, StructureTestCase, law
     from circuits.testing.strategies import circuits, evidence
 
 __all__ = [
@@ -31,12 +31,14 @@ __all__ = [
     "enumerated_log_partition",
     "enumerated_marginals",
     "evidence",
+    "law",
 ]
 
 _LAZY = {
     "FamilyTestCase": "circuits.testing.conformance",
     "SemiringTestCase": "circuits.testing.conformance",
     "StructureTestCase": "circuits.testing.conformance",
+    "law": "circuits.testing.conformance",
     "circuits": "circuits.testing.strategies",
     "evidence": "circuits.testing.strategies",
 }

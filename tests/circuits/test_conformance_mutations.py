@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -306,6 +307,20 @@ def test_an_unfinished_test_case_says_what_is_missing():
 
     with pytest.raises(NotImplementedError, match=r"Unfinished.circuit\(self, draw\) has to return a ct.Circuit"):
         Unfinished().test_probabilities_sum_to_one()
+
+
+def test_a_law_can_be_added():
+    class WithOwnLaw(SmallHMM):
+        max_examples = 5
+        seen: ClassVar[list] = []
+
+        @ct.testing.law
+        def test_the_root_has_one_unit(self, case):
+            self.seen.append(case)
+            assert case.circuit.root.num_units == 1
+
+    WithOwnLaw().test_the_root_has_one_unit()
+    assert len(WithOwnLaw.seen) >= 5
 
 
 def test_a_law_can_be_left_out():

@@ -3,8 +3,9 @@
 Needs the packages ``hypothesis`` and ``pytest`` (extra ``[test]``).
 """
 
+from circuits.testing.conformance._cases import law
 from circuits.testing.conformance.family import FamilyTestCase
 from circuits.testing.conformance.semiring import SemiringTestCase
 from circuits.testing.conformance.structure import StructureTestCase
 
-__all__ = ["FamilyTestCase", "SemiringTestCase", "StructureTestCase"]
+__all__ = ["FamilyTestCase", "SemiringTestCase", "StructureTestCase", "law"]

@@ -11,7 +11,7 @@ from circuits.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
 from circuits.testing.conformance._cases import Case, assert_close, law
 from circuits.testing.conformance._structure_cases import StructureCases
-from circuits.testing.oracle import enumerated_log_partition
+from circuits.testing.oracle import enumerate_joint, enumerated_log_partition
 
 _STEP = 1e-5
 
@@ -21,7 +21,7 @@ class GradientLaws(StructureCases):
 
     @law
     def test_gradients_are_those_of_the_enumerated_sum(self, case: Case) -> None:
-        """Along a random direction, d log Z is the slope of the oracle: in log-factors and in parameters."""
+        """Along a random direction, d log Z is the slope of the enumeration: in log-factors and in parameters."""
         evidence = self.possible(case)
         pc = case.pc
         factors = evidence.dense(case.num_values, torch.float64).requires_grad_()
@@ -36,7 +36,7 @@ class GradientLaws(StructureCases):
                 for parameter, direction in zip(moved.parameters(), directions[1:], strict=True):
                     parameter.add_(step * direction)
             given = Evidence.soft(factors.detach() + step * directions[0])
-            return enumerated_log_partition(self.log_joint(moved), given).sum()
+            return enumerated_log_partition(enumerate_joint(moved), given).sum()
 
         expected = (shifted(_STEP) - shifted(-_STEP)) / (2 * _STEP)
         assert_close(slope, expected, rtol=1e-5, atol=1e-5)

@@ -30,7 +30,8 @@ class StructureCases(ConformanceTestCase):
         """Return the dense oracle: log p of all assignments, float64, shape ``pc.circuit.num_categories``.
 
         By default it enumerates the circuit. Override it with the structure's own formula, written as plainly as
-        possible, and the tests show that the circuit is that distribution.
+        possible, and the tests show that the circuit is that distribution. Laws that change the weights of a circuit
+        enumerate it, so the formula may also use numbers that the structure was given.
         """
         return enumerate_joint(pc)
 
