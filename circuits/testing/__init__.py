@@ -18,10 +18,17 @@ from circuits.testing.oracle import (
 )
 
 if TYPE_CHECKING:
-    from circuits.testing.conformance import FamilyTestCase, SemiringTestCase, StructureTestCase, law
+    from circuits.testing.conformance import (
+        DirectFamilyTestCase,
+        FamilyTestCase,
+        SemiringTestCase,
+        StructureTestCase,
+        law,
+    )
     from circuits.testing.strategies import circuits, evidence
 
 __all__ = [
+    "DirectFamilyTestCase",
     "FamilyTestCase",
     "SemiringTestCase",
     "StructureTestCase",
@@ -35,6 +42,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "DirectFamilyTestCase": "circuits.testing.conformance",
     "FamilyTestCase": "circuits.testing.conformance",
     "SemiringTestCase": "circuits.testing.conformance",
     "StructureTestCase": "circuits.testing.conformance",

@@ -74,7 +74,7 @@ class FamilyTestCase(StructureTestCase):
     def test_the_table_is_that_of_the_oracle(self, case: Case) -> None:
         """Log w_n(v) is log p(v) under the unit's parameters."""
         for leaf in case.circuit.inputs:
-            table, parameters = case.pc.log_weights(leaf), _parameters(case.pc, leaf)
+            table, parameters = case.pc.log_weights(leaf), parameters_of(case.pc, leaf)
             for unit in range(leaf.num_units):
                 expected = self.log_prob(leaf.distribution, parameters[:, unit], torch.arange(len(table)))
                 if expected is not None:
@@ -84,10 +84,10 @@ class FamilyTestCase(StructureTestCase):
     def test_given_parameters_are_kept(self, case: Case) -> None:
         """A unit that is built with another's parameters has its table."""
         leaf = case.circuit.inputs[0]
-        parameters = _parameters(case.pc, leaf)
+        parameters = parameters_of(case.pc, leaf)
         rebuilt = inputs(0, leaf.num_units, leaf.distribution, weights=parameters)
         pc = compile(Circuit(sum(rebuilt, num_units=1)), dtype=torch.float64, seed=case.seed + 1)
-        assert_close(_parameters(pc, rebuilt), parameters)
+        assert_close(parameters_of(pc, rebuilt), parameters)
         assert_close(pc.log_weights(rebuilt), case.pc.log_weights(leaf))
 
     @law
@@ -107,8 +107,8 @@ class FamilyTestCase(StructureTestCase):
                 assert bool(after >= other(data)[possible].sum() - 1e-9)
 
 
-def _parameters(pc: CompiledCircuit, leaf: Input) -> Tensor:
+def parameters_of(pc: CompiledCircuit, leaf: Input) -> Tensor:
     """Return the parameters of an input node as its family defines them, (S, K); (C, K) where they are its table."""
-    parameters_of = getattr(pc, "parameters_of", None)
-    parameters: Tensor = pc.log_weights(leaf).exp() if parameters_of is None else parameters_of(leaf)
+    own = getattr(pc, "parameters_of", None)
+    parameters: Tensor = pc.log_weights(leaf).exp() if own is None else own(leaf)
     return parameters.detach()
