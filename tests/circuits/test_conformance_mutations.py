@@ -213,8 +213,10 @@ def test_a_mistake_in_the_library_is_caught_by_its_law(mutation, monkeypatch):
 
 def test_a_failing_case_is_printed_as_code_that_rebuilds_it(monkeypatch):
     class Anything(ct.testing.StructureTestCase):
+        max_examples = 20
+
         def circuit(self, draw):
-            return draw(ct.testing.circuits(max_vars=4))
+            return draw(ct.testing.circuits(max_vars=3, max_units=2))
 
     def marginals(true, pc, evidence):
         found = true(pc, evidence)
@@ -321,6 +323,14 @@ def test_a_law_can_be_added():
 
     WithOwnLaw().test_the_root_has_one_unit()
     assert len(WithOwnLaw.seen) >= 5
+
+
+def test_circuits_are_traced_on_request():
+    class Traced(SmallHMM):
+        max_examples = 1
+        checks_torch_compile = True
+
+    Traced().test_torch_compile_gives_the_same_values_and_gradients()
 
 
 def test_a_law_can_be_left_out():
