@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from circuits.evidence import Evidence
 
+_MAX_SHOWN = 1000
+
 
 def tensor_code(tensor: Tensor) -> str:
     """Return code that builds a tensor, to the last bit."""
@@ -20,8 +22,12 @@ def tensor_code(tensor: Tensor) -> str:
 
 
 def evidence_code(evidence: Evidence) -> str:
-    """Return code that builds evidence: all factors are the same, where they are stored need not be."""
+    """Return code that builds evidence with the same factors, perhaps stored otherwise; a summary if it is long."""
     parts = vars(evidence)
+    sizes = [part.numel() for part in parts.values() if isinstance(part, Tensor)]
+    if max(sizes) > _MAX_SHOWN:
+        kind = "dense" if evidence.is_dense else "listed values"
+        return f"Evidence({kind}, {evidence.batch_size} queries, {evidence.num_vars} variables, {evidence.device})"
     missing, otherwise = evidence.missing, parts.get("otherwise")
     if missing is None or not bool(missing.any()):
         return _code_without_missing(evidence)

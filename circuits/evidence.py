@@ -17,8 +17,6 @@ from torch import Tensor
 from circuits._code import evidence_code
 from circuits.errors import ArgumentError
 
-_MAX_SHOWN = 1000
-
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -179,9 +177,6 @@ class Evidence:
 
     def __repr__(self) -> str:
         """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""
-        if self._stored.numel() > _MAX_SHOWN:
-            kind = "dense" if self.is_dense else "listed values"
-            return f"Evidence({kind}, {tuple(self._stored.shape)}, {self.device})"
         return evidence_code(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:

@@ -362,7 +362,7 @@ def test_the_repr_of_evidence_is_the_code_that_builds_it(evidence):
 
 
 def test_the_repr_of_much_evidence_is_short():
-    assert repr(ct.Evidence.soft(torch.zeros(2, 3, 1000))) == "Evidence(dense, (2, 3, 1000), cpu)"
+    assert repr(ct.Evidence.soft(torch.zeros(2, 3, 1000))) == "Evidence(dense, 2 queries, 3 variables, cpu)"
 
 
 def test_importing_the_library_loads_no_test_framework():
