@@ -130,3 +130,14 @@ class Case:
 def assert_close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-9, atol: float = 1e-9) -> None:
     """Assert that two tensors agree to 1e-9; -inf equals -inf, and NaN equals nothing."""
     torch.testing.assert_close(actual.detach().cpu(), expected.detach().cpu(), rtol=rtol, atol=atol)
+
+
+def assert_code_rebuilds(case: Case) -> None:
+    """Assert that the case's code, executed, gives the same structure and the same answer."""
+    names: dict[str, object] = {}
+    exec(case.code(), names)
+    rebuilt, evidence = names["pc"], names["evidence"]
+    assert isinstance(rebuilt, CompiledCircuit)
+    assert isinstance(evidence, Evidence)
+    assert repr(rebuilt.circuit) == repr(case.circuit)
+    assert torch.equal(rebuilt(evidence), case.pc(case.evidence))

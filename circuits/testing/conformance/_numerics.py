@@ -15,7 +15,7 @@ from circuits.compile import CompiledCircuit, compile
 from circuits.errors import ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.io import load, save
-from circuits.testing.conformance._cases import Case, assert_close, law
+from circuits.testing.conformance._cases import Case, assert_close, assert_code_rebuilds, law
 from circuits.testing.conformance._structure_cases import StructureCases
 from circuits.testing.oracle import enumerate_joint, enumerated_log_partition, enumerated_marginals
 
@@ -31,13 +31,7 @@ class NumericLaws(StructureCases):
     @law
     def test_the_repr_is_the_code_that_builds_the_circuit(self, case: Case) -> None:
         """Executing it gives the same structure again, and the same circuit from the same seed."""
-        names: dict[str, object] = {}
-        exec(case.code(), names)
-        rebuilt, evidence = names["pc"], names["evidence"]
-        assert isinstance(rebuilt, CompiledCircuit)
-        assert isinstance(evidence, Evidence)
-        assert repr(rebuilt.circuit) == repr(case.circuit)
-        assert torch.equal(rebuilt(evidence), case.pc(case.evidence))
+        assert_code_rebuilds(case)
 
     @law
     def test_the_same_seed_gives_the_same_weights(self, case: Case) -> None:

@@ -18,7 +18,7 @@ from circuits.evidence import Evidence
 from circuits.graph import Circuit, inputs, product, sum
 from circuits.io import load, save
 from circuits.testing import strategies
-from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, law
+from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, assert_code_rebuilds, law
 from circuits.testing.conformance.family import parameters_of
 
 _NUM_SAMPLES = 1000
@@ -187,6 +187,11 @@ class DirectFamilyTestCase(ConformanceTestCase):
             learning.fit(pc, data, optimizer=optimizer, num_epochs=2, batch_size=3, seed=0, progress=False)
             assert all(bool((parameter < torch.inf).all()) for parameter in pc.parameters())
             assert_close(pc(case.nothing), torch.zeros(1, dtype=torch.float64))
+
+    @law
+    def test_the_repr_is_the_code_that_builds_the_circuit(self, case: Case) -> None:
+        """Executing it gives the same structure again, and the same circuit from the same seed."""
+        assert_code_rebuilds(case)
 
     @law
     def test_saving_and_loading_keeps_every_bit(self, case: Case) -> None:
