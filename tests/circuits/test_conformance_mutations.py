@@ -211,6 +211,51 @@ def test_a_mistake_in_the_library_is_caught_by_its_law(mutation, monkeypatch):
         falsify(SmallHMM, MUTATIONS[mutation])
 
 
+FURTHER_QUERIES = [
+    ("pairwise_marginals", "test_pairwise_marginals_are_enumerated_ones"),
+    ("mutual_information", "test_mutual_information_is_that_of_the_enumerated_pairs"),
+    ("mean", "test_moments_are_enumerated_averages"),
+    ("variance", "test_moments_are_enumerated_averages"),
+    ("covariance", "test_moments_are_enumerated_averages"),
+    ("expectation", "test_expectations_are_enumerated_averages"),
+    ("log_cdf", "test_the_cumulative_distribution_is_the_sum_below"),
+    ("latent_entropy", "test_the_latent_entropy_is_that_of_all_explanations"),
+    ("entropy_bounds", "test_the_entropy_lies_between_its_bounds"),
+    ("entropy", "test_the_entropy_lies_between_its_bounds"),
+    ("k_best", "test_the_best_explanations_come_first"),
+    ("sample_without_replacement", "test_samples_without_replacement_are_distinct"),
+    ("log_inner_product", "test_inner_products_are_enumerated_sums"),
+    ("cauchy_schwarz_divergence", "test_inner_products_are_enumerated_sums"),
+    ("cross_entropy", "test_divergences_are_enumerated_sums"),
+    ("kl_divergence", "test_divergences_are_enumerated_sums"),
+    ("renyi_divergence", "test_divergences_are_enumerated_sums"),
+    ("order_log_probability", "test_the_probability_of_an_order_is_the_sum_over_ordered_assignments"),
+]
+
+
+class Independent(ct.testing.StructureTestCase):
+    """A deterministic chain, which all queries answer on."""
+
+    def circuit(self, draw):
+        return ct.structures.fully_factorized(2, 3)
+
+
+@pytest.mark.parametrize(("query", "law"), FURTHER_QUERIES)
+def test_a_wrong_answer_is_caught_by_the_law_of_its_query(query, law, monkeypatch):
+    def slightly_wrong(true, *args, **options):
+        found = true(*args, **options)
+        if isinstance(found, torch.Tensor):
+            return 1.01 * found + 0.01
+        return type(found)(*(part + 1 if part.is_floating_point() else part for part in found))
+
+    falsify(Independent, law)
+    if not hasattr(ct.queries, query):
+        pytest.skip(f"this version has no query {query}")
+    replaced(monkeypatch, ct.queries, query, slightly_wrong)
+    with pytest.raises(AssertionError):
+        falsify(Independent, law)
+
+
 def test_a_failing_case_is_printed_as_code_that_rebuilds_it(monkeypatch):
     class Anything(ct.testing.StructureTestCase):
         max_examples = 20
@@ -301,6 +346,32 @@ def test_a_family_is_told_from_another_oracle():
 
     with pytest.raises(AssertionError):
         falsify(Swapped, "test_the_table_is_that_of_the_oracle")
+
+
+class SmallGaussian(ct.testing.DirectFamilyTestCase):
+    def distribution(self, draw):
+        return ct.Gaussian()
+
+    def log_prob(self, distribution, parameters, values):
+        return torch.distributions.Normal(*parameters).log_prob(values)
+
+
+@pytest.mark.skipif(not hasattr(ct, "Gaussian"), reason="this version has no Gaussian inputs")
+@pytest.mark.parametrize(
+    ("method", "error", "law"),
+    [
+        ("log_density", 0.01, "test_the_density_is_that_of_the_oracle"),
+        ("log_density", 0.01, "test_densities_integrate_to_one"),
+        ("log_interval", -0.01, "test_intervals_are_sums_of_the_density"),
+        ("draw", 0.4, "test_samples_follow_the_density"),
+        ("fit", 0.5, "test_a_learning_step_on_complete_data_finds_the_best_fit"),
+    ],
+)
+def test_a_mistake_in_a_family_is_caught_by_its_law(method, error, law, monkeypatch):
+    falsify(SmallGaussian, law)  # which passes as long as nothing is broken
+    replaced(monkeypatch, ct.Gaussian, method, lambda true, *args: true(*args) + error)
+    with pytest.raises(AssertionError):
+        falsify(SmallGaussian, law)
 
 
 def test_an_unfinished_test_case_says_what_is_missing():

@@ -22,7 +22,7 @@ from circuits.testing.conformance._configurations import configurations
 _NUM_ELEMENTS = 3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SemiringCase(Case):
     """A circuit with evidence, and the log-values that the elements under test are made of.
 
