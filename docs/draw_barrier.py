@@ -1,4 +1,4 @@
-"""Draw the picture of the first page: two words in one step, without and with a circuit. python docs/draw_barrier.py."""
+"""Draw the picture of the first page: two words in one step, without and with a circuit."""
 
 from pathlib import Path
 
