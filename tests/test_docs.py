@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 DRAWN_BY_THE_DEMO = ROOT / "docs" / "gap.png"
 
-# Hidden code, what a page takes for granted, stands in a comment "<!-- python ... -->"; "<!-- not run: reason -->" marks
+# What a page takes for granted stands in a comment "<!-- python ... -->"; a comment "<!-- not run: reason -->" marks
 # the block below it.
 BLOCK = re.compile(
     r"<!-- python\n(?P<hidden>.*?)-->"
