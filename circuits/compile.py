@@ -153,16 +153,14 @@ class CompiledCircuit(nn.Module):
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
         axis = -1 if name.startswith("sum") else -2
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and parameter.requires_grad):
-            log = torch.log_softmax(parameter, axis)
-            return Weights(log, log.detach().exp())
+            return Weights(torch.log_softmax(parameter, axis))
         version = None if parameter.is_inference() else parameter._version
         key = (version, parameter.data_ptr(), parameter.dtype, parameter.device)
         cached = self._cache.get(name)
         if cached is not None and cached[0] == key and version is not None:
             return cached[1]
         with torch.inference_mode(False), torch.no_grad():
-            log = torch.log_softmax(parameter.detach(), axis)
-            weights = Weights(log, log.exp())
+            weights = Weights(torch.log_softmax(parameter.detach(), axis))
         self._cache[name] = (key, weights)
         return weights
 
@@ -175,7 +173,8 @@ class CompiledCircuit(nn.Module):
         owners = [self._parameter_address[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
         parameters = ParameterRows(owners[0][0], [row for _, row in owners])
         if isinstance(first, Sum):
-            return SumLayer(children, child_units, parameters)
+            num_siblings = len(nodes) // len({node.children for node in nodes})
+            return SumLayer(children, child_units, parameters, num_siblings)
         variables = [node.var for node in nodes if isinstance(node, Input)]
         return InputLayer(variables, parameters, self.circuit.num_vars)
 
@@ -213,15 +212,23 @@ def compile(
 
 def _fold(circuit: Circuit) -> list[list[Node]]:
     """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
+    siblings: dict[Hashable, list[Node]] = defaultdict(list)
+    for node in circuit.sums:
+        siblings[node.children, node.num_units].append(node)
     depth: dict[Node, int] = {}
     groups: dict[tuple[int, Hashable], list[Node]] = defaultdict(list)
     for node in circuit.nodes:
         depth[node] = 1 + max((depth[child] for child in node.children), default=-1)
-        groups[depth[node], _shape_key(node)].append(node)
+        if not isinstance(node, Sum):
+            groups[depth[node], _shape_key(node)].append(node)
+            continue
+        same = siblings[node.children, node.num_units]
+        if node is same[0]:  # the others follow it, so that the layer can stack them
+            groups[depth[node], (*_shape_key(node), len(same))].extend(same)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def _shape_key(node: Node) -> Hashable:
+def _shape_key(node: Node) -> tuple[Hashable, ...]:
     child_units = tuple(child.num_units for child in node.children)
     if isinstance(node, Input):
         return "input", node.parameter_shape

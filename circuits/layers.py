@@ -8,7 +8,7 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,24 @@ from circuits.semiring import Semiring
 _MAX_SLOTS = 4
 
 
-class Weights(NamedTuple):
+class Weights:
     """Normalised weights of one parameter bank: sums (P, O, I), inputs (P, C, K)."""
 
-    log: Tensor
-    linear: Tensor
-    """exp(log), detached: for GEMMs; gradients flow through ``log``."""
+    def __init__(self, log: Tensor, linear: Tensor | None = None) -> None:
+        self.log = log
+        self._linear = linear
+
+    @property
+    def linear(self) -> Tensor:
+        """exp(log), detached: for GEMMs; gradients flow through ``log``. Computed when first asked for."""
+        if self._linear is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._linear = self.log.detach().exp()
+        return self._linear
+
+    def with_log(self, log: Tensor) -> Weights:
+        """Return the same weights with another leaf of automatic differentiation, or another view, as ``log``."""
+        return Weights(log, self._linear)
 
 
 class InputLayer(nn.Module):
@@ -83,16 +95,16 @@ class InputLayer(nn.Module):
         values = self._of_variables(evidence.values)  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
         values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
-        table = Weights(*(bank.reshape(-1, num_units) for bank in weights))
+        log_table = weights.log.reshape(-1, num_units)
         factors = None
         if evidence.log_factors is not None:
             factors = self._of_variables(evidence.log_factors).flatten(0, 1).to(weights.log.dtype)
         if num_listed == 1:
-            out = torch.nn.functional.embedding(values[:, 0], table.log)
+            out = log_table.index_select(0, values[:, 0])  # its backward is faster than that of an embedding
             out = semiring.lift(out if factors is None else out + factors)
         else:
             assert factors is not None
-            out = semiring.mix(table.log, values, factors, table=table.linear)
+            out = semiring.mix(log_table, values, factors, table=weights.linear.reshape(-1, num_units))
         return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
 
 
@@ -156,46 +168,78 @@ class ProductLayer(_InnerLayer):
 
 
 class SumLayer(_InnerLayer):
-    """Dense sum units of F nodes whose children have equally many units."""
+    """Dense sum units of F nodes whose children have equally many units.
+
+    *Siblings* are nodes with the same children, S of them in a row of the layer. Their children are gathered and
+    exponentiated once, and their weights are multiplied as one matrix of S * K rows: the layer works on F / S *stacks*.
+    """
 
     def __init__(
-        self, children: Sequence[Sequence[Address]], child_units: Sequence[int], parameters: ParameterRows
+        self,
+        children: Sequence[Sequence[Address]],
+        child_units: Sequence[int],
+        parameters: ParameterRows,
+        num_siblings: int = 1,
     ) -> None:
         super().__init__(children, child_units)
         self.parameter_rows = parameters
-        slots = ([addresses[slot] for addresses in children] for slot in range(len(child_units)))
+        self.num_siblings = num_siblings
+        slots = ([addresses[slot] for addresses in children[::num_siblings]] for slot in range(len(child_units)))
         self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
 
     def gather(self, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return the children's units side by side, shape (F, I, B, *E)."""
-        parts = [slot(outputs) for slot in self.slots]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        stacks = self._gather_stacks(outputs)
+        return stacks if self.num_siblings == 1 else stacks.repeat_interleave(self.num_siblings, 0)
 
     def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None], weights: Weights) -> Tensor:
         """Return the mixtures, shape (F, K, B, *E)."""
-        log_weights, linear = self.parameter_rows.select(weights.log), self.parameter_rows.select(weights.linear)
-        return semiring.contract(log_weights, self.gather(outputs), weights=linear)
+        log_weights, linear = self._select(weights.log), self._select(weights.linear)
+        return self._unstack(semiring.contract(log_weights, self._gather_stacks(outputs), weights=linear))
 
     def forward_recorded(
         self, outputs: Sequence[Tensor | None], weights: Weights
     ) -> tuple[Tensor, logspace.Contraction | None]:
         """Return the mixtures in the log semiring and what :meth:`adjoint` needs."""
-        log_weights, linear = self.parameter_rows.select(weights.log), self.parameter_rows.select(weights.linear)
-        return logspace.contract(log_weights, linear, self.gather(outputs), record=True)
+        log_weights, linear = self._select(weights.log), self._select(weights.linear)
+        out, saved = logspace.contract(log_weights, linear, self._gather_stacks(outputs), record=True)
+        return self._unstack(out), saved
 
     def adjoint(
         self, grad: Tensor, saved: logspace.Contraction, weights: Weights, gradients: Gradients, flows: Flows | None
     ) -> None:
         """Send the gradient of the output, (F, K, B), to the children and, unless None, to the weights' ``flows``."""
-        grad_x, scale = logspace.contract_adjoint(grad, self.parameter_rows.select(weights.linear), saved)
+        grad = self._stack(grad)
+        grad_x, scale = logspace.contract_adjoint(grad, self._select(weights.linear), saved)
         if flows is not None:
             self.parameter_rows.add_outer(flows.linear, scale, saved.scaled)
             if saved.repaired:
-                extra = torch.zeros_like(self.parameter_rows.select(weights.log), memory_format=torch.contiguous_format)
+                extra = torch.zeros_like(self._select(weights.log), memory_format=torch.contiguous_format)
                 logspace.repaired_weight_flows(grad, saved, extra)
-                self.parameter_rows.add(flows.extra(), extra)
+                self.parameter_rows.add(flows.extra(), self._unstack(extra))
         for slot, part in zip(self.slots, grad_x.split(self.child_units, 1), strict=True):
             slot.adjoint(part, gradients)
+
+    def _gather_stacks(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        """Return the children's units side by side, once for all siblings, shape (F / S, I, B, *E)."""
+        parts = [slot(outputs) for slot in self.slots]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _select(self, bank: Tensor) -> Tensor:
+        """Return the rows of a bank for every stack, (F / S, S * O, I)."""
+        return self._stack(self.parameter_rows.select(bank))
+
+    def _stack(self, rows: Tensor) -> Tensor:
+        """Put siblings' units below each other: (F, O, ...) to (F / S, S * O, ...)."""
+        if self.num_siblings == 1:
+            return rows
+        return rows.reshape(-1, self.num_siblings * rows.shape[1], *rows.shape[2:])
+
+    def _unstack(self, stacks: Tensor) -> Tensor:
+        """Undo :meth:`_stack`."""
+        if self.num_siblings == 1:
+            return stacks
+        return stacks.reshape(-1, stacks.shape[1] // self.num_siblings, *stacks.shape[2:])
 
 
 class Flows:

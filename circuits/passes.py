@@ -119,7 +119,7 @@ class _LogRoot(torch.autograd.Function):
         """Run the pass once more with operations that autograd can differentiate twice."""
         tensors = ctx.saved_tensors
         logs = dict(zip(ctx.pc.sum_banks, tensors[ctx.num_leaves :], strict=True))
-        banks = {name: Weights(log, ctx.banks[name].linear) for name, log in logs.items()}
+        banks = {name: ctx.banks[name].with_log(log) for name, log in logs.items()}
         root = upward(ctx.pc, LogSemiring(), tensors[: ctx.num_leaves], banks)[-1]
         assert root is not None
         wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True) if needed]
@@ -144,7 +144,7 @@ def factor_gradients(log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tenso
             factors = factors.clone() if factors.requires_grad else factors.detach().requires_grad_()
         else:
             factors = factors.detach().clone().requires_grad_()
-            banks = {name: Weights(weights.log.detach(), weights.linear) for name, weights in banks.items()}
+            banks = {name: weights.with_log(weights.log.detach()) for name, weights in banks.items()}
         (gradient,) = torch.autograd.grad(log_z_of(factors, banks).sum(), factors, create_graph=differentiable)
     return gradient
 

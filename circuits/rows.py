@@ -124,11 +124,17 @@ class ParameterRows(nn.Module):
         bank.index_add_(0, self.index, rows)
 
     def add_outer(self, bank: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add ``left (F, O, B) @ right (F, I, B)^T`` to the rows of ``bank`` that the nodes use."""
+        """Add ``left (N, M, B) @ right (N, I, B)^T``, seen as (F, O, I), to the rows of ``bank`` that the nodes use."""
+        right = right.transpose(1, 2)
         if self.slice is not None and not (self.is_tied and self.num_nodes > 1):
-            bank[self.slice].baddbmm_(left, right.transpose(1, 2))
-        else:
-            self.add(bank, torch.bmm(left, right.transpose(1, 2)))
+            rows = bank[self.slice]
+            if left.shape[0] == rows.shape[0]:
+                rows.baddbmm_(left, right)
+                return
+            if self.slice.step == 1:
+                rows.view(*left.shape[:2], -1).baddbmm_(left, right)
+                return
+        self.add(bank, torch.bmm(left, right).reshape(self.num_nodes, *bank.shape[1:]))
 
 
 def as_slice(rows: Sequence[int]) -> slice | None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.layers import Weights
 
 BankFlows = dict[str, Tensor]
 """Flows of every parameter bank, by the names and of the shapes of ``pc.bank``."""
@@ -56,7 +55,7 @@ def expected_flows(
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
-        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+        banks = {name: weights.with_log(weights.log.detach().requires_grad_()) for name, weights in normalised.items()}
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
