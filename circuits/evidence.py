@@ -7,13 +7,17 @@ cheapest of two forms: dense factors (B, D, C), or *listed* values (B, D, k) wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from circuits.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from circuits.graph import Sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +28,15 @@ class Evidence:
         log_factors: (B, D, C) dense, or (B, D, k) for the listed values, or None: 0 for every listed value.
         values: None when dense, else the listed values, int64 (B, D, k).
         missing: bool (B, D), True where every value has log-factor 0; None: nowhere.
+        latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
+        classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
     """
 
     log_factors: Tensor | None
     values: Tensor | None
     missing: Tensor | None
+    latents: Mapping[Sum | str, Tensor] | None = None
+    classes: Tensor | None = None
 
     @classmethod
     def observe(cls, x: Tensor, observed: Tensor | None = None) -> Evidence:
@@ -107,6 +115,56 @@ class Evidence:
         values = torch.zeros(batch_size, num_vars, 1, dtype=torch.int64, device=device)
         return cls(None, values, torch.ones(batch_size, num_vars, dtype=torch.bool, device=device))
 
+    def with_latents(self, log_factors: Mapping[Sum | str, Tensor]) -> Evidence:
+        """Return the same evidence with log-factors on latent variables too.
+
+        A sum node is a latent variable: which of its child units is used. The factor of child unit i multiplies that
+        child wherever this node uses it, for all of the node's units: in an HMM, ``{"transition3": f}`` with f (B, N)
+        is soft evidence on the hidden state of step 4. Other nodes tied to this one are not touched.
+
+        Args:
+            log_factors: by sum node, or its name: (B, I) for its I child units, in the order of its children; -inf
+                rules a child unit out. They replace what the same key had before.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        for key, factors in log_factors.items():
+            _check_conditions(f"log_factors[{key!r}]", factors, f"({self.batch_size}, I)", self.batch_size)
+        return replace(self, latents={**(self.latents or {}), **log_factors})
+
+    def with_class(self, labels: Tensor | int) -> Evidence:
+        """Return the same evidence with the class observed: int64 (B,), or one number for all queries.
+
+        Queries on a circuit with ``num_classes`` then are about p(x | class), and log Z has shape (B,).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype.
+        """
+        if isinstance(labels, int):
+            labels = torch.full((self.batch_size,), int(labels), device=self.device)
+        _check_tensor("labels", labels, f"int64 ({self.batch_size},)", x_dim=1, integer=True)
+        if len(labels) != self.batch_size:
+            raise ArgumentError(f"labels: expected one per query, ({self.batch_size},), got {tuple(labels.shape)}")
+        return replace(self, classes=labels.long())
+
+    def with_class_prior(self, log_prior: Tensor) -> Evidence:
+        """Return the same evidence with log-factors on the classes, for instance their log-prior: (R,) or (B, R).
+
+        Queries on a circuit with ``num_classes`` then are about ``sum_r exp(log_prior_r) p(x | class r)``: one root.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        if isinstance(log_prior, Tensor) and log_prior.dim() == 1:
+            log_prior = log_prior.expand(self.batch_size, -1)
+        _check_conditions("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", self.batch_size)
+        return replace(self, classes=log_prior)
+
+    def with_factors(self, log_factors: Tensor) -> Evidence:
+        """Return evidence with the same latents and class, and dense log-factors, (B, D, C), on the variables."""
+        return replace(self, log_factors=log_factors, values=None, missing=None)
+
     @property
     def is_dense(self) -> bool:
         """Whether every value's factor is stored."""
@@ -152,7 +210,8 @@ class Evidence:
 
     def pick(self, query: Tensor, variable: Tensor) -> Evidence:
         """Return the evidence on n single variables of given queries, (n,) each, as n queries over one variable."""
-        return self._map(lambda tensor: tensor[query, variable].unsqueeze(1))
+        variables_only = replace(self, latents=None, classes=None)
+        return variables_only._map(lambda tensor: tensor[query, variable].unsqueeze(1))
 
     def to(self, device: torch.device | str) -> Evidence:
         """Return the evidence on another device."""
@@ -174,8 +233,9 @@ class Evidence:
             )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
-        mapped = {k: None if v is None else function(v) for k, v in vars(self).items()}
-        return replace(self, **mapped)
+        mapped = {k: None if v is None else function(v) for k, v in vars(self).items() if k != "latents"}
+        latents = None if self.latents is None else {key: function(value) for key, value in self.latents.items()}
+        return replace(self, **mapped, latents=latents)
 
 
 def _check_tensor(name: str, value: Tensor, expected: str, *, x_dim: int, integer: bool) -> None:
@@ -194,6 +254,16 @@ def _check_factors(log_factors: Tensor, shape: str) -> None:
         raise ArgumentError(f"log_factors: expected floating point {shape}, got {log_factors.dtype}")
     if not bool((log_factors.detach() < torch.inf).all()):
         raise ArgumentError("log_factors: expected numbers below +inf (-inf rules a value out), got NaN or +inf")
+
+
+def _check_conditions(name: str, log_factors: Tensor, shape: str, batch_size: int) -> None:
+    _check_tensor(name, log_factors, f"floating point {shape}", x_dim=2, integer=False)
+    if not log_factors.is_floating_point() or len(log_factors) != batch_size:
+        raise ArgumentError(
+            f"{name}: expected floating point {shape}, got {log_factors.dtype} {tuple(log_factors.shape)}"
+        )
+    if not bool((log_factors.detach() < torch.inf).all()):
+        raise ArgumentError(f"{name}: expected numbers below +inf (-inf rules an alternative out), got NaN or +inf")
 
 
 def _check_distinct(values: Tensor, log_factors: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.passes import Banks
 
 BankFlows = dict[str, Tensor]
 """Flows of every parameter bank, by the names and of the shapes of ``pc.bank``."""
@@ -35,6 +36,8 @@ def expected_flows(
     pc: CompiledCircuit,
     evidence: Evidence | Tensor,
     sample_weights: Tensor | None = None,  # shape: (B,)
+    *,
+    weights: Banks | None = None,
 ) -> ExpectedFlows:
     """Return the expected flows ``F = d sum_b a_b log Z_b / d log w`` of a batch.
 
@@ -44,6 +47,7 @@ def expected_flows(
         pc: the circuit.
         evidence: for B samples, or complete assignments, int64 (B, D).
         sample_weights: a_b >= 0, how often sample b counts, (B,); once when omitted.
+        weights: of ``pc.weights(external=...)``; nodes with external weights have no flow of their own.
 
     Returns:
         ``(flows, log_likelihood)``: per bank (P, O, I) or (P, C, K), and (B,).
@@ -54,13 +58,14 @@ def expected_flows(
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
-            normalised = pc.weights()
-        banks = {name: weights.with_log(weights.log.detach().requires_grad_()) for name, weights in normalised.items()}
+            normalised = pc.weights() if weights is None else weights
+        banks = normalised.detached(requires_grad=True)
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * _checked_sample_weights(sample_weights, log_z)
-        flows = torch.autograd.grad(log_z, [weights.log for weights in banks.values()], counts)
+        leaves = [bank.log for bank in banks.values()]
+        flows = torch.autograd.grad(log_z, leaves, counts, allow_unused=True, materialize_grads=True)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 
@@ -157,10 +162,15 @@ def top_down_flows(pc: CompiledCircuit) -> BankFlows:
         TD(root) = 1        TD(c) = sum_n TD(n) w_nc
 
     These are the flows of a sample that says nothing. Its variables have the factor 1 on every value, rather than being
-    missing, so that the flow reaches the input units' weights.
+    missing, so that the flow reaches the input units' weights. Classes count as equally frequent.
     """
     factors = torch.zeros(1, pc.circuit.num_vars, max(pc.circuit.num_categories), dtype=pc.dtype, device=pc.device)
-    return expected_flows(pc, Evidence.soft(factors)).flows
+    evidence = Evidence.soft(factors)
+    if pc.circuit.num_classes is not None:
+        evidence = evidence.with_class_prior(
+            factors.new_full((pc.circuit.num_classes,), 1 / pc.circuit.num_classes).log()
+        )
+    return expected_flows(pc, evidence).flows
 
 
 def _maximise(flows: Tensor, log_weights: Tensor, axis: int, pseudocount: float) -> tuple[Tensor, Tensor]:
