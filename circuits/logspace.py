@@ -143,9 +143,9 @@ class _LogMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         log_weights, weights, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            out = contract_plain(log_weights, x)
-            grads = torch.autograd.grad(out, (log_weights, x), grad, create_graph=True, allow_unused=True)
-            return grads[0], None, grads[1]
+            wanted = [tensor for tensor in (log_weights, x) if tensor.requires_grad]
+            grads = iter(torch.autograd.grad(contract_plain(log_weights, x), wanted, grad, create_graph=True))
+            return next(grads) if log_weights.requires_grad else None, None, next(grads) if x.requires_grad else None
         grad = grad.contiguous()
         grad_x, scale = contract_adjoint(grad, weights, ctx.saved)
         if not ctx.needs_input_grad[0]:

@@ -44,9 +44,7 @@ def rebuilt(pc, weights_of):
     for node in pc.circuit.nodes:
         children = [new[child] for child in node.children]
         if isinstance(node, Input):
-            new[node] = ct.inputs(
-                node.var, node.num_units, node.distribution, weights=weights_of(node), name=node.name
-            )
+            new[node] = ct.inputs(node.var, node.num_units, node.distribution, weights=weights_of(node), name=node.name)
         elif isinstance(node, Product):
             new[node] = ct.product(*children, mode=node.mode)
         else:
@@ -272,18 +270,14 @@ def test_latent_evidence_on_an_hmm_is_evidence_on_its_states(generator, impossib
     best = ct.queries.mpe(pc, evidence)
     close(best.log_score, factors.flatten(1).amax(1))
     samples = ct.queries.sample(pc, 4000, evidence, generator=generator)
-    expected = posterior.sum([1, 2, 3, 4])[:, 1]
-    close(samples[..., 0].double().mean(0), expected.sum([1, 2])) if False else None
     frequency = torch.nn.functional.one_hot(samples, 2).double().mean(0)
-    assert float((frequency - marginals).abs().max()) < 0.04
+    assert float((frequency - marginals).detach().abs().max()) < 0.04
 
 
 def test_state_posteriors_are_hmmlearns(generator):
     hmmlearn = pytest.importorskip("hmmlearn.hmm")
     tables = hmm_tables(5, 4, generator)
-    circuit = ct.structures.hmm(
-        12, 5, 4, **dict(zip(("initial", "transition", "emission"), tables, strict=True))
-    )
+    circuit = ct.structures.hmm(12, 5, 4, **dict(zip(("initial", "transition", "emission"), tables, strict=True)))
     pc = ct.compile(circuit, dtype=DOUBLE)
     x = torch.randint(4, (3, 12), generator=generator)
     posterior = ct.queries.latent_marginals(pc, ct.Evidence.observe(x), [state_name(step) for step in range(12)])
@@ -294,7 +288,7 @@ def test_state_posteriors_are_hmmlearns(generator):
     for row, sequence in enumerate(x):
         expected = peer.predict_proba(sequence.reshape(-1, 1).numpy())
         ours = torch.stack([posterior[state_name(step)][row] for step in range(12)])
-        np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-8, atol=1e-12)
 
 
 @settings(max_examples=40)
@@ -326,7 +320,8 @@ def test_latent_marginals_are_flows_of_the_node(data, circuit):
     for name in pc.sum_banks:
         total = sum(p.sum() for node, p in posterior.items() if name == "sum_{}x{}".format(*node.parameter_shape))
         close(flows[name].sum(), total)
-    close(posterior[circuit.root].sum(1), torch.ones(2, dtype=DOUBLE)) if circuit.root in posterior else None
+    if circuit.root in posterior:
+        close(posterior[circuit.root].sum(1).detach(), torch.ones(2, dtype=DOUBLE))
 
 
 def test_gradients_reach_latent_factors(generator):
@@ -458,13 +453,14 @@ def test_queries_given_a_class_or_a_prior(generator):
     close(ct.queries.marginals(pc, evidence.with_class_prior(log_prior)), enumerated_marginals(mixed, evidence))
     samples = ct.queries.sample(pc, 20_000, given_class, generator=generator)
     frequency = torch.nn.functional.one_hot(samples, 3).double().mean(0)
-    assert float((frequency - ct.queries.marginals(pc, given_class)).abs().max()) < 0.02
+    assert float((frequency - ct.queries.marginals(pc, given_class)).detach().abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("optimizer", ["em", "minibatch_em", "anemone", lambda p: torch.optim.Adam(p, lr=0.05)])
 def test_class_conditional_fit_learns_each_class(optimizer, generator):
     """Class r has mostly the value r."""
-    pc = ct.compile(tree(num_classes=3), seed=0)
+    leaves = [ct.inputs(var, 4, ct.Categorical(3)) for var in range(4)]
+    pc = ct.compile(ct.Circuit(ct.sum(ct.product(*leaves), num_units=3), num_classes=3), seed=0)
     labels = torch.randint(3, (300,), generator=generator)
     noise = torch.rand(300, 4, generator=generator) < 0.1
     x = torch.where(noise, torch.randint(3, (300, 4), generator=generator), labels.unsqueeze(1))
