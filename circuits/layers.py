@@ -7,8 +7,8 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,15 +113,20 @@ class InputLayer(nn.Module):
 class _InnerLayer(nn.Module):
     """F nodes with equally many children, whose units are ``child_units``."""
 
-    child_layer: Tensor
-    child_row: Tensor
+    addresses: Tensor
+    """(layer, row) of every child of every node, int64 (F, children, 2)."""
+    slots: list[Rows]
+    """What gathers the children, by their position among a node's children."""
 
     def __init__(self, children: Sequence[Sequence[Address]], child_units: Sequence[int]) -> None:
         super().__init__()
         self.child_units = list(child_units)
-        addresses = torch.tensor([list(node) for node in children])  # (F, children, 2)
-        self.register_buffer("child_layer", addresses[..., 0].clone(), persistent=False)
-        self.register_buffer("child_row", addresses[..., 1].clone(), persistent=False)
+        self.register_buffer("addresses", torch.tensor(children), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for slot in self.slots:
+            slot.move(fn)
+        return super()._apply(fn, recurse)
 
 
 class ProductLayer(_InnerLayer):
@@ -136,7 +141,7 @@ class ProductLayer(_InnerLayer):
             slots = [[address for addresses in children for address in addresses]]
         else:
             slots = [[addresses[slot] for addresses in children] for slot in range(self.num_children)]
-        self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
+        self.slots = [Rows(slot) for slot in slots]
 
     def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return the products of the children's units, shape (F, K, B, *E)."""
@@ -191,7 +196,7 @@ class SumLayer(_InnerLayer):
         self.num_nodes = len(children)
         self.num_siblings = num_siblings
         slots = ([addresses[slot] for addresses in children[::num_siblings]] for slot in range(len(child_units)))
-        self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
+        self.slots = [Rows(slot) for slot in slots]
 
     def gather(self, outputs: Sequence[Tensor | None], semiring: Semiring = _LOG) -> Tensor:
         """Return the children's units side by side, times the factors of latent evidence, shape (F, I, B, *E)."""

@@ -285,7 +285,8 @@ def downward_choice(
         else:
             choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], generator)
         for slot, choice in enumerate(choices):
-            _mark(units, layer.child_layer[node, slot], layer.child_row[node, slot], column, choice)
+            layers, rows = layer.addresses[node, slot].unbind(-1)
+            _mark(units, layers, rows, column, choice)
         units[position] = units[position].new_empty(0)
     return units[: len(pc.input_layers)], query
 
