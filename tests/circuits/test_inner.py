@@ -71,14 +71,15 @@ def test_underflow_below_siblings_is_repaired():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_likelihoods_far_below_the_smallest_number(dtype, generator):
-    """A thousand variables of a thousand categories: about -6900 nats, and exp(-745) is the least float64."""
-    pc = ct.compile(ct.structures.mixture(1000, 1000, 4), dtype=dtype, seed=0)
-    x = torch.randint(1000, (3, 1000), generator=generator)
-    log_tables = torch.stack([pc.log_weights(node).detach().double() for node in pc.circuit.inputs])
-    components = log_tables[torch.arange(1000), x].sum(1)  # (3, 4)
-    expected = torch.logsumexp(components + pc.log_weights(pc.circuit.root).detach().double(), 1)
+    """A thousand variables of a hundred categories: about -5000 nats, and exp(-745) is the least float64."""
+    pc = ct.compile(ct.structures.mixture(1000, 100, 4), dtype=dtype, seed=0)
+    x = torch.randint(100, (3, 1000), generator=generator)
+    with torch.no_grad():
+        log_tables = torch.stack([pc.log_weights(node).double() for node in pc.circuit.inputs])
+        components = log_tables[torch.arange(1000), x].sum(1)  # (3, 4)
+        expected = torch.logsumexp(components + pc.log_weights(pc.circuit.root).double(), 1)
     actual = pc(x)
-    assert bool((actual < -6000).all())
+    assert bool((actual < -4000).all())
     torch.testing.assert_close(actual.detach().double(), expected, rtol=1e-5, atol=0)
     actual.sum().backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in pc.parameters())
@@ -109,7 +110,7 @@ def test_sampling_many_variables_takes_bounded_memory(monkeypatch):
 
     monkeypatch.setattr(passes, "downward_choice", recorded)
     monkeypatch.setattr(queries, "_MAX_REACHED", 1 << 18)
-    assert ct.queries.sample(pc, 40).shape == (40, 16_384)
+    assert ct.queries.sample(pc, 24).shape == (24, 16_384)
     assert len(reached) > 1
     assert max(reached) <= 1 << 18
 
