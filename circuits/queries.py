@@ -2,6 +2,10 @@
 
 Every function takes a :class:`~circuits.compile.CompiledCircuit` and works on a batch of B queries at once. Circuits
 here are smooth and decomposable by construction, which is all that these queries need.
+
+On a circuit with R classes (``num_classes``) the likelihoods have shape (B, R), one per class. The other queries need
+one distribution, and so raise ``PropertyError`` unless the evidence names the class: ``evidence.with_class(labels)``
+for p(x | class), ``evidence.with_class_prior(log_prior)`` for their mixture. Then likelihoods have shape (B,) again.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: B
         pc: the circuit.
         x: int64 (B, D); entries that are not observed are ignored.
         observed: bool (B, D).
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B,), in nats.
@@ -67,6 +72,7 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights
         pc: the circuit.
         x: complete assignments, int64 (B, D).
         observed: bool (B, D), which variables are conditioned on.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B,), in nats; -inf where the rest is impossible given what is observed.
@@ -89,6 +95,7 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
     Args:
         pc: the circuit.
         evidence: for B queries.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B, D, C) with C the largest number of categories; rows sum to 1, and values a variable does not have are 0.
@@ -122,7 +129,7 @@ def latent_marginals(
         pc: the circuit.
         evidence: for B queries.
         nodes: sum nodes, or their names; None: all sum nodes.
-        weights: of ``pc.weights(external=...)``.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         By node, or name where that was given: (B, I). Rows sum to the probability that the node is used at all: 1 in
@@ -161,7 +168,7 @@ def class_posterior(
         pc: the circuit, with R classes.
         evidence: for B queries, without a class.
         log_prior: log p(class), up to a constant, (R,) or (B, R); None: all classes are equally probable.
-        weights: of ``pc.weights(external=...)``.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B, R), rows sum to 1; differentiable.
@@ -197,6 +204,7 @@ def sample(
         num_samples: S >= 1, samples per query.
         evidence: for B queries; None: the circuit's own distribution.
         generator: on the circuit's device; the same state gives the same samples on one machine.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         int64 (S, D) without evidence, (S, B, D) with it, or with external weights for a batch of B.
@@ -235,6 +243,7 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         ``(assignment, log_score)``: int64 (B, D) and (B,).

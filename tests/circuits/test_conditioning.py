@@ -132,8 +132,8 @@ def test_the_other_queries_take_external_weights(generator):
 def test_samples_under_external_weights_follow_each_query(generator):
     pc = ct.compile(tree(), dtype=DOUBLE, seed=0)
     external = {
-        pc.circuit.node("left"): 2 * torch.randn(2, 2, 12, dtype=DOUBLE, generator=generator),
-        pc.circuit.node("leaf3"): 2 * torch.randn(2, 3, 2, dtype=DOUBLE, generator=generator),
+        pc.circuit.node(name): 2 * torch.randn(2, *shape, dtype=DOUBLE, generator=generator)
+        for name, shape in (("right", (2, 12)), ("left", (2, 12)), ("leaf3", (3, 2)), ("leaf1", (3, 2)))
     }
     samples = ct.queries.sample(pc, 20_000, generator=generator, weights=pc.weights(external=external))
     assert samples.shape == (20_000, 2, 4)
@@ -308,6 +308,19 @@ def test_latent_factors_are_unnormalised_weights(data, circuit):
     if bool((log_z > -torch.inf).all()):
         close(ct.queries.marginals(pc, conditioned), ct.queries.marginals(pc, evidence, weights=weights))
         close(ct.queries.mpe(pc, conditioned).log_score, ct.queries.mpe(pc, evidence, weights=weights).log_score)
+
+
+@pytest.mark.parametrize("num_given", [5, 8])
+def test_the_order_of_latents_does_not_matter(num_given, generator):
+    pc = ct.compile(tree(), dtype=DOUBLE, seed=0)
+    names = [f"{kind}{var}" for kind in "ba" for var in (2, 0, 3, 1)][:num_given]
+    factors = {name: torch.randn(3, 2, dtype=DOUBLE, generator=generator) for name in names}
+    weights = {name: pc.log_weights(pc.sum_node(name)).detach() + f.unsqueeze(1) for name, f in factors.items()}
+    x = torch.randint(3, (3, 4), generator=generator)
+    expected = pc(x, weights=pc.weights(external=weights, normalize=False))
+    close(pc(ct.Evidence.observe(x).with_latents(factors)), expected)
+    with torch.no_grad():
+        close(pc(ct.Evidence.observe(x).with_latents(factors)), expected.detach())
 
 
 @settings(max_examples=20)
