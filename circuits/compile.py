@@ -315,7 +315,7 @@ def compile(
         raise ArgumentError("seed: give either seed or generator, not both")
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)
-    return pc.to(device)
+    return pc if torch.device(device) == pc.device else pc.to(device)
 
 
 def _fold(circuit: Circuit) -> list[list[Node]]:
