@@ -1,15 +1,11 @@
 """Learning weights by maximum likelihood: expected flows, the EM family, and a fit loop with checkpoints."""
 
 from circuits.learning.clusters import kmeans
-from circuits.learning.continuous import (
-    ContinuousMixture,
-    ContinuousMixtureFit,
-    fit_continuous_mixture,
-    normal_points,
-)
+from circuits.learning.continuous import ContinuousMixture, normal_points
 from circuits.learning.em import AnemoneState, ExpectedFlows, anemone_step, em_step, expected_flows, top_down_flows
 from circuits.learning.ensemble import convex_combination, convex_weights
 from circuits.learning.fit import FitResult, fit
+from circuits.learning.fit_continuous import ContinuousMixtureFit, fit_continuous_mixture
 
 __all__ = [
     "AnemoneState",

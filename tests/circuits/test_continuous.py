@@ -72,7 +72,7 @@ def test_learns_what_one_table_per_block_cannot():
     assert float(reached) > float(before) + 0.2
     torch.testing.assert_close(float(reached), max(fit.validation_log_likelihood), rtol=1e-4, atol=0)
     best = fit.validation_log_likelihood.index(max(fit.validation_log_likelihood))
-    assert fit.best_step == -(-(best + 1) * 150 // 20)
+    assert fit.best_step == 150 * (best + 1) // 20
 
 
 def test_same_seed_same_circuit_and_the_global_generator_is_left_alone():
