@@ -1,8 +1,20 @@
 """Probabilistic circuits in PyTorch: build structures, compile them onto tensors, query them exactly, learn them."""
 
-from circuits import learning, plot, properties, queries, structures, testing
+from typing import TYPE_CHECKING, Any
+
+from circuits import hub, interop, learning, plot, properties, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
-from circuits.distributions import Bernoulli, Categorical
+from circuits.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    DiscretizedLogistic,
+    Distribution,
+    EmbeddingCategorical,
+    Gaussian,
+    Literal,
+    Poisson,
+)
 from circuits.errors import (
     ArgumentError,
     CheckpointError,
@@ -15,18 +27,31 @@ from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
 from circuits.io import load, save
 from circuits.region_graphs import RegionGraph
+from circuits.torch_distribution import CircuitDistribution
+
+if TYPE_CHECKING:
+    from circuits.estimator import CircuitDensity
 
 __all__ = [
     "ArgumentError",
     "Bernoulli",
+    "Binomial",
     "Categorical",
     "CheckpointError",
     "Circuit",
+    "CircuitDensity",
+    "CircuitDistribution",
     "CompiledCircuit",
+    "DiscretizedLogistic",
+    "Distribution",
+    "EmbeddingCategorical",
     "Evidence",
+    "Gaussian",
     "ImpossibleEvidenceError",
     "Input",
+    "Literal",
     "Node",
+    "Poisson",
     "Product",
     "PropertyError",
     "RegionGraph",
@@ -34,7 +59,9 @@ __all__ = [
     "Sum",
     "UnfactorError",
     "compile",
+    "hub",
     "inputs",
+    "interop",
     "learning",
     "load",
     "plot",
@@ -45,4 +72,13 @@ __all__ = [
     "structures",
     "sum",
     "testing",
+    "transforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CircuitDensity":  # scikit-learn is optional, and takes a while to import
+        from circuits.estimator import CircuitDensity
+
+        return CircuitDensity
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.distributions import FAMILIES, Distribution
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
 
 _MAX_SCOPE_BYTES = 1 << 32
 _MAX_UNITS = 1 << 31
+_MAX_DERIVED = 1 << 28
 
 AnyNode = TypeVar("AnyNode", bound=Node)
 
@@ -88,20 +90,25 @@ def _record_of(node: Node, position: Mapping[Node, int]) -> dict[str, Any]:
     if isinstance(node, Sum):
         return {"kind": "sum", "children": children, "num_units": node.num_units}
     assert isinstance(node, Input)
-    family: dict[str, Any] = {"family": "bernoulli"}
-    if isinstance(node.distribution, Categorical):
-        family = {"family": "categorical", "num_categories": node.distribution.num_categories}
+    family = {"family": node.distribution.family, **dataclasses.asdict(cast(Any, node.distribution))}
     return {"kind": "input", "var": node.var, "num_units": node.num_units, **family}
 
 
 def _node_of(record: Any, nodes: Sequence[Node], num_vars: int) -> Node:
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind == "input":
-        check_keys(record, {"kind", "var", "num_units", "family"}, {"num_categories", "tied_to", "name"})
+        distribution = _family_of(record)
+        fields = {field.name for field in dataclasses.fields(cast(Any, distribution))}
+        check_keys(record, {"kind", "var", "num_units", "family"}, {"tied_to", "name"} | fields)
+        num_units = _integer(record, "num_units", 1, _MAX_UNITS)
+        rows, columns = distribution.parameter_shape(num_units)
+        is_derived = rows * columns < distribution.num_values  # so that the size of the file does not bound the table
+        if is_derived and distribution.num_values * num_units > _MAX_DERIVED:
+            raise CheckpointError(f"a {distribution} of {num_units} units would need too much memory")
         return inputs(
             _integer(record, "var", 0, num_vars - 1),
-            _integer(record, "num_units", 1, _MAX_UNITS),
-            _family_of(record),
+            num_units,
+            distribution,
             tied_to=_owner_of(record, nodes, Input),
             name=_name_of(record),
         )
@@ -125,12 +132,21 @@ def _node_of(record: Any, nodes: Sequence[Node], num_vars: int) -> Node:
 
 
 def _family_of(record: Mapping[str, Any]) -> Distribution:
-    family = record["family"]
-    if family == "bernoulli":
-        return Bernoulli()
-    if family == "categorical":
-        return Categorical(_integer(record, "num_categories", 1, _MAX_UNITS))
-    raise CheckpointError(f"family: expected categorical or bernoulli, got {short(family)}")
+    name = record.get("family")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(f"family: expected one of {', '.join(FAMILIES)}, got {short(name)}")
+    fields = dataclasses.fields(cast(Any, FAMILIES[name]))
+    return FAMILIES[name](**{field.name: _family_argument(record, field.name) for field in fields})
+
+
+def _family_argument(record: Mapping[str, Any], key: str) -> Any:
+    """Return a number, or a tuple of integers; what the family does not expect it refuses itself."""
+    value = record.get(key)
+    if isinstance(value, float):
+        return value
+    if isinstance(value, list):
+        return tuple(_integer({key: item}, key, 0, _MAX_UNITS) for item in value)
+    return _integer(record, key, 0, _MAX_UNITS)
 
 
 def _children_of(record: Mapping[str, Any], nodes: Sequence[Node]) -> list[Node]:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from circuits import passes
+from circuits.distributions import Categorical, Direct, Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
-from circuits.layers import InputLayer, ProductLayer, SumLayer, Weights
+from circuits.input_layers import DirectLayer, InputLayer, TableLayer
+from circuits.layers import ProductLayer, SumLayer, Weights
 from circuits.rows import Address, ParameterRows
 from circuits.semiring import LogSemiring
+
+_DIRICHLET = Categorical(1)  # its initial log-weights do not depend on the number of categories
 
 
 class CompiledCircuit(nn.Module):
@@ -32,7 +36,9 @@ class CompiledCircuit(nn.Module):
     Attributes:
         circuit: the symbolic circuit.
         bank: the parameters by name: ``sum_OxI`` of shape (P, O, I), normalised along I; ``input_CxK`` of shape
-            (P, C, K), normalised along C. P counts the distinct parameters of that shape.
+            (P, C, K), normalised along C. P counts the distinct parameters of that shape. Families other than
+            categorical ones have ``input_FAMILY_AxB``, with raw parameters as the family defines them.
+        families: the input family of each bank whose name starts with "input".
     """
 
     num_categories: Tensor
@@ -44,12 +50,12 @@ class CompiledCircuit(nn.Module):
         self._address: dict[Node, Address] = {
             node: (position, row) for position, nodes in enumerate(layers) for row, node in enumerate(nodes)
         }
-        self._parameter_address, bank_shapes = _assign_parameters(layers)
+        self._parameter_address, bank_shapes, self.families = _assign_parameters(layers)
         self.bank = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in bank_shapes.items()}
         )
         self.sum_banks = [name for name in bank_shapes if name.startswith("sum")]
-        built = [self._build_layer(nodes) for nodes in layers]
+        built = [self._build_layer(nodes, dtype) for nodes in layers]
         self.input_layers: Sequence[InputLayer] = cast(
             Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
         )
@@ -72,7 +78,7 @@ class CompiledCircuit(nn.Module):
         return next(iter(self.bank.values())).dtype
 
     def forward(self, x: Tensor | Evidence) -> Tensor:
-        """Return ``log p(x)`` of complete assignments, int64 (B, D), or log Z of any evidence: shape (B,).
+        """Return ``log p(x)`` of assignments, (B, D), see :meth:`Evidence.observe`, or log Z of any evidence: (B,).
 
         Raises:
             ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
@@ -104,14 +110,38 @@ class CompiledCircuit(nn.Module):
         return {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
 
     def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
-        """Return the normalised log-weights of one node: sums (K, I), inputs (C, K); from ``banks`` if given."""
+        """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
         bank, row = self._parameter(node)
+        if isinstance(self.families.get(bank), Direct):
+            raise ArgumentError(f"node: a {self.families[bank]} has no table of weights; use pc.parameters_of(node)")
         return (self.weights() if banks is None else banks)[bank].log[row]
+
+    def parameters_of(self, node: ParametricNode) -> Tensor:
+        """Return the parameters of one node as its family defines them, for instance rates (1, K); sums (K, I)."""
+        if isinstance(node, Input):
+            return node.distribution.parameters(self.bank_row(node))
+        return self.log_weights(node).exp()
+
+    def bank_row(self, node: ParametricNode) -> Tensor:
+        """Return the unconstrained parameters of one node: sums (K, I), inputs as their family defines them."""
+        bank, row = self._parameter(node)
+        return self.bank[bank][row]
 
     @torch.no_grad()
     def set_weights(self, node: ParametricNode, weights: Tensor) -> None:
-        """Set the weights of one node, and of all nodes tied to it: sums (K, I), inputs (C, K), each >= 0."""
+        """Set the weights of one node, and of all nodes tied to it: sums (K, I), inputs (C, K), each >= 0.
+
+        Inputs of other families than categorical take parameters as :meth:`parameters_of` returns them.
+        """
         bank, row = self._parameter(node)
+        family = self.families.get(bank)
+        if family is not None and not isinstance(family, Categorical):
+            is_shaped = tuple(weights.shape) == node.parameter_shape
+            problem = family.problem(weights) if is_shaped else f"expected the shape {node.parameter_shape}"
+            if problem:
+                raise ArgumentError(f"weights: {problem} for {node} of {family}, got {tuple(weights.shape)}")
+            self.bank[bank][row] = family.raw(weights.to(self.device, torch.float64)).to(self.dtype)
+            return
         if tuple(weights.shape) != node.parameter_shape or bool((weights < 0).any()):
             raise ArgumentError(
                 f"weights: expected numbers >= 0 of shape {node.parameter_shape} for {node}, got {tuple(weights.shape)}"
@@ -120,16 +150,18 @@ class CompiledCircuit(nn.Module):
 
     @torch.no_grad()
     def randomize(self, *, seed: int | None = None, generator: torch.Generator | None = None) -> None:
-        """Draw all weights from the uniform Dirichlet distribution, then apply the weights that nodes were given.
+        """Draw all weights, then apply the weights that nodes were given.
+
+        Sums and categorical inputs are drawn from the uniform Dirichlet distribution, others as their family says.
 
         The draw is made in float32 on the CPU, so one seed gives one circuit on every device and in every dtype.
         """
         if generator is None:
             generator = torch.Generator()
             generator.seed() if seed is None else generator.manual_seed(seed)
-        for parameter in self.bank.values():
-            draw = torch.empty(parameter.shape, dtype=torch.float32).exponential_(generator=generator)
-            parameter.copy_(draw.clamp_min_(torch.finfo(draw.dtype).tiny).log_())
+        for name, parameter in self.bank.items():
+            family = self.families.get(name, _DIRICHLET)
+            parameter.copy_(family.initial(parameter.shape, generator))
         for node in self._parameter_address:
             if node.weights is not None:
                 self.set_weights(node, node.weights)
@@ -151,22 +183,26 @@ class CompiledCircuit(nn.Module):
         return self._parameter_address[owner]
 
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
-        axis = -1 if name.startswith("sum") else -2
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and parameter.requires_grad):
-            log = torch.log_softmax(parameter, axis)
-            return Weights(log, log.detach().exp())
+            return self._read_weights(name, parameter)
         version = None if parameter.is_inference() else parameter._version
         key = (version, parameter.data_ptr(), parameter.dtype, parameter.device)
         cached = self._cache.get(name)
         if cached is not None and cached[0] == key and version is not None:
             return cached[1]
         with torch.inference_mode(False), torch.no_grad():
-            log = torch.log_softmax(parameter.detach(), axis)
-            weights = Weights(log, log.exp())
+            weights = self._read_weights(name, parameter.detach())
         self._cache[name] = (key, weights)
         return weights
 
-    def _build_layer(self, nodes: Sequence[Node]) -> InputLayer | ProductLayer | SumLayer:
+    def _read_weights(self, name: str, parameter: Tensor) -> Weights:
+        if name in self.families:
+            log = self.families[name].read(parameter)
+            return Weights(log, self.families[name].linear(log))
+        log = torch.log_softmax(parameter, -1)
+        return Weights(log, log.detach().exp())
+
+    def _build_layer(self, nodes: Sequence[Node], dtype: torch.dtype) -> InputLayer | ProductLayer | SumLayer:
         first = nodes[0]
         children = [[self._address[child] for child in node.children] for node in nodes]
         child_units = [child.num_units for child in first.children]
@@ -177,7 +213,10 @@ class CompiledCircuit(nn.Module):
         if isinstance(first, Sum):
             return SumLayer(children, child_units, parameters)
         variables = [node.var for node in nodes if isinstance(node, Input)]
-        return InputLayer(variables, parameters, self.circuit.num_vars)
+        family = self.families[parameters.bank]
+        if isinstance(family, Direct):
+            return DirectLayer(variables, parameters, self.circuit.num_vars, family, dtype)
+        return TableLayer(variables, parameters, self.circuit.num_vars)
 
 
 def compile(
@@ -187,6 +226,7 @@ def compile(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    backend: Literal["torch", "pyjuice"] = "torch",
 ) -> CompiledCircuit:
     """Compile a circuit onto tensors, randomly initialised but for the weights that its nodes were given.
 
@@ -196,9 +236,10 @@ def compile(
         dtype: torch.float32 or torch.float64.
         seed: for the initial weights; fresh entropy when neither it nor ``generator`` is given.
         generator: a CPU generator, instead of ``seed``.
+        backend: "torch", or "pyjuice": PyJuice's CUDA kernels, see :class:`~circuits.interop.backend.JuiceCircuit`.
 
     Raises:
-        ArgumentError: an argument has a wrong type or value.
+        ArgumentError: an argument has a wrong type or value, or the backend cannot run here.
     """
     if not isinstance(circuit, Circuit):
         raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
@@ -206,6 +247,12 @@ def compile(
         raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     if seed is not None and generator is not None:
         raise ArgumentError("seed: give either seed or generator, not both")
+    if backend not in ("torch", "pyjuice"):
+        raise ArgumentError(f"backend: expected 'torch' or 'pyjuice', got {backend!r}")
+    if backend == "pyjuice":
+        from circuits.interop.backend import compile_with_pyjuice
+
+        return compile_with_pyjuice(circuit, device, dtype, seed, generator)
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)
     return pc.to(device)
@@ -224,7 +271,7 @@ def _fold(circuit: Circuit) -> list[list[Node]]:
 def _shape_key(node: Node) -> Hashable:
     child_units = tuple(child.num_units for child in node.children)
     if isinstance(node, Input):
-        return "input", node.parameter_shape
+        return "input", node.distribution.stored_as, node.parameter_shape
     if isinstance(node, Product):
         return "product", node.mode, child_units
     return "sum", node.num_units, child_units
@@ -232,20 +279,37 @@ def _shape_key(node: Node) -> Hashable:
 
 def _assign_parameters(
     layers: Sequence[Sequence[Node]],
-) -> tuple[dict[ParametricNode, tuple[str, int]], dict[str, tuple[int, int, int]]]:
-    """Give every parameter owner a row in the bank of its shape, in the order of use: (addresses, bank shapes)."""
+) -> tuple[dict[ParametricNode, tuple[str, int]], dict[str, tuple[int, int, int]], dict[str, Distribution]]:
+    """Give every parameter owner a row in the bank of its family and shape, in the order of use.
+
+    Returns:
+        (addresses, bank shapes, families of the banks of inputs).
+    """
     addresses: dict[ParametricNode, tuple[str, int]] = {}
+    families: dict[str, Distribution] = {}
     shapes: dict[str, tuple[int, int, int]] = {}
     for node in _parametric_nodes(layers):
         owner = parameter_owner(node)
         if owner in addresses:
             continue
         rows, columns = owner.parameter_shape
-        name = f"{'input' if isinstance(owner, Input) else 'sum'}_{rows}x{columns}"
+        name = f"sum_{rows}x{columns}"
+        if isinstance(owner, Input):
+            name = _input_bank(owner.distribution.stored_as, f"{rows}x{columns}", families)
         used = shapes.get(name, (0, rows, columns))[0]
         addresses[owner] = (name, used)
         shapes[name] = (used + 1, rows, columns)
-    return addresses, shapes
+    return addresses, shapes, families
+
+
+def _input_bank(family: Distribution, size: str, families: dict[str, Distribution]) -> str:
+    """Return the bank of a family's parameters, and enter it into ``families``."""
+    name = f"input_{size}" if isinstance(family, Categorical) else f"input_{family.family}_{size}"
+    base, number = name, 1
+    while families.setdefault(name, family) != family:
+        number += 1
+        name = f"{base}_{number}"
+    return name
 
 
 def _parametric_nodes(layers: Sequence[Sequence[Node]]) -> Iterator[ParametricNode]:

@@ -3,12 +3,15 @@
 Hard evidence is 0 at the observed value and -inf elsewhere; a missing variable is 0 everywhere; soft (virtual) evidence
 is any log-weight per value, for instance a language model's logits. All three are the same thing, stored in the
 cheapest of two forms: dense factors (B, D, C), or *listed* values (B, D, k) with -inf for every value not listed.
+Factors on ordered and real variables that need no list are intervals and normal densities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,28 +25,48 @@ class Evidence:
 
     Attributes:
         log_factors: (B, D, C) dense, or (B, D, k) for the listed values, or None: 0 for every listed value.
-        values: None when dense, else the listed values, int64 (B, D, k).
+        values: None when dense, else the listed values, int64 or floating point (B, D, k).
         missing: bool (B, D), True where every value has log-factor 0; None: nowhere.
+        bounds: lower and upper bounds in place of factors, (B, D, 2).
+        normal: means and standard deviations in place of factors, (B, D, 2).
+        otherwise: evidence on the variables that are missing here; None: none.
     """
 
     log_factors: Tensor | None
     values: Tensor | None
     missing: Tensor | None
+    bounds: Tensor | None = None
+    normal: Tensor | None = None
+    otherwise: Evidence | None = None
 
     @classmethod
     def observe(cls, x: Tensor, observed: Tensor | None = None) -> Evidence:
-        """Hard evidence ``x``, int64 (B, D), where ``observed``, bool (B, D), is True; everywhere when it is None.
+        """Hard evidence ``x``, (B, D), where ``observed``, bool (B, D), is True; everywhere when it is None.
 
-        Entries of ``x`` that are not observed are ignored and may hold anything.
+        Args:
+            x: integers, or floating point, where NaN is a missing value. Entries that are not observed are ignored and
+                may hold anything.
+            observed: bool (B, D).
 
         Raises:
             ArgumentError: wrong shapes or dtypes.
         """
-        _check_tensor("x", x, "int64 (B, D)", x_dim=2, integer=True)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return cls._observe_floats(x, observed)
+        _check_tensor("x", x, "int64 or floating point (B, D)", x_dim=2, integer=True)
         if observed is None:
             return cls(None, x.long().unsqueeze(-1), None)
         _check_mask("observed", observed, x.shape)
         return cls(None, x.long().masked_fill(~observed, 0).unsqueeze(-1), ~observed)
+
+    @classmethod
+    def _observe_floats(cls, x: Tensor, observed: Tensor | None) -> Evidence:
+        _check_tensor("x", x, "int64 or floating point (B, D)", x_dim=2, integer=False)
+        missing = x.isnan()
+        if observed is not None:
+            _check_mask("observed", observed, x.shape)
+            missing = missing | ~observed
+        return cls(None, x.masked_fill(missing, 0.0).unsqueeze(-1), missing)
 
     @classmethod
     def soft(cls, log_factors: Tensor) -> Evidence:
@@ -102,6 +125,68 @@ class Evidence:
         return cls(torch.where(observed.unsqueeze(-1), hard, log_factors), None, None)
 
     @classmethod
+    def interval(cls, lower: Tensor, upper: Tensor) -> Evidence:
+        """Evidence that ``lower < x_i <= upper``: log Z is the log-probability of the box.
+
+        With ``lower`` = -inf it is the cumulative distribution at ``upper``. Categories are ordered by their numbers.
+
+        Args:
+            lower: floating point (B, D); -inf where there is no bound.
+            upper: floating point (B, D); +inf where there is no bound.
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes, or a bound that is NaN.
+        """
+        bounds = _checked_pair("lower", lower, "upper", upper)
+        if bool(bounds.isnan().any()):
+            raise ArgumentError("lower, upper: expected numbers or infinities, got NaN; use -inf and +inf for no bound")
+        return cls(None, None, None, bounds=bounds)
+
+    @classmethod
+    def gaussian(cls, mean: Tensor, std: Tensor) -> Evidence:
+        """Soft evidence with the factor ``e_i(v) = N(v; mean, std^2)``: the value was measured with normal noise.
+
+        Args:
+            mean: the measurements, floating point (B, D).
+            std: the standard deviations of their noise, floating point (B, D), > 0.
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes, or numbers that are not finite or not positive.
+        """
+        normal = _checked_pair("mean", mean, "std", std)
+        if not bool(normal.isfinite().all() & (normal[..., 1] > 0).all()):
+            raise ArgumentError("mean, std: expected finite numbers, std > 0; use Evidence.where for missing variables")
+        return cls(None, None, None, normal=normal)
+
+    @classmethod
+    def where(cls, condition: Tensor, one: Evidence, other: Evidence) -> Evidence:
+        """Evidence ``one`` on the variables where ``condition`` is True, evidence ``other`` elsewhere.
+
+        Args:
+            condition: bool (B, D) or (D,).
+            one: for B queries over D variables.
+            other: the same.
+
+        Raises:
+            ArgumentError: shapes that do not fit.
+        """
+        shape = torch.Size((one.batch_size, one.num_vars))
+        if (other.batch_size, other.num_vars) != shape:
+            raise ArgumentError(
+                f"other: expected evidence for {tuple(shape)} queries and variables like `one`, got "
+                f"{(other.batch_size, other.num_vars)}"
+            )
+        if isinstance(condition, Tensor) and condition.dim() == 1:
+            condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
+        _check_mask("condition", condition, shape)
+        if one.otherwise is not None:
+            other = cls.where(condition, one.otherwise, other)
+        elif one.missing is not None:
+            other = other._silenced(condition)
+        missing = ~condition if one.missing is None else one.missing | ~condition
+        return replace(one, missing=missing, otherwise=other)
+
+    @classmethod
     def nothing(cls, batch_size: int, num_vars: int, device: torch.device | str | None = None) -> Evidence:
         """Evidence that says nothing: every variable is missing. Its log-partition is log 1 = 0."""
         values = torch.zeros(batch_size, num_vars, 1, dtype=torch.int64, device=device)
@@ -109,7 +194,7 @@ class Evidence:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every value's factor is stored."""
+        """Whether no values are listed: every value has a factor."""
         return self.values is None
 
     @property
@@ -129,22 +214,37 @@ class Evidence:
 
     @property
     def _stored(self) -> Tensor:
-        stored = self.log_factors if self.values is None else self.values
-        assert stored is not None
-        return stored
+        for stored in (self.values, self.log_factors, self.bounds, self.normal):
+            if stored is not None:
+                return stored
+        raise AssertionError("evidence without content")
 
     def dense(self, num_categories: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the log-factors of all values, shape (B, D, num_categories)."""
+        """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
         if self.values is None:
-            assert self.log_factors is not None
-            factors = self.log_factors.to(dtype)
+            factors = self.factors(num_categories).to(dtype)
         else:
             listed = (
                 torch.zeros_like(self.values, dtype=dtype) if self.log_factors is None else self.log_factors.to(dtype)
             )
             factors = listed.new_full((*self.values.shape[:2], num_categories), -torch.inf)
-            factors = factors.scatter_reduce(2, self.values, listed, "amax")
-        return factors if self.missing is None else factors.masked_fill(self.missing.unsqueeze(-1), 0.0)
+            factors = factors.scatter_reduce(2, self.values.long(), listed, "amax")
+        if self.missing is None:
+            return factors
+        if self.otherwise is None:
+            return factors.masked_fill(self.missing.unsqueeze(-1), 0.0)
+        return torch.where(self.missing.unsqueeze(-1), self.otherwise.dense(factors.shape[-1], dtype), factors)
+
+    def factors(self, num_categories: int) -> Tensor:
+        """Return the factors of evidence without listed values, (B, D, C); missing variables are not looked at."""
+        if self.log_factors is not None:
+            return self.log_factors
+        stored = self._stored
+        v = torch.arange(num_categories, dtype=stored.dtype, device=stored.device)
+        first, second = stored.split(1, -1)
+        if self.bounds is not None:
+            return torch.where((first < v) & (v <= second), 0.0, -torch.inf).to(stored.dtype)
+        return -0.5 * ((v - first) / second).square() - second.log() - 0.5 * math.log(2 * math.pi)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
@@ -159,7 +259,10 @@ class Evidence:
         return self._map(lambda tensor: tensor.to(device))
 
     def check(self, num_categories: Tensor) -> None:
-        """Raise ArgumentError unless the evidence fits variables with these numbers of categories, int64 (D,)."""
+        """Raise ArgumentError unless the evidence fits variables with these numbers of categories, int64 (D,).
+
+        Variables with 0 categories have infinitely many values; the layers of their input units check these.
+        """
         if self.num_vars != len(num_categories):
             raise ArgumentError(
                 f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
@@ -167,14 +270,25 @@ class Evidence:
             )
         if self.values is not None:
             _check_range(self.values, num_categories.unsqueeze(-1), "x")
-        elif self._stored.shape[-1] < int(num_categories.max()):
+        elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
             raise ArgumentError(
                 f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
-                f"{self._stored.shape[-1]} (shape {tuple(self._stored.shape)})"
+                f"{self.log_factors.shape[-1]} (shape {tuple(self.log_factors.shape)})"
             )
+        if self.otherwise is not None:
+            self.otherwise.check(num_categories)
+
+    def _silenced(self, where: Tensor) -> Evidence:
+        """Return the evidence that says nothing on the variables ``where``, (B, D)."""
+        missing = where if self.missing is None else self.missing | where
+        otherwise = None if self.otherwise is None else self.otherwise._silenced(where)
+        return replace(self, missing=missing, otherwise=otherwise)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
-        mapped = {k: None if v is None else function(v) for k, v in vars(self).items()}
+        mapped: dict[str, Any] = {
+            k: v._map(function) if isinstance(v, Evidence) else None if v is None else function(v)
+            for k, v in vars(self).items()
+        }
         return replace(self, **mapped)
 
 
@@ -186,6 +300,17 @@ def _check_tensor(name: str, value: Tensor, expected: str, *, x_dim: int, intege
     is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if value.dim() != x_dim or is_integer != integer:
         raise ArgumentError(f"{name}: expected {expected}, got {value.dtype} {tuple(value.shape)}")
+
+
+def _checked_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> Tensor:
+    for name, tensor in ((first_name, first), (second_name, second)):
+        _check_tensor(name, tensor, "floating point (B, D)", x_dim=2, integer=False)
+        if not tensor.is_floating_point() or tensor.shape != first.shape:
+            raise ArgumentError(
+                f"{name}: expected floating point of shape {tuple(first.shape)}, got {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+    return torch.stack([first, second], -1)
 
 
 def _check_factors(log_factors: Tensor, shape: str) -> None:
@@ -211,18 +336,22 @@ def _check_distinct(values: Tensor, log_factors: Tensor) -> None:
         )
 
 
-def _check_mask(name: str, mask: Tensor, shape: torch.Size) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+def _check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != torch.Size(shape):
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(f"{name}: expected a bool tensor of shape {tuple(shape)}, got {got}")
 
 
 def _check_range(values: Tensor, upper: Tensor | int, name: str) -> None:
     outside = (values < 0) | (values >= upper)
+    if values.is_floating_point():
+        outside |= values != values.round()
+    if isinstance(upper, Tensor):
+        outside &= upper > 0
     if bool(outside.any()):
         first = outside.nonzero()[0].tolist()
         limit = upper if isinstance(upper, int) else int(upper.expand_as(values[0])[tuple(first[1:])])
         raise ArgumentError(
-            f"{name}: expected values from 0 to {limit - 1}, got {int(values[tuple(first)])} at batch {first[0]}, "
+            f"{name}: expected values from 0 to {limit - 1}, got {values[tuple(first)].item()} at batch {first[0]}, "
             f"variable {first[1]}; use `observed` for unknown values"
         )

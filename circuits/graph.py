@@ -67,7 +67,7 @@ class Input(Node):
         self.children = ()
         self.name = _checked_name(name)
         self.scope_bits = 1 << var
-        self.parameter_shape = (distribution.num_categories, num_units)
+        self.parameter_shape = distribution.parameter_shape(num_units)
         self.tied_to = _checked_tie(self, tied_to)
         self.weights = _checked_weights(self, weights, normalised_axis=0)
         self._is_built = True
@@ -154,7 +154,8 @@ def inputs(
         num_units: K, how many units.
         distribution: the input family, for instance ``ct.Categorical(3)``.
         tied_to: another input node whose parameters this one uses; families and units must be the same.
-        weights: initial probabilities, shape (C, K), every column sums to 1; random when omitted.
+        weights: initial parameters; for categorical families probabilities of shape (C, K), every column sums to 1;
+            for others see the family; random when omitted.
         name: a label for messages and for access to parameters.
 
     Raises:
@@ -241,9 +242,14 @@ class Circuit:
 
     @cached_property
     def num_categories(self) -> tuple[int, ...]:
-        """C of every variable."""
-        categories = {node.var: node.distribution.num_categories for node in self.inputs}
+        """C of every variable; 0 where there are infinitely many values."""
+        categories = {node.var: node.distribution.num_values for node in self.inputs}
         return tuple(categories[var] for var in range(self.num_vars))
+
+    @cached_property
+    def is_discrete(self) -> bool:
+        """Whether all variables have whole numbers as values."""
+        return all(node.distribution.is_discrete for node in self.inputs)
 
     @property
     def scope(self) -> frozenset[int]:
@@ -323,10 +329,16 @@ class Circuit:
         first: dict[int, Input] = {}
         for node in self.inputs:
             other = first.setdefault(node.var, node)
-            if other.distribution.num_categories != node.distribution.num_categories:
+            if other.distribution.num_values != node.distribution.num_values:
                 raise StructureError(
-                    f"variable {node.var} has {other.distribution.num_categories} categories in {other} and "
-                    f"{node.distribution.num_categories} in {node}; one variable has one number of categories"
+                    f"variable {node.var} has {other.distribution.num_values or 'infinitely many'} categories in "
+                    f"{other} and {node.distribution.num_values or 'infinitely many'} in {node}; one variable has one "
+                    "number of categories"
+                )
+            if other.distribution.domain != node.distribution.domain:
+                raise StructureError(
+                    f"variable {node.var} has {other.distribution.domain} as values in {other} and "
+                    f"{node.distribution.domain} in {node}; one variable has one kind of values"
                 )
 
     def _check_names(self) -> None:
@@ -475,6 +487,11 @@ def _checked_weights(node: ParametricNode, weights: Tensor | None, normalised_ax
             f"shape mismatch of weights: {node} needs floating-point weights of shape {node.parameter_shape}, got "
             f"{tuple(weights.shape)} of {weights.dtype}"
         )
+    if isinstance(node, Input) and not isinstance(node.distribution.stored_as, Categorical):
+        problem = node.distribution.problem(weights)
+        if problem:
+            raise ArgumentError(f"weights: {problem}, for {node} of {node.distribution}")
+        return weights
     totals = weights.double().sum(normalised_axis)
     if bool((weights < 0).any()) or not torch.allclose(totals, torch.ones_like(totals), atol=1e-4):
         raise ArgumentError(

@@ -54,7 +54,7 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
     _check_replaceable(folder)
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}
     for name, tensor in weights.items():
-        if not _are_log_weights(name, tensor):
+        if not _are_sound(pc, name, tensor):
             raise ArgumentError(f"pc: {name} has NaN or +inf, or a unit without weight; such a circuit cannot be saved")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(folder, f"{secrets.token_hex(4)}.tmp")
@@ -126,7 +126,7 @@ def _loaded(folder: Path) -> CompiledCircuit:
         if found != expected:
             problem = f"{short(name)} is {found}, and the structure needs {expected}"
             raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
-        if not _are_log_weights(name, weights[name]):
+        if not _are_sound(pc, name, weights[name]):
             problem = f"{name} has NaN or +inf, or a unit without weight"
             raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
     with torch.no_grad():
@@ -209,9 +209,11 @@ def _form(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _are_log_weights(bank: str, tensor: Tensor) -> bool:
-    """Whether a log-softmax of them has no NaN."""
-    greatest = tensor.amax(-1 if bank.startswith("sum") else -2)
+def _are_sound(pc: CompiledCircuit, bank: str, tensor: Tensor) -> bool:
+    """Whether every unit gets a distribution from them."""
+    if bank in pc.families:
+        return pc.families[bank].is_sound(tensor)
+    greatest = tensor.amax(-1)
     return bool(((greatest > -torch.inf) & (greatest < torch.inf)).all())  # amax hands NaN on
 
 

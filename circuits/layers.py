@@ -1,4 +1,4 @@
-"""The three tensor layers that a compiled circuit is made of.
+"""The inner layers of a compiled circuit: products and sums.
 
 A layer evaluates F nodes of equal shape at once. Its output has shape (F, K, B, *E): F folded nodes, K units each, a
 batch of B, and the semiring's own trailing dimensions E. The batch comes last so that every sum layer is a GEMM of its
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from circuits import logspace
-from circuits.evidence import Evidence
 from circuits.graph import ProductMode
 from circuits.rows import Address, Gradients, ParameterRows, Rows
 from circuits.semiring import Semiring
@@ -23,77 +22,15 @@ _MAX_SLOTS = 4
 
 
 class Weights(NamedTuple):
-    """Normalised weights of one parameter bank: sums (P, O, I), inputs (P, C, K)."""
+    """Normalised weights of one parameter bank: sums (P, O, I), finite input families (P, C, K).
+
+    The banks of other input families hold what the family reads: ``log`` is their numbers (P, S, K), ``linear`` the
+    logarithm of a factor on every unit, (P, 1, K).
+    """
 
     log: Tensor
     linear: Tensor
     """exp(log), detached: for GEMMs; gradients flow through ``log``."""
-
-
-class InputLayer(nn.Module):
-    """Input units of F nodes with equally many categories C and units K."""
-
-    variables: Tensor
-
-    def __init__(self, variables: Sequence[int], parameters: ParameterRows, num_vars: int) -> None:
-        super().__init__()
-        self.parameter_rows = parameters
-        self.takes_all = list(variables) == list(range(num_vars))
-        self.register_buffer("variables", torch.tensor(variables), persistent=False)
-
-    def forward(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        """Return ``log sum_v e(v) w(v)`` of every unit, shape (F, K, B, *E)."""
-        out = (
-            self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
-        )
-        if evidence.missing is None:
-            return out
-        missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
-        one = semiring.lift(torch.zeros(missing.shape, dtype=weights.log.dtype, device=weights.log.device))
-        return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), one, out)
-
-    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
-        """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""
-        scores = weights.log[self.parameter_rows.index[node], :, unit]
-        factors = evidence.pick(query, self.variables[node]).dense(scores.shape[1], scores.dtype)
-        return scores + factors[:, 0, : scores.shape[1]]
-
-    def _of_variables(self, tensor: Tensor) -> Tensor:
-        """Select this layer's variables: (B, D, ...) to (B, F, ...)."""
-        return tensor if self.takes_all else tensor.index_select(1, self.variables)
-
-    def _soft(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        assert evidence.log_factors is not None
-        num_categories = weights.log.shape[1]
-        factors = self._of_variables(evidence.log_factors)[..., :num_categories].to(weights.log.dtype)  # (B, F, C)
-        batch_size, num_nodes = factors.shape[:2]
-        is_one_matmul = self.parameter_rows.is_tied and num_nodes > 1
-        if is_one_matmul:  # all positions share one table: one GEMM reads it once
-            factors = factors.reshape(batch_size * num_nodes, 1, num_categories)
-        log_table = self.parameter_rows.select(weights.log, expand=not is_one_matmul).transpose(1, 2)
-        table = self.parameter_rows.select(weights.linear, expand=not is_one_matmul).transpose(1, 2)
-        out = semiring.contract(log_table, semiring.lift(factors.permute(1, 2, 0)), weights=table)
-        if is_one_matmul:
-            out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
-        return out
-
-    def _listed(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        assert evidence.values is not None
-        num_categories, num_units = weights.log.shape[1:]
-        values = self._of_variables(evidence.values)  # (B, F, k)
-        batch_size, num_nodes, num_listed = values.shape
-        values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
-        table = Weights(*(bank.reshape(-1, num_units) for bank in weights))
-        factors = None
-        if evidence.log_factors is not None:
-            factors = self._of_variables(evidence.log_factors).flatten(0, 1).to(weights.log.dtype)
-        if num_listed == 1:
-            out = torch.nn.functional.embedding(values[:, 0], table.log)
-            out = semiring.lift(out if factors is None else out + factors)
-        else:
-            assert factors is not None
-            out = semiring.mix(table.log, values, factors, table=table.linear)
-        return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
 
 
 class _InnerLayer(nn.Module):

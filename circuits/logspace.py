@@ -217,3 +217,10 @@ def log_mix(
     terms = log_table[values[row], unit.unsqueeze(1)] + log_factors[row]
     possible = (terms > -torch.inf).any(1)  # where nothing is, logsumexp has the gradient NaN
     return out.index_put((row[possible], unit[possible]), torch.logsumexp(terms[possible], 1))
+
+
+def log_sum(terms: Tensor) -> Tensor:
+    """Return the log-sum-exp along the last axis; -inf, with the gradient 0, where no term is possible."""
+    is_possible = terms.detach().amax(-1, keepdim=True) > -torch.inf
+    total = torch.logsumexp(torch.where(is_possible, terms, 0.0), -1)
+    return torch.where(is_possible.squeeze(-1), total, -torch.inf)

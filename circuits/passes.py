@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from circuits.evidence import Evidence
-from circuits.layers import Flows, InputLayer, ProductLayer, SumLayer, Weights
+from circuits.input_layers import InputLayer
+from circuits.layers import Flows, ProductLayer, SumLayer, Weights
 from circuits.rows import Gradients
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
@@ -238,13 +239,15 @@ def draw_values(
     query: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Choose a value of every variable from the reached input units: int64 (S * B, D)."""
-    values = torch.zeros(len(query), pc.circuit.num_vars, dtype=torch.int64, device=query.device)
+    """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
+    dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
+    values = torch.zeros(len(query), pc.circuit.num_vars, dtype=dtype, device=query.device)
     for layer, reached in zip(pc.input_layers, units, strict=True):
         assert isinstance(layer, InputLayer)
         node, column = (reached >= 0).nonzero(as_tuple=True)
         for part in _chunks(len(node), banks[layer.parameter_rows.bank].log.shape[1]):
             n, c = node[part], column[part]
-            scores = layer.scores(evidence, banks[layer.parameter_rows.bank], n, reached[n, c], query[c])
-            values[c, layer.variables[n]] = semiring.choose(scores, generator)
+            weights = banks[layer.parameter_rows.bank]
+            chosen = layer.choose(semiring, evidence, weights, n, reached[n, c], query[c], generator)
+            values[c, layer.variables[n]] = chosen.to(dtype)
     return values

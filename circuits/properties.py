@@ -175,7 +175,7 @@ def _variable_supports(pc: CompiledCircuit, banks: passes.Banks) -> dict[Node, T
     for node in pc.circuit.nodes:
         table = torch.zeros(node.num_units, num_vars, num_values, dtype=pc.dtype, device=pc.device)
         if isinstance(node, Input):
-            table[:, node.var, : node.distribution.num_categories] = (
+            table[:, node.var, : node.distribution.num_values] = (
                 (pc.log_weights(node, banks) > -torch.inf).t().to(pc.dtype)
             )
         elif isinstance(node, Sum):

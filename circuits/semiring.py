@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ _MAX_CHUNK = 1 << 24
 
 class Semiring(ABC):
     """The operations of one upward pass, on log-probabilities."""
+
+    adds_up: ClassVar[bool] = True
+    """Whether plus is addition, so that a normalised unit without evidence is the constant 1."""
 
     def lift(self, log_values: Tensor) -> Tensor:
         """Turn the log-values of input units, (F, K, B), into values (F, K, B, *E); the identity by default."""
@@ -86,6 +90,8 @@ class LogSemiring(Semiring):
 
 class MaxSemiring(Semiring):
     """Log-probabilities with the maximum as plus: the most probable explanation of latents and leaves."""
+
+    adds_up = False
 
     def times(self, left: Tensor, right: Tensor) -> Tensor:
         """Add the logarithms."""

@@ -107,8 +107,8 @@ class Anemone(Learner):
         if state is None:
             self._state = None
             return
-        flows = {name: state["flows"][name].to(self.pc.device, self.pc.dtype) for name in self.pc.bank}
-        if any(flow.shape != self.pc.bank[name].shape for name, flow in flows.items()):
+        flows = {name: state["flows"][name].to(self.pc.device) for name in self.pc.bank}
+        if {name: tuple(flow.shape) for name, flow in flows.items()} != em.flow_shapes(self.pc):
             raise ValueError("the momentum has other shapes than the weights")
         self._state = em.AnemoneState(flows, float(state["mass"]))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
+from circuits.distributions import Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 
@@ -30,7 +31,7 @@ class Samples:
     """N samples over D variables."""
 
     x: Tensor
-    """Integers (N, D)."""
+    """Integers, or floating point with NaN for missing values, (N, D)."""
     observed: Tensor | None
     """bool (N, D), or None: everything is."""
     weights: Tensor | None
@@ -56,10 +57,10 @@ def checked_samples(pc: CompiledCircuit, name: str, data: Any, observed: Any, sa
     """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
     x = _as_tensor(name, data)
     num_vars = pc.circuit.num_vars
-    if x.dtype not in _INTEGERS or x.dim() != 2 or x.shape[1] != num_vars:
+    if not (x.dtype in _INTEGERS or x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
         raise ArgumentError(
-            f"{name}: expected integers of shape (num_samples, {num_vars}), got {x.dtype} {tuple(x.shape)}; "
-            "convert them with .to(torch.int64)"
+            f"{name}: expected integers of shape (num_samples, {num_vars}), or floating point with NaN for missing "
+            f"values, got {x.dtype} {tuple(x.shape)}; convert it with .to(torch.int64)"
         )
     if not len(x):
         raise ArgumentError(f"{name}: expected at least one sample, got shape {tuple(x.shape)}")
@@ -103,16 +104,25 @@ def _as_tensor(name: str, data: Any) -> Tensor:
     try:
         return torch.from_numpy(array if array.flags.writeable else array.copy())
     except TypeError:
-        raise ArgumentError(f"{name}: expected an array of integers, got one of {array.dtype}") from None
+        raise ArgumentError(f"{name}: expected an array of numbers, got one of {array.dtype}") from None
 
 
 def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None) -> None:
-    outside = (x < 0) | (x >= pc.num_categories.to(x.device))
-    if observed is not None:
-        outside &= observed.to(x.device)
-    if bool(outside.any()):
-        sample, var = outside.nonzero()[0].tolist()
-        raise ArgumentError(
-            f"{name}: expected values from 0 to {pc.circuit.num_categories[var] - 1} of variable {var}, got "
-            f"{int(x[sample, var])} in sample {sample}; mark unknown values as False in `observed`"
-        )
+    domains: dict[str, tuple[Distribution, list[int]]] = {}
+    for var, family in {node.var: node.distribution for node in pc.circuit.inputs}.items():
+        domains.setdefault(family.domain, (family, []))[1].append(var)
+    for domain, (family, variables) in domains.items():
+        columns = slice(None) if len(domains) == 1 else variables
+        values = x[:, columns]
+        outside = family.outside(values)
+        if x.is_floating_point():
+            outside &= ~values.isnan()
+        if observed is not None:
+            outside &= observed.to(x.device)[:, columns]
+        if bool(outside.any()):
+            sample, column = outside.nonzero()[0].tolist()
+            var = column if len(domains) == 1 else variables[column]
+            raise ArgumentError(
+                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample {sample}; mark "
+                "unknown values as False in `observed`"
+            )

@@ -2,7 +2,9 @@
 
 The flow of a weight is ``d sum_b log Z_b / d log w``: the expected number of times that the weight is used when the
 latent choices of every sample are drawn from their posterior (Darwiche 2003; Peharz et al. 2016). All weights' flows
-are one backward pass.
+are one backward pass. The flows of input units are their expected sufficient statistics: how often a unit has every
+value, for finite families; the expected T(x), for other exponential families, summed over its uses. So a step is the
+same for all of them: mix the statistics, then let the family fit its parameters to them.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.distributions import Direct, Distribution, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
 
 BankFlows = dict[str, Tensor]
-"""Flows of every parameter bank, by the names and of the shapes of ``pc.bank``."""
+"""Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""
 
 
 class ExpectedFlows(NamedTuple):
@@ -47,21 +51,19 @@ def expected_flows(
         sample_weights: a_b >= 0, how often sample b counts, (B,); once when omitted.
 
     Returns:
-        ``(flows, log_likelihood)``: per bank (P, O, I) or (P, C, K), and (B,).
+        ``(flows, log_likelihood)``: per bank (P, O, I) or (P, T, K), and (B,).
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     with torch.inference_mode(False), torch.enable_grad():
-        with torch.no_grad():
-            normalised = pc.weights()
-        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+        banks, sources = traced_weights(pc)
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * _checked_sample_weights(sample_weights, log_z)
-        flows = torch.autograd.grad(log_z, [weights.log for weights in banks.values()], counts)
+        flows = torch.autograd.grad(log_z, list(sources.values()), counts)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 
@@ -72,23 +74,23 @@ def em_step(pc: CompiledCircuit, flows: BankFlows, *, step_size: float = 1.0, ps
         w'_nc = (1 - s) w_nc + s (F_nc + a / |ch(n)|) / (F_n + a)
 
     With s = 1, a = 0 and the flows of all data this is the EM algorithm, which never lowers the likelihood. A unit
-    without flow keeps its weights, and a zero weight stays zero: ``ch(n)`` are the children of positive weight.
+    without flow keeps its weights, and a zero weight stays zero: ``ch(n)`` are the children of positive weight. For
+    input families the same is done with their mean statistics, and the parameters are fitted to the result: so an
+    exponential family interpolates its mean parameters.
 
     Args:
         pc: the circuit.
         flows: of one batch, or summed over batches, see :func:`expected_flows`.
         step_size: s, 0 < s <= 1; below 1 for mini-batches.
-        pseudocount: a >= 0, uses that every reached unit is given on top, spread evenly over its children.
+        pseudocount: a >= 0, uses that every reached unit is given on top, spread evenly over its children or values;
+            for other families see there.
 
     Raises:
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
     _check_step(pc, flows, step_size, pseudocount)
-    log_kept = math.log1p(-step_size) if step_size < 1 else -math.inf
     for name, weights in pc.weights().items():
-        log_maximised, is_reached = _maximise(flows[name], weights.log, _axis(name), pseudocount)
-        log_mixed = torch.logaddexp(weights.log + log_kept, log_maximised + math.log(step_size))
-        pc.bank[name].copy_(torch.where(is_reached, log_mixed, pc.bank[name]))
+        _move(pc, name, weights, flows[name], step_size, pseudocount)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +149,7 @@ def anemone_step(
     own_flows = top_down_flows(pc)
     for name, weights in pc.weights().items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
-        log_maximised, is_reached = _maximise(rescaled, weights.log, _axis(name), pseudocount)
-        pc.bank[name].copy_(torch.where(is_reached, log_maximised, pc.bank[name]))
+        _move(pc, name, weights, rescaled, 1.0, pseudocount)
     return state
 
 
@@ -157,11 +158,91 @@ def top_down_flows(pc: CompiledCircuit) -> BankFlows:
 
         TD(root) = 1        TD(c) = sum_n TD(n) w_nc
 
-    These are the flows of a sample that says nothing. Its variables have the factor 1 on every value, rather than being
-    missing, so that the flow reaches the input units' weights.
+    These are the flows of a sample that says nothing, whose input units are reached TD(n) times: for their families
+    that many times their mean statistics.
     """
-    factors = torch.zeros(1, pc.circuit.num_vars, max(pc.circuit.num_categories), dtype=pc.dtype, device=pc.device)
-    return expected_flows(pc, Evidence.soft(factors)).flows
+    evidence = Evidence.nothing(1, pc.circuit.num_vars, pc.device)
+    with torch.inference_mode(False), torch.enable_grad():
+        with torch.no_grad():
+            normalised = pc.weights()
+            leaf_values = pc.leaves(evidence, normalised)
+        units = [
+            value.detach().expand(*size, 1).clone() for value, size in zip(leaf_values, pc.layer_sizes, strict=False)
+        ]
+        units = [value.requires_grad_() for value in units]
+        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+        log_z = passes.log_root(pc, units, banks)
+        grads = torch.autograd.grad(log_z.sum(), [*units, *(banks[name].log for name in pc.sum_banks)])
+    flows = dict(zip(pc.sum_banks, grads[len(units) :], strict=True))
+    for layer, grad in zip(pc.input_layers, grads, strict=False):
+        name = layer.parameter_rows.bank
+        statistics = _mean_statistics(pc.families[name], normalised[name])
+        reached = statistics.new_zeros(len(statistics), 1, statistics.shape[2])
+        layer.parameter_rows.add(reached, grad.transpose(1, 2).to(statistics.dtype))
+        flows[name] = flows.get(name, 0) + reached * statistics
+    return {name: flows[name] for name in pc.bank}
+
+
+def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the flows of every bank."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, weights in pc.weights().items():
+        rows, second, third = weights.log.shape
+        family = pc.families.get(name)
+        shapes[name] = (rows, second if family is None else family.num_statistics, third)
+    return shapes
+
+
+def traced_weights(pc: CompiledCircuit) -> tuple[passes.Banks, dict[str, Tensor]]:
+    """Return weights for one pass, and per bank the tensor whose gradient are its flows."""
+    with torch.no_grad():
+        normalised = pc.weights()
+    banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+    sources = {name: weights.log for name, weights in banks.items()}
+    for name, family in pc.families.items():
+        if isinstance(family, Direct):
+            banks[name], sources[name] = _tilted(family, normalised[name])
+    return banks, sources
+
+
+def _tilted(family: Direct, weights: Weights) -> tuple[Weights, Tensor]:
+    """Return weights for one pass, and the coefficients, all 0, whose gradients are the expected statistics.
+
+    Statistics are gathered in float64: a variance is a small difference of large ones.
+    """
+    rows, _, num_units = weights.log.shape
+    read = weights.log.detach().double()
+    coefficients = read.new_zeros(rows, family.num_statistics, num_units).requires_grad_()
+    return Weights(*family.tilt(read, coefficients)), coefficients
+
+
+def _mean_statistics(family: Distribution, weights: Weights) -> Tensor:
+    return family.mean_statistics(weights.log.double()) if isinstance(family, Direct) else weights.linear
+
+
+def _move(
+    pc: CompiledCircuit, name: str, weights: Weights, flows: Tensor, step_size: float, pseudocount: float
+) -> None:
+    """Replace the parameters of one bank by ``1 - s`` of the old ones and s of those that maximise the flows' score."""
+    raw, family = pc.bank[name], pc.families.get(name)
+    if isinstance(family, Direct):
+        mass = flows[:, :1]
+        is_reached = mass > 0
+        flows = torch.where(is_reached, flows, 1.0)
+        maximised = (flows + pseudocount * family.prior_statistics(flows)) / (flows[:, :1] + pseudocount)
+        mixed = torch.lerp(_mean_statistics(family, weights), maximised, step_size)
+        raw.copy_(torch.where(is_reached, family.fit(mixed).to(raw.dtype), raw))
+        return
+    log_maximised, is_reached = _maximise(flows, weights.log, _axis(name), pseudocount)
+    log_mixed = log_maximised
+    if step_size < 1:
+        log_mixed = torch.logaddexp(weights.log + math.log1p(-step_size), log_maximised + math.log(step_size))
+    if family is None:
+        raw.copy_(torch.where(is_reached, log_mixed, raw))
+    else:
+        assert isinstance(family, Finite)
+        target = torch.where(is_reached, log_mixed, weights.log)
+        raw.copy_(family.fit(raw, target, flows.sum(-2, keepdim=True)))
 
 
 def _maximise(flows: Tensor, log_weights: Tensor, axis: int, pseudocount: float) -> tuple[Tensor, Tensor]:
@@ -182,7 +263,7 @@ def _check_step(pc: CompiledCircuit, flows: BankFlows, step_size: float, pseudoc
         raise ArgumentError(f"step_size: expected 0 < step_size <= 1, got {step_size!r}")
     if not 0 <= pseudocount < math.inf:
         raise ArgumentError(f"pseudocount: expected a number >= 0, got {pseudocount!r}")
-    shapes = {name: tuple(parameter.shape) for name, parameter in pc.bank.items()}
+    shapes = flow_shapes(pc)
     given = {name: tuple(flow.shape) for name, flow in flows.items()}
     if given != shapes:
         raise ArgumentError(

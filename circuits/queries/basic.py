@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.queries._common import checked_possible
 from circuits.semiring import LogSemiring, MaxSemiring
@@ -28,7 +28,7 @@ class MPE(NamedTuple):
     """
 
     assignment: Tensor
-    """int64 (B, D): argmax over x of max over z of p(x, z | circuit) prod_i e_i(x_i)."""
+    """(B, D), int64 if all families are discrete: argmax over x of max over z of p(x, z | circuit) prod_i e_i(x_i)."""
     log_score: Tensor
     """(B,): log of that maximum, including the evidence's factors; -inf for impossible evidence."""
 
@@ -38,7 +38,10 @@ class MAP(MPE):
 
 
 def log_likelihood(pc: CompiledCircuit, x: Tensor) -> Tensor:
-    """Return ``log p(x)`` of complete assignments, int64 (B, D): shape (B,), in nats; -inf where impossible."""
+    """Return ``log p(x)`` of complete assignments, (B, D): shape (B,), in nats; -inf where impossible.
+
+    With real variables it is a density. NaN in a floating-point ``x`` is a missing value, as everywhere.
+    """
     return pc.log_partition(Evidence.observe(x))
 
 
@@ -47,7 +50,7 @@ def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
 
     Args:
         pc: the circuit.
-        x: int64 (B, D); entries that are not observed are ignored.
+        x: (B, D); entries that are not observed are ignored.
         observed: bool (B, D).
 
     Returns:
@@ -61,7 +64,7 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
 
     Args:
         pc: the circuit.
-        x: complete assignments, int64 (B, D).
+        x: complete assignments, (B, D).
         observed: bool (B, D), which variables are conditioned on.
 
     Returns:
@@ -92,7 +95,11 @@ def marginals(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
 
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
+        PropertyError: a variable has infinitely many values.
     """
+    for node in pc.circuit.inputs:
+        if not node.distribution.num_values:
+            raise PropertyError(f"marginals needs variables with finitely many values; {node} is a {node.distribution}")
     evidence.check(pc.num_categories)
     factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
 
@@ -118,7 +125,7 @@ def sample(
         generator: on the circuit's device; the same state gives the same samples on one machine.
 
     Returns:
-        int64 (S, D) without evidence, (S, B, D) with it.
+        (S, D) without evidence, (S, B, D) with it; int64 if all families are discrete, else of the circuit's dtype.
 
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
@@ -155,7 +162,7 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
         evidence: for B queries; None: no evidence, B = 1.
 
     Returns:
-        ``(assignment, log_score)``: int64 (B, D) and (B,).
+        ``(assignment, log_score)``: (B, D), int64 if all families are discrete, and (B,).
 
     Raises:
         ImpossibleEvidenceError: no explanation is possible for some query.
@@ -163,8 +170,6 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
     given = Evidence.nothing(1, pc.circuit.num_vars, pc.device) if evidence is None else evidence
     given.check(pc.num_categories)
     semiring, banks = MaxSemiring(), pc.weights()
-    if given.missing is not None:  # the maximum over a missing variable is not 1: its values must be compared
-        given = Evidence.soft(given.dense(int(pc.num_categories.max()), pc.dtype))
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
     log_score = checked_possible(_root(outputs))
     units, query = passes.downward_choice(pc, semiring, outputs, banks, 1, None)

@@ -12,7 +12,8 @@ from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.layers import InputLayer, ProductLayer, SumLayer
+from circuits.input_layers import InputLayer
+from circuits.layers import ProductLayer, SumLayer
 from circuits.queries._common import MAX_NUMBERS, checked_possible, dense_factors
 from circuits.semirings import KBestSemiring
 

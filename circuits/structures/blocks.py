@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from circuits.distributions import Categorical
+from circuits.distributions import Literal
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, inputs, product, sum
 
@@ -111,4 +111,4 @@ def _joint_values(block: Sequence[int], categories: Sequence[int]) -> Node:
 
 
 def _indicators(var: int, num_categories: int) -> Input:
-    return inputs(var, num_categories, Categorical(num_categories), weights=torch.eye(num_categories))
+    return inputs(var, num_categories, Literal(num_categories, tuple(range(num_categories))))

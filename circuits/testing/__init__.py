@@ -10,6 +10,7 @@ from circuits.testing.oracle import (
     enumerate_joint,
     enumerated_log_partition,
     enumerated_marginals,
+    evaluate_slowly,
 )
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "enumerate_joint",
     "enumerated_log_partition",
     "enumerated_marginals",
+    "evaluate_slowly",
     "evidence",
 ]
 

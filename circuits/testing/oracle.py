@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
+from circuits.distributions import Direct
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Input, Node, Product, Sum
@@ -29,7 +30,7 @@ def enumerate_joint(pc: CompiledCircuit) -> Tensor:
         float64, shape ``pc.circuit.num_categories``, (C,) * D when all variables have C categories.
 
     Raises:
-        ArgumentError: the circuit is too large.
+        ArgumentError: the circuit is too large, or a variable has infinitely many values.
     """
     return _enumerate(pc, lambda terms: torch.logsumexp(terms, 1))
 
@@ -58,6 +59,42 @@ def enumerated_marginals(joint: Tensor, evidence: Evidence) -> Tensor:
     return marginals
 
 
+@torch.no_grad()
+def evaluate_slowly(pc: CompiledCircuit, x: Tensor) -> Tensor:
+    """Return log p(x), (B,), node by node in float64, for circuits of any families; NaN in ``x`` is summed out.
+
+    Args:
+        pc: a circuit.
+        x: floating point (B, D).
+    """
+    values: dict[Node, Tensor] = {}  # (K, B)
+    x = x.double().cpu()
+    for node in pc.circuit.nodes:
+        if isinstance(node, Input):
+            value = x[:, node.var]
+            values[node] = torch.where(value.isnan(), 0.0, _log_probability(pc, node, value.nan_to_num(0.0)))
+        elif isinstance(node, Product):
+            out = values[node.children[0]]
+            for child in node.children[1:]:
+                other = values[child]
+                out = (out.unsqueeze(1) + other.unsqueeze(0)).flatten(0, 1) if node.mode == "outer" else out + other
+            values[node] = out
+        else:
+            assert isinstance(node, Sum)
+            children = torch.cat([values[child] for child in node.children])
+            weights = pc.log_weights(node).double().cpu()
+            values[node] = torch.logsumexp(weights.unsqueeze(-1) + children, 1)
+    return values[pc.circuit.root][0]
+
+
+def _log_probability(pc: CompiledCircuit, node: Input, x: Tensor) -> Tensor:
+    """Return log p(x) of the units of an input node, (K, B), for ``x`` (B,)."""
+    if isinstance(node.distribution, Direct):
+        parameters = node.distribution.read(pc.bank_row(node).double().cpu()).unsqueeze(-1).unbind(0)
+        return node.distribution.log_density(parameters, x)
+    return pc.log_weights(node).double().cpu().t()[:, x.long()]
+
+
 def _with_evidence(joint: Tensor, evidence: Evidence) -> Tensor:
     factors = evidence.dense(max(joint.shape), torch.float64)
     total = joint.unsqueeze(0)
@@ -69,6 +106,8 @@ def _with_evidence(joint: Tensor, evidence: Evidence) -> Tensor:
 def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
     """Tabulate every node over its variables, (K, C_0 or 1, ..., C_D-1 or 1), children first; ``plus`` adds dim 1."""
     circuit = pc.circuit
+    if not all(circuit.num_categories):
+        raise ArgumentError(f"pc: {circuit} has variables with infinitely many values; use testing.evaluate_slowly")
     num_assignments = 1
     for count in circuit.num_categories:
         num_assignments *= count

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    DiscretizedLogistic,
+    Distribution,
+    EmbeddingCategorical,
+    Gaussian,
+    Poisson,
+)
+from circuits.distributions import Literal as LiteralFamily
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
 
@@ -26,8 +36,9 @@ def circuits(
     max_units: int = 3,
     max_categories: int = 4,
     zero_weights: bool = True,
+    families: Literal["table", "finite", "all"] = "finite",
 ) -> Circuit:
-    """Draw a valid circuit: shared nodes, several children, mixed numbers of categories, tied parameters.
+    """Draw a valid circuit: shared nodes, several children, mixed families and categories, tied parameters.
 
     Args:
         draw: given by Hypothesis.
@@ -35,21 +46,26 @@ def circuits(
         max_vars: the greatest number of variables.
         max_units: the greatest number of units of a node (outer products may have its square).
         max_categories: the greatest number of categories of a variable.
-        zero_weights: whether some nodes are given weights with zeros in them.
+        zero_weights: whether some nodes are given weights with zeros in them, or are literals.
+        families: of the inputs: "table": categorical and Bernoulli; "finite": all that have finitely many values, so
+            that enumeration is possible; "all": also Poisson and Gaussian.
     """
     num_vars = draw(st.integers(min_vars, max_vars), label="num_vars")
-    builder = _Builder(draw, num_vars, max_units, max_categories, zero_weights)
+    builder = _Builder(draw, num_vars, max_units, max_categories, zero_weights, families)
     return Circuit(builder.mixture(tuple(range(num_vars)), num_units=1))
 
 
 class _Builder:
     """Builds nodes top-down; keeps what it built, to share nodes and to tie parameters."""
 
-    def __init__(self, draw: st.DrawFn, num_vars: int, max_units: int, max_categories: int, zeros: bool) -> None:
+    def __init__(
+        self, draw: st.DrawFn, num_vars: int, max_units: int, max_categories: int, zeros: bool, families: str
+    ) -> None:
         self.draw = draw
         self.max_units = max_units
         self.zeros = zeros
-        self.families = [self._family(max_categories) for _ in range(num_vars)]
+        self.kind = families
+        self.counts = [self._count(max_categories) for _ in range(num_vars)]
         self.built: dict[tuple[tuple[int, ...], int], list[Node]] = {}
         self.leaves: dict[Hashable, list[Input]] = {}
         self.mixtures: dict[Hashable, list[Sum]] = {}
@@ -67,10 +83,11 @@ class _Builder:
 
     def leaf(self, var: int, num_units: int) -> Input:
         """Build input units on ``var``."""
-        family = self.families[var]
-        shape = (family.num_categories, num_units)
+        family = self._family(self.counts[var], num_units)
+        shape = family.parameter_shape(num_units)
         tied_to = self._owner(self.leaves, (family, shape))
-        weights = None if tied_to else self._weights(shape, axis=0)
+        is_table = isinstance(family.stored_as, Categorical)
+        weights = self._weights(shape, axis=0) if is_table and not tied_to else None
         node = inputs(var, num_units, family, tied_to=tied_to, weights=weights)
         self.leaves.setdefault((family, shape), []).append(node)
         return node
@@ -99,9 +116,30 @@ class _Builder:
             return product(*(self.region(part, self.draw(st.integers(1, 2))) for part in parts), mode="outer")
         return product(*(self.region(part, num_units) for part in parts))
 
-    def _family(self, max_categories: int) -> Distribution:
-        count = self.draw(st.integers(1, max_categories), label="categories")
-        return Bernoulli() if count == 2 and self.draw(st.booleans(), label="bernoulli") else Categorical(count)
+    def _count(self, max_categories: int) -> int:
+        """Draw a variable's number of values; 0: whole numbers, -1: real numbers."""
+        if self.kind == "all" and self.draw(st.booleans(), label="infinitely many values"):
+            return self.draw(st.sampled_from([0, -1]), label="counts or real numbers")
+        return self.draw(st.integers(1, max_categories), label="categories")
+
+    def _family(self, count: int, num_units: int) -> Distribution:
+        """Draw a family for a variable; one variable may have several of the same values."""
+        if count < 1:
+            return Poisson() if count == 0 else Gaussian()
+        if count == 2 and self.draw(st.booleans(), label="bernoulli"):
+            return Bernoulli()
+        if self.kind == "table" or not self.draw(st.booleans(), label="another family"):
+            return Categorical(count)
+        kinds = ["binomial", "logistic", "embedding", *["literal"] * self.zeros]
+        kind = self.draw(st.sampled_from(kinds), label="family")
+        if kind == "binomial" and count > 1:
+            return Binomial(count - 1)
+        if kind == "literal":
+            values = self.draw(st.lists(st.integers(0, count - 1), min_size=num_units, max_size=num_units))
+            return LiteralFamily(count, tuple(values))
+        if kind == "embedding":
+            return EmbeddingCategorical(count, self.draw(st.integers(1, 2), label="rank"))
+        return DiscretizedLogistic(count)
 
     def _owner(self, owners: Mapping[Hashable, list[T]], key: Hashable) -> T | None:
         """Draw whether to tie to an earlier node with parameters of the same shape, and which."""
@@ -125,7 +163,10 @@ class _Builder:
 def evidence(
     draw: st.DrawFn, circuit: Circuit, *, batch_size: int = 2, largest: float = 6.0, impossible_values: bool = True
 ) -> Evidence:
-    """Draw evidence on a circuit: hard, partly missing, soft, mixed or sparse.
+    """Draw evidence on a circuit: hard, partly missing, soft, mixed, sparse, or intervals.
+
+    Circuits with variables of infinitely many values get hard or partly missing evidence, in floating point, or
+    intervals.
 
     Args:
         draw: given by Hypothesis.
@@ -136,13 +177,17 @@ def evidence(
     """
     shape = (batch_size, circuit.num_vars)
     categories = circuit.num_categories
-    kind = draw(st.sampled_from(["hard", "partly missing", "soft", "mixed", "sparse"]), label="evidence")
-    x = torch.tensor([[draw(st.integers(0, count - 1)) for count in categories] for _ in range(batch_size)])
+    kinds = ["hard", "partly missing", "interval", "soft", "mixed", "sparse"]
+    kind = draw(st.sampled_from(kinds if all(categories) else kinds[:3]), label="evidence")
+    x = torch.tensor([[_value(draw, domain) for domain in _domains(circuit)] for _ in range(batch_size)])
     observed = torch.tensor([[draw(st.booleans()) for _ in categories] for _ in range(batch_size)]).reshape(shape)
     if kind == "hard":
         return Evidence.observe(x)
     if kind == "partly missing":
         return Evidence.observe(x, observed)
+    if kind == "interval":
+        widths = torch.tensor(draw(st.lists(st.sampled_from([0.5, 1.0, 2.0, torch.inf]), min_size=2, max_size=2)))
+        return Evidence.interval((x - widths[0]).double(), (x.double() + widths[1]).masked_fill(~observed, torch.inf))
     numbers = st.floats(-largest, largest, allow_subnormal=False)
     factor = st.one_of(numbers, st.just(-torch.inf)) if impossible_values else numbers
     size = batch_size * circuit.num_vars * max(categories)
@@ -159,3 +204,15 @@ def evidence(
     values = (x.unsqueeze(-1) + offsets) % counts
     listed = factors.gather(2, values).masked_fill(offsets >= counts, -torch.inf)
     return Evidence.sparse(values, listed, missing=observed)
+
+
+def _domains(circuit: Circuit) -> list[Distribution]:
+    """Return a family of every variable."""
+    families = {node.var: node.distribution for node in circuit.inputs}
+    return [families[var] for var in range(circuit.num_vars)]
+
+
+def _value(draw: st.DrawFn, family: Distribution) -> int | float:
+    if family.num_values:
+        return draw(st.integers(0, family.num_values - 1))
+    return draw(st.integers(0, 6) if family.is_discrete else st.floats(-3, 3, allow_subnormal=False))

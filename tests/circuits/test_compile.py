@@ -119,7 +119,7 @@ def test_weight_gradients_are_the_numeric_ones(circuit, seed):
     x = torch.tensor([[seed % count for count in circuit.num_categories]])
     evidence = [ct.Evidence.observe(x), ct.Evidence.soft(torch.zeros(1, *x.shape[1:], max(circuit.num_categories)))]
     for given_evidence in evidence:
-        names = list(pc.bank)
+        names = [name for name, parameter in pc.bank.items() if parameter.numel()]
         grads = torch.autograd.grad(pc(given_evidence).sum(), [pc.bank[n] for n in names], allow_unused=True)
         for name, grad in zip(names, grads, strict=True):
             parameter = pc.bank[name]
@@ -183,7 +183,8 @@ def test_the_default_product_of_a_semiring_is_repeated_times():
         (torch.zeros(2, 4, dtype=torch.int64), "has 5 variables, the evidence has 4"),
         (torch.full((2, 5), 4), "x: expected values from 0 to 3, got 4 at batch 0, variable 0"),
         (torch.full((2, 5), -1), "got -1 at batch 0"),
-        (torch.zeros(2, 5), "x: expected int64"),
+        (torch.zeros(2, 5) + 0.5, "x: expected values from 0 to 3, got 0.5 at batch 0, variable 0"),
+        (torch.zeros(2, 5, dtype=torch.bool), "x: expected int64"),
         (torch.zeros(5, dtype=torch.int64), "x: expected int64"),
         ([[0] * 5], "x: expected a tensor"),
     ],

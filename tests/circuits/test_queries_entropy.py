@@ -15,7 +15,7 @@ def entropy_of(p):
 def explanation_scores(pc, node, unit, factors):
     """Return the log-scores of all explanations of one unit, 1-D: every latent choice and value."""
     if isinstance(node, ct.Input):
-        return pc.log_weights(node)[:, unit].detach() + factors[node.var, : node.distribution.num_categories]
+        return pc.log_weights(node)[:, unit].detach() + factors[node.var, : node.distribution.num_values]
     if isinstance(node, ct.Product):
         units = [unit] * len(node.children)
         if node.mode == "outer":

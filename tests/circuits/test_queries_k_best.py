@@ -17,7 +17,7 @@ def explanations(pc, node, unit, factors, memo):
     if key in memo:
         return memo[key]
     if isinstance(node, ct.Input):
-        scores = pc.log_weights(node)[:, unit] + factors[node.var, : node.distribution.num_categories]
+        scores = pc.log_weights(node)[:, unit] + factors[node.var, : node.distribution.num_values]
         found = [(score, ((node.var, v),)) for v, score in enumerate(scores.tolist())]
     elif isinstance(node, ct.Product):
         if node.mode == "outer":

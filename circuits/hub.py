@@ -1,0 +1,108 @@
+"""Share compiled circuits over the Hugging Face hub: folders of ``ct.save`` with a model card, no pickle anywhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError, CheckpointError
+from circuits.io import STRUCTURE_FILE, WEIGHTS_FILE, load, save
+
+_FILES = (STRUCTURE_FILE, WEIGHTS_FILE)
+
+
+def save_pretrained(pc: CompiledCircuit, folder: str | os.PathLike[str], **options: Any) -> None:
+    """Save a circuit in a folder as the hub expects it: its structure, its weights, and a model card if there is none.
+
+    Args:
+        pc: the circuit.
+        folder: is made if it is not there; other files in it stay.
+        options: those of ``huggingface_hub.ModelHubMixin.save_pretrained``, for instance ``push_to_hub=True``.
+
+    Raises:
+        ArgumentError: ``pc`` is no compiled circuit, or cannot be saved.
+    """
+    _hub_class()(_checked(pc)).save_pretrained(folder, **options)
+
+
+def push_to_hub(pc: CompiledCircuit, repo_id: str, **options: Any) -> str:
+    """Upload a circuit to a repository of the hub, which is created if it is not there.
+
+    Args:
+        pc: the circuit.
+        repo_id: "name" or "organisation/name".
+        options: those of ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private=``, ``token=``, ``branch=``, ...
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ArgumentError: ``pc`` is no compiled circuit, or cannot be saved.
+    """
+    return str(_hub_class()(_checked(pc)).push_to_hub(repo_id, **options))
+
+
+def from_pretrained(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> CompiledCircuit:
+    """Load a circuit from a folder, or from a repository of the hub. Nothing in it is executed.
+
+    Args:
+        name_or_folder: a folder that :func:`save_pretrained` or ``ct.save`` wrote, or the name of a repository.
+        device: where the parameters go.
+        dtype: torch.float32 or torch.float64; None: as they were saved.
+        revision: branch, tag or commit of the repository.
+        options: those of ``huggingface_hub.snapshot_download``: ``token=``, ``cache_dir=``, ...
+
+    Raises:
+        ArgumentError: a wrong ``dtype``.
+        CheckpointError: there is no such circuit, or it is corrupt or hostile.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = os.fspath(name_or_folder)
+    if os.path.isdir(name):
+        return load(name, device=device, dtype=dtype)
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(_FILES), **options)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{name}: neither a folder nor a repository that can be downloaded: {error}") from error
+    return load(folder, device=device, dtype=dtype)
+
+
+def _checked(pc: CompiledCircuit) -> CompiledCircuit:
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    return pc
+
+
+@functools.cache
+def _hub_class() -> Any:
+    """Build the class that the hub's mixin needs; only now, because importing ``huggingface_hub`` takes a while."""
+    from huggingface_hub import ModelHubMixin
+
+    class CircuitOnHub(ModelHubMixin, library_name="unfactor", tags=["probabilistic-circuit"]):
+        def __init__(self, pc: CompiledCircuit) -> None:
+            self.pc = pc
+
+        def _save_pretrained(self, save_directory: Path) -> None:
+            with tempfile.TemporaryDirectory() as temporary:
+                saved = Path(temporary) / "circuit"
+                save(self.pc, saved)
+                for name in _FILES:
+                    shutil.copyfile(saved / name, save_directory / name)
+
+    return CircuitOnHub

@@ -1,0 +1,202 @@
+"""Reads the data of a pickle without running it: numbers, texts, containers, NumPy arrays, and names of classes.
+
+A pickle is a program for a stack machine that may call any function. This is a machine without calls: where the program
+wants one, it gets a :class:`Call` that only says what was to be called, and NumPy arrays are put together from their
+bytes. So nothing that the file says is imported or executed.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from circuits.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that the pickle names."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that the pickle asks for and does not get."""
+
+    function: Name
+    arguments: tuple[Any, ...]
+    state: Any = None
+    """What the object was to be given afterwards."""
+
+
+_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"}
+_TEXTS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_CONSTANTS = _NUMBERS | _TEXTS | _BYTES
+_FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_DTYPES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
+_NUMPY = ("numpy.core.", "numpy._core.")
+
+
+def read_pickle(data: bytes) -> Any:
+    """Return what a pickle describes, with a :class:`Call` wherever it wants something called.
+
+    Raises:
+        CheckpointError: the bytes are no pickle, or one that needs more than data.
+    """
+    try:
+        return _Machine().run(data)
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"corrupt or truncated pickle: {error}") from error
+
+
+def array_of(value: Any) -> np.ndarray[Any, Any]:
+    """Return the NumPy array of numbers or booleans that was pickled.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if isinstance(value, Call) and value.function.module.startswith(_NUMPY):
+        name = value.function.name
+        if name == "_reconstruct" and isinstance(value.state, tuple) and len(value.state) == 5:
+            _, shape, dtype, is_fortran, data = value.state
+            return _array(data, dtype, shape, "F" if is_fortran else "C")
+        if name == "_frombuffer" and len(value.arguments) == 4:
+            data, dtype, shape, order = value.arguments
+            return _array(data, dtype, shape, "F" if order == "F" else "C")
+    raise CheckpointError(f"expected an array of numbers, got {describe(value)}")
+
+
+def integer_of(value: Any) -> int:
+    """Return a pickled integer, Python's or NumPy's; raises CheckpointError if it is something else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    is_scalar = isinstance(value, Call) and value.function.name == "scalar" and len(value.arguments) == 2
+    if is_scalar and value.function.module.startswith(_NUMPY):
+        array = _array(value.arguments[1], value.arguments[0], (), "C")
+        if array.dtype.kind in "iu":
+            return int(array)
+    raise CheckpointError(f"expected an integer, got {describe(value)}")
+
+
+def describe(value: Any) -> str:
+    """Say what a value is, in a few words."""
+    if isinstance(value, Call):
+        return f"a call of {value.function}"
+    if isinstance(value, Name):
+        return f"the name {value}"
+    if isinstance(value, (int, float, bool, str)) or value is None:
+        return f"{value!r:.60}"
+    return f"a {type(value).__name__}"
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        for opcode, argument, _ in pickletools.genops(data):
+            name = opcode.name
+            if name == "STOP":
+                return self.stack.pop()
+            if name in _CONSTANTS:
+                self.stack.append(argument)
+            elif name in _FIXED:
+                self.stack.append(_FIXED[name])
+            elif name in _TUPLE_SIZES:
+                self.stack.append(tuple(self._pop(_TUPLE_SIZES[name])))
+            elif name not in ("PROTO", "FRAME"):
+                self._step(name, argument)
+        raise CheckpointError("corrupt or truncated pickle: it has no end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        if name == "MARK":
+            self.marks.append(len(self.stack))
+        elif name == "EMPTY_LIST":
+            self.stack.append([])
+        elif name == "EMPTY_DICT":
+            self.stack.append({})
+        elif name == "TUPLE":
+            self.stack.append(tuple(self._pop_to_mark()))
+        elif name in ("APPEND", "APPENDS"):
+            values = self._pop(1) if name == "APPEND" else self._pop_to_mark()
+            self._top(list).extend(values)
+        elif name in ("SETITEM", "SETITEMS"):
+            values = self._pop(2) if name == "SETITEM" else self._pop_to_mark()
+            self._top(dict).update(zip(values[::2], values[1::2], strict=True))
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = self.stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            self.stack.append(Name(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            self.stack.append(Name(*self._pop(2)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            function, arguments = self._pop(2)
+            if not isinstance(function, Name) or not isinstance(arguments, tuple):
+                raise CheckpointError(f"corrupt pickle: it calls {describe(function)}")
+            self.stack.append(Call(function, arguments))
+        elif name == "BUILD":
+            state = self._pop(1)[0]
+            self._top(Call).state = state
+        else:
+            raise CheckpointError(f"the pickle uses {name}, which plain data does not need; it is not read")
+
+    def _top(self, kind: type[T]) -> T:
+        top = self.stack[-1]
+        if not isinstance(top, kind):
+            raise CheckpointError(f"corrupt pickle: expected a {kind.__name__}, got {describe(top)}")
+        return top
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise CheckpointError("corrupt pickle: its stack is empty")
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        return values
+
+    def _pop_to_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray[Any, Any]:
+    kind = _dtype_of(dtype)
+    if not isinstance(data, (bytes, bytearray)) or not isinstance(shape, tuple) or len(shape) > 8:
+        raise CheckpointError(f"corrupt array: {describe(data)} in the shape {describe(shape)}")
+    sizes = [integer_of(size) for size in shape]
+    if min(sizes, default=0) < 0 or math.prod(sizes) * kind.itemsize != len(data):
+        raise CheckpointError(f"corrupt array: {len(data)} bytes cannot have the shape {sizes!s:.60} of {kind}")
+    return np.frombuffer(data, kind).reshape(sizes, order=order)
+
+
+def _dtype_of(value: Any) -> np.dtype[Any]:
+    is_dtype = isinstance(value, Call) and value.function == Name("numpy", "dtype")
+    code = value.arguments[0] if is_dtype and value.arguments else None
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise CheckpointError(
+            f"an array of {describe(code)}: expected numbers or booleans ({', '.join(sorted(_DTYPES))})"
+        )
+    is_swapped = isinstance(value.state, tuple) and len(value.state) > 1 and value.state[1] == ">"
+    return np.dtype((">" if is_swapped else "<") + code)

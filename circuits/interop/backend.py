@@ -1,0 +1,78 @@
+"""``compile(..., backend="pyjuice")``: PyJuice's CUDA kernels behind the likelihoods of a compiled circuit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.graph import Circuit
+from circuits.interop.pyjuice import import_pyjuice, to_pyjuice
+from circuits.transforms._rebuild import check_is_table
+
+_BATCH_MULTIPLE = 32
+
+
+class JuiceCircuit(CompiledCircuit):
+    """A compiled circuit that evaluates hard and missing evidence with PyJuice's kernels where no gradient is needed.
+
+    That is ``pc(x)``, ``log_likelihood``, ``log_marginal`` and ``log_partition`` under ``torch.no_grad()``. Everything
+    else, and all gradients, run on this library's own kernels with the same weights. PyJuice gives impossible evidence
+    a very small likelihood where this library gives it none, -inf, and multiplies in reduced precision.
+    """
+
+    _compiled: tuple[tuple[object, ...], Any] | None = None
+
+    def log_partition(self, evidence: Evidence, banks: passes.Banks | None = None) -> Tensor:
+        """Return ``log Z(e)``, shape (B,), see :meth:`CompiledCircuit.log_partition`."""
+        is_hard = evidence.values is not None and evidence.log_factors is None and evidence.values.shape[-1] == 1
+        if not is_hard or banks is not None or torch.is_grad_enabled() or self.device.type != "cuda":
+            return super().log_partition(evidence, banks)
+        assert evidence.values is not None
+        evidence.check(self.num_categories)
+        rows = torch.arange(-(-evidence.batch_size // _BATCH_MULTIPLE) * _BATCH_MULTIPLE, device=self.device)
+        rows = rows.masked_fill(rows >= evidence.batch_size, 0)  # kernels take whole blocks of samples
+        options = {} if evidence.missing is None else {"missing_mask": evidence.missing[rows].contiguous()}
+        log_z = self._kernels()(evidence.values[rows, :, 0].contiguous(), **options)
+        return log_z[: evidence.batch_size, 0].to(self.dtype)
+
+    def _kernels(self) -> Any:
+        """Return PyJuice's circuit of the present weights, compiled again after they changed."""
+        key = tuple((parameter._version, parameter.data_ptr()) for parameter in self.bank.values())
+        if self._compiled is None or self._compiled[0] != key:
+            compiled = import_pyjuice().compile(to_pyjuice(self), device=self.device, verbose=False)
+            self._compiled = key, compiled.to(self.device)  # in a tuple: not a submodule, so not in the state_dict
+        return self._compiled[1]
+
+
+def compile_with_pyjuice(
+    circuit: Circuit,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int | None,
+    generator: torch.Generator | None,
+) -> JuiceCircuit:
+    """Compile a circuit for ``backend="pyjuice"``; the arguments are those of ``compile``.
+
+    Raises:
+        ArgumentError: there is no CUDA device or no PyJuice, or another device or dtype is asked for.
+        PropertyError: an input family that PyJuice's exchange does not cover.
+    """
+    import_pyjuice()
+    if not torch.cuda.is_available():
+        raise ArgumentError(
+            "backend: 'pyjuice' runs on CUDA only, and torch sees no CUDA device; use backend='torch', which runs "
+            "everywhere"
+        )
+    if torch.device(device).type != "cuda" or dtype != torch.float32:
+        raise ArgumentError(f"backend: 'pyjuice' needs device='cuda' and dtype=torch.float32, got {device}, {dtype}")
+    for node in circuit.inputs:
+        check_is_table(node, "PyJuice")
+    pc = JuiceCircuit(circuit, dtype=dtype)
+    pc.randomize(seed=seed, generator=generator)
+    return pc.to(device)

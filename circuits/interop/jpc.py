@@ -1,0 +1,159 @@
+"""PyJuice's checkpoints, files that end in ``.jpc``: read without running the pickle that they are, and written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit
+from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.errors import ArgumentError, CheckpointError, StructureError
+from circuits.interop._nodes import JuiceNode, build_circuit
+from circuits.interop._pickle import Call, array_of, describe, integer_of, read_pickle
+from circuits.interop.pyjuice import import_pyjuice, to_pyjuice
+
+_KINDS: dict[str, Literal["input", "product", "sum"]] = {"Input": "input", "Product": "product", "Sum": "sum"}
+_SIZE_NAMES = (("num_node_blocks", "block_size"), ("num_node_groups", "group_size"), ("num_nodes", None))
+
+
+def load_jpc(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+) -> CompiledCircuit:
+    """Load a circuit from a checkpoint that ``pyjuice.save`` wrote. Nothing in the file is executed.
+
+    A ``.jpc`` file is a pickle. Its instructions are read as data; what would be a call is never made. PyJuice does not
+    need to be installed.
+
+    Args:
+        path: the file.
+        device: where the parameters go.
+        dtype: torch.float32 or torch.float64.
+        seed: for weights that the file lacks; fresh entropy when omitted.
+
+    Raises:
+        CheckpointError: the file is missing, corrupt, hostile, or describes what this library's circuits do not have.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; give a file that pyjuice.save wrote") from error
+    try:
+        records = read_pickle(data)
+        if not isinstance(records, list) or not records:
+            raise CheckpointError(f"expected a list of nodes, got {describe(records)}")
+        nodes = [_node_of(record, position, len(records)) for position, record in enumerate(records)]
+        return build_circuit(nodes, device=device, dtype=dtype, seed=seed)
+    except (CheckpointError, ArgumentError, StructureError) as error:
+        raise CheckpointError(f"{path}: {error}; give a file that pyjuice.save wrote") from error
+
+
+def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: int | None = None) -> None:
+    """Write a circuit as a checkpoint that ``pyjuice.load`` reads.
+
+    A ``.jpc`` file is a pickle, which PyJuice executes when it loads it: exchange such files with people you trust, and
+    use ``ct.save`` for everything else.
+
+    Args:
+        pc: the circuit; its inputs are categorical or Bernoulli.
+        path: the file to write; its name ends in ``.jpc``.
+        block_size: units per block, see ``to_pyjuice``.
+
+    Raises:
+        ArgumentError: another ending, a wrong block size, or PyJuice is not installed.
+        PropertyError: another input family.
+    """
+    if Path(path).suffix != ".jpc":
+        raise ArgumentError(f"path: expected a file name that ends in .jpc, got {os.fspath(path)!r}")
+    nodes = to_pyjuice(pc, block_size=block_size)
+    import_pyjuice().save(os.fspath(path), nodes)
+
+
+def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:
+    try:
+        if not isinstance(record, dict):
+            raise CheckpointError(f"expected a dictionary, got {describe(record)}")
+        kind = _KINDS.get(record["type"]) if isinstance(record.get("type"), str) else None
+        if kind is None:
+            raise CheckpointError(f"type: expected Input, Product or Sum, got {describe(record.get('type'))}")
+        if "external_params" in record:
+            raise CheckpointError("it has external parameters, which this library's circuits do not have")
+        num_blocks, block_size = _sizes_of(record)
+        children = _positions(record.get("chs"), position)
+        if bool(children) == (kind == "input"):
+            raise CheckpointError(f"chs: a node of type {record['type']} with {len(children)} children")
+        source = None
+        if "source_node" in record:
+            source = _integer(record, "source_node", 0, num_nodes - 1)
+        parameters = None if "params" not in record else _numbers(record["params"], "f")
+        if kind == "input":
+            family = _family_of(record.get("dist"))
+            var = _variable_of(record.get("scope"))
+            return JuiceNode(
+                kind, num_blocks, block_size, parameters=parameters, var=var, distribution=family, source=source
+            )
+        edges = _numbers(record.get("edge_ids"), "iu").long()
+        return JuiceNode(kind, num_blocks, block_size, children, edges, parameters, source=source)
+    except CheckpointError as error:
+        raise CheckpointError(f"node {position}: {error}") from error
+
+
+def _sizes_of(record: Mapping[str, Any]) -> tuple[int, int]:
+    for blocks, size in _SIZE_NAMES:
+        if blocks in record:
+            limit = 1 << 20
+            block_size = 1 if size is None else _integer(record, size, 1, limit)
+            return _integer(record, blocks, 1, limit), block_size
+    raise CheckpointError("it has no num_node_blocks")
+
+
+def _integer(record: Mapping[str, Any], key: str, least: int, greatest: int) -> int:
+    value = integer_of(record.get(key))
+    if not least <= value <= greatest:
+        raise CheckpointError(f"{key}: expected an integer from {least} to {greatest}, got {value!r:.30}")
+    return value
+
+
+def _positions(value: Any, position: int) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise CheckpointError(f"chs: expected positions of earlier nodes, got {describe(value)}")
+    positions = tuple(integer_of(child) for child in value)
+    if not all(0 <= child < position for child in positions):
+        raise CheckpointError(f"chs: expected positions of earlier nodes, 0 to {position - 1}, got {positions!r:.60}")
+    return positions
+
+
+def _numbers(value: Any, kinds: str) -> Tensor:
+    array = array_of(value)
+    if array.dtype.kind not in kinds:
+        raise CheckpointError(f"an array of {array.dtype}, which does not belong there")
+    return torch.from_numpy(array.astype(np.float64 if kinds == "f" else np.int64))
+
+
+def _variable_of(value: Any) -> int:
+    if not isinstance(value, (tuple, list)) or len(value) != 1:
+        raise CheckpointError(f"scope: expected one variable, got {describe(value)}")
+    return _integer({"scope": value[0]}, "scope", 0, 1 << 24)
+
+
+def _family_of(value: Any) -> Distribution:
+    """Read the family of an input node, a pickle inside the pickle: a class's name and its attributes."""
+    if not isinstance(value, bytes):
+        raise CheckpointError(f"dist: expected bytes, got {describe(value)}")
+    pickled = read_pickle(value)
+    name = pickled.function.name if isinstance(pickled, Call) else ""
+    is_of_pyjuice = isinstance(pickled, Call) and pickled.function.module.startswith("pyjuice.")
+    if is_of_pyjuice and name == "Bernoulli":
+        return Bernoulli()
+    if is_of_pyjuice and name == "Categorical" and isinstance(pickled.state, dict):
+        return Categorical(_integer(pickled.state, "num_cats", 1, 1 << 24))
+    raise CheckpointError(f"dist: expected PyJuice's Categorical or Bernoulli, got {describe(pickled)}")

@@ -1,0 +1,182 @@
+"""Exchange circuits with PyJuice (Liu, Ahmed, Van den Broeck 2024): our circuits to its nodes, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit
+from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.errors import ArgumentError, PropertyError
+from circuits.interop._nodes import JuiceNode, build_circuit, list_nodes
+from circuits.transforms._rebuild import check_compiled, check_is_table
+
+
+def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:
+    """Return PyJuice's nodes of a circuit, with its weights; ``pyjuice.compile`` takes them where CUDA is there.
+
+    PyJuice groups units in blocks. Where a node's number of units is no multiple of the block size, its last block is
+    filled up with copies of its first unit that nothing has a weight for. Sums of sums and products of products get a
+    node in between that changes nothing. Zero weights are masked, so PyJuice's EM keeps them zero. Tied parameters stay
+    tied, unless the units of tied sums' children fall into different blocks.
+
+    Args:
+        pc: the circuit; its inputs are categorical or Bernoulli.
+        block_size: units per block, a power of two; None: the largest that divides every node's number of units.
+
+    Returns:
+        The root, a ``pyjuice.nodes.SumNodes`` on the CPU, in float32 as PyJuice keeps them.
+
+    Raises:
+        ArgumentError: a wrong block size, or PyJuice is not installed.
+        PropertyError: another input family.
+    """
+    juice = import_pyjuice()
+    check_compiled(pc)
+    for node in pc.circuit.inputs:
+        check_is_table(node, "PyJuice")
+    built: list[Any] = []
+    for listed in list_nodes(pc, block_size):
+        children = [built[child] for child in listed.children]
+        source = None if listed.source is None else built[listed.source]
+        options: dict[str, Any] = {"block_size": listed.block_size, "source_node": source}
+        if listed.kind == "input":
+            family = _family_of(listed.distribution, juice)
+            new = juice.inputs(listed.var, num_node_blocks=listed.num_blocks, dist=family, **options)
+        elif listed.kind == "product":
+            assert listed.edges is not None
+            is_sparse = len(listed.edges) != listed.num_blocks
+            new = juice.multiply(*children, edge_ids=listed.edges, sparse_edges=is_sparse)
+        else:
+            new = juice.summate(*children, num_node_blocks=listed.num_blocks, edge_ids=listed.edges, **options)
+        if listed.parameters is not None:
+            if listed.kind == "sum" and bool((listed.parameters == 0).any()):
+                new.set_zero_param_mask(listed.parameters == 0)
+            new.set_params(listed.parameters, normalize=False)
+        built.append(new)
+    return built[-1]
+
+
+def from_pyjuice(
+    root: Any,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+) -> CompiledCircuit:
+    """Return the circuit of PyJuice's nodes, with their weights; those that have none yet are drawn.
+
+    Edges between blocks that are missing become zero weights. Products that are neither elementwise nor outer get sums
+    below them that pick the units. PyJuice's padding units stay: ``ct.transforms.trim`` drops them.
+
+    Args:
+        root: a ``pyjuice.nodes.CircuitNodes`` with one unit, or a ``pyjuice.TensorCircuit``.
+        device: where the parameters go.
+        dtype: torch.float32 or torch.float64.
+        seed: for weights that are not initialised; fresh entropy when omitted.
+
+    Raises:
+        ArgumentError: ``root`` is something else.
+        PropertyError: an input family other than categorical and Bernoulli, or external parameters.
+        StructureError: the nodes are no circuit of ours: variables are missing, or the root has several units.
+    """
+    if hasattr(root, "root_ns"):
+        root.update_parameters()
+        root = root.root_ns
+    if not (hasattr(root, "chs") and hasattr(root, "num_node_blocks")):
+        raise ArgumentError(f"root: expected nodes of PyJuice, or a TensorCircuit, got {type(root).__name__}")
+    order = _children_first(root)
+    position = {node: place for place, node in enumerate(order)}
+    listed = [_listed(node, position) for node in order]
+    return build_circuit(listed, device=device, dtype=dtype, seed=seed)
+
+
+def import_pyjuice() -> Any:
+    """Import PyJuice, or raise an ArgumentError that says how to install it."""
+    try:
+        import pyjuice
+    except ImportError as error:
+        raise ArgumentError(
+            f"pyjuice: this needs the package pyjuice (Linux on x86-64), which is not there: {error}; "
+            "pip install pyjuice"
+        ) from error
+    return pyjuice
+
+
+def _family_of(distribution: Distribution | None, juice: Any) -> Any:
+    if isinstance(distribution, Bernoulli):
+        return juice.distributions.Bernoulli()
+    assert isinstance(distribution, Categorical)
+    return juice.distributions.Categorical(num_cats=distribution.num_categories)
+
+
+def _children_first(root: Any) -> list[Any]:
+    """List all nodes below the root, and before them the sources outside of it, each after its children; root last."""
+    roots = [root]
+    while True:
+        order = _below(roots)
+        sources = (node._source_node for node in order if node._source_node is not None)
+        outside = list(dict.fromkeys(source for source in sources if source not in order))
+        if not outside:
+            return list(order)
+        roots = outside + roots
+
+
+def _below(roots: list[Any]) -> dict[Any, None]:
+    done: dict[Any, None] = {}
+    stack = [(node, False) for node in reversed(roots)]
+    while stack:
+        node, are_children_done = stack.pop()
+        if node in done:
+            continue
+        if are_children_done:
+            done[node] = None
+            continue
+        stack.append((node, True))
+        stack.extend((child, False) for child in reversed(node.chs) if child not in done)
+    return done
+
+
+def _listed(node: Any, position: dict[Any, int]) -> JuiceNode:
+    source = None if node._source_node is None else position[node._source_node]
+    if node.is_input():
+        return JuiceNode(
+            "input",
+            node.num_node_blocks,
+            node.block_size,
+            parameters=_tensor(node._params),
+            var=_variable_of(node),
+            distribution=_distribution_of(node),
+            source=source,
+        )
+    if hasattr(node, "external_params"):
+        raise PropertyError(f"root: {node!r} has external parameters, which this library's circuits do not have")
+    children = tuple(position[child] for child in node.chs)
+    edges = node.edge_ids.detach().cpu().long()
+    if node.is_prod():
+        return JuiceNode("product", node.num_node_blocks, node.block_size, children, edges)
+    return JuiceNode(
+        "sum", node.num_node_blocks, node.block_size, children, edges, _tensor(node._params), source=source
+    )
+
+
+def _tensor(parameters: Any) -> Tensor | None:
+    return None if parameters is None else parameters.detach().cpu()
+
+
+def _variable_of(node: Any) -> int:
+    variables = node.scope.to_list()
+    if len(variables) != 1:
+        raise PropertyError(f"root: {node!r} is a distribution on the variables {variables}; input units have one")
+    return int(variables[0])
+
+
+def _distribution_of(node: Any) -> Distribution:
+    signature = node.dist.get_signature()
+    if signature == "Categorical":
+        return Categorical(int(node.dist.num_cats))
+    if signature == "Bernoulli":
+        return Bernoulli()
+    raise PropertyError(f"root: {node!r} is of the family {signature}; expected Categorical or Bernoulli")

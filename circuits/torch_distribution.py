@@ -1,0 +1,173 @@
+"""A compiled circuit, perhaps given evidence, as a ``torch.distributions.Distribution``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from circuits import queries
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.evidence import Evidence
+
+
+class CircuitDistribution(Distribution):
+    """The distribution ``p(x)`` of a circuit, or ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` for B queries of evidence.
+
+    ``event_shape`` is (D,); ``batch_shape`` is () without evidence and (B,) with it. Everything is exact, and
+    ``log_prob`` is differentiable in the circuit's weights and the evidence.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, or the evidence does not fit the circuit.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  - as the base class declares it
+    has_enumerate_support = False
+
+    def __init__(self, pc: CompiledCircuit, evidence: Evidence | None = None) -> None:
+        if not isinstance(pc, CompiledCircuit):
+            raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+        if evidence is not None and not isinstance(evidence, Evidence):
+            raise ArgumentError(f"evidence: expected ct.Evidence or None, got {type(evidence).__name__}")
+        if evidence is not None:
+            evidence.check(pc.num_categories)
+        self.pc = pc
+        self.evidence = evidence
+        batch_shape = torch.Size() if evidence is None else torch.Size([evidence.batch_size])
+        super().__init__(batch_shape, torch.Size([pc.circuit.num_vars]), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Values from 0 to C - 1 of every variable."""
+        return constraints.independent(constraints.integer_interval(0, self.pc.num_categories - 1), 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CircuitDistribution:
+        """Not supported: give evidence for as many queries instead, so that the cost is visible."""
+        raise ArgumentError(
+            f"batch_shape: cannot expand to {tuple(batch_shape)}; repeat the evidence, evidence.rows(index), instead"
+        )
+
+    @cached_property
+    def log_partition(self) -> Tensor:
+        """``log Z(e)``, of ``batch_shape``; 0 without evidence."""
+        if self.evidence is None:
+            return torch.zeros((), dtype=self.pc.dtype, device=self.pc.device)
+        return self.pc.log_partition(self.evidence)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return ``log p(value | e)``, in nats; -inf where the circuit or the evidence rules a value out.
+
+        Args:
+            value: int64 (*sample_shape, *batch_shape, D).
+
+        Returns:
+            (*sample_shape, *batch_shape).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
+            ImpossibleEvidenceError: Z(e) = 0.
+        """
+        tail = self.batch_shape + self.event_shape
+        if not isinstance(value, Tensor) or value.shape[-len(tail) :] != tail:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentError(f"value: expected a tensor of shape (..., {', '.join(map(str, tail))}), got {got}")
+        x = value.reshape(-1, *self.event_shape)
+        if self.evidence is None:
+            return self.pc(x).reshape(value.shape[:-1])
+        if bool((self.log_partition == -torch.inf).any()):
+            raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+        Evidence.observe(x).check(self.pc.num_categories)
+        copies = len(x) // self.batch_shape[0]
+        index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
+        factors = _factors_at(x, self.evidence.rows(index), self.pc.dtype)
+        scored = Evidence(log_factors=factors.unsqueeze(-1), values=x.unsqueeze(-1), missing=None)
+        log_joint = self.pc.log_partition(scored).reshape(copies, -1)
+        return (log_joint - self.log_partition).reshape(value.shape[:-1])
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw exact, independent samples: int64 (*sample_shape, *batch_shape, D).
+
+        Raises:
+            ImpossibleEvidenceError: Z(e) = 0.
+        """
+        shape = torch.Size(sample_shape)
+        draws = queries.sample(self.pc, max(1, shape.numel()), self.evidence, generator)[: shape.numel()]
+        return draws.reshape(*shape, *self.batch_shape, *self.event_shape)
+
+    @cached_property
+    def marginal_probs(self) -> Tensor:
+        """``p(x_i = v | e)``, (*batch_shape, D, C); rows sum to 1, values that a variable does not have are 0."""
+        given = self.evidence
+        if given is None:
+            given = Evidence.nothing(1, self.pc.circuit.num_vars, self.pc.device)
+        probabilities = queries.marginals(self.pc, given)
+        return probabilities[0] if self.evidence is None else probabilities
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of every variable's value, taken as a number: (*batch_shape, D)."""
+        return self.marginal_probs @ self._values
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of every variable's value, taken as a number: (*batch_shape, D)."""
+        deviations = self._values - self.mean.unsqueeze(-1)
+        return (self.marginal_probs * deviations.square()).sum(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The values of the most probable explanation, int64 (*batch_shape, D): over latents and values together.
+
+        It is the most probable x itself only if the circuit is deterministic; that maximum is NP-hard in general.
+        """
+        return queries.mpe(self.pc, self.evidence).assignment.reshape(*self.batch_shape, *self.event_shape)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy, in nats, of ``batch_shape``, where it is exact: independent variables, or a single one.
+
+        Raises:
+            PropertyError: the circuit has mixtures over several variables; their entropy is intractable in general.
+        """
+        if not self.pc.circuit.is_deterministic and self.pc.circuit.num_vars > 1:
+            raise PropertyError(
+                f"the entropy of {self.pc.circuit}, which mixes over several variables, is intractable in general; "
+                "estimate it with -dist.log_prob(dist.sample([1000])).mean(0)"
+            )
+        return torch.special.entr(self.marginal_probs).sum((-1, -2))
+
+    @property
+    def _values(self) -> Tensor:
+        return torch.arange(self.marginal_probs.shape[-1], dtype=self.pc.dtype, device=self.pc.device)
+
+    def __repr__(self) -> str:
+        return (
+            f"CircuitDistribution({self.pc.circuit}, batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)})"
+        )
+
+
+def _factors_at(
+    x: Tensor,  # shape: (N, D)
+    evidence: Evidence,
+    dtype: torch.dtype,
+) -> Tensor:  # shape: (N, D)
+    """Return the log-factors ``log e_i(x_i)`` of one value per query and variable."""
+    if evidence.values is None:
+        assert evidence.log_factors is not None
+        return evidence.log_factors.to(dtype).gather(2, x.unsqueeze(-1)).squeeze(-1)
+    is_listed = evidence.values == x.unsqueeze(-1)
+    listed = (
+        torch.zeros((), dtype=dtype, device=x.device)
+        if evidence.log_factors is None
+        else evidence.log_factors.to(dtype)
+    )
+    factors = torch.where(is_listed, listed, -torch.inf).amax(-1)
+    return factors if evidence.missing is None else factors.masked_fill(evidence.missing, 0.0)

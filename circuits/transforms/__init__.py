@@ -1,0 +1,27 @@
+"""Transformations: pure functions from compiled circuits to compiled circuits, which keep weights, device and dtype."""
+
+from circuits.transforms.chain import Chain, to_chain
+from circuits.transforms.condition import condition
+from circuits.transforms.grow import grow
+from circuits.transforms.multiply import NormalizedProduct, multiply
+from circuits.transforms.prune import Pruned, prune
+from circuits.transforms.ties import share_parameters, untie_parameters
+from circuits.transforms.units import merge_equal_units, trim
+from circuits.transforms.variables import marginalize, permute
+
+__all__ = [
+    "Chain",
+    "NormalizedProduct",
+    "Pruned",
+    "condition",
+    "grow",
+    "marginalize",
+    "merge_equal_units",
+    "multiply",
+    "permute",
+    "prune",
+    "share_parameters",
+    "to_chain",
+    "trim",
+    "untie_parameters",
+]

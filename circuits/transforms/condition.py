@@ -1,0 +1,83 @@
+"""Condition a circuit on evidence: the posterior is a circuit of the same structure with other weights."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError, ImpossibleEvidenceError
+from circuits.evidence import Evidence
+from circuits.graph import Input, Node, Product, Sum
+from circuits.transforms._rebuild import Rebuild, check_is_table, normalise
+from circuits.transforms.variables import compile_without
+
+Kept = Literal["remaining", "all"]
+
+
+def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "remaining") -> CompiledCircuit:
+    """Return the conditional distribution ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` as a circuit.
+
+    With Z_n the value of unit n under the evidence, the new weights are ``w_nc Z_c / Z_n`` and, at the inputs,
+    ``w_n(v) e(v) / Z_n``. Parameters that were tied stay tied only where these are equal.
+
+    Args:
+        pc: the circuit.
+        evidence: for one query, B = 1: hard, missing, soft or mixed.
+        variables: "remaining" leaves out the variables that the evidence fixes to one value and renumbers the others in
+            their order; "all" keeps them, as input units that give this value probability 1.
+
+    Raises:
+        ArgumentError: the evidence is not of one query or does not fit, or every variable is fixed.
+        ImpossibleEvidenceError: Z(e) = 0.
+        PropertyError: soft evidence on a variable whose input units are not tables of weights, or hard evidence on one
+            and ``variables="all"``.
+    """
+    rebuild = Rebuild(pc)
+    if variables not in get_args(Kept):
+        raise ArgumentError(f"variables: expected 'remaining' or 'all', got {variables!r}")
+    if not isinstance(evidence, Evidence) or evidence.batch_size != 1:
+        got = f"B = {evidence.batch_size}" if isinstance(evidence, Evidence) else type(evidence).__name__
+        raise ArgumentError(
+            f"evidence: expected ct.Evidence of one query, B = 1, got {got}; one circuit is one conditional "
+            "distribution: use evidence.rows(slice(i, i + 1))"
+        )
+    with torch.no_grad():
+        leaves = pc.leaves(evidence)
+        factors = evidence.dense(int(pc.num_categories.max()), torch.float64)[0]
+    is_missing = torch.zeros(evidence.num_vars, dtype=torch.bool) if evidence.missing is None else evidence.missing[0]
+    is_missing = is_missing.cpu()
+    fixed = ((factors > -torch.inf).sum(1).cpu() == 1) & ~is_missing
+    kept = [var for var in range(evidence.num_vars) if variables == "all" or not fixed[var]]
+    if not kept:
+        raise ArgumentError("evidence: it fixes every variable, so none remains; use variables='all'")
+
+    values: dict[Node, Tensor] = {}
+    changed: dict[Node, Tensor] = {}
+    for node in pc.circuit.nodes:
+        if isinstance(node, Input):
+            layer, row = pc.address(node)
+            values[node] = leaves[layer][row, :, 0].double()
+            if not is_missing[node.var] and node.var in kept:
+                check_is_table(node, "conditioning on soft evidence")
+                log_weights = rebuild.log_weights(node)
+                weighted = log_weights + factors[node.var, : len(log_weights)].unsqueeze(1)
+                changed[node], values[node] = normalise(weighted, 0)
+        elif isinstance(node, Product):
+            values[node] = _product_values(node, values)
+        elif isinstance(node, Sum):
+            children = torch.cat([values[child] for child in node.children])
+            changed[node], values[node] = normalise(rebuild.log_weights(node) + children, 1)
+    if float(values[pc.circuit.root]) == -torch.inf:
+        raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+    return compile_without(rebuild, kept, changed)
+
+
+def _product_values(node: Product, values: dict[Node, Tensor]) -> Tensor:
+    total = values[node.children[0]]
+    for child in node.children[1:]:
+        other = values[child]
+        total = (total.unsqueeze(1) + other).flatten() if node.mode == "outer" else total + other
+    return total

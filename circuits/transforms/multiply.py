@@ -1,0 +1,236 @@
+"""The product of two circuits with a common structure, as a circuit (Vergari et al. 2021, "A Compositional Atlas")."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.graph import Input, Node, Product, Sum, format_scope, product
+from circuits.transforms._rebuild import Rebuild, check_compiled, check_is_table, normalise
+
+
+class NormalizedProduct(NamedTuple):
+    """The product of two distributions."""
+
+    pc: CompiledCircuit
+    """p(x) q(x) / Z"""
+    log_partition: Tensor
+    """log Z = log sum_x p(x) q(x), a float64 scalar, in nats."""
+
+
+def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
+    """Multiply two compatible circuits over the same variables: ``p(x) q(x) / Z``, and log Z.
+
+    Compatible means that wherever two product units meet, they split their variables in the same way, or one splits
+    them more finely than the other. Every pair of units that meet becomes one unit, so the result has up to the product
+    of both numbers of units. A circuit is compatible with itself only if it is *structured-decomposable*.
+
+    Args:
+        pc: the first circuit; the result has its device and dtype.
+        other: the second circuit, over as many variables with as many categories.
+
+    Returns:
+        ``(pc, log_partition)``.
+
+    Raises:
+        ArgumentError: the circuits' variables differ.
+        PropertyError: the circuits are not compatible, or their input units are not tables of weights.
+        ImpossibleEvidenceError: Z = 0, no assignment is possible under both.
+    """
+    check_compiled(pc)
+    check_compiled(other, "other")
+    if pc.circuit.num_categories != other.circuit.num_categories:
+        raise ArgumentError(
+            f"other: expected variables with the categories of pc, {pc.circuit.num_categories}, got "
+            f"{other.circuit.num_categories}"
+        )
+    multiplication = _Multiplication(pc, other)
+    root = multiplication.pair(pc.circuit.root, other.circuit.root)
+    log_partition = root.log_partition[0]
+    if float(log_partition) == -torch.inf:
+        raise ImpossibleEvidenceError("other: no assignment is possible under both circuits, their product is zero")
+    return NormalizedProduct(multiplication.compile(root), log_partition)
+
+
+class _Pair(NamedTuple):
+    """The product of nodes with K and M units; unit (k, m) is the unit ``units[k M + m]`` of ``node``."""
+
+    node: Node
+    units: Tensor | None
+    """int64 (K M,); None: in order."""
+    log_partition: Tensor
+    """float64 (K M,), on the CPU."""
+
+
+class _Multiplication:
+    def __init__(self, pc: CompiledCircuit, other: CompiledCircuit) -> None:
+        self.left, self.right = Rebuild(pc), Rebuild(other)
+        self.pairs: dict[tuple[Node, Node], _Pair] = {}
+        self.groups: dict[tuple[object, ...], Node] = {}
+
+    def compile(self, root: _Pair) -> CompiledCircuit:
+        return self.left.compile(self.left.select(root.node, root.units))
+
+    def pair(self, left: Node, right: Node) -> _Pair:
+        """Multiply two nodes, with an explicit stack: chains can be deeper than Python's recursion."""
+        stack = [(left, right)]
+        while stack:
+            key = stack[-1]
+            missing = [] if key in self.pairs else [needed for needed in self._needs(*key) if needed not in self.pairs]
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if key not in self.pairs:
+                self.pairs[key] = self._multiplied(*key)
+        return self.pairs[left, right]
+
+    def _needs(self, left: Node, right: Node) -> list[tuple[Node, Node]]:
+        """Return the pairs of nodes whose products the product of this pair is made of."""
+        if isinstance(left, Sum) or isinstance(right, Sum):
+            return [(one, two) for one in _terms(left) for two in _terms(right)]
+        if isinstance(left, Input) and isinstance(right, Input):
+            return []
+        return [(one, two) for one, two, _, _ in self._factors(left, right)]
+
+    def _multiplied(self, left: Node, right: Node) -> _Pair:
+        if isinstance(left, Sum) or isinstance(right, Sum):
+            return self._sum(left, right)
+        if isinstance(left, Input) and isinstance(right, Input):
+            return self._input(left, right)
+        return self._product(left, right)
+
+    def _input(self, left: Input, right: Input) -> _Pair:
+        for node in (left, right):
+            check_is_table(node, "multiplying circuits")
+        one, two = (side.log_weights(n).cpu() for side, n in ((self.left, left), (self.right, right)))
+        log_weights, log_partition = normalise((one.unsqueeze(2) + two.unsqueeze(1)).flatten(1), 0)
+        node = self.left.extra_input(left.var, left.distribution, log_weights)
+        return _Pair(node, None, log_partition)
+
+    def _sum(self, left: Node, right: Node) -> _Pair:
+        """Multiply mixtures: ``sum_ij w_ki v_mj c_i d_j``; a node that is no sum is a mixture of itself."""
+        one, two = _mixture_weights(self.left, left), _mixture_weights(self.right, right)
+        weights: list[Tensor] = []
+        nodes: list[Node] = []
+        for part, child in zip(one.split([c.num_units for c in _terms(left)], 1), _terms(left), strict=True):
+            for other_part, other in zip(
+                two.split([c.num_units for c in _terms(right)], 1), _terms(right), strict=True
+            ):
+                pair = self.pairs[child, other]
+                outer = part[:, None, :, None] + other_part[None, :, None, :]  # (K, M, I, J)
+                columns = outer.flatten(2).flatten(0, 1) + pair.log_partition
+                nodes.append(pair.node)
+                weights.append(_placed(columns, pair))
+        log_weights, totals = normalise(torch.cat(weights, 1), 1)
+        return _Pair(self.left.extra_sum(nodes, log_weights), None, totals)
+
+    def _product(self, left: Node, right: Node) -> _Pair:
+        factors = self._factors(left, right)
+        num_left, num_right = left.num_units, right.num_units
+        pairs: list[_Pair] = []
+        choices: list[Tensor] = []
+        log_partition = torch.zeros(num_left * num_right, dtype=torch.float64)
+        for one, two, left_units, right_units in factors:
+            pair = self.pairs[one, two]
+            choice = (left_units.unsqueeze(1) * two.num_units + right_units).flatten()  # (K M,)
+            log_partition = log_partition + pair.log_partition[choice]
+            pairs.append(pair)
+            choices.append(choice if pair.units is None else pair.units[choice])
+        if len(pairs) == 1:
+            return _Pair(pairs[0].node, choices[0], log_partition)
+        if all(isinstance(node, Product) and node.mode == "outer" for node in (left, right)):
+            units = torch.zeros_like(choices[0])
+            for pair, choice in zip(pairs, choices, strict=True):
+                units = units * pair.node.num_units + choice
+            return _Pair(product(*(pair.node for pair in pairs), mode="outer"), units, log_partition)
+        selected = [self.left.select(pair.node, choice) for pair, choice in zip(pairs, choices, strict=True)]
+        return _Pair(product(*selected), None, log_partition)
+
+    def _factors(self, left: Node, right: Node) -> list[tuple[Node, Node, Tensor, Tensor]]:
+        """Split two products over the same variables alike: per factor both nodes, and which units of them are used."""
+        factors = []
+        ones, twos = list(_factor_nodes(left)), list(_factor_nodes(right))
+        while ones:
+            group, others = [ones.pop(0)], []
+            scope = left_scope = group[0].scope_bits
+            right_scope = 0
+            while left_scope != right_scope:
+                if left_scope & ~right_scope:
+                    more = [node for node in twos if node.scope_bits & scope]
+                    others += more
+                    twos = [node for node in twos if node not in more]
+                    right_scope |= _scope_of(more)
+                else:
+                    more = [node for node in ones if node.scope_bits & right_scope]
+                    group += more
+                    ones = [node for node in ones if node not in more]
+                    left_scope |= _scope_of(more)
+                scope = left_scope | right_scope
+            if len(group) > 1 and len(others) > 1:
+                raise PropertyError(
+                    f"the circuits are not compatible: {left} splits {format_scope(scope)} into "
+                    f"{_scopes_text(group)} and {right} into {_scopes_text(others)}; multiply circuits whose products "
+                    "split their variables in the same way"
+                )
+            one, left_units = self._grouped(left, group)
+            two, right_units = self._grouped(right, others)
+            factors.append((one, two, left_units, right_units))
+        return factors
+
+    def _grouped(self, parent: Node, group: list[Node]) -> tuple[Node, Tensor]:
+        """Return the product of some factors of a node, and which unit of it every unit of the node uses."""
+        units = torch.arange(parent.num_units)
+        if not isinstance(parent, Product):
+            return parent, units
+        node = group[0]
+        if len(group) > 1:
+            group = [child for child in parent.children if child in group]
+            key = (parent.mode, *group)
+            node = self.groups.setdefault(key, product(*group, mode=parent.mode))
+        if parent.mode == "elementwise":
+            return node, units
+        choices = torch.unravel_index(units, [child.num_units for child in parent.children])
+        chosen = torch.zeros_like(units)
+        for child, choice in zip(parent.children, choices, strict=True):
+            if child in group:
+                chosen = chosen * child.num_units + choice
+        return node, chosen
+
+
+def _terms(node: Node) -> tuple[Node, ...]:
+    return node.children if isinstance(node, Sum) else (node,)
+
+
+def _factor_nodes(node: Node) -> tuple[Node, ...]:
+    return node.children if isinstance(node, Product) else (node,)
+
+
+def _mixture_weights(side: Rebuild, node: Node) -> Tensor:
+    if isinstance(node, Sum):
+        return side.log_weights(node).cpu()
+    return torch.eye(node.num_units, dtype=torch.float64).log()
+
+
+def _placed(columns: Tensor, pair: _Pair) -> Tensor:
+    """Move columns to the units of the pair's node that they belong to; units that are not in the pair get none."""
+    if pair.units is None:
+        return columns
+    placed = columns.new_full((len(columns), pair.node.num_units), -torch.inf)
+    placed[:, pair.units] = columns
+    return placed
+
+
+def _scope_of(nodes: list[Node]) -> int:
+    scope = 0
+    for node in nodes:
+        scope |= node.scope_bits
+    return scope
+
+
+def _scopes_text(nodes: list[Node]) -> str:
+    return ", ".join(format_scope(node.scope_bits) for node in nodes)

@@ -1,0 +1,93 @@
+"""Circuits travel through folders and a hub that is played by a folder; nothing here touches the network."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import hub_mixin
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+import circuits as ct
+
+
+@pytest.fixture
+def pc():
+    return ct.compile(ct.structures.hmm(4, 3, 5), dtype=torch.float64, seed=0)
+
+
+def same(one, other):
+    return repr(one.circuit) == repr(other.circuit) and all(torch.equal(one.bank[k], other.bank[k]) for k in one.bank)
+
+
+def test_a_folder_holds_the_circuit_and_a_card(pc, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
+    for _ in range(2):  # a second time replaces the first
+        ct.hub.save_pretrained(pc, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"structure.json", "weights.safetensors", "README.md"}
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+    assert "probabilistic-circuit" in (tmp_path / "README.md").read_text()
+    loaded = ct.hub.from_pretrained(tmp_path)
+    assert same(loaded, pc)
+    assert loaded.dtype == torch.float64
+    assert ct.hub.from_pretrained(str(tmp_path), dtype=torch.float32).dtype == torch.float32
+    assert same(ct.load(tmp_path), pc)
+
+
+def test_a_folder_of_save_is_loaded_too(pc, tmp_path):
+    ct.save(pc, tmp_path / "pc")
+    assert same(ct.hub.from_pretrained(tmp_path / "pc"), pc)
+
+
+class FakeHub:
+    """Plays ``huggingface_hub.HfApi`` with a folder."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def __call__(self, token=None, **_):
+        return self
+
+    def create_repo(self, repo_id, **_):
+        return type("Repo", (), {"repo_id": f"somebody/{repo_id}"})
+
+    def upload_folder(self, repo_id, folder_path, **_):
+        shutil.copytree(folder_path, self.root / repo_id)
+        return f"https://example.org/{repo_id}"
+
+    def snapshot_download(self, repo_id, **_):
+        if not (self.root / repo_id).exists():
+            raise LocalEntryNotFoundError(f"no {repo_id}")
+        return str(self.root / repo_id)
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(hub_mixin, "HfApi", hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def test_what_is_pushed_is_what_is_pulled(pc, fake_hub):
+    address = ct.hub.push_to_hub(pc, "circuit")
+    assert address == "https://example.org/somebody/circuit"
+    assert same(ct.hub.from_pretrained("somebody/circuit"), pc)
+
+
+def test_what_is_not_there_says_so(fake_hub, tmp_path):
+    with pytest.raises(ct.CheckpointError, match="neither a folder nor a repository"):
+        ct.hub.from_pretrained("somebody/else")
+    with pytest.raises(ct.CheckpointError, match=r"structure\.json"):
+        ct.hub.from_pretrained(tmp_path)
+    with pytest.raises(ct.ArgumentError, match="pc"):
+        ct.hub.save_pretrained(ct.structures.hmm(2, 2, 2), tmp_path)
+
+
+def test_importing_circuits_does_not_import_the_hub():
+    code = "import sys, circuits; print({'huggingface_hub', 'sklearn', 'pyjuice'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
