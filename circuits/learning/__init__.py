@@ -6,6 +6,7 @@ from circuits.learning.em import AnemoneState, ExpectedFlows, anemone_step, em_s
 from circuits.learning.ensemble import convex_combination, convex_weights
 from circuits.learning.fit import FitResult, fit
 from circuits.learning.fit_continuous import ContinuousMixtureFit, fit_continuous_mixture
+from circuits.learning.hard import viterbi_flows
 from circuits.learning.initialization import initialize_inputs
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "kmeans",
     "normal_points",
     "top_down_flows",
+    "viterbi_flows",
 ]

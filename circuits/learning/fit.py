@@ -58,6 +58,7 @@ def fit(
     step_size: float | None = None,
     momentum: float | None = None,
     pseudocount: float | None = None,
+    entropy: float | None = None,
     validation_data: Tensor | np.ndarray | None = None,  # shape: (M, D)
     validation_observed: Tensor | np.ndarray | None = None,  # shape: (M, D)
     patience: int | None = None,
@@ -78,8 +79,10 @@ def fit(
             moved to the circuit's device.
         optimizer: ``"em"``: full-batch EM, one step an epoch; ``"minibatch_em"``: a step of size s a batch;
             ``"anemone"``: the same with momentum and flow-rescaled steps (Liu et al. 2025), see
-            :func:`~circuits.learning.anemone_step`; or a ``torch.optim`` optimizer over ``pc.parameters()``; or a
-            function from parameters to one, for instance ``lambda p: torch.optim.Adam(p, lr=0.1)``.
+            :func:`~circuits.learning.anemone_step`; ``"viterbi_em"``: hard EM, from the most probable explanations of
+            all data, see :func:`~circuits.learning.viterbi_flows`; or a ``torch.optim`` optimizer over
+            ``pc.parameters()``; or a function from parameters to one, for instance ``lambda p: torch.optim.Adam(p,
+            lr=0.1)``.
         observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
         sample_weights: how often each sample counts, (N,) >= 0.
         num_epochs: passes over the data.
@@ -88,6 +91,8 @@ def fit(
         momentum: mu of anemone, by default 0.9.
         pseudocount: a of the EM family, by default 0.01 (samples) for em and minibatch_em, and 1e-6 (of a batch) for
             anemone. Greater than 0, it keeps values that were never seen possible.
+        entropy: tau >= 0 of the EM family, by default 0: spreads the weights out, see
+            :func:`~circuits.learning.em_step`.
         validation_data: integers (M, D); when given, the circuit ends with the weights of its best epoch.
         validation_observed: bool (M, D), like ``observed``.
         patience: stop after so many epochs in a row without a better validation likelihood; None: never.
@@ -108,7 +113,7 @@ def fit(
     validation = None
     if validation_data is not None:
         validation = checked_samples(pc, "validation_data", validation_data, validation_observed, None)
-    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
+    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount, "entropy": entropy}
     learner, method = build_learner(pc, optimizer, options)
     identity = {
         "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),

@@ -8,9 +8,8 @@ from torch import Tensor
 from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
-from circuits.layers import Weights
-from circuits.learning.em import ExpectedFlows, _checked_sample_weights
-from circuits.semiring import MaxSemiring
+from circuits.learning.em import ExpectedFlows, checked_sample_weights, traced_weights
+from circuits.semiring import LogSemiring, MaxSemiring
 
 
 def viterbi_flows(
@@ -22,7 +21,7 @@ def viterbi_flows(
 
     An EM step from them is one of hard EM, or Viterbi training (Juang and Rabiner 1990), which never lowers the sum of
     the scores ``max_z log p(x, z)``. The flows are the gradient of the upward pass in the max semiring; equally good
-    choices share a sample. Missing variables are summed out.
+    choices share a sample. The choices are those of sum units alone: missing and soft variables are summed out.
 
     Args:
         pc: the circuit.
@@ -38,15 +37,13 @@ def viterbi_flows(
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     given.check(pc.num_categories)
     with torch.inference_mode(False), torch.enable_grad():
-        with torch.no_grad():
-            normalised = pc.weights()
-        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
-        semiring = MaxSemiring()
-        root = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks)[-1]
+        banks, sources = traced_weights(pc)
+        leaf_values = passes.leaves(pc, LogSemiring(), given, banks)
+        root = passes.upward(pc, MaxSemiring(), leaf_values, banks)[-1]
         assert root is not None
         score = root[0, 0]
         counts = (score != -torch.inf).to(score.dtype)
         if sample_weights is not None:
-            counts = counts * _checked_sample_weights(sample_weights, score)
-        flows = torch.autograd.grad(score, [weights.log for weights in banks.values()], counts)
+            counts = counts * checked_sample_weights(sample_weights, score)
+        flows = torch.autograd.grad(score, list(sources.values()), counts)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), score.detach())
