@@ -75,8 +75,8 @@ def fit(
 
     Args:
         pc: the circuit; its present weights are where the search starts.
-        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are; batches are
-            moved to the circuit's device.
+        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are, also
+            in a file (``np.memmap``), and are looked at in parts; batches are moved to the circuit's device.
         optimizer: ``"em"``: full-batch EM, one step an epoch; ``"minibatch_em"``: a step of size s a batch;
             ``"anemone"``: the same with momentum and flow-rescaled steps (Liu et al. 2025), see
             :func:`~circuits.learning.anemone_step`; ``"viterbi_em"``: hard EM, from the most probable explanations of
