@@ -241,7 +241,10 @@ def main() -> None:
             )
         rows.append((name, runs))
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"\nMean test log-likelihood in nats; +- is one standard error over test rows. Peak {peak / 2**20:.1f} GiB.")
+    print(
+        "\nMean test log-likelihood in nats per row; published numbers as usually cited. +- is one standard error over"
+    )
+    print(f"test rows, 'seeds' the range over seeds; seconds per seed. Greatest process: {peak / 2**20:.1f} GiB.")
     columns = ["HCLT", "LearnSPN", "ID-SPN", "RAT-SPN", "EiNet"]
     print(f"{'set':<10}{'ours':>10}{'+-':>8}{'seeds':>8}{'s':>7}{'CPU s':>7}  " + "".join(f"{c:>10}" for c in columns))
     for name, runs in rows:
