@@ -53,3 +53,10 @@ def test_arguments_are_checked():
         kmeans(torch.zeros(3, 2), 0)
     with pytest.raises(ct.ArgumentError, match="sample_weights"):
         kmeans(torch.zeros(3, 2), 2, sample_weights=torch.zeros(3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_of_weight_zero_are_no_centres(seed):
+    x = torch.tensor([[0.0], [0.1], [1.0], [1.1], [100.0]])
+    labels = kmeans(x, 2, sample_weights=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), seed=seed)
+    assert labels[0] == labels[1] != labels[2] == labels[3]
