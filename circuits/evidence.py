@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits._code import evidence_code
 from circuits.errors import ArgumentError
 
 
@@ -283,6 +284,14 @@ class Evidence:
         missing = where if self.missing is None else self.missing | where
         otherwise = None if self.otherwise is None else self.otherwise._silenced(where)
         return replace(self, missing=missing, otherwise=otherwise)
+
+    def __repr__(self) -> str:
+        """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""
+        return evidence_code(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the code in interactive shells and failing examples too, which otherwise list a dataclass's fields."""
+        printer.text(repr(self))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
         mapped: dict[str, Any] = {

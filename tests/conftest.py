@@ -7,7 +7,11 @@ from hypothesis import HealthCheck, settings
 slow_draws = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, suppress_health_check=slow_draws)
 settings.register_profile("thorough", max_examples=10_000, deadline=None, suppress_health_check=slow_draws)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_configure(config):
+    if not config.getoption("--hypothesis-profile", None):  # the command line goes before the environment
+        settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture

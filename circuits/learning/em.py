@@ -269,7 +269,7 @@ def _move(
 def _maximise(flows: Tensor, log_weights: Tensor, axis: int, pseudocount: float) -> tuple[Tensor, Tensor]:
     """Return ``log (F_nc + a / |ch(n)|) / (F_n + a)`` and which units have flow."""
     is_possible = log_weights > -torch.inf
-    prior = pseudocount / is_possible.sum(axis, keepdim=True)
+    prior = pseudocount / is_possible.sum(axis, keepdim=True, dtype=flows.dtype)
     total = flows.sum(axis, keepdim=True)
     return ((flows + prior * is_possible) / (total + pseudocount)).log_(), total > 0
 

@@ -1,8 +1,13 @@
-"""Property-testing circuits: Hypothesis strategies for circuits and evidence, and an oracle that enumerates.
+"""Property-testing circuits: strategies that draw circuits and evidence, an oracle that enumerates, and test cases.
 
-The strategies need the package ``hypothesis`` (extra ``[test]``); the oracle does not.
+Whoever writes a structure, an input family or a semiring subclasses :class:`StructureTestCase`,
+:class:`FamilyTestCase` or :class:`SemiringTestCase`, supplies a constructor, and inherits the tests.
+
+The oracle needs nothing else; the strategies need the package ``hypothesis``, and the test cases ``pytest`` too (extra
+``[test]``): they are imported when they are first asked for.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from circuits.testing.oracle import (
@@ -14,9 +19,20 @@ from circuits.testing.oracle import (
 )
 
 if TYPE_CHECKING:
+    from circuits.testing.conformance import (
+        DirectFamilyTestCase,
+        FamilyTestCase,
+        SemiringTestCase,
+        StructureTestCase,
+        law,
+    )
     from circuits.testing.strategies import circuits, evidence
 
 __all__ = [
+    "DirectFamilyTestCase",
+    "FamilyTestCase",
+    "SemiringTestCase",
+    "StructureTestCase",
     "circuits",
     "enumerate_explanations",
     "enumerate_joint",
@@ -24,12 +40,21 @@ __all__ = [
     "enumerated_marginals",
     "evaluate_slowly",
     "evidence",
+    "law",
 ]
+
+_LAZY = {
+    "DirectFamilyTestCase": "circuits.testing.conformance",
+    "FamilyTestCase": "circuits.testing.conformance",
+    "SemiringTestCase": "circuits.testing.conformance",
+    "StructureTestCase": "circuits.testing.conformance",
+    "law": "circuits.testing.conformance",
+    "circuits": "circuits.testing.strategies",
+    "evidence": "circuits.testing.strategies",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("circuits", "evidence"):
-        from circuits.testing import strategies
-
-        return getattr(strategies, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
