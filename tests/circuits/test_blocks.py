@@ -24,7 +24,7 @@ def partitions(draw):
 
 
 @given(partitions(), st.integers(1, 3), st.integers(0, 100))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_density_is_the_mixture_of_products_of_tables(partition, num_components, seed):
     blocks, categories = partition
     pc = ct.compile(block_mixture(blocks, num_components, categories), dtype=torch.float64, seed=seed)
@@ -39,6 +39,16 @@ def test_density_is_the_mixture_of_products_of_tables(partition, num_components,
             factors *= pc.log_weights(pc.circuit.node(f"table{position}"))[:, column].exp()
         expected[values] = factors.sum()
     torch.testing.assert_close(ct.testing.enumerate_joint(pc).exp(), expected, **CLOSE)
+
+
+class TestBlockMixture(ct.testing.StructureTestCase):
+    max_examples = 6
+
+    def circuit(self, draw):
+        categories = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        size = draw(st.integers(1, 3))
+        blocks = [range(start, min(start + size, len(categories))) for start in range(0, len(categories), size)]
+        return block_mixture(blocks, draw(st.integers(1, 3)), categories)
 
 
 def greedy_blocks(information, values, max_values):

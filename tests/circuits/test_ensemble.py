@@ -17,7 +17,7 @@ def hmm(seed, *, seq_length=4, num_states=3, **options):
 
 
 @given(st.data())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_density_is_the_weighted_mean_of_the_members(data):
     circuit = data.draw(ct.testing.circuits())
     members = [ct.compile(circuit, dtype=torch.float64, seed=seed) for seed in range(data.draw(st.integers(1, 3)))]
