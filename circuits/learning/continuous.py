@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from circuits.compile import CompiledCircuit, compile
+from circuits.errors import StructureError
 from circuits.graph import Sum
-from circuits.structures.blocks import block_mixture, checked_categories
+from circuits.structures.blocks import block_mixture, checked_blocks, checked_categories
 
 _LEAST_UNIFORM = 1e-5
 
@@ -38,6 +39,10 @@ class ContinuousMixture(nn.Module):
         num_hidden_layers: how many there are.
         dropout: probability with which a hidden unit is left out in training.
         pseudocount: samples, spread as if the block's variables were independent, that are added to each table.
+
+    Raises:
+        ArgumentError: not one number of categories, or one per variable.
+        StructureError: the blocks are not a partition of the data's variables.
     """
 
     def __init__(
@@ -54,7 +59,9 @@ class ContinuousMixture(nn.Module):
         pseudocount: float = 1.0,
     ) -> None:
         super().__init__()
-        self.num_vars = data.shape[1]
+        self.num_vars = checked_blocks(blocks)
+        if data.shape[1] != self.num_vars:
+            raise StructureError(f"blocks: expected {data.shape[1]} variables as in data, got {self.num_vars}")
         self.categories = checked_categories(num_categories, self.num_vars)
         self.latent_dim = latent_dim
         same_shape: dict[tuple[int, ...], list[Sequence[int]]] = defaultdict(list)
@@ -64,9 +71,9 @@ class ContinuousMixture(nn.Module):
             Any, nn.ModuleList(_BlockGroup(same, shape) for shape, same in same_shape.items())
         )
         self.blocks = [tuple(block) for group in self.groups for block in group.blocks]
-        weights = torch.ones(len(data)) if sample_weights is None else sample_weights.float()
+        weights = torch.ones(len(data)) if sample_weights is None else sample_weights.float().cpu()
         for group in self.groups:
-            group.fit(data, weights, pseudocount)
+            group.fit(data.cpu(), weights, pseudocount)
         widths = [latent_dim, *[hidden_units] * num_hidden_layers]
         hidden = [
             nn.Sequential(nn.Linear(before, after), nn.BatchNorm1d(after), nn.LeakyReLU(), nn.Dropout(dropout))

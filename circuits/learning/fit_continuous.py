@@ -89,6 +89,7 @@ def fit_continuous_mixture(
 
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
+        StructureError: the blocks are not a partition of the variables.
     """
     weights = _checked(data, num_categories, validation_data, sample_weights)
     categories = checked_categories(num_categories, data.shape[1])

@@ -30,12 +30,8 @@ def block_mixture(blocks: Sequence[Sequence[int]], num_components: int, num_cate
     """
     if not isinstance(num_components, int) or num_components < 1:
         raise ArgumentError(f"num_components: expected an integer >= 1, got {num_components!r}")
-    variables = sorted(var for block in blocks for var in block)
-    if variables != list(range(len(variables))) or not all(len(block) for block in blocks):
-        raise StructureError(
-            f"blocks: expected every variable from 0 to D - 1 in exactly one block, and no block empty, got {blocks!r}"
-        )
-    categories = checked_categories(num_categories, len(variables))
+    num_vars = checked_blocks(blocks)
+    categories = checked_categories(num_categories, num_vars)
     tables = [
         sum(_joint_values(block, categories), num_units=num_components, name=f"table{position}")
         for position, block in enumerate(blocks)
@@ -92,6 +88,16 @@ def correlated_blocks(
         nearer = shared[:, kept] > best
         best[nearer], partner[nearer] = shared[nearer, kept], kept
     return sorted(tuple(sorted(block)) for block in members if block)
+
+
+def checked_blocks(blocks: Sequence[Sequence[int]]) -> int:
+    """Return how many variables the blocks have; raise StructureError unless they partition 0 .. D - 1."""
+    variables = sorted(var for block in blocks for var in block)
+    if not variables or variables != list(range(len(variables))) or not all(len(block) for block in blocks):
+        raise StructureError(
+            f"blocks: expected every variable from 0 to D - 1 in exactly one block, and no block empty, got {blocks!r}"
+        )
+    return len(variables)
 
 
 def checked_categories(num_categories: int | Sequence[int], num_vars: int) -> list[int]:

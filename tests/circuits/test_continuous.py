@@ -118,3 +118,7 @@ def test_arguments_are_checked():
         fit_continuous_mixture(data, num_categories=CATEGORIES, num_steps=0)
     with pytest.raises(ct.ArgumentError, match="num_points"):
         fit_continuous_mixture(data, num_categories=CATEGORIES, num_points=1)
+    with pytest.raises(ct.StructureError, match="exactly one block"):
+        fit_continuous_mixture(data, num_categories=CATEGORIES, blocks=[[0, 1], [2, 4]])
+    with pytest.raises(ct.StructureError, match="expected 5 variables"):
+        fit_continuous_mixture(data, num_categories=CATEGORIES, blocks=[[0, 1], [2, 3]])
