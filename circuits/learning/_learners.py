@@ -14,14 +14,16 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning import em
 from circuits.learning._samples import Batch
+from circuits.learning.hard import viterbi_flows
 
-EMName = Literal["em", "minibatch_em", "anemone"]
+EMName = Literal["em", "minibatch_em", "anemone", "viterbi_em"]
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 _DEFAULTS: dict[str, dict[str, float]] = {
-    "em": {"step_size": 1.0, "pseudocount": 0.01},
-    "minibatch_em": {"step_size": 0.1, "pseudocount": 0.01},
-    "anemone": {"step_size": 0.4, "momentum": 0.9, "pseudocount": 1e-6},
+    "em": {"step_size": 1.0, "pseudocount": 0.01, "entropy": 0.0},
+    "minibatch_em": {"step_size": 0.1, "pseudocount": 0.01, "entropy": 0.0},
+    "anemone": {"step_size": 0.4, "momentum": 0.9, "pseudocount": 1e-6, "entropy": 0.0},
+    "viterbi_em": {"step_size": 1.0, "pseudocount": 0.01, "entropy": 0.0},
 }
 
 _LEAST_MASS = 1e-300
@@ -56,14 +58,15 @@ class FullBatchEM(Learner):
     """One EM step an epoch, from the flows of all batches."""
 
     is_shuffled = False
+    flows_of: Callable[..., em.ExpectedFlows] = staticmethod(em.expected_flows)
 
-    def __init__(self, pc: CompiledCircuit, step_size: float, pseudocount: float) -> None:
+    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)
-        self._options = {"step_size": step_size, "pseudocount": pseudocount}
+        self._options = options
         self._flows: em.BankFlows = {}
 
     def update(self, batch: Batch) -> Tensor:
-        flows, log_likelihood = em.expected_flows(self.pc, *batch)
+        flows, log_likelihood = self.flows_of(self.pc, *batch)
         for name, flow in flows.items():
             self._flows[name] = self._flows[name].add_(flow) if name in self._flows else flow
         return log_likelihood
@@ -73,12 +76,18 @@ class FullBatchEM(Learner):
         self._flows = {}
 
 
+class ViterbiEM(FullBatchEM):
+    """One step of hard EM an epoch."""
+
+    flows_of = staticmethod(viterbi_flows)
+
+
 class MinibatchEM(Learner):
     """One EM step of size s a batch."""
 
-    def __init__(self, pc: CompiledCircuit, step_size: float, pseudocount: float) -> None:
+    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)
-        self._options = {"step_size": step_size, "pseudocount": pseudocount}
+        self._options = options
 
     def update(self, batch: Batch) -> Tensor:
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
@@ -89,9 +98,9 @@ class MinibatchEM(Learner):
 class Anemone(Learner):
     """One step of Anemone a batch."""
 
-    def __init__(self, pc: CompiledCircuit, step_size: float, momentum: float, pseudocount: float) -> None:
+    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)
-        self._options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
+        self._options = options
         self._state: em.AnemoneState | None = None
 
     def update(self, batch: Batch) -> Tensor:
@@ -186,7 +195,12 @@ def build_learner(
             raise ArgumentError(f"optimizer: expected {', '.join(_DEFAULTS)}, or one of torch.optim, got {optimizer!r}")
         _refuse(given.keys() - _DEFAULTS[optimizer].keys(), optimizer)
         chosen = _DEFAULTS[optimizer] | given
-        kinds: dict[str, Callable[..., Learner]] = {"em": FullBatchEM, "minibatch_em": MinibatchEM, "anemone": Anemone}
+        kinds: dict[str, Callable[..., Learner]] = {
+            "em": FullBatchEM,
+            "minibatch_em": MinibatchEM,
+            "anemone": Anemone,
+            "viterbi_em": ViterbiEM,
+        }
         return kinds[optimizer](pc, **chosen), f"{optimizer} {sorted(chosen.items())}"
     built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else _built_optimizer(pc, optimizer)
     _refuse(given.keys(), type(built).__name__)

@@ -59,6 +59,7 @@ def fit(
     step_size: float | None = None,
     momentum: float | None = None,
     pseudocount: float | None = None,
+    entropy: float | None = None,
     validation_data: Tensor | np.ndarray | None = None,  # shape: (M, D)
     validation_observed: Tensor | np.ndarray | None = None,  # shape: (M, D)
     validation_labels: Tensor | np.ndarray | None = None,  # shape: (M,)
@@ -76,12 +77,14 @@ def fit(
 
     Args:
         pc: the circuit; its present weights are where the search starts.
-        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are; batches are
-            moved to the circuit's device.
+        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are, also
+            in a file (``np.memmap``), and are looked at in parts; batches are moved to the circuit's device.
         optimizer: ``"em"``: full-batch EM, one step an epoch; ``"minibatch_em"``: a step of size s a batch;
             ``"anemone"``: the same with momentum and flow-rescaled steps (Liu et al. 2025), see
-            :func:`~circuits.learning.anemone_step`; or a ``torch.optim`` optimizer over ``pc.parameters()``; or a
-            function from parameters to one, for instance ``lambda p: torch.optim.Adam(p, lr=0.1)``.
+            :func:`~circuits.learning.anemone_step`; ``"viterbi_em"``: hard EM, from the most probable explanations of
+            all data, see :func:`~circuits.learning.viterbi_flows`; or a ``torch.optim`` optimizer over
+            ``pc.parameters()``; or a function from parameters to one, for instance ``lambda p: torch.optim.Adam(p,
+            lr=0.1)``.
         observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
         sample_weights: how often each sample counts, (N,) >= 0.
         labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``: then likelihoods are
@@ -92,6 +95,8 @@ def fit(
         momentum: mu of anemone, by default 0.9.
         pseudocount: a of the EM family, by default 0.01 (samples) for em and minibatch_em, and 1e-6 (of a batch) for
             anemone. Greater than 0, it keeps values that were never seen possible.
+        entropy: tau >= 0 of the EM family, by default 0: spreads the weights out, see
+            :func:`~circuits.learning.em_step`.
         validation_data: integers (M, D); when given, the circuit ends with the weights of its best epoch.
         validation_observed: bool (M, D), like ``observed``.
         validation_labels: int64 (M,), like ``labels``.
@@ -115,7 +120,7 @@ def fit(
         validation = checked_samples(
             pc, "validation_data", validation_data, validation_observed, None, validation_labels
         )
-    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
+    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount, "entropy": entropy}
     learner, method = build_learner(pc, optimizer, options)
     identity = {
         "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),
