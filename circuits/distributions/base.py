@@ -142,8 +142,9 @@ class Finite(Distribution):
 class Direct(Distribution):
     """An exponential family that is evaluated at given values: ``log p(x) = <eta, T(x)> - A(eta) + log h(x)``.
 
-    The first statistic is the constant 1. All methods on single units are elementwise: ``parameters`` are S tensors, as
-    :meth:`read` returns them, that broadcast with the values.
+    The first statistic is the constant 1, the second the value x: moments are derivatives with respect to its
+    coefficient. All methods on single units are elementwise: ``parameters`` are S tensors, as :meth:`read` returns
+    them, that broadcast with the values.
     """
 
     def linear(self, read: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError, ImpossibleEvidenceError
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 
 MAX_NUMBERS = 1 << 24
@@ -20,8 +20,24 @@ def given_evidence(pc: CompiledCircuit, evidence: Evidence | None) -> Evidence:
     return given
 
 
+def has_infinite_values(pc: CompiledCircuit) -> bool:
+    """Return whether some variable has infinitely many values."""
+    return 0 in pc.circuit.num_categories
+
+
+def require_finite_values(pc: CompiledCircuit, query: str = "this query") -> None:
+    """Raise PropertyError, which names the input node, unless all variables have finitely many values."""
+    if has_infinite_values(pc):
+        node = next(node for node in pc.circuit.inputs if not node.distribution.num_values)
+        raise PropertyError(
+            f"{query} needs variables with finitely many values; {node} is a {node.distribution}; give evidence on its "
+            "variable and condition on it, or use families over 0 .. C - 1"
+        )
+
+
 def dense_factors(pc: CompiledCircuit, evidence: Evidence | None) -> Tensor:
     """Return the log-factors of all values, (B, D, C); -inf for values that a variable does not have."""
+    require_finite_values(pc)
     num_values = int(pc.num_categories.max())
     factors = given_evidence(pc, evidence).dense(num_values, pc.dtype)[..., :num_values]
     return factors.masked_fill(~existing_values(pc), -torch.inf)

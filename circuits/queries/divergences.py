@@ -14,7 +14,7 @@ from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.powers import Power, log_sum_of_powers
 from circuits.properties import is_deterministic, require_compatible, require_deterministic
-from circuits.queries._common import checked_possible, dense_factors
+from circuits.queries._common import checked_possible, dense_factors, require_finite_values
 from circuits.queries.entropy import latent_entropy
 
 _ROUNDING = 64.0
@@ -24,6 +24,7 @@ def log_inner_product(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence
     """Return ``log sum_x p(x) q(x) prod_i e_i(x_i)``: the log-probability that two draws agree.
 
     Needs compatible circuits; their units may differ in number. Differentiable in the weights of both and the evidence.
+    Of Gaussian variables, see :func:`circuits.transforms.multiply`, which returns the same number without evidence.
 
     Args:
         p: a circuit.
@@ -184,4 +185,5 @@ def _factors(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None) 
             f"q: expected the dtype and device of p, {p.dtype} on {p.device}, got {q.dtype} on {q.device}; move "
             "it with q.to(...)"
         )
+    require_finite_values(q)
     return dense_factors(p, evidence)

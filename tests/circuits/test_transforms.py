@@ -421,9 +421,9 @@ def test_families_of_infinitely_many_values_pass_through_or_say_so():
     torch.testing.assert_close(ct.transforms.permute(pc, [2, 0, 1])(x[:, [2, 0, 1]]), pc(x), **CLOSE)
     without_count = torch.cat([x[:, :1], nothing, x[:, 2:]], 1)
     torch.testing.assert_close(ct.transforms.marginalize(pc, [1])(x[:, [0, 2]]), pc(without_count), **CLOSE)
-    real_only = torch.cat([x[:1, :1], nothing[:1], nothing[:1]], 1)
+    real_only = torch.cat([x[1:, :1], nothing[:1], nothing[:1]], 1)
     rest = ct.transforms.condition(pc, ct.Evidence.observe(real_only))
-    torch.testing.assert_close(rest(x[:1, 1:]), pc(x[:1]) - pc(real_only), **CLOSE)
+    torch.testing.assert_close(rest(x[1:, 1:]), pc(x[1:]) - pc(real_only), **CLOSE)
     box = ct.Evidence.where(
         torch.tensor([True, False, False]),
         ct.Evidence.observe(real_only),
@@ -434,7 +434,9 @@ def test_families_of_infinitely_many_values_pass_through_or_say_so():
         ),
     )
     rest = ct.transforms.condition(pc, box)
-    torch.testing.assert_close(rest(x[:1, 1:2]), pc(x[:1]) - pc.log_partition(box), **CLOSE)
+    torch.testing.assert_close(
+        rest(x[1:, 1:2]), pc(torch.tensor([[-1.4, 0.0, 1.0]], dtype=torch.float64)) - pc.log_partition(box), **CLOSE
+    )
     for operation in (
         lambda: ct.transforms.condition(pc, ct.Evidence.interval(torch.zeros(1, 3), torch.ones(1, 3))),
         lambda: ct.transforms.condition(pc, ct.Evidence.observe(real_only), variables="all"),
