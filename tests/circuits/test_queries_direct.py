@@ -245,3 +245,21 @@ def test_moments_and_cdf_on_random_circuits(circuit, seed, data):
     torch.testing.assert_close(distribution.variance, variance)
     all_values = torch.full((2, circuit.num_vars), 1 << 40)
     torch.testing.assert_close(ct.queries.log_cdf(pc, all_values, evidence).exp(), torch.ones(2).double(), **CLOSE)
+
+
+@pytest.mark.parametrize("rate", [0.5, 5.0, 1000.0])
+@pytest.mark.parametrize("bounds", [(199.0, 999.0), (100.0, 102.0), (90.0, 95.0), (-1.0, 3.0), (400.0, 500.0)])
+def test_poisson_moments_far_in_the_tails(rate, bounds):
+    """Also where the probability, or its square, underflows."""
+    pc = ct.compile(ct.structures.fully_factorized(1, ct.Poisson()), dtype=torch.float64, seed=0)
+    pc.set_weights(pc.circuit.inputs[0], torch.tensor([[rate]]))
+    values = torch.arange(bounds[0] + 1, bounds[1] + 1, dtype=torch.float64)
+    log_p = values * math.log(rate) - rate - torch.lgamma(values + 1)
+    p = torch.softmax(log_p, 0)
+    mean = p @ values
+    evidence = ct.Evidence.interval(*(torch.tensor([[bound]], dtype=torch.float64) for bound in bounds))
+    close = {"rtol": 1e-7, "atol": 1e-9}
+    torch.testing.assert_close(pc.log_partition(evidence)[0], torch.logsumexp(log_p, 0), **close)
+    torch.testing.assert_close(ct.queries.mean(pc, evidence)[0, 0], mean, **close)
+    torch.testing.assert_close(ct.queries.variance(pc, evidence)[0, 0], p @ (values - mean) ** 2, **close)
+    torch.testing.assert_close(ct.queries.covariance(pc, evidence)[0, 0, 0], p @ (values - mean) ** 2, **close)
