@@ -94,6 +94,12 @@ def test_links_and_pictures_exist(page):
     assert not missing, f"{name_of(page)} leads nowhere: {[link for link, _ in missing]}"
 
 
+@pytest.mark.parametrize("page", [*PAGES[1:], *REFERENCE], ids=name_of)
+def test_the_navigation_has_every_page(page):
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert f": {page.relative_to(DOCS)}\n" in navigation, f"add {page.name} to nav in mkdocs.yml"
+
+
 def described():
     """Return the dotted names that the reference describes."""
     return [name for page in REFERENCE for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)]
