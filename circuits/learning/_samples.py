@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ from circuits.compile import CompiledCircuit
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.learning.distributed import Processes
 
+_ALONE = Processes()
+_CHECKED_ELEMENTS = 1 << 24
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -37,10 +41,15 @@ class Samples:
     weights: Tensor | None
     """(N,), or None: every sample counts once."""
 
-    def batches(self, batch_size: int, device: torch.device, order: Tensor | None = None) -> Iterator[Batch]:
-        """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from."""
+    def batches(
+        self, batch_size: int, device: torch.device, order: Tensor | None = None, processes: Processes = _ALONE
+    ) -> Iterator[Batch]:
+        """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from.
+
+        Of each batch only the part that is this process's.
+        """
         order = torch.arange(len(self.x)) if order is None else order
-        for index in order.tensor_split(-(-len(order) // batch_size)):
+        for index in map(processes.share, order.tensor_split(-(-len(order) // batch_size))):
             x, observed, weights = (
                 None if tensor is None else tensor[index.to(tensor.device)].to(device)
                 for tensor in (self.x, self.observed, self.weights)
@@ -71,7 +80,10 @@ def checked_samples(pc: CompiledCircuit, name: str, data: Any, observed: Any, sa
                 f"observed: expected bool of the shape of {name}, {tuple(x.shape)}, got {observed.dtype} "
                 f"{tuple(observed.shape)}"
             )
-    _check_values(pc, name, x, observed)
+    rows = max(1, _CHECKED_ELEMENTS // num_vars)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        _check_values(pc, name, x[part], None if observed is None else observed[part], start)
     if sample_weights is not None:
         sample_weights = _as_tensor("sample_weights", sample_weights)
         is_valid = sample_weights.shape == x.shape[:1] and sample_weights.is_floating_point()
@@ -102,12 +114,15 @@ def _as_tensor(name: str, data: Any) -> Tensor:
 
     array = np.ascontiguousarray(data)
     try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        with warnings.catch_warnings():
+            # read-only arrays, such as maps of files, are not copied: batches are, and nothing else is written to
+            warnings.filterwarnings("ignore", message=".*not writable")
+            return torch.from_numpy(array)
     except TypeError:
         raise ArgumentError(f"{name}: expected an array of numbers, got one of {array.dtype}") from None
 
 
-def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None) -> None:
+def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None, first_sample: int) -> None:
     domains: dict[str, tuple[Distribution, list[int]]] = {}
     for var, family in {node.var: node.distribution for node in pc.circuit.inputs}.items():
         domains.setdefault(family.domain, (family, []))[1].append(var)
@@ -123,6 +138,6 @@ def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | 
             sample, column = outside.nonzero()[0].tolist()
             var = column if len(domains) == 1 else variables[column]
             raise ArgumentError(
-                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample {sample}; mark "
-                "unknown values as False in `observed`"
+                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample "
+                f"{first_sample + sample}; mark unknown values as False in `observed`"
             )

@@ -63,7 +63,7 @@ def expected_flows(
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * _checked_sample_weights(sample_weights, log_z)
-        flows = torch.autograd.grad(log_z, list(sources.values()), counts)
+        flows = torch.autograd.grad(log_z, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 

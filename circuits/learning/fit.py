@@ -25,6 +25,7 @@ from circuits.learning._learners import (
     possible_total,
 )
 from circuits.learning._samples import Samples, checked_samples
+from circuits.learning.distributed import Processes, checked_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,7 @@ def fit(
     patience: int | None = None,
     min_improvement: float = 0.0,
     checkpoint_path: str | os.PathLike[str] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -94,6 +96,9 @@ def fit(
         min_improvement: by how much, in nats per sample, an epoch must be better than the best one to count as such.
         checkpoint_path: a ``.safetensors`` file that the state is written to after every epoch, and that the run
             continues from when it exists.
+        process_group: the processes that learn together, see :func:`~circuits.learning.join_processes`: each is called
+            with the same arguments, computes its share of every batch, and ends with the same circuit, that of one
+            process but for rounding. The first one's initial weights count, and it alone touches the checkpoint.
         seed: an integer >= 0, for the order of the samples.
         progress: draw a progress bar on standard error.
 
@@ -110,6 +115,7 @@ def fit(
         validation = checked_samples(pc, "validation_data", validation_data, validation_observed, None)
     options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
     learner, method = build_learner(pc, optimizer, options)
+    learner.processes = processes = checked_processes(process_group)
     identity = {
         "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),
         "data": samples.digest(),
@@ -117,21 +123,25 @@ def fit(
         "optimizer": method,
         "options": f"batch_size={batch_size} patience={patience} min_improvement={min_improvement} seed={seed}",
     }
+    processes.check_same(identity | {"num_epochs": str(num_epochs)})
+    processes.spread(pc.bank.values())
     checkpoint = Checkpoint(checkpoint_path, identity)
     history, best_weights = _resume(pc, learner, checkpoint, num_epochs)
 
-    with progress_bar("fitting the circuit", num_epochs, enabled=progress, completed=history.num_epochs) as advance:
+    is_shown = progress and processes.rank == 0
+    with progress_bar("fitting the circuit", num_epochs, enabled=is_shown, completed=history.num_epochs) as advance:
         while history.num_epochs < num_epochs and not _is_out_of_patience(history, patience):
             train, num_impossible = _epoch(pc, learner, samples, batch_size, seed, history.num_epochs)
-            heard = None if validation is None else _mean_log_likelihood(pc, validation, batch_size)
+            heard = None if validation is None else _mean_log_likelihood(pc, validation, batch_size, processes)
             history = _extended(history, train, heard, num_impossible, min_improvement)
             if heard is not None and history.best_epoch == history.num_epochs - 1:
                 best_weights = _copied_weights(pc)
-            checkpoint.write(
-                Snapshot(
-                    weights=_copied_weights(pc), best_weights=best_weights, learner=learner.state(), history=history
+            if processes.rank == 0:
+                checkpoint.write(
+                    Snapshot(
+                        weights=_copied_weights(pc), best_weights=best_weights, learner=learner.state(), history=history
+                    )
                 )
-            )
             advance(note=f"train {train:.4f}" + ("" if heard is None else f", validation {heard:.4f}") + " nats")
     if best_weights is not None:
         _set_weights(pc, best_weights)
@@ -151,11 +161,12 @@ def _epoch(
     order = _shuffled(len(samples.x), seed, epoch) if learner.is_shuffled else None
     total = torch.zeros((), dtype=torch.float64, device=pc.device)
     mass, num_impossible = torch.zeros_like(total), torch.zeros_like(total)
-    for batch in samples.batches(batch_size, pc.device, order):
+    for batch in samples.batches(batch_size, pc.device, order, learner.processes):
         log_likelihood = learner.update(batch)
         total += possible_total(log_likelihood, batch.weights)
         mass += possible_mass(log_likelihood, batch.weights)
         num_impossible += (log_likelihood == -torch.inf).sum()
+    total, mass, num_impossible = learner.processes.summed(torch.stack([total, mass, num_impossible]))
     if not float(mass) > 0:
         raise ImpossibleEvidenceError(
             f"data: all {len(samples.x)} samples have probability zero under the circuit, or weight zero, so there is "
@@ -166,11 +177,11 @@ def _epoch(
 
 
 @torch.no_grad()
-def _mean_log_likelihood(pc: CompiledCircuit, samples: Samples, batch_size: int) -> float:
+def _mean_log_likelihood(pc: CompiledCircuit, samples: Samples, batch_size: int, processes: Processes) -> float:
     total = torch.zeros((), dtype=torch.float64, device=pc.device)
-    for batch in samples.batches(batch_size, pc.device):
+    for batch in samples.batches(batch_size, pc.device, None, processes):
         total += pc.log_partition(batch.evidence).double().sum()
-    return float(total) / len(samples.x)
+    return float(processes.summed(total)) / len(samples.x)
 
 
 def _shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -200,7 +211,7 @@ def _is_out_of_patience(history: History, patience: int | None) -> bool:
 def _resume(
     pc: CompiledCircuit, learner: Learner, checkpoint: Checkpoint, num_epochs: int
 ) -> tuple[History, dict[str, Tensor] | None]:
-    snapshot = checkpoint.read()
+    snapshot = learner.processes.from_first(checkpoint.read)
     if snapshot is None:
         return History(), None
     if snapshot.history.num_epochs > num_epochs:
