@@ -15,6 +15,7 @@ from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import build_code
+from circuits.learning._arrays import Table
 from circuits.learning._checkpoint import Checkpoint, History, Snapshot
 from circuits.learning._learners import (
     EMName,
@@ -49,18 +50,18 @@ class FitResult:
 
 def fit(
     pc: CompiledCircuit,
-    data: Tensor | np.ndarray,  # shape: (N, D)
+    data: Tensor | np.ndarray | Table,  # shape: (N, D)
     *,
     optimizer: EMName | torch.optim.Optimizer | OptimizerFactory = "em",
-    observed: Tensor | np.ndarray | None = None,  # shape: (N, D)
+    observed: Tensor | np.ndarray | Table | None = None,  # shape: (N, D)
     sample_weights: Tensor | np.ndarray | None = None,  # shape: (N,)
     num_epochs: int = 50,
     batch_size: int = 256,
     step_size: float | None = None,
     momentum: float | None = None,
     pseudocount: float | None = None,
-    validation_data: Tensor | np.ndarray | None = None,  # shape: (M, D)
-    validation_observed: Tensor | np.ndarray | None = None,  # shape: (M, D)
+    validation_data: Tensor | np.ndarray | Table | None = None,  # shape: (M, D)
+    validation_observed: Tensor | np.ndarray | Table | None = None,  # shape: (M, D)
     patience: int | None = None,
     min_improvement: float = 0.0,
     checkpoint_path: str | os.PathLike[str] | None = None,
@@ -76,8 +77,9 @@ def fit(
 
     Args:
         pc: the circuit; its present weights are where the search starts.
-        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are; batches are
-            moved to the circuit's device.
+        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are, also
+            in a file (``np.memmap``), and are looked at in parts; batches are moved to the circuit's device. Other
+            tables, such as h5py data sets, need a length and rows by an array of integers.
         optimizer: ``"em"``: full-batch EM, one step an epoch; ``"minibatch_em"``: a step of size s a batch;
             ``"anemone"``: the same with momentum and flow-rescaled steps (Liu et al. 2025), see
             :func:`~circuits.learning.anemone_step`; or a ``torch.optim`` optimizer over ``pc.parameters()``; or a
@@ -116,10 +118,11 @@ def fit(
     options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
     learner, method = build_learner(pc, optimizer, options)
     learner.processes = processes = checked_processes(process_group)
+    is_identified = checkpoint_path is not None or processes.size > 1  # else nobody asks, and hashing reads all data
     identity = {
         "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),
-        "data": samples.digest(),
-        "validation_data": "none" if validation is None else validation.digest(),
+        "data": samples.digest() if is_identified else "",
+        "validation_data": "none" if validation is None or not is_identified else validation.digest(),
         "optimizer": method,
         "options": f"batch_size={batch_size} patience={patience} min_improvement={min_improvement} seed={seed}",
     }
