@@ -136,7 +136,8 @@ class GradientLearner(Learner):
             loss = self.processes.summed(share.detach())
             if not math.isfinite(float(loss)):
                 self._give_up()
-            share.backward()
+            if len(log_z):
+                share.backward()
             self._sum_gradients()
             return loss
 

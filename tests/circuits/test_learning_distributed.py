@@ -69,6 +69,7 @@ CASES = {
     "families anemone": (all_families, {"optimizer": "anemone"}),
     "families adam": (all_families, {"optimizer": adam}),
     "batches of one": (discrete, {"optimizer": "anemone", "batch_size": 1, "num_epochs": 2}),
+    "batches of one adam": (discrete, {"optimizer": adam, "batch_size": 1, "num_epochs": 1}),
     "early stopping": (discrete, {"optimizer": "em", "num_epochs": 40, "patience": 1, "min_improvement": 0.02}),
 }
 
@@ -196,3 +197,12 @@ def test_shares_are_a_partition_of_every_batch(monkeypatch):
         shares.append(distributed.Processes().share(index))
     assert sorted(torch.cat(shares).tolist()) == index.tolist()
     assert max(map(len, shares)) == math.ceil(8 / 3)
+
+
+def test_a_process_without_a_sample_has_no_flow():
+    pc, x, _ = all_families()
+    found, expected = learning.expected_flows(pc, x[:0]), learning.expected_flows(pc, x[:1])
+    assert found.log_likelihood.shape == (0,)
+    for name, flow in expected.flows.items():
+        assert found.flows[name].dtype == flow.dtype
+        assert torch.equal(found.flows[name], torch.zeros_like(flow))
