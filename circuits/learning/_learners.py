@@ -58,7 +58,7 @@ class FullBatchEM(Learner):
     """One EM step an epoch, from the flows of all batches."""
 
     is_shuffled = False
-    flows_of = staticmethod(em.expected_flows)
+    flows_of: Callable[..., em.ExpectedFlows] = staticmethod(em.expected_flows)
 
     def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)

@@ -45,5 +45,5 @@ def viterbi_flows(
         counts = (score != -torch.inf).to(score.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, score)
-        flows = torch.autograd.grad(score, list(sources.values()), counts)
+        flows = torch.autograd.grad(score, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), score.detach())
