@@ -47,7 +47,7 @@ TREE_SECONDS = 1.2e-8
 """Seconds and core per row, variable, tree and latent state of one EM epoch of a mixture of HCLTs."""
 FIT_SHARE = 0.75
 """Share of the time that is for learning; the rest is for reading, evaluating and the ensemble."""
-MIN_STEPS, MAX_STEPS, MAX_PASSES, MAX_EPOCHS = 300, 3000, 60, 80
+MIN_STEPS, MAX_STEPS, MAX_PASSES, MAX_EPOCHS = 120, 3000, 60, 80
 NUM_POINTS, HIDDEN_UNITS, BATCH_SIZE = 1024, 128, 256
 
 

@@ -14,6 +14,7 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning import em
 from circuits.learning._samples import Batch
+from circuits.learning.distributed import Processes
 from circuits.learning.hard import viterbi_flows
 
 EMName = Literal["em", "minibatch_em", "anemone", "viterbi_em"]
@@ -33,6 +34,8 @@ class Learner(ABC):
     """Moves the weights of one circuit, batch by batch."""
 
     is_shuffled = True
+    processes = Processes()
+    """Those that learn together; the batches of each are its shares."""
 
     def __init__(self, pc: CompiledCircuit) -> None:
         self.pc = pc
@@ -72,7 +75,7 @@ class FullBatchEM(Learner):
         return log_likelihood
 
     def end_epoch(self) -> None:
-        em.em_step(self.pc, self._flows, **self._options)
+        em.em_step(self.pc, self.processes.summed_all(self._flows), **self._options)
         self._flows = {}
 
 
@@ -91,7 +94,7 @@ class MinibatchEM(Learner):
 
     def update(self, batch: Batch) -> Tensor:
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
-        em.em_step(self.pc, flows, **self._options)
+        em.em_step(self.pc, self.processes.summed_all(flows), **self._options)
         return log_likelihood
 
 
@@ -105,8 +108,8 @@ class Anemone(Learner):
 
     def update(self, batch: Batch) -> Tensor:
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
-        mass = float(possible_mass(log_likelihood, batch.weights))
-        self._state = em.anemone_step(self.pc, flows, mass, self._state, **self._options)
+        mass = float(self.processes.summed(possible_mass(log_likelihood, batch.weights)))
+        self._state = em.anemone_step(self.pc, self.processes.summed_all(flows), mass, self._state, **self._options)
         return log_likelihood
 
     def state(self) -> Any:
@@ -137,11 +140,14 @@ class GradientLearner(Learner):
             self.pc.zero_grad()
             log_z = self.pc.log_partition(batch.evidence)
             seen.append(log_z.detach())
-            mass = possible_mass(log_z, batch.weights)
-            loss = -possible_total(log_z, batch.weights) / mass.clamp_min(_LEAST_MASS)
-            if not math.isfinite(float(loss.detach())):
+            mass = self.processes.summed(possible_mass(log_z, batch.weights))
+            share = -possible_total(log_z, batch.weights) / mass.clamp_min(_LEAST_MASS)
+            loss = self.processes.summed(share.detach())
+            if not math.isfinite(float(loss)):
                 self._give_up()
-            loss.backward()
+            if len(log_z):
+                share.backward()
+            self._sum_gradients()
             return loss
 
         self._optimizer.step(loss_and_gradient)  # type: ignore[arg-type]
@@ -158,6 +164,11 @@ class GradientLearner(Learner):
 
     def restore(self, state: Any) -> None:
         self._optimizer.load_state_dict(state)
+
+    def _sum_gradients(self) -> None:
+        for parameter in self.pc.bank.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.processes.summed(gradient)
 
     def _weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.pc.bank.values()]

@@ -63,6 +63,8 @@ def expected_flows(
         ArgumentError: evidence or sample weights do not fit.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    if not given.batch_size:
+        return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
         log_z = pc.log_partition(given, banks)
@@ -223,6 +225,16 @@ def traced_weights(pc: CompiledCircuit, weights: Banks | None = None) -> tuple[B
         if isinstance(family, Direct):
             banks[name], sources[name] = _tilted(family, normalised[name])
     return banks, sources
+
+
+def flows_of_nothing(pc: CompiledCircuit) -> ExpectedFlows:
+    flows = {
+        name: torch.zeros(
+            shape, dtype=torch.float64 if isinstance(pc.families.get(name), Direct) else pc.dtype, device=pc.device
+        )
+        for name, shape in flow_shapes(pc).items()
+    }
+    return ExpectedFlows(flows, torch.zeros(0, dtype=pc.dtype, device=pc.device))
 
 
 def _tilted(family: Direct, weights: Weights) -> tuple[Weights, Tensor]:

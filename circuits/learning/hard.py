@@ -8,7 +8,7 @@ from torch import Tensor
 from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
-from circuits.learning.em import ExpectedFlows, checked_sample_weights, traced_weights
+from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
 from circuits.semiring import LogSemiring, MaxSemiring
 
 
@@ -36,6 +36,8 @@ def viterbi_flows(
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     given.check(pc.num_categories)
+    if not given.batch_size:
+        return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc)
         leaf_values = passes.leaves(pc, LogSemiring(), given, banks)
