@@ -228,6 +228,7 @@ def traced_weights(pc: CompiledCircuit, weights: Banks | None = None) -> tuple[B
 
 
 def flows_of_nothing(pc: CompiledCircuit) -> ExpectedFlows:
+    """Return the flows of a batch without samples, such as a process's share of a small one: zeros."""
     flows = {
         name: torch.zeros(
             shape, dtype=torch.float64 if isinstance(pc.families.get(name), Direct) else pc.dtype, device=pc.device
