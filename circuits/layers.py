@@ -177,7 +177,7 @@ class SumLayer(_InnerLayer):
             The gradient of what was gathered: (F, I, B) under latent evidence, else (F / S, I, B).
         """
         num_stacks = len(saved.scaled)
-        grad = grad.reshape(num_stacks, -1, grad.shape[-1])
+        grad = grad.reshape(num_stacks, grad.shape[0] * grad.shape[1] // num_stacks, grad.shape[-1])  # B may be 0
         grad_x, scale = logspace.contract_adjoint(grad, self._select(weights.linear, num_stacks), saved)
         if flows is not None:
             self.parameter_rows.add_outer(flows.linear, scale, saved.scaled)
