@@ -208,7 +208,8 @@ class SumLayer(_InnerLayer):
     def _unstack(self, stacks: Tensor) -> Tensor:
         """Return (F, O, ...) of (F / S, S * O, ...)."""
         is_stacked = len(stacks) != self.num_nodes
-        return stacks.reshape(self.num_nodes, -1, *stacks.shape[2:]) if is_stacked else stacks
+        per_node = stacks.shape[0] * stacks.shape[1] // self.num_nodes  # not -1: B may be 0
+        return stacks.reshape(self.num_nodes, per_node, *stacks.shape[2:]) if is_stacked else stacks
 
 
 class Flows:
