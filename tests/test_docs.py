@@ -58,6 +58,8 @@ def anchors_of(page):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # on import of pyjuice
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    families = dict(circuits.distributions.FAMILIES)
+    monkeypatch.setattr(circuits.distributions.base, "FAMILIES", families)  # pages may register their own
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     text = page.read_text()
@@ -163,3 +165,13 @@ def test_the_site_builds(tmp_path):
             is_module = isinstance(vars(package).get(name), types.ModuleType)
             found = {anchor for anchor in anchors if anchor.split(".")[-1] == name}
             assert found or is_module, f"{package.__name__}.{name} is on no page of the reference"
+
+
+def test_every_query_and_family_is_explained():
+    queries, families = ((DOCS / f"{name}.md").read_text() for name in ("queries", "families"))
+    for name in circuits.queries.__all__:
+        if name.islower():
+            assert f"`{name}" in queries, name
+    for family in set(circuits.distributions.FAMILIES.values()):
+        if family.__module__.startswith("circuits."):
+            assert f"`{family.__name__}(" in families, family
