@@ -23,6 +23,26 @@ def tensor_code(tensor: Tensor) -> str:
 
 def evidence_code(evidence: Evidence) -> str:
     """Return code that builds evidence with the same factors, perhaps stored otherwise; a summary if it is long."""
+    return _variables_code(replace(evidence, latents=None, classes=None)) + _conditions_code(evidence)
+
+
+def _conditions_code(evidence: Evidence) -> str:
+    """Return code that adds the evidence on latents and on the class."""
+    code = ""
+    if evidence.latents:
+        if sum(factors.numel() for factors in evidence.latents.values()) > _MAX_SHOWN:
+            code += f".with_latents({len(evidence.latents)} nodes)"
+        else:
+            items = (f"{key!r}: {tensor_code(factors)}" for key, factors in evidence.latents.items())
+            code += f".with_latents({{{', '.join(items)}}})"
+    if evidence.classes is not None:
+        method = "with_class" if evidence.classes.dim() == 1 else "with_class_prior"
+        is_long = evidence.classes.numel() > _MAX_SHOWN
+        code += f".{method}({tuple(evidence.classes.shape) if is_long else tensor_code(evidence.classes)})"
+    return code
+
+
+def _variables_code(evidence: Evidence) -> str:
     parts = vars(evidence)
     sizes = [part.numel() for part in parts.values() if isinstance(part, Tensor)]
     if max(sizes) > _MAX_SHOWN:

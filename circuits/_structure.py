@@ -38,7 +38,7 @@ def records_of(circuit: Circuit) -> list[dict[str, Any]]:
     return records
 
 
-def circuit_of(records: Any, num_vars: Any) -> Circuit:
+def circuit_of(records: Any, num_vars: Any, num_classes: Any = None) -> Circuit:
     """Return the circuit that the records describe.
 
     Raises:
@@ -56,7 +56,7 @@ def circuit_of(records: Any, num_vars: Any) -> Circuit:
         except (StructureError, ArgumentError, CheckpointError) as error:
             raise CheckpointError(f"node {len(nodes)} is not valid: {error}") from error
     try:
-        circuit = Circuit(nodes[-1], num_vars=num_vars)
+        circuit = Circuit(nodes[-1], num_vars=num_vars, num_classes=num_classes)
     except (StructureError, ArgumentError) as error:
         raise CheckpointError(f"the nodes are not a circuit: {error}") from error
     if len(circuit.nodes) != len(nodes):

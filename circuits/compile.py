@@ -8,14 +8,15 @@ share a row and a layer usually reads one contiguous slice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from circuits import passes
-from circuits.distributions import Categorical, Direct, Distribution
+from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, external_weights
+from circuits.distributions import Categorical, Direct, Distribution, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
@@ -50,6 +51,7 @@ class CompiledCircuit(nn.Module):
         self._address: dict[Node, Address] = {
             node: (position, row) for position, nodes in enumerate(layers) for row, node in enumerate(nodes)
         }
+        self._named = {node.name: node for node in circuit.nodes if node.name is not None}
         self._parameter_address, bank_shapes, self.families = _assign_parameters(layers)
         self.bank = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in bank_shapes.items()}
@@ -77,22 +79,26 @@ class CompiledCircuit(nn.Module):
         """The parameters' floating-point type."""
         return next(iter(self.bank.values())).dtype
 
-    def forward(self, x: Tensor | Evidence) -> Tensor:
+    def forward(self, x: Tensor | Evidence, *, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log p(x)`` of assignments, (B, D), see :meth:`Evidence.observe`, or log Z of any evidence: (B,).
+
+        A circuit with R classes returns (B, R), log p(x | class), unless the evidence names the class.
 
         Raises:
             ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
         """
-        return self.log_partition(x if isinstance(x, Evidence) else Evidence.observe(x))
+        return self.log_partition(x if isinstance(x, Evidence) else Evidence.observe(x), weights)
 
-    def log_partition(self, evidence: Evidence, banks: passes.Banks | None = None) -> Tensor:
+    def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,), differentiable in factors and weights.
+
+        A circuit with R classes returns (B, R), one log Z per class, unless the evidence names the class.
 
         Args:
             evidence: for B queries.
-            banks: normalised weights to use in place of this module's own, see :meth:`weights`.
+            weights: to use in place of this module's own, see :meth:`weights`.
         """
-        banks = self.weights() if banks is None else banks
+        banks = self.weights() if weights is None else weights
         return passes.log_root(self, self.leaves(evidence, banks), banks)
 
     def leaves(self, evidence: Evidence, banks: passes.Banks | None = None) -> list[Tensor]:
@@ -101,13 +107,51 @@ class CompiledCircuit(nn.Module):
             evidence.check(self.num_categories)
         return passes.leaves(self, LogSemiring(), evidence, self.weights() if banks is None else banks)
 
-    def weights(self) -> passes.Banks:
-        """Return the normalised weights of every bank.
+    def weights(
+        self, *, external: Mapping[ParametricNode | str, Tensor] | None = None, normalize: bool = True
+    ) -> passes.Banks:
+        """Return the normalised weights of every bank, with those given to single nodes at run time in place.
 
-        Without gradients they are computed once and kept until the parameters change; changes are seen through
-        in-place operations on the parameters (optimizers, ``load_state_dict``, ``.to``), not through ``.data``.
+        Without gradients the own weights are computed once and kept until the parameters change; changes are seen
+        through in-place operations on the parameters (optimizers, ``load_state_dict``, ``.to``), not through ``.data``.
+
+        Args:
+            external: log-weights by node or name (neural conditioning), for this node alone, not for nodes tied to it:
+                sums (K, I) or (B, K, I), inputs of finite families (C, K) or (B, C, K). Every query takes the result as
+                ``weights=``, and is differentiable in the given tensors.
+            normalize: whether a log-softmax makes each unit's external weights sum to 1 (along I, or C). If not, they
+                are used as they are, and log Z is that of the unnormalised circuit.
+
+        Raises:
+            ArgumentError: a name or node that does not belong to the circuit, a wrong shape, batch sizes that differ,
+                NaN or +inf, or, with ``normalize``, a unit whose weights are all -inf.
         """
-        return {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
+        own = {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
+        return passes.Banks(own, self._external_weights(external, normalize) if external else None)
+
+    def conditions(self, evidence: Evidence) -> Conditions:
+        """Return the part of the evidence that is on latents and on the class, by layer.
+
+        Raises:
+            ArgumentError: a name or node that is no sum node of the circuit, a wrong shape, or a label out of range.
+        """
+        by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        for key, factors in (evidence.latents or {}).items():
+            node = self.sum_node(key)
+            if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
+                raise ArgumentError(
+                    f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
+                    f"units of {node}, got {tuple(factors.shape)}"
+                )
+            layer, row = self.address(node)
+            if row in by_layer[layer]:
+                raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
+            by_layer[layer][row] = factors.to(self.device, self.dtype).t()
+        latents = {
+            layer: LatentFactors(torch.tensor(list(rows), device=self.device), torch.stack(list(rows.values())))
+            for layer, rows in by_layer.items()
+        }
+        return Conditions(latents, self._class_factors(evidence.classes))
 
     def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
         """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
@@ -166,6 +210,13 @@ class CompiledCircuit(nn.Module):
             if node.weights is not None:
                 self.set_weights(node, node.weights)
 
+    def sum_node(self, key: Node | str) -> Sum:
+        """Return the sum node of that name, or the node itself, if it belongs to the circuit."""
+        node = self._node_of("node", key)
+        if not isinstance(node, Sum):
+            raise ArgumentError(f"node: expected a sum node, got {node}")
+        return node
+
     def address(self, node: Node) -> Address:
         """Return where a node of the circuit is evaluated: (layer, row)."""
         try:
@@ -175,6 +226,65 @@ class CompiledCircuit(nn.Module):
 
     def __repr__(self) -> str:
         return f"CompiledCircuit({self.circuit}, {self.circuit.num_parameters} parameters, {self.dtype}, {self.device})"
+
+    def _node_of(self, argument: str, key: Node | str) -> Node:
+        node = self._named.get(key) if isinstance(key, str) else key
+        if node not in self._address:
+            raise ArgumentError(f"{argument}: {key!r} is no node of {self.circuit} and no name of one")
+        return node
+
+    def _external_weights(
+        self, external: Mapping[ParametricNode | str, Tensor], normalize: bool
+    ) -> dict[int, ExternalWeights]:
+        by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        axes: dict[int, int] = {}
+        for key, log_weights in external.items():
+            node = self._node_of("external", key)
+            if not isinstance(node, ParametricNode):
+                raise ArgumentError(f"external: expected sum or input nodes, which have weights, got {node}")
+            rows, columns = node.parameter_shape
+            if isinstance(node, Input):
+                if not isinstance(node.distribution, Finite):
+                    raise ArgumentError(
+                        f"external: inputs take weights at run time if they have finitely many values, got {node}"
+                    )
+                rows = node.distribution.num_values
+            is_table = isinstance(log_weights, Tensor) and log_weights.dim() in (2, 3)
+            if not is_table or not log_weights.is_floating_point() or log_weights.shape[-2:] != (rows, columns):
+                got = tuple(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
+                raise ArgumentError(
+                    f"external: expected floating-point log-weights ({rows}, {columns}) or (B, {rows}, {columns}) for "
+                    f"{node}, got {got}"
+                )
+            layer, row = self.address(node)
+            if row in by_layer[layer]:
+                raise ArgumentError(f"external: {node} is given twice, by name and by node; give it once")
+            by_layer[layer][row] = log_weights.to(self.device)
+            axes[layer] = -1 if isinstance(node, Sum) else -2
+        return {
+            layer: external_weights(tables, self.layer_sizes[layer][0], self.dtype, axes[layer], normalize=normalize)
+            for layer, tables in by_layer.items()
+        }
+
+    def _class_factors(self, classes: Tensor | None) -> Tensor | None:
+        """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
+        if classes is None:
+            return None
+        num_classes = self.circuit.num_classes
+        if num_classes is None:
+            raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
+        classes = classes.to(self.device)
+        if classes.dim() == 1:
+            if bool(((classes < 0) | (classes >= num_classes)).any()):
+                raise ArgumentError(
+                    f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
+                    f"{int(classes.max())}"
+                )
+            is_other = torch.arange(num_classes, device=self.device).unsqueeze(1) != classes
+            return torch.zeros(is_other.shape, dtype=self.dtype, device=self.device).masked_fill(is_other, -torch.inf)
+        if classes.shape[1] != num_classes:
+            raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
+        return classes.to(self.dtype).t()
 
     def _parameter(self, node: ParametricNode) -> tuple[str, int]:
         owner = parameter_owner(node)
@@ -196,11 +306,11 @@ class CompiledCircuit(nn.Module):
         return weights
 
     def _read_weights(self, name: str, parameter: Tensor) -> Weights:
-        if name in self.families:
-            log = self.families[name].read(parameter)
-            return Weights(log, self.families[name].linear(log))
-        log = torch.log_softmax(parameter, -1)
-        return Weights(log, log.detach().exp())
+        family = self.families.get(name)
+        if family is not None:
+            log = family.read(parameter)
+            return Weights(log, family.linear(log) if isinstance(family, Direct) else None)
+        return Weights(torch.log_softmax(parameter, -1))
 
     def _build_layer(self, nodes: Sequence[Node], dtype: torch.dtype) -> InputLayer | ProductLayer | SumLayer:
         first = nodes[0]
@@ -211,7 +321,9 @@ class CompiledCircuit(nn.Module):
         owners = [self._parameter_address[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
         parameters = ParameterRows(owners[0][0], [row for _, row in owners])
         if isinstance(first, Sum):
-            return SumLayer(children, child_units, parameters)
+            num_siblings = len(nodes) // len({node.children for node in nodes})
+            position = self._address[first][0]
+            return SumLayer(children, child_units, parameters, position=position, num_siblings=num_siblings)
         variables = [node.var for node in nodes if isinstance(node, Input)]
         family = self.families[parameters.bank]
         if isinstance(family, Direct):
@@ -255,20 +367,28 @@ def compile(
         return compile_with_pyjuice(circuit, device, dtype, seed, generator)
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)
-    return pc.to(device)
+    return pc if torch.device(device) == pc.device else pc.to(device)
 
 
 def _fold(circuit: Circuit) -> list[list[Node]]:
     """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
+    siblings: dict[Hashable, list[Node]] = defaultdict(list)
+    for mixture in circuit.sums:
+        siblings[mixture.children, mixture.num_units].append(mixture)
     depth: dict[Node, int] = {}
     groups: dict[tuple[int, Hashable], list[Node]] = defaultdict(list)
     for node in circuit.nodes:
         depth[node] = 1 + max((depth[child] for child in node.children), default=-1)
-        groups[depth[node], _shape_key(node)].append(node)
+        if not isinstance(node, Sum):
+            groups[depth[node], _shape_key(node)].append(node)
+            continue
+        same = siblings[node.children, node.num_units]
+        if node is same[0]:  # the others follow it, so that the layer can stack them
+            groups[depth[node], (*_shape_key(node), len(same))].extend(same)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def _shape_key(node: Node) -> Hashable:
+def _shape_key(node: Node) -> tuple[Hashable, ...]:
     child_units = tuple(child.num_units for child in node.children)
     if isinstance(node, Input):
         return "input", node.distribution.stored_as, node.parameter_shape

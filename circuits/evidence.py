@@ -9,15 +9,18 @@ Factors on ordered and real variables that need no list are intervals and normal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from circuits._code import evidence_code
 from circuits.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from circuits.graph import Sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,8 @@ class Evidence:
         bounds: lower and upper bounds in place of factors, (B, D, 2).
         normal: means and standard deviations in place of factors, (B, D, 2).
         otherwise: evidence on the variables that are missing here; None: none.
+        latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
+        classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
     """
 
     log_factors: Tensor | None
@@ -39,6 +44,8 @@ class Evidence:
     bounds: Tensor | None = None
     normal: Tensor | None = None
     otherwise: Evidence | None = None
+    latents: Mapping[Sum | str, Tensor] | None = None
+    classes: Tensor | None = None
 
     @classmethod
     def observe(cls, x: Tensor, observed: Tensor | None = None) -> Evidence:
@@ -163,13 +170,15 @@ class Evidence:
     def where(cls, condition: Tensor, one: Evidence, other: Evidence) -> Evidence:
         """Evidence ``one`` on the variables where ``condition`` is True, evidence ``other`` elsewhere.
 
+        Evidence on latents and on the class is that of both; of a latent that both have factors on, ``one``'s count.
+
         Args:
             condition: bool (B, D) or (D,).
             one: for B queries over D variables.
             other: the same.
 
         Raises:
-            ArgumentError: shapes that do not fit.
+            ArgumentError: shapes that do not fit, or both name the class.
         """
         shape = torch.Size((one.batch_size, one.num_vars))
         if (other.batch_size, other.num_vars) != shape:
@@ -180,18 +189,81 @@ class Evidence:
         if isinstance(condition, Tensor) and condition.dim() == 1:
             condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
         _check_mask("condition", condition, shape)
+        if one.classes is not None and other.classes is not None:
+            raise ArgumentError("other: it names the class, as `one` does; give it once")
+        latents = {**(other.latents or {}), **(one.latents or {})} or None
+        classes = other.classes if one.classes is None else one.classes
+        other = replace(other, latents=None, classes=None)
         if one.otherwise is not None:
             other = cls.where(condition, one.otherwise, other)
         elif one.missing is not None:
             other = other._silenced(condition)
         missing = ~condition if one.missing is None else one.missing | ~condition
-        return replace(one, missing=missing, otherwise=other)
+        return replace(one, missing=missing, otherwise=other, latents=latents, classes=classes)
 
     @classmethod
     def nothing(cls, batch_size: int, num_vars: int, device: torch.device | str | None = None) -> Evidence:
         """Evidence that says nothing: every variable is missing. Its log-partition is log 1 = 0."""
         values = torch.zeros(batch_size, num_vars, 1, dtype=torch.int64, device=device)
         return cls(None, values, torch.ones(batch_size, num_vars, dtype=torch.bool, device=device))
+
+    def with_latents(self, log_factors: Mapping[Sum | str, Tensor]) -> Evidence:
+        """Return the same evidence with log-factors on latent variables too.
+
+        A sum node is a latent variable: which of its child units is used. The factor of child unit i multiplies that
+        child wherever this node uses it, for all of the node's units: in an HMM, ``{"transition3": f}`` with f (B, N)
+        is soft evidence on the hidden state of step 4. Other nodes tied to this one are not touched.
+
+        Args:
+            log_factors: by sum node, or its name: (B, I) for its I child units, in the order of its children; -inf
+                rules a child unit out. They replace what the same key had before.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        for key, factors in log_factors.items():
+            _check_conditions(f"log_factors[{key!r}]", factors, f"({self.batch_size}, I)", self.batch_size)
+        return replace(self, latents={**(self.latents or {}), **log_factors})
+
+    def with_class(self, labels: Tensor | int) -> Evidence:
+        """Return the same evidence with the class observed: int64 (B,), or one number for all queries.
+
+        Queries on a circuit with ``num_classes`` then are about p(x | class), and log Z has shape (B,).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype.
+        """
+        if isinstance(labels, int):
+            labels = torch.full((self.batch_size,), int(labels), device=self.device)
+        _check_tensor("labels", labels, f"int64 ({self.batch_size},)", x_dim=1, integer=True)
+        if len(labels) != self.batch_size:
+            raise ArgumentError(f"labels: expected one per query, ({self.batch_size},), got {tuple(labels.shape)}")
+        return replace(self, classes=labels.long())
+
+    def with_class_prior(self, log_prior: Tensor) -> Evidence:
+        """Return the same evidence with log-factors on the classes, for instance their log-prior: (R,) or (B, R).
+
+        Queries on a circuit with ``num_classes`` then are about ``sum_r exp(log_prior_r) p(x | class r)``: one root.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        if isinstance(log_prior, Tensor) and log_prior.dim() == 1:
+            log_prior = log_prior.expand(self.batch_size, -1)
+        _check_conditions("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", self.batch_size)
+        return replace(self, classes=log_prior)
+
+    def with_factors(
+        self, log_factors: Tensor, values: Tensor | None = None, missing: Tensor | None = None
+    ) -> Evidence:
+        """Return evidence with the same latents and class, and other factors on the variables: (B, D, C) if dense.
+
+        Args:
+            log_factors: dense, or of the listed values.
+            values: the listed values, int64 (B, D, k); None: dense.
+            missing: where every value has log-factor 0, bool (B, D); None: nowhere.
+        """
+        return replace(Evidence(log_factors, values, missing), latents=self.latents, classes=self.classes)
 
     @property
     def is_dense(self) -> bool:
@@ -253,7 +325,8 @@ class Evidence:
 
     def pick(self, query: Tensor, variable: Tensor) -> Evidence:
         """Return the evidence on n single variables of given queries, (n,) each, as n queries over one variable."""
-        return self._map(lambda tensor: tensor[query, variable].unsqueeze(1))
+        variables_only = replace(self, latents=None, classes=None)
+        return variables_only._map(lambda tensor: tensor[query, variable].unsqueeze(1))
 
     def to(self, device: torch.device | str) -> Evidence:
         """Return the evidence on another device."""
@@ -294,11 +367,14 @@ class Evidence:
         printer.text(repr(self))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
-        mapped: dict[str, Any] = {
-            k: v._map(function) if isinstance(v, Evidence) else None if v is None else function(v)
-            for k, v in vars(self).items()
-        }
-        return replace(self, **mapped)
+        def mapped(value: Any) -> Any:
+            if isinstance(value, Evidence):
+                return value._map(function)
+            if isinstance(value, Mapping):
+                return {key: function(factors) for key, factors in value.items()}
+            return None if value is None else function(value)
+
+        return replace(self, **{name: mapped(value) for name, value in vars(self).items()})
 
 
 def _check_tensor(name: str, value: Tensor, expected: str, *, x_dim: int, integer: bool) -> None:
@@ -328,6 +404,16 @@ def _check_factors(log_factors: Tensor, shape: str) -> None:
         raise ArgumentError(f"log_factors: expected floating point {shape}, got {log_factors.dtype}")
     if not bool((log_factors.detach() < torch.inf).all()):
         raise ArgumentError("log_factors: expected numbers below +inf (-inf rules a value out), got NaN or +inf")
+
+
+def _check_conditions(name: str, log_factors: Tensor, shape: str, batch_size: int) -> None:
+    _check_tensor(name, log_factors, f"floating point {shape}", x_dim=2, integer=False)
+    if not log_factors.is_floating_point() or len(log_factors) != batch_size:
+        raise ArgumentError(
+            f"{name}: expected floating point {shape}, got {log_factors.dtype} {tuple(log_factors.shape)}"
+        )
+    if not bool((log_factors.detach() < torch.inf).all()):
+        raise ArgumentError(f"{name}: expected numbers below +inf (-inf rules an alternative out), got NaN or +inf")
 
 
 def _check_distinct(values: Tensor, log_factors: Tensor) -> None:

@@ -206,23 +206,29 @@ class Circuit:
     """A symbolic circuit: everything reachable from one root over the variables 0 .. ``num_vars`` - 1.
 
     Args:
-        root: a node with one unit.
+        root: a node with one unit, or with ``num_classes`` units.
         num_vars: D; by default the largest variable plus one. Every variable must occur.
+        num_classes: R, for a class-conditional model: unit r of the root is the distribution p(x | class r).
 
     Raises:
-        StructureError: more than one root unit, a variable that does not occur or is out of range, or input nodes that
-            disagree on a variable's number of categories.
+        StructureError: another number of root units, a variable that does not occur or is out of range, or input nodes
+            that disagree on a variable's number of categories.
     """
 
-    def __init__(self, root: Node, *, num_vars: int | None = None) -> None:
+    def __init__(self, root: Node, *, num_vars: int | None = None, num_classes: int | None = None) -> None:
         if not isinstance(root, Node):
             if isinstance(root, (list, tuple)):
                 raise StructureError(f"no single root: got {len(root)} nodes {root[:2]}; join them with ct.sum(...)")
             raise ArgumentError(f"root: expected a node built with ct.inputs, ct.product or ct.sum, got {root!r}")
-        if root.num_units != 1:
+        self.num_classes = None if num_classes is None else _checked_count("num_classes", num_classes)
+        if num_classes is not None and root.num_units != num_classes:
+            raise StructureError(
+                f"num_classes: {root} has {root.num_units} units, expected one per class, {num_classes}"
+            )
+        if num_classes is None and root.num_units != 1:
             raise StructureError(
                 f"no single root: {root} has {root.num_units} units, over {_children_text(root)}; "
-                "put ct.sum(root, num_units=1) on top"
+                "put ct.sum(root, num_units=1) on top, or say num_classes if each unit is the model of a class"
             )
         self.root = root
         self.nodes = tuple(_children_first(root))
@@ -379,7 +385,8 @@ def build_code(circuit: Circuit) -> str:
             if first_user != names[node]:
                 options += f", tied_to={first_user}"
         lines.append(f"{names[node]} = ct.{_build_call(node, [names[child] for child in node.children], options)}")
-    lines.append(f"circuit = ct.Circuit({names[circuit.root]})")
+    classes = "" if circuit.num_classes is None else f", num_classes={circuit.num_classes}"
+    lines.append(f"circuit = ct.Circuit({names[circuit.root]}{classes})")
     return "\n".join(lines)
 
 

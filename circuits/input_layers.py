@@ -141,18 +141,28 @@ class TableLayer(InputLayer):
         num_categories, num_units = weights.log.shape[1:]
         values = self._of_variables(evidence.values).long()  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
-        values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
-        log_table = weights.log.reshape(-1, num_units)
         factors = None
         if evidence.log_factors is not None:
-            factors = self._of_variables(evidence.log_factors).flatten(0, 1).to(weights.log.dtype)
+            factors = self._of_variables(evidence.log_factors).to(weights.log.dtype)
         if num_listed == 1:
-            out = log_table.index_select(0, values[:, 0])
-            out = semiring.lift(out if factors is None else out + factors)
-        else:
-            assert factors is not None
-            out = semiring.mix(log_table, values, factors, table=weights.linear.reshape(-1, num_units))
+            out = self._looked_up(values[..., 0].t(), weights.log)
+            return semiring.lift(out if factors is None else out + factors[..., 0].t().unsqueeze(1))
+        assert factors is not None
+        values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
+        log_table, table = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
+        out = semiring.mix(log_table, values, factors.flatten(0, 1), table=table)
         return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
+
+    def _looked_up(self, values: Tensor, bank: Tensor) -> Tensor:
+        """Return the log-weights of one value per node and query, (F, B) to (F, K, B)."""
+        num_categories, num_units = bank.shape[1:]
+        if self.parameter_rows.is_tied and num_categories <= values.numel():
+            # transposing the one table is cheaper than transposing what is read from it
+            columns = self.parameter_rows.select(bank, expand=False)[0].t().contiguous()
+            return columns.index_select(1, values.flatten()).unflatten(1, values.shape).transpose(0, 1)
+        rows = values + (self.parameter_rows.index * num_categories).unsqueeze(1)
+        read = bank.reshape(-1, num_units).index_select(0, rows.flatten())
+        return read.unflatten(0, values.shape).transpose(1, 2).contiguous()
 
 
 class DirectLayer(InputLayer):

@@ -70,6 +70,8 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
             "num_vars": pc.circuit.num_vars,
             "nodes": records_of(pc.circuit),
         }
+        if pc.circuit.num_classes is not None:
+            structure["num_classes"] = pc.circuit.num_classes
         text = json.dumps({"sha256": _structure_hash(structure), **structure}, separators=(",", ":"))
         if len(text) > _MAX_STRUCTURE_BYTES:
             raise ArgumentError(f"pc: {pc.circuit} takes {len(text)} bytes; the limit is {_MAX_STRUCTURE_BYTES}")
@@ -112,8 +114,8 @@ def load(
 def _loaded(folder: Path) -> CompiledCircuit:
     structure = _read_structure(folder / STRUCTURE_FILE)
     try:
-        check_keys(structure, {"library_version", "weights_sha256", "dtype", "num_vars", "nodes"})
-        circuit = circuit_of(structure["nodes"], structure["num_vars"])
+        check_keys(structure, {"library_version", "weights_sha256", "dtype", "num_vars", "nodes"}, {"num_classes"})
+        circuit = circuit_of(structure["nodes"], structure["num_vars"], structure.get("num_classes"))
         if not isinstance(structure["dtype"], str) or structure["dtype"] not in _DTYPES:
             raise CheckpointError(f"dtype: expected float32 or float64, got {short(structure['dtype'])}")
     except CheckpointError as error:

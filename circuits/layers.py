@@ -7,44 +7,63 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from circuits import logspace
+from circuits.conditioning import ExternalWeights, LatentFactors, conditions_of
 from circuits.graph import ProductMode
 from circuits.rows import Address, Gradients, ParameterRows, Rows
-from circuits.semiring import Semiring
+from circuits.semiring import LogSemiring, Semiring
 
 _MAX_SLOTS = 4
+_LOG = LogSemiring()
 
 
-class Weights(NamedTuple):
+class Weights:
     """Normalised weights of one parameter bank: sums (P, O, I), finite input families (P, C, K).
 
     The banks of other input families hold what the family reads: ``log`` is their numbers (P, S, K), ``linear`` the
     logarithm of a factor on every unit, (P, 1, K).
     """
 
-    log: Tensor
-    linear: Tensor
-    """exp(log), detached: for GEMMs; gradients flow through ``log``."""
+    def __init__(self, log: Tensor, linear: Tensor | None = None) -> None:
+        self.log = log
+        self._linear = linear
+
+    @property
+    def linear(self) -> Tensor:
+        """exp(log), detached: for GEMMs; gradients flow through ``log``. Computed when first asked for."""
+        if self._linear is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._linear = self.log.detach().exp()
+        return self._linear
+
+    def with_log(self, log: Tensor) -> Weights:
+        """Return the same weights with another leaf of automatic differentiation, or another view, as ``log``."""
+        return Weights(log, self._linear)
 
 
 class _InnerLayer(nn.Module):
     """F nodes with equally many children, whose units are ``child_units``."""
 
-    child_layer: Tensor
-    child_row: Tensor
+    addresses: Tensor
+    """(layer, row) of every child of every node, int64 (F, children, 2)."""
+    slots: list[Rows]
+    """What gathers the children, by their position among a node's children."""
 
     def __init__(self, children: Sequence[Sequence[Address]], child_units: Sequence[int]) -> None:
         super().__init__()
         self.child_units = list(child_units)
-        addresses = torch.tensor([list(node) for node in children])  # (F, children, 2)
-        self.register_buffer("child_layer", addresses[..., 0].clone(), persistent=False)
-        self.register_buffer("child_row", addresses[..., 1].clone(), persistent=False)
+        self.register_buffer("addresses", torch.tensor(children), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for slot in self.slots:
+            slot.move(fn)
+        return super()._apply(fn, recurse)
 
 
 class ProductLayer(_InnerLayer):
@@ -59,7 +78,7 @@ class ProductLayer(_InnerLayer):
             slots = [[address for addresses in children for address in addresses]]
         else:
             slots = [[addresses[slot] for addresses in children] for slot in range(self.num_children)]
-        self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
+        self.slots = [Rows(slot) for slot in slots]
 
     def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return the products of the children's units, shape (F, K, B, *E)."""
@@ -93,46 +112,103 @@ class ProductLayer(_InnerLayer):
 
 
 class SumLayer(_InnerLayer):
-    """Dense sum units of F nodes whose children have equally many units."""
+    """Dense sum units of F nodes whose children have equally many units.
+
+    *Siblings* are nodes with the same children, S of them in a row of the layer. Their children are gathered and
+    exponentiated once, and their weights are multiplied as one matrix of S * K rows: the layer works on F / S *stacks*.
+    """
 
     def __init__(
-        self, children: Sequence[Sequence[Address]], child_units: Sequence[int], parameters: ParameterRows
+        self,
+        children: Sequence[Sequence[Address]],
+        child_units: Sequence[int],
+        parameters: ParameterRows,
+        *,
+        position: int,
+        num_siblings: int,
     ) -> None:
         super().__init__(children, child_units)
         self.parameter_rows = parameters
-        slots = ([addresses[slot] for addresses in children] for slot in range(len(child_units)))
-        self.slots: Sequence[Rows] = cast(Any, nn.ModuleList(Rows(slot) for slot in slots))
+        self.position = position
+        self.num_nodes = len(children)
+        self.num_siblings = num_siblings
+        slots = ([addresses[slot] for addresses in children[::num_siblings]] for slot in range(len(child_units)))
+        self.slots = [Rows(slot) for slot in slots]
 
-    def gather(self, outputs: Sequence[Tensor | None]) -> Tensor:
-        """Return the children's units side by side, shape (F, I, B, *E)."""
-        parts = [slot(outputs) for slot in self.slots]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def gather(self, outputs: Sequence[Tensor | None], semiring: Semiring = _LOG) -> Tensor:
+        """Return the children's units side by side, times the factors of latent evidence, shape (F, I, B, *E)."""
+        x = self._gather_stacks(outputs)
+        if self.num_siblings > 1:
+            x = x.repeat_interleave(self.num_siblings, 0)
+        latents = self._latents_of(outputs)
+        return x if latents is None else latents.applied(semiring, x)
 
-    def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None], weights: Weights) -> Tensor:
-        """Return the mixtures, shape (F, K, B, *E)."""
-        log_weights, linear = self.parameter_rows.select(weights.log), self.parameter_rows.select(weights.linear)
-        return semiring.contract(log_weights, self.gather(outputs), weights=linear)
+    def forward(
+        self,
+        semiring: Semiring,
+        outputs: Sequence[Tensor | None],
+        weights: Weights,
+        external: ExternalWeights | None = None,
+    ) -> Tensor:
+        """Return the mixtures, shape (F, K, B, *E); ``external`` weights replace those of some nodes."""
+        is_stacked = external is None and self._latents_of(outputs) is None
+        x = self._gather_stacks(outputs) if is_stacked else self.gather(outputs, semiring)
+        if external is not None and external.is_everywhere:
+            return external.of_sums(semiring, x, None)
+        log_weights, linear = self._select(weights.log, len(x)), self._select(weights.linear, len(x))
+        own = self._unstack(semiring.contract(log_weights, x, weights=linear))
+        return own if external is None else external.of_sums(semiring, x, own)
 
     def forward_recorded(
         self, outputs: Sequence[Tensor | None], weights: Weights
     ) -> tuple[Tensor, logspace.Contraction | None]:
         """Return the mixtures in the log semiring and what :meth:`adjoint` needs."""
-        log_weights, linear = self.parameter_rows.select(weights.log), self.parameter_rows.select(weights.linear)
-        return logspace.contract(log_weights, linear, self.gather(outputs), record=True)
+        x = self._gather_stacks(outputs) if self._latents_of(outputs) is None else self.gather(outputs)
+        log_weights, linear = self._select(weights.log, len(x)), self._select(weights.linear, len(x))
+        out, saved = logspace.contract(log_weights, linear, x, record=True)
+        return self._unstack(out), saved
 
     def adjoint(
         self, grad: Tensor, saved: logspace.Contraction, weights: Weights, gradients: Gradients, flows: Flows | None
-    ) -> None:
-        """Send the gradient of the output, (F, K, B), to the children and, unless None, to the weights' ``flows``."""
-        grad_x, scale = logspace.contract_adjoint(grad, self.parameter_rows.select(weights.linear), saved)
+    ) -> Tensor:
+        """Send the gradient of the output, (F, K, B), to the children and, unless None, to the weights' ``flows``.
+
+        Returns:
+            The gradient of what was gathered: (F, I, B) under latent evidence, else (F / S, I, B).
+        """
+        num_stacks = len(saved.scaled)
+        grad = grad.reshape(num_stacks, -1, grad.shape[-1])
+        grad_x, scale = logspace.contract_adjoint(grad, self._select(weights.linear, num_stacks), saved)
         if flows is not None:
             self.parameter_rows.add_outer(flows.linear, scale, saved.scaled)
             if saved.repaired:
-                extra = torch.zeros_like(self.parameter_rows.select(weights.log), memory_format=torch.contiguous_format)
+                extra = torch.zeros(*scale.shape[:2], saved.scaled.shape[1], dtype=scale.dtype, device=scale.device)
                 logspace.repaired_weight_flows(grad, saved, extra)
-                self.parameter_rows.add(flows.extra(), extra)
-        for slot, part in zip(self.slots, grad_x.split(self.child_units, 1), strict=True):
+                self.parameter_rows.add(flows.extra(), self._unstack(extra))
+        per_stack = grad_x
+        if num_stacks * self.num_siblings != self.num_nodes:  # siblings were not stacked
+            per_stack = grad_x.unflatten(0, (-1, self.num_siblings)).sum(1)
+        for slot, part in zip(self.slots, per_stack.split(self.child_units, 1), strict=True):
             slot.adjoint(part, gradients)
+        return grad_x
+
+    def _latents_of(self, outputs: Sequence[Tensor | None]) -> LatentFactors | None:
+        return conditions_of(outputs).latents.get(self.position)
+
+    def _gather_stacks(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        """Return the children's units side by side, once for all siblings, shape (F / S, I, B, *E)."""
+        parts = [slot(outputs) for slot in self.slots]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _select(self, bank: Tensor, num_stacks: int) -> Tensor:
+        """Return the rows of a bank that the nodes use, those of siblings below each other, (F / S, S * O, I)."""
+        rows = self.parameter_rows.select(bank)
+        return rows if num_stacks == self.num_nodes else rows.reshape(num_stacks, -1, rows.shape[-1])
+
+    def _unstack(self, stacks: Tensor) -> Tensor:
+        """Return (F, O, ...) of (F / S, S * O, ...)."""
+        is_stacked = len(stacks) != self.num_nodes
+        return stacks.reshape(self.num_nodes, -1, *stacks.shape[2:]) if is_stacked else stacks
 
 
 class Flows:

@@ -184,6 +184,8 @@ def log_matmul(
         return contract_plain(log_weights, x)
     if weights is None:
         weights = log_weights.detach().exp()
+    if not (torch.is_grad_enabled() and (log_weights.requires_grad or x.requires_grad)):
+        return contract(log_weights, weights, x, record=False)[0]
     return _LogMatmul.apply(log_weights, weights, x)
 
 

@@ -7,12 +7,15 @@ probable explanation).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, conditions_of
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import Flows, ProductLayer, SumLayer, Weights
@@ -24,39 +27,118 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 24
 
-Banks = dict[str, Weights]
+
+class Banks(dict[str, Weights]):
+    """The weights that one pass uses: those of every bank by name, and external ones by layer."""
+
+    def __init__(self, weights: Mapping[str, Weights], external: Mapping[int, ExternalWeights] | None = None) -> None:
+        super().__init__(weights)
+        self.external = external or {}
+
+    @property
+    def batch_size(self) -> int:
+        """B of the external weights; 1 when all queries share them."""
+        return max([1, *(given.log.shape[1] for given in self.external.values())])
+
+    def tensors(self) -> list[Tensor]:
+        """Return all log-weights."""
+        scales = [given.log_scale for given in self.external.values() if given.log_scale is not None]
+        return [*(bank.log for bank in self.values()), *(given.log for given in self.external.values()), *scales]
+
+    def detached(self, *, requires_grad: bool = False) -> Banks:
+        """Return the same weights without their history, the banks as new leaves of automatic differentiation."""
+        banks = {name: bank.with_log(bank.log.detach().requires_grad_(requires_grad)) for name, bank in self.items()}
+        return Banks(banks, {layer: given.detached() for layer, given in self.external.items()})
 
 
 def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> list[Tensor]:
-    """Evaluate the input layers: one value (F, K, B, *E) per input layer."""
-    return [layer(semiring, evidence, banks[layer.parameter_rows.bank]) for layer in pc.input_layers]
+    """Evaluate the input layers: one value (F, K, B, *E) per input layer, and keep the conditions with them.
+
+    Raises:
+        ArgumentError: the batch sizes of evidence and external weights differ, or latents or classes do not fit.
+    """
+    if banks.batch_size not in (1, evidence.batch_size):
+        raise ArgumentError(
+            f"weights: they are for a batch of {banks.batch_size} queries, the evidence has {evidence.batch_size}; "
+            "repeat the evidence or give weights without a batch dimension"
+        )
+    values = []
+    for position, layer in enumerate(pc.input_layers):
+        external = banks.external.get(position)
+        own = None
+        if external is None or not external.is_everywhere:
+            own = layer(semiring, evidence, banks[layer.parameter_rows.bank])
+        values.append(own if external is None else external.of_inputs(semiring, evidence, layer.variables, own))
+    return LayerValues(values, pc.conditions(evidence))
 
 
 def upward(
-    pc: CompiledCircuit, semiring: Semiring, leaf_values: Sequence[Tensor], banks: Banks, *, keep: bool = False
+    pc: CompiledCircuit,
+    semiring: Semiring,
+    leaf_values: Sequence[Tensor],
+    banks: Banks,
+    *,
+    keep: bool = False,
+    per_class: bool = False,
 ) -> list[Tensor | None]:
-    """Evaluate all layers; with ``keep`` every layer's output stays, else only the root's (the last one)."""
-    outputs: list[Tensor | None] = [*leaf_values, *[None] * len(pc.inner_layers)]
+    """Evaluate all layers; with ``keep`` every layer's output stays, else only the root's (the last one).
+
+    Class evidence adds one output at the end: the root's units mixed by the classes' factors, (1, 1, B, *E).
+
+    Raises:
+        PropertyError: the root has a unit per class and the evidence does not name the class, unless ``per_class``.
+    """
+    conditions = conditions_of(leaf_values)
+    if pc.circuit.num_classes is not None and conditions.class_factors is None and not per_class:
+        raise class_needed(pc)
+    outputs = LayerValues([*leaf_values, *[None] * len(pc.inner_layers)], conditions)
     for position, layer in enumerate(pc.inner_layers, start=len(leaf_values)):
         if isinstance(layer, ProductLayer):
             outputs[position] = layer(semiring, outputs)
         else:
-            outputs[position] = layer(semiring, outputs, banks[layer.parameter_rows.bank])
+            weights = banks[layer.parameter_rows.bank]
+            outputs[position] = layer(semiring, outputs, weights, banks.external.get(position))
         if not keep:
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
+    if conditions.class_factors is not None:
+        outputs.append(_mix_classes(semiring, outputs[-1], conditions.class_factors))
     return outputs
 
 
+def class_needed(pc: CompiledCircuit) -> PropertyError:
+    """Return the error of a query that needs one distribution on a circuit that has one per class."""
+    return PropertyError(
+        f"this query needs one distribution, and the root {pc.circuit.root} has one per class; say which with "
+        "evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
+    )
+
+
 def log_root(pc: CompiledCircuit, leaf_values: Sequence[Tensor], banks: Banks) -> Tensor:
-    """Return the root's log-value, shape (B,), differentiable in the leaves and in the log-weights of all banks."""
+    """Return the root's log-value, differentiable in the leaves, the conditions, and the log-weights of all banks.
+
+    Returns:
+        (B,); (B, R) of a circuit with R classes, unless the class is part of the evidence.
+    """
+    conditions = conditions_of(leaf_values)
     log_weights = [banks[name].log for name in pc.sum_banks]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*leaf_values, *log_weights))
-    if not needs_grad or torch.compiler.is_compiling():
-        root = upward(pc, LogSemiring(), leaf_values, banks)[-1]
+    latents = [factors.log for factors in conditions.latents.values()]
+    tensors = (*leaf_values, *log_weights, *latents)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not needs_grad or torch.compiler.is_compiling() or banks.external:
+        root = upward(pc, LogSemiring(), leaf_values, banks, per_class=True)[-1]
         assert root is not None
-        return root[0, 0]
-    return _LogRoot.apply(pc, banks, len(leaf_values), *leaf_values, *log_weights)
+        return root[0].t() if conditions.class_factors is None and pc.circuit.num_classes else root[0, 0]
+    units = _LogRoot.apply(pc, banks, conditions, *tensors)
+    if conditions.class_factors is not None:
+        return _mix_classes(LogSemiring(), units.unsqueeze(0), conditions.class_factors)[0, 0]
+    return units.t() if pc.circuit.num_classes else units[0]
+
+
+def _mix_classes(semiring: Semiring, root: Tensor, class_factors: Tensor) -> Tensor:
+    """Add up the root's units, (1, R, B, *E), times the classes' factors, (R, B): (1, 1, B, *E)."""
+    weighted = semiring.times(root, semiring.lift(class_factors.unsqueeze(0)))
+    return semiring.contract(class_factors.new_zeros(1, 1, len(class_factors)), weighted)
 
 
 class _LogRoot(torch.autograd.Function):
@@ -67,9 +149,9 @@ class _LogRoot(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, pc: CompiledCircuit, banks: Banks, num_leaves: int, *tensors: Tensor) -> Tensor:
-        leaf_values = tensors[:num_leaves]
-        outputs: list[Tensor | None] = [*leaf_values, *[None] * len(pc.inner_layers)]
+    def forward(ctx: Any, pc: CompiledCircuit, banks: Banks, conditions: Conditions, *tensors: Tensor) -> Tensor:
+        num_leaves = len(pc.input_layers)
+        outputs = LayerValues([*tensors[:num_leaves], *[None] * len(pc.inner_layers)], conditions)
         ctx.saved = {}
         for position, layer in enumerate(pc.inner_layers, start=num_leaves):
             if isinstance(layer, ProductLayer):
@@ -80,11 +162,11 @@ class _LogRoot(torch.autograd.Function):
                 )
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
-        ctx.pc, ctx.num_leaves, ctx.banks = pc, num_leaves, banks
+        ctx.pc, ctx.num_leaves, ctx.banks, ctx.conditions = pc, num_leaves, banks, conditions
         ctx.save_for_backward(*tensors)
         root = outputs[-1]
         assert root is not None
-        return root[0, 0].clone() if root is tensors[0] else root[0, 0]
+        return root[0].clone() if root is tensors[0] else root[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,8 +178,10 @@ class _LogRoot(torch.autograd.Function):
             name: Flows(ctx.banks[name].log) if needed[ctx.num_leaves + i] else None
             for i, name in enumerate(pc.sum_banks)
         }
-        gradients = Gradients(pc.layer_sizes, len(grad))
-        gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.reshape(1, 1, -1))
+        gradients = Gradients(pc.layer_sizes, grad.shape[1])
+        gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
+        latents: Mapping[int, LatentFactors] = ctx.conditions.latents
+        latent_grads: dict[int, Tensor] = {}
         for position in reversed(range(ctx.num_leaves, len(pc.layer_sizes))):
             layer = pc.inner_layers[position - ctx.num_leaves]
             incoming = gradients.pop(position)
@@ -107,28 +191,38 @@ class _LogRoot(torch.autograd.Function):
                 layer.adjoint(incoming, gradients)
             else:
                 bank = layer.parameter_rows.bank
-                layer.adjoint(incoming, ctx.saved[position], ctx.banks[bank], gradients, flows[bank])
+                grad_x = layer.adjoint(incoming, ctx.saved[position], ctx.banks[bank], gradients, flows[bank])
+                if position in latents:
+                    latent_grads[position] = grad_x.index_select(0, latents[position].rows)
         leaf_grads = [gradients.pop(position) for position in range(ctx.num_leaves)]
         bank_grads = []
         for name in pc.sum_banks:
             flow = flows[name]
             bank_grads.append(None if flow is None else flow.total(ctx.banks[name].linear))
-        return None, None, None, *leaf_grads, *bank_grads
+        return None, None, None, *leaf_grads, *bank_grads, *(latent_grads.get(position) for position in latents)
 
     @staticmethod
     def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Run the pass once more with operations that autograd can differentiate twice."""
         tensors = ctx.saved_tensors
-        logs = dict(zip(ctx.pc.sum_banks, tensors[ctx.num_leaves :], strict=True))
-        banks = {name: Weights(log, ctx.banks[name].linear) for name, log in logs.items()}
-        root = upward(ctx.pc, LogSemiring(), tensors[: ctx.num_leaves], banks)[-1]
+        leaf_values, others = tensors[: ctx.num_leaves], tensors[ctx.num_leaves :]
+        logs = dict(zip(ctx.pc.sum_banks, others, strict=False))
+        banks = Banks({name: ctx.banks[name].with_log(log) for name, log in logs.items()})
+        latents = {
+            position: replace(factors, log=log)
+            for (position, factors), log in zip(ctx.conditions.latents.items(), others[len(logs) :], strict=True)
+        }
+        values = LayerValues(leaf_values, Conditions(latents))
+        root = upward(ctx.pc, LogSemiring(), values, banks, per_class=True)[-1]
         assert root is not None
         wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True) if needed]
-        grads = iter(torch.autograd.grad(root[0, 0], wanted, grad, create_graph=True, allow_unused=True))
+        grads = iter(torch.autograd.grad(root[0], wanted, grad, create_graph=True, allow_unused=True))
         return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
-def factor_gradients(log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tensor, banks: Banks) -> Tensor:
+def factor_gradients(
+    log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tensor, banks: Banks, *, also: Sequence[Tensor] = ()
+) -> Tensor:
     """Return ``d log Z / d log e``: the posterior marginals, in the shape of the log-factors.
 
     The result is itself differentiable if gradients are enabled and factors or weights require them.
@@ -137,15 +231,16 @@ def factor_gradients(log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tenso
         log_z_of: log Z, (B,), of given log-factors and weights.
         factors: log-factors of the evidence.
         banks: the circuit's weights.
+        also: other tensors that ``log_z_of`` depends on, and that the result is to be differentiable in.
     """
-    tensors = (factors, *(weights.log for weights in banks.values()))
+    tensors = (factors, *banks.tensors(), *also)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.inference_mode(False), torch.enable_grad():
         if differentiable:
             factors = factors.clone() if factors.requires_grad else factors.detach().requires_grad_()
         else:
             factors = factors.detach().clone().requires_grad_()
-            banks = {name: Weights(weights.log.detach(), weights.linear) for name, weights in banks.items()}
+            banks = banks.detached()
         (gradient,) = torch.autograd.grad(log_z_of(factors, banks).sum(), factors, create_graph=differentiable)
     return gradient
 
@@ -172,13 +267,17 @@ def downward_choice(
         The chosen unit of every node of each input layer, -1 where a node was not reached, a list of (F, S * B), and
         the query of each column, (S * B,).
     """
-    root = outputs[-1]
+    num_layers, class_factors = len(pc.layer_sizes), conditions_of(outputs).class_factors
+    root = outputs[num_layers - 1]
     assert root is not None
     batch_size = root.shape[2]
     query = torch.arange(batch_size, device=root.device).repeat(num_samples)
     units = [torch.full((size[0], len(query)), -1, device=root.device) for size in pc.layer_sizes]
-    units[-1].zero_()
-    for position in reversed(range(len(pc.input_layers), len(pc.layer_sizes))):
+    if class_factors is None:
+        units[-1].zero_()
+    else:
+        units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], generator)
+    for position in reversed(range(len(pc.input_layers), num_layers)):
         layer = pc.inner_layers[position - len(pc.input_layers)]
         node, column = (units[position] >= 0).nonzero(as_tuple=True)
         unit = units[position][node, column]
@@ -187,7 +286,8 @@ def downward_choice(
         else:
             choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], generator)
         for slot, choice in enumerate(choices):
-            _mark(units, layer.child_layer[node, slot], layer.child_row[node, slot], column, choice)
+            layers, rows = layer.addresses[node, slot].unbind(-1)
+            _mark(units, layers, rows, column, choice)
         units[position] = units[position].new_empty(0)
     return units[: len(pc.input_layers)], query
 
@@ -205,10 +305,14 @@ def _choose_children(
     """Choose a child unit for n reached sum units; per child slot the chosen unit, -1 where another slot was chosen."""
     children = layer.gather(outputs)
     log_weights = banks[layer.parameter_rows.bank].log
+    external = banks.external.get(layer.position)
     chosen = torch.empty_like(unit)
     for part in _chunks(len(node), children.shape[1]):
-        scores = children[node[part], :, query[part]] + log_weights[layer.parameter_rows.index[node[part]], unit[part]]
-        chosen[part] = semiring.choose(scores, generator)
+        n, u, q = node[part], unit[part], query[part]
+        scores = log_weights[layer.parameter_rows.index[n], u]
+        if external is not None:
+            scores = external.replaced(scores, n, u, q)
+        chosen[part] = semiring.choose(scores.add_(children[n, :, q]), generator)
     choices = []
     for num_units in layer.child_units:
         choices.append(torch.where((chosen >= 0) & (chosen < num_units), chosen, -1))
@@ -242,12 +346,18 @@ def draw_values(
     """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
     dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
     values = torch.zeros(len(query), pc.circuit.num_vars, dtype=dtype, device=query.device)
-    for layer, reached in zip(pc.input_layers, units, strict=True):
+    for position, (layer, reached) in enumerate(zip(pc.input_layers, units, strict=True)):
         assert isinstance(layer, InputLayer)
+        external = banks.external.get(position)
         node, column = (reached >= 0).nonzero(as_tuple=True)
         for part in _chunks(len(node), banks[layer.parameter_rows.bank].log.shape[1]):
             n, c = node[part], column[part]
-            weights = banks[layer.parameter_rows.bank]
-            chosen = layer.choose(semiring, evidence, weights, n, reached[n, c], query[c], generator)
+            weights, unit, of_query = banks[layer.parameter_rows.bank], reached[n, c], query[c]
+            if external is None:
+                chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, generator)
+            else:
+                scores = layer.scores(evidence, weights, n, unit, of_query)
+                scores = external.input_scores(scores, evidence, layer.variables, n, unit, of_query)
+                chosen = semiring.choose(scores, generator)
             values[c, layer.variables[n]] = chosen.to(dtype)
     return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,37 +48,37 @@ class Gradients:
             current.index_add_(0, rows, grad)
 
 
-class Rows(nn.Module):
-    """Gathers n rows from the outputs of earlier layers: as slices where they are evenly spaced, else by index."""
+class Rows:
+    """Gathers n rows from the outputs of earlier layers: as slices where they are evenly spaced, else by index.
 
-    order: Tensor | None
-    inverse: Tensor | None
+    Not a module, because long chains have tens of thousands of them: its layer moves it between devices.
+    """
 
     def __init__(self, addresses: Sequence[Address]) -> None:
-        super().__init__()
         pieces = _runs_by_layer(addresses)
-        order = inverse = None
+        self.order: Tensor | None = None
+        self.inverse: Tensor | None = None
         if len(pieces) > _MAX_PIECES:
             by_layer = sorted(range(len(addresses)), key=addresses.__getitem__)
             pieces = _runs_by_layer([addresses[i] for i in by_layer])
-            order = torch.tensor(by_layer)
-            inverse = order.argsort()
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", inverse, persistent=False)
+            self.order = torch.tensor(by_layer)
+            self.inverse = self.order.argsort()
         self.layers = [layer for layer, _ in pieces]
         self.lengths = [len(rows) for _, rows in pieces]
-        self.slices = [as_slice(rows) for _, rows in pieces]
-        for position, (_, rows) in enumerate(pieces):
-            index = torch.tensor(rows) if self.slices[position] is None else None
-            self.register_buffer(f"index{position}", index, persistent=False)
+        self.pieces: list[slice | Tensor] = [as_slice(rows) or torch.tensor(rows) for _, rows in pieces]
 
-    def forward(self, outputs: Sequence[Tensor | None]) -> Tensor:
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        self.order = None if self.order is None else function(self.order)
+        self.inverse = None if self.inverse is None else function(self.inverse)
+        self.pieces = [rows if isinstance(rows, slice) else function(rows) for rows in self.pieces]
+
+    def __call__(self, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return the rows of ``outputs`` (each (F, K, B, *E)), shape (n, K, B, *E)."""
         pieces = []
-        for position, layer in enumerate(self.layers):
+        for layer, rows in zip(self.layers, self.pieces, strict=True):
             output = outputs[layer]
             assert output is not None
-            rows = self._rows(position)
             pieces.append(output[rows] if isinstance(rows, slice) else output.index_select(0, rows))
         gathered = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return gathered if self.inverse is None else gathered.index_select(0, self.inverse)
@@ -87,16 +87,8 @@ class Rows(nn.Module):
         """Send the gradient of the gathered rows, (n, K, B), back to where the rows came from."""
         if self.order is not None:
             grad = grad.index_select(0, self.order)
-        for position, (layer, part) in enumerate(zip(self.layers, grad.split(self.lengths), strict=True)):
-            gradients.add(layer, self._rows(position), part)
-
-    def _rows(self, position: int) -> slice | Tensor:
-        rows = self.slices[position]
-        if rows is not None:
-            return rows
-        index = getattr(self, f"index{position}")
-        assert isinstance(index, Tensor)
-        return index
+        for layer, rows, part in zip(self.layers, self.pieces, grad.split(self.lengths), strict=True):
+            gradients.add(layer, rows, part)
 
 
 class ParameterRows(nn.Module):
@@ -124,11 +116,17 @@ class ParameterRows(nn.Module):
         bank.index_add_(0, self.index, rows)
 
     def add_outer(self, bank: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add ``left (F, O, B) @ right (F, I, B)^T`` to the rows of ``bank`` that the nodes use."""
+        """Add ``left (N, M, B) @ right (N, I, B)^T``, seen as (F, O, I), to the rows of ``bank`` that the nodes use."""
+        right = right.transpose(1, 2)
         if self.slice is not None and not (self.is_tied and self.num_nodes > 1):
-            bank[self.slice].baddbmm_(left, right.transpose(1, 2))
-        else:
-            self.add(bank, torch.bmm(left, right.transpose(1, 2)))
+            rows = bank[self.slice]
+            if left.shape[0] == rows.shape[0]:
+                rows.baddbmm_(left, right)
+                return
+            if self.slice.step == 1:
+                rows.view(*left.shape[:2], -1).baddbmm_(left, right)
+                return
+        self.add(bank, torch.bmm(left, right).reshape(self.num_nodes, *bank.shape[1:]))
 
 
 def as_slice(rows: Sequence[int]) -> slice | None:

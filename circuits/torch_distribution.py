@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from circuits import queries
+from circuits import passes, queries
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
@@ -39,6 +39,8 @@ class CircuitDistribution(Distribution):
             raise ArgumentError(f"evidence: expected ct.Evidence or None, got {type(evidence).__name__}")
         if evidence is not None:
             evidence.check(pc.num_categories)
+        if pc.circuit.num_classes is not None and (evidence is None or evidence.classes is None):
+            raise passes.class_needed(pc)
         self.pc = pc
         self.evidence = evidence
         batch_shape = torch.Size() if evidence is None else torch.Size([evidence.batch_size])
@@ -87,8 +89,9 @@ class CircuitDistribution(Distribution):
         Evidence.observe(x).check(self.pc.num_categories)
         copies = len(x) // self.batch_shape[0]
         index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
-        factors = _factors_at(x, self.evidence.rows(index), self.pc.dtype)
-        scored = Evidence(log_factors=factors.unsqueeze(-1), values=x.unsqueeze(-1), missing=None)
+        given = self.evidence.rows(index)
+        factors = _factors_at(x, given, self.pc.dtype)
+        scored = given.with_factors(factors.unsqueeze(-1), x.unsqueeze(-1))
         log_joint = self.pc.log_partition(scored).reshape(copies, -1)
         return (log_joint - self.log_partition).reshape(value.shape[:-1])
 
@@ -161,13 +164,17 @@ def _factors_at(
 ) -> Tensor:  # shape: (N, D)
     """Return the log-factors ``log e_i(x_i)`` of one value per query and variable."""
     if evidence.values is None:
-        assert evidence.log_factors is not None
-        return evidence.log_factors.to(dtype).gather(2, x.unsqueeze(-1)).squeeze(-1)
-    is_listed = evidence.values == x.unsqueeze(-1)
-    listed = (
-        torch.zeros((), dtype=dtype, device=x.device)
-        if evidence.log_factors is None
-        else evidence.log_factors.to(dtype)
-    )
-    factors = torch.where(is_listed, listed, -torch.inf).amax(-1)
-    return factors if evidence.missing is None else factors.masked_fill(evidence.missing, 0.0)
+        factors = evidence.factors(int(x.max()) + 1).to(dtype).gather(2, x.unsqueeze(-1)).squeeze(-1)
+    else:
+        is_listed = evidence.values == x.unsqueeze(-1)
+        listed = (
+            torch.zeros((), dtype=dtype, device=x.device)
+            if evidence.log_factors is None
+            else evidence.log_factors.to(dtype)
+        )
+        factors = torch.where(is_listed, listed, -torch.inf).amax(-1)
+    if evidence.missing is None:
+        return factors
+    if evidence.otherwise is None:
+        return factors.masked_fill(evidence.missing, 0.0)
+    return torch.where(evidence.missing, _factors_at(x, evidence.otherwise, dtype), factors)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from circuits import CompiledCircuit, Evidence, passes
+from circuits.conditioning import LayerValues, conditions_of
 from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 
@@ -181,7 +182,7 @@ class CoupledDistribution(Distribution):
         assert evidence.log_factors is not None
 
         def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-            traced = Evidence(factors, evidence.values, evidence.missing)
+            traced = evidence.with_factors(factors, evidence.values, evidence.missing)
             return self._checked(passes.log_root(self.pc, self._leaves(traced, banks=banks), banks))
 
         grad = passes.factor_gradients(log_z_of, evidence.log_factors, self._banks)
@@ -252,10 +253,11 @@ class CoupledDistribution(Distribution):
         values = passes.leaves(self.pc, semiring or LogSemiring(), evidence, banks or self._banks)
         if self.normalization == "global":
             return values
-        return [
+        normalised = [
             value - normaliser.masked_fill(normaliser == -torch.inf, 0.0).repeat(1, 1, num_copies)
             for value, normaliser in zip(values, self._leaf_normalisers, strict=True)
         ]
+        return LayerValues(normalised, conditions_of(values))
 
     def _log_q_of(self, blocks: Tensor) -> Tensor:
         """Return log q_i at the tokens of ``blocks``, (S, B, L); 0 at observed positions, -inf at tokens not listed."""

@@ -189,4 +189,5 @@ def _with_observed(evidence: Evidence, tokens: Tensor, observed: Tensor) -> Evid
     num_values = evidence.log_factors.shape[-1]
     values = torch.arange(num_values, device=tokens.device) if evidence.values is None else evidence.values
     ruled_out = observed.unsqueeze(-1) & (values != tokens.unsqueeze(-1))
-    return Evidence(evidence.log_factors.masked_fill(ruled_out, -torch.inf), evidence.values, evidence.missing)
+    factors = evidence.log_factors.masked_fill(ruled_out, -torch.inf)
+    return evidence.with_factors(factors, evidence.values, evidence.missing)

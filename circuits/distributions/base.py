@@ -67,10 +67,6 @@ class Distribution(ABC):
         """Return what queries read: the log-table (P, C, K) of a finite family, else numbers (P, S, K)."""
 
     @abstractmethod
-    def linear(self, read: Tensor) -> Tensor:
-        """Return the second of the bank's :class:`~circuits.layers.Weights`, from the first."""
-
-    @abstractmethod
     def parameters(self, raw: Tensor) -> Tensor:
         """Return the parameters, in the shape of the raw ones."""
 
@@ -106,10 +102,6 @@ class Finite(Distribution):
     def num_statistics(self) -> int:
         """C: one indicator per value."""
         return self.num_values
-
-    def linear(self, read: Tensor) -> Tensor:
-        """Return the table of probabilities, without gradient."""
-        return read.detach().exp()
 
     def outside(self, x: Tensor) -> Tensor:
         """Return where ``x`` is not a whole number from 0 to C - 1."""

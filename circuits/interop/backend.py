@@ -9,7 +9,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit
 from circuits.interop.pyjuice import import_pyjuice, to_pyjuice
@@ -28,11 +28,12 @@ class JuiceCircuit(CompiledCircuit):
 
     _compiled: tuple[tuple[object, ...], Any] | None = None
 
-    def log_partition(self, evidence: Evidence, banks: passes.Banks | None = None) -> Tensor:
+    def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log Z(e)``, shape (B,), see :meth:`CompiledCircuit.log_partition`."""
         is_hard = evidence.values is not None and evidence.log_factors is None and evidence.values.shape[-1] == 1
-        if not is_hard or banks is not None or torch.is_grad_enabled() or self.device.type != "cuda":
-            return super().log_partition(evidence, banks)
+        is_hard = is_hard and evidence.otherwise is None and not evidence.latents and evidence.classes is None
+        if not is_hard or weights is not None or torch.is_grad_enabled() or self.device.type != "cuda":
+            return super().log_partition(evidence, weights)
         assert evidence.values is not None
         evidence.check(self.num_categories)
         rows = torch.arange(-(-evidence.batch_size // _BATCH_MULTIPLE) * _BATCH_MULTIPLE, device=self.device)
@@ -61,7 +62,7 @@ def compile_with_pyjuice(
 
     Raises:
         ArgumentError: there is no CUDA device or no PyJuice, or another device or dtype is asked for.
-        PropertyError: an input family that PyJuice's exchange does not cover.
+        PropertyError: an input family that PyJuice's exchange does not cover, or a circuit with classes.
     """
     import_pyjuice()
     if not torch.cuda.is_available():
@@ -71,6 +72,8 @@ def compile_with_pyjuice(
         )
     if torch.device(device).type != "cuda" or dtype != torch.float32:
         raise ArgumentError(f"backend: 'pyjuice' needs device='cuda' and dtype=torch.float32, got {device}, {dtype}")
+    if circuit.num_classes is not None:
+        raise PropertyError(f"PyJuice takes circuits with one root unit; {circuit} has one per class")
     for node in circuit.inputs:
         check_is_table(node, "PyJuice")
     pc = JuiceCircuit(circuit, dtype=dtype)

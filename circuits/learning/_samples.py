@@ -36,24 +36,29 @@ class Samples:
     """bool (N, D), or None: everything is."""
     weights: Tensor | None
     """(N,), or None: every sample counts once."""
+    labels: Tensor | None = None
+    """int64 (N,), or None: the circuit has no classes."""
 
     def batches(self, batch_size: int, device: torch.device, order: Tensor | None = None) -> Iterator[Batch]:
         """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from."""
         order = torch.arange(len(self.x)) if order is None else order
         for index in order.tensor_split(-(-len(order) // batch_size)):
-            x, observed, weights = (
+            x, observed, weights, labels = (
                 None if tensor is None else tensor[index.to(tensor.device)].to(device)
-                for tensor in (self.x, self.observed, self.weights)
+                for tensor in (self.x, self.observed, self.weights, self.labels)
             )
             assert x is not None
-            yield Batch(Evidence.observe(x, observed), weights)
+            evidence = Evidence.observe(x, observed)
+            yield Batch(evidence if labels is None else evidence.with_class(labels), weights)
 
     def digest(self) -> str:
         """Return a hash of everything that the samples say."""
-        return digest(self.x, self.observed, self.weights)
+        return digest(self.x, self.observed, self.weights, *([] if self.labels is None else [self.labels]))
 
 
-def checked_samples(pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any) -> Samples:
+def checked_samples(
+    pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any, labels: Any = None
+) -> Samples:
     """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
     x = _as_tensor(name, data)
     num_vars = pc.circuit.num_vars
@@ -80,7 +85,28 @@ def checked_samples(pc: CompiledCircuit, name: str, data: Any, observed: Any, sa
                 f"sample_weights: expected finite floating-point numbers >= 0 of shape ({len(x)},), got "
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
-    return Samples(x, observed, sample_weights)
+    return Samples(x, observed, sample_weights, _checked_labels(pc, name, labels, len(x)))
+
+
+def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+    argument, num_classes = name.replace("data", "labels"), pc.circuit.num_classes
+    if num_classes is None:
+        if labels is not None:
+            raise ArgumentError(f"{argument}: {pc.circuit} has no classes; build it with num_classes=")
+        return None
+    if labels is None:
+        raise ArgumentError(f"{argument}: {pc.circuit} has {num_classes} classes; give the class of every sample")
+    labels = _as_tensor(argument, labels)
+    if labels.dtype not in _INTEGERS or tuple(labels.shape) != (num_samples,):
+        raise ArgumentError(
+            f"{argument}: expected integers of shape ({num_samples},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    labels = labels.long()
+    if bool(((labels < 0) | (labels >= num_classes)).any()):
+        raise ArgumentError(
+            f"{argument}: expected numbers from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels
 
 
 def digest(*tensors: Tensor | None) -> str:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.conditioning import LayerValues
 from circuits.distributions import Direct, Distribution, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
+from circuits.passes import Banks
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""
@@ -40,6 +42,8 @@ def expected_flows(
     pc: CompiledCircuit,
     evidence: Evidence | Tensor,
     sample_weights: Tensor | None = None,  # shape: (B,)
+    *,
+    weights: Banks | None = None,
 ) -> ExpectedFlows:
     """Return the expected flows ``F = d sum_b a_b log Z_b / d log w`` of a batch.
 
@@ -49,6 +53,7 @@ def expected_flows(
         pc: the circuit.
         evidence: for B samples, or complete assignments, int64 (B, D).
         sample_weights: a_b >= 0, how often sample b counts, (B,); once when omitted.
+        weights: of ``pc.weights(external=...)``; nodes with external weights have no flow of their own.
 
     Returns:
         ``(flows, log_likelihood)``: per bank (P, O, I) or (P, T, K), and (B,).
@@ -58,12 +63,12 @@ def expected_flows(
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     with torch.inference_mode(False), torch.enable_grad():
-        banks, sources = traced_weights(pc)
+        banks, sources = traced_weights(pc, weights)
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * _checked_sample_weights(sample_weights, log_z)
-        flows = torch.autograd.grad(log_z, list(sources.values()), counts)
+        flows = torch.autograd.grad(log_z, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 
@@ -159,9 +164,11 @@ def top_down_flows(pc: CompiledCircuit) -> BankFlows:
         TD(root) = 1        TD(c) = sum_n TD(n) w_nc
 
     These are the flows of a sample that says nothing, whose input units are reached TD(n) times: for their families
-    that many times their mean statistics.
+    that many times their mean statistics. Classes count as equally frequent.
     """
     evidence = Evidence.nothing(1, pc.circuit.num_vars, pc.device)
+    if pc.circuit.num_classes is not None:
+        evidence = evidence.with_class_prior(torch.full((pc.circuit.num_classes,), -math.log(pc.circuit.num_classes)))
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
@@ -170,8 +177,8 @@ def top_down_flows(pc: CompiledCircuit) -> BankFlows:
             value.detach().expand(*size, 1).clone() for value, size in zip(leaf_values, pc.layer_sizes, strict=False)
         ]
         units = [value.requires_grad_() for value in units]
-        banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
-        log_z = passes.log_root(pc, units, banks)
+        banks = normalised.detached(requires_grad=True)
+        log_z = passes.log_root(pc, LayerValues(units, pc.conditions(evidence)), banks)
         grads = torch.autograd.grad(log_z.sum(), [*units, *(banks[name].log for name in pc.sum_banks)])
     flows = dict(zip(pc.sum_banks, grads[len(units) :], strict=True))
     for layer, grad in zip(pc.input_layers, grads, strict=False):
@@ -193,11 +200,11 @@ def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def traced_weights(pc: CompiledCircuit) -> tuple[passes.Banks, dict[str, Tensor]]:
-    """Return weights for one pass, and per bank the tensor whose gradient are its flows."""
+def traced_weights(pc: CompiledCircuit, weights: Banks | None = None) -> tuple[Banks, dict[str, Tensor]]:
+    """Return weights for one pass, own or given ones, and per bank the tensor whose gradient are its flows."""
     with torch.no_grad():
-        normalised = pc.weights()
-    banks = {name: Weights(w.log.detach().requires_grad_(), w.linear) for name, w in normalised.items()}
+        normalised = pc.weights() if weights is None else weights
+    banks = normalised.detached(requires_grad=True)
     sources = {name: weights.log for name, weights in banks.items()}
     for name, family in pc.families.items():
         if isinstance(family, Direct):

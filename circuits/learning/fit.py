@@ -53,6 +53,7 @@ def fit(
     optimizer: EMName | torch.optim.Optimizer | OptimizerFactory = "em",
     observed: Tensor | np.ndarray | None = None,  # shape: (N, D)
     sample_weights: Tensor | np.ndarray | None = None,  # shape: (N,)
+    labels: Tensor | np.ndarray | None = None,  # shape: (N,)
     num_epochs: int = 50,
     batch_size: int = 256,
     step_size: float | None = None,
@@ -60,6 +61,7 @@ def fit(
     pseudocount: float | None = None,
     validation_data: Tensor | np.ndarray | None = None,  # shape: (M, D)
     validation_observed: Tensor | np.ndarray | None = None,  # shape: (M, D)
+    validation_labels: Tensor | np.ndarray | None = None,  # shape: (M,)
     patience: int | None = None,
     min_improvement: float = 0.0,
     checkpoint_path: str | os.PathLike[str] | None = None,
@@ -82,6 +84,8 @@ def fit(
             function from parameters to one, for instance ``lambda p: torch.optim.Adam(p, lr=0.1)``.
         observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
         sample_weights: how often each sample counts, (N,) >= 0.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``: then likelihoods are
+            p(x | class of x), and each class learns from its own samples.
         num_epochs: passes over the data.
         batch_size: the greatest number of samples a batch.
         step_size: s of the EM family, by default 1 for em, 0.1 for minibatch_em, 0.4 for anemone.
@@ -90,6 +94,7 @@ def fit(
             anemone. Greater than 0, it keeps values that were never seen possible.
         validation_data: integers (M, D); when given, the circuit ends with the weights of its best epoch.
         validation_observed: bool (M, D), like ``observed``.
+        validation_labels: int64 (M,), like ``labels``.
         patience: stop after so many epochs in a row without a better validation likelihood; None: never.
         min_improvement: by how much, in nats per sample, an epoch must be better than the best one to count as such.
         checkpoint_path: a ``.safetensors`` file that the state is written to after every epoch, and that the run
@@ -104,10 +109,12 @@ def fit(
         CheckpointError: the checkpoint is corrupt, or of another run.
     """
     _check_options(pc, num_epochs, batch_size, patience, min_improvement, seed, validation_data is not None)
-    samples = checked_samples(pc, "data", data, observed, sample_weights)
+    samples = checked_samples(pc, "data", data, observed, sample_weights, labels)
     validation = None
     if validation_data is not None:
-        validation = checked_samples(pc, "validation_data", validation_data, validation_observed, None)
+        validation = checked_samples(
+            pc, "validation_data", validation_data, validation_observed, None, validation_labels
+        )
     options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
     learner, method = build_learner(pc, optimizer, options)
     identity = {

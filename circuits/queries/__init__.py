@@ -23,6 +23,7 @@ from circuits.queries.divergences import (
 from circuits.queries.entropy import EntropyBounds, entropy, entropy_bounds, latent_entropy
 from circuits.queries.expectations import covariance, expectation, mean, moments, variance
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
+from circuits.queries.latents import class_posterior, latent_marginals
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
 from circuits.queries.without_replacement import DistinctSamples, sample_without_replacement
 
@@ -36,6 +37,7 @@ __all__ = [
     "KBestExplanations",
     "automaton_log_probability",
     "cauchy_schwarz_divergence",
+    "class_posterior",
     "covariance",
     "cross_entropy",
     "entropy",
@@ -44,6 +46,7 @@ __all__ = [
     "k_best",
     "kl_divergence",
     "latent_entropy",
+    "latent_marginals",
     "log_cdf",
     "log_conditional",
     "log_inner_product",

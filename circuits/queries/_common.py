@@ -5,26 +5,72 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError, ImpossibleEvidenceError
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
+from circuits.passes import Banks
 
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
 
 
-def given_evidence(pc: CompiledCircuit, evidence: Evidence | None) -> Evidence:
-    """Return the evidence, checked; for None a batch of one that says nothing."""
-    given = Evidence.nothing(1, pc.circuit.num_vars, pc.device) if evidence is None else evidence
-    given.check(pc.num_categories)
-    return given
+def given_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None = None) -> Evidence:
+    """Return the evidence, checked; for None as many queries that say nothing as there are external weights for.
+
+    Raises:
+        ArgumentError: the evidence does not fit the circuit.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
+    """
+    if evidence is None:
+        batch_size = 1 if weights is None else weights.batch_size
+        evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
+    evidence.check(pc.num_categories)
+    if pc.circuit.num_classes is not None and evidence.classes is None:
+        raise passes.class_needed(pc)
+    return evidence
 
 
-def dense_factors(pc: CompiledCircuit, evidence: Evidence | None) -> Tensor:
-    """Return the log-factors of all values, (B, D, C); -inf for values that a variable does not have."""
+def dense_evidence(
+    pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None = None
+) -> tuple[Evidence, Tensor]:
+    """Return :func:`given_evidence` with log-factors of all values, and these, (B, D, C).
+
+    They are -inf for values that a variable does not have.
+    """
+    given = given_evidence(pc, evidence, weights)
     num_values = int(pc.num_categories.max())
-    factors = given_evidence(pc, evidence).dense(num_values, pc.dtype)[..., :num_values]
-    return factors.masked_fill(~existing_values(pc), -torch.inf)
+    factors = given.dense(num_values, pc.dtype)[..., :num_values].masked_fill(~existing_values(pc), -torch.inf)
+    return given.with_factors(factors), factors
+
+
+def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) -> Tensor:
+    """Return the log-factors of :func:`dense_evidence`, for a query that takes evidence on variables only.
+
+    Raises:
+        PropertyError: the circuit has classes, or the evidence is on latents.
+    """
+    if pc.circuit.num_classes is not None:
+        raise PropertyError(f"{query} needs a circuit with one root unit, and {pc.circuit} has one per class")
+    if evidence is not None and evidence.latents:
+        raise PropertyError(
+            f"{query} takes evidence on variables only, and this one is on latents too; leave that out, or fold it "
+            "into the circuit's weights"
+        )
+    return dense_evidence(pc, evidence)[1]
+
+
+def has_one_explanation(pc: CompiledCircuit, evidence: Evidence) -> bool:
+    """Whether no assignment has two explanations; classes that are mixed are explanations of their own."""
+    is_mixture = evidence.classes is not None and evidence.classes.dim() == 2
+    return pc.circuit.is_deterministic and not is_mixture
+
+
+def one_per_query(pc: CompiledCircuit, log_z: Tensor) -> Tensor:
+    """Return log Z, (B,); raise PropertyError if there is one per class."""
+    if log_z.dim() == 2:
+        raise passes.class_needed(pc)
+    return log_z
 
 
 def existing_values(pc: CompiledCircuit) -> Tensor:
@@ -65,8 +111,9 @@ def value_table(pc: CompiledCircuit, name: str, table: Tensor | None, *, extra_d
 
 
 def checked_possible(log_z: Tensor) -> Tensor:
-    """Return ``log_z`` (B,); raise ImpossibleEvidenceError if some of it is -inf."""
-    impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
+    """Return ``log_z`` (B,) or (B, R); raise ImpossibleEvidenceError if some of it is -inf."""
+    is_impossible = log_z == -torch.inf
+    impossible = (is_impossible if log_z.dim() == 1 else is_impossible.any(1)).nonzero().flatten().tolist()
     if impossible:
         raise ImpossibleEvidenceError(
             f"the evidence of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "

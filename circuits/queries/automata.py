@@ -121,7 +121,7 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
         summed = summed.reshape(num_states, num_states, *leaf.shape[::2])  # (S, S', K, B)
         return _log_sum_exp(summed + after.transpose(0, 1).unsqueeze(0), 1).transpose(0, 1)
 
-    factors = dense_factors(pc, evidence)
+    factors = dense_factors(pc, evidence, "automaton_log_probability")
     after_all = accept.reshape(1, -1, 1)
     states = _chain(pc, factors, order, after_all, step)  # (1, S, B)
     log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
@@ -159,7 +159,7 @@ def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None,
         read = padded + (after[:, :-1] if strict else after[:, 1:])
         return torch.nn.functional.pad(_log_cumulative(read), (0, 0, 1, 0), value=-torch.inf)
 
-    factors = dense_factors(pc, evidence)
+    factors = dense_factors(pc, evidence, "order_log_probability")
     after_all = factors.new_zeros(1, num_values + 1, 1)
     states = _chain(pc, factors, order, after_all, step)[0]
     log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))

@@ -2,6 +2,10 @@
 
 Every function takes a :class:`~circuits.compile.CompiledCircuit` and works on a batch of B queries at once. Circuits
 here are smooth and decomposable by construction, which is all that these queries need.
+
+On a circuit with R classes (``num_classes``) the likelihoods have shape (B, R), one per class. The other queries need
+one distribution, and so raise ``PropertyError`` unless the evidence names the class: ``evidence.with_class(labels)``
+for p(x | class), ``evidence.with_class_prior(log_prior)`` for their mixture. Then likelihoods have shape (B,) again.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.queries._common import checked_possible
+from circuits.passes import Banks
+from circuits.queries._common import checked_possible, given_evidence, has_one_explanation, one_per_query
 from circuits.semiring import LogSemiring, MaxSemiring
 
 _MAX_REACHED = 1 << 25
@@ -37,35 +42,37 @@ class MAP(MPE):
     """The most probable assignment: an :class:`MPE` of a deterministic circuit, where it also maximises p(x | e)."""
 
 
-def log_likelihood(pc: CompiledCircuit, x: Tensor) -> Tensor:
+def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x)`` of complete assignments, (B, D): shape (B,), in nats; -inf where impossible.
 
     With real variables it is a density. NaN in a floating-point ``x`` is a missing value, as everywhere.
     """
-    return pc.log_partition(Evidence.observe(x))
+    return pc.log_partition(Evidence.observe(x), weights)
 
 
-def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
+def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x_O)``, summing out what is not observed.
 
     Args:
         pc: the circuit.
         x: (B, D); entries that are not observed are ignored.
         observed: bool (B, D).
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B,), in nats.
     """
-    return pc.log_partition(Evidence.observe(x, observed))
+    return pc.log_partition(Evidence.observe(x, observed), weights)
 
 
-def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
+def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x_rest | x_O) = log p(x) - log p(x_O)``.
 
     Args:
         pc: the circuit.
         x: complete assignments, (B, D).
         observed: bool (B, D), which variables are conditioned on.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B,), in nats; -inf where the rest is impossible given what is observed.
@@ -73,21 +80,22 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor) -> Tensor:
     Raises:
         ImpossibleEvidenceError: p(x_O) = 0 for some query.
     """
-    log_evidence = checked_possible(log_marginal(pc, x, observed))
-    return log_likelihood(pc, x) - log_evidence
+    log_evidence = checked_possible(log_marginal(pc, x, observed, weights=weights))
+    return log_likelihood(pc, x, weights=weights) - log_evidence
 
 
-def log_partition(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
+def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
-    return pc.log_partition(evidence)
+    return pc.log_partition(evidence, weights)
 
 
-def marginals(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
+def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
 
     Args:
         pc: the circuit.
         evidence: for B queries.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B, D, C) with C the largest number of categories; rows sum to 1, and values a variable does not have are 0.
@@ -104,9 +112,9 @@ def marginals(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
     factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
 
     def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-        return checked_possible(pc.log_partition(Evidence.soft(factors), banks))
+        return checked_possible(one_per_query(pc, pc.log_partition(evidence.with_factors(factors), banks)))
 
-    return passes.factor_gradients(log_z_of, factors, pc.weights())
+    return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
 
 
 @torch.no_grad()
@@ -115,6 +123,8 @@ def sample(
     num_samples: int,
     evidence: Evidence | None = None,
     generator: torch.Generator | None = None,
+    *,
+    weights: Banks | None = None,
 ) -> Tensor:
     """Draw exact, independent samples ``x ~ p(x | e)``.
 
@@ -123,18 +133,20 @@ def sample(
         num_samples: S >= 1, samples per query.
         evidence: for B queries; None: the circuit's own distribution.
         generator: on the circuit's device; the same state gives the same samples on one machine.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
-        (S, D) without evidence, (S, B, D) with it; int64 if all families are discrete, else of the circuit's dtype.
+        (S, D) without evidence, (S, B, D) with it, or with external weights for a batch of B; int64 if all families are
+        discrete, else of the circuit's dtype.
 
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ArgumentError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
-    given = Evidence.nothing(1, pc.circuit.num_vars, pc.device) if evidence is None else evidence
-    given.check(pc.num_categories)
-    semiring, banks = LogSemiring(), pc.weights()
+    banks = pc.weights() if weights is None else weights
+    given = given_evidence(pc, evidence, banks)
+    semiring = LogSemiring()
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
     checked_possible(_root(outputs))
     num_nodes = sum(size for size, _ in pc.layer_sizes)
@@ -146,11 +158,11 @@ def sample(
         values = passes.draw_values(pc, semiring, given, banks, units, query, generator)
         draws.append(values.unflatten(0, (count, given.batch_size)))
     samples = torch.cat(draws)
-    return samples.squeeze(1) if evidence is None else samples
+    return samples.squeeze(1) if evidence is None and banks.batch_size == 1 else samples
 
 
 @torch.no_grad()
-def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
+def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> MPE:
     """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.
 
     The maximum is over latents and leaves together and is exact. The most probable assignment alone (MAP, latents
@@ -160,6 +172,7 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         ``(assignment, log_score)``: (B, D), int64 if all families are discrete, and (B,).
@@ -167,14 +180,14 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None) -> MPE:
     Raises:
         ImpossibleEvidenceError: no explanation is possible for some query.
     """
-    given = Evidence.nothing(1, pc.circuit.num_vars, pc.device) if evidence is None else evidence
-    given.check(pc.num_categories)
-    semiring, banks = MaxSemiring(), pc.weights()
+    banks = pc.weights() if weights is None else weights
+    given = given_evidence(pc, evidence, banks)
+    semiring = MaxSemiring()
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
     log_score = checked_possible(_root(outputs))
     units, query = passes.downward_choice(pc, semiring, outputs, banks, 1, None)
     assignment = passes.draw_values(pc, semiring, given, banks, units, query, None)
-    return (MAP if pc.circuit.is_deterministic else MPE)(assignment, log_score)
+    return (MAP if has_one_explanation(pc, given) else MPE)(assignment, log_score)
 
 
 def _root(outputs: list[Tensor | None]) -> Tensor:

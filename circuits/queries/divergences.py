@@ -37,7 +37,7 @@ def log_inner_product(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence
         PropertyError: the circuits are not compatible; names the two products that decompose a scope differently.
     """
     require_compatible(p.circuit, q.circuit, "log_inner_product")
-    return log_sum_of_powers([_power(p), _power(q)], _factors(p, q, evidence))[0]
+    return log_sum_of_powers([_power(p), _power(q)], _factors(p, q, evidence, "log_inner_product"))[0]
 
 
 def cauchy_schwarz_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def cauchy_schwarz_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: 
     """
     for left, right in ((p, p), (q, q), (p, q)):
         require_compatible(left.circuit, right.circuit, "cauchy_schwarz_divergence")
-    factors = _factors(p, q, evidence)
+    factors = _factors(p, q, evidence, "cauchy_schwarz_divergence")
     for pc in (p, q):
         checked_possible(pc.log_partition(Evidence.soft(factors)))
     powers = [_power(p), _power(q)]
@@ -149,7 +149,7 @@ def renyi_divergence(p: CompiledCircuit, q: CompiledCircuit, alpha: float, evide
     else:
         require_deterministic(p, f"renyi_divergence of an order that is not an integer > 1, alpha={alpha},")
         powers = []
-    factors = _factors(p, q, evidence)
+    factors = _factors(p, q, evidence, "renyi_divergence")
     log_p, log_q = (checked_possible(pc.log_partition(Evidence.soft(factors))) for pc in (p, q))
     total, _ = log_sum_of_powers([*powers, _power(q, 1.0 - alpha)], factors)  # e^alpha e^(1 - alpha) = e
     divergence = (total - alpha * log_p - (1.0 - alpha) * log_q) / (alpha - 1.0)
@@ -161,7 +161,7 @@ def renyi_divergence(p: CompiledCircuit, q: CompiledCircuit, alpha: float, evide
 
 def _cross_entropy(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None, query: str) -> Tensor:
     require_compatible(p.circuit, q.circuit, query)
-    factors = _factors(p, q, evidence)
+    factors = _factors(p, q, evidence, query)
     log_p, log_q = (checked_possible(pc.log_partition(Evidence.soft(factors))) for pc in (p, q))
     inside, average = log_sum_of_powers([_power(p), _power(q, 0.0)], factors, averaged=1)
     assert average is not None
@@ -178,10 +178,11 @@ def _power(pc: CompiledCircuit, exponent: float = 1.0) -> Power:
     return Power(pc, pc.weights(), exponent)
 
 
-def _factors(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None) -> Tensor:
+def _factors(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None, query: str) -> Tensor:
     if p.dtype != q.dtype or p.device != q.device:
         raise ArgumentError(
             f"q: expected the dtype and device of p, {p.dtype} on {p.device}, got {q.dtype} on {q.device}; move "
             "it with q.to(...)"
         )
-    return dense_factors(p, evidence)
+    dense_factors(q, evidence, query)
+    return dense_factors(p, evidence, query)

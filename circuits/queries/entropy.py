@@ -9,9 +9,11 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.errors import PropertyError
 from circuits.evidence import Evidence
+from circuits.passes import Banks
 from circuits.properties import require_deterministic
-from circuits.queries._common import checked_possible, dense_factors
+from circuits.queries._common import checked_possible, dense_evidence, dense_factors
 from circuits.queries._mixture_bounds import mixture_bounds, xlogx
 from circuits.queries.basic import marginals
 from circuits.semirings import EntropySemiring
@@ -26,7 +28,7 @@ class EntropyBounds(NamedTuple):
     """(B,), in nats."""
 
 
-def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
+def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> Tensor:
     """Return the entropy ``H(X, Z | e)`` of the joint posterior over leaves X and latent choices Z.
 
     One upward pass in the entropy semiring (Hernando, Crespi, Cybenko 2005). Needs a smooth and decomposable circuit,
@@ -35,6 +37,7 @@ def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Ten
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         (B,), in nats: the entropy of one child choice per reached sum unit and one value per reached input unit.
@@ -42,8 +45,8 @@ def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Ten
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    semiring, banks = EntropySemiring(), pc.weights()
-    leaf_values = passes.leaves(pc, semiring, Evidence.soft(dense_factors(pc, evidence)), banks)
+    semiring, banks = EntropySemiring(), pc.weights() if weights is None else weights
+    leaf_values = passes.leaves(pc, semiring, dense_evidence(pc, evidence, banks)[0], banks)
     root = passes.upward(pc, semiring, leaf_values, banks)[-1]
     assert root is not None
     checked_possible(root[0, 0, :, 0])
@@ -64,10 +67,12 @@ def entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
         (B,), in nats.
 
     Raises:
-        PropertyError: the circuit is not deterministic; names the sum.
+        PropertyError: the circuit is not deterministic; names the sum. Or the evidence mixes classes.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     require_deterministic(pc, "entropy")
+    if evidence is not None and evidence.classes is not None and evidence.classes.dim() == 2:
+        raise PropertyError("entropy needs one class: a mixture of classes is not deterministic; see latent_entropy")
     return latent_entropy(pc, evidence)
 
 
@@ -99,7 +104,7 @@ def entropy_bounds(pc: CompiledCircuit, evidence: Evidence | None = None) -> Ent
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    factors = dense_factors(pc, evidence)
+    factors = dense_factors(pc, evidence, "entropy_bounds")
     posterior = marginals(pc, Evidence.soft(factors))
     root = mixture_bounds(pc, factors)
     independent = -xlogx(posterior).sum((1, 2))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.conditioning import LayerValues
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.queries._common import (
     checked_possible,
-    dense_factors,
+    dense_evidence,
     existing_values,
     queries_per_pass,
     value_table,
@@ -56,9 +57,9 @@ def expectation(
     table = value_table(pc, "functions", functions, extra_dim=True)
     stacked = table if table.dim() == 3 else table.unsqueeze(2)
     if of == "sum":
-        result = torch.einsum("bdc,dcm->bm", marginals(pc, Evidence.soft(dense_factors(pc, evidence))), stacked)
+        result = torch.einsum("bdc,dcm->bm", marginals(pc, dense_evidence(pc, evidence)[0]), stacked)
     elif of == "product":
-        result = _expected_product(pc, stacked, dense_factors(pc, evidence))
+        result = _expected_product(pc, stacked, *dense_evidence(pc, evidence))
     else:
         raise ArgumentError(f"of: expected 'sum' or 'product', got {of!r}")
     return result if table.dim() == 3 else result.squeeze(1)
@@ -96,7 +97,7 @@ def moments(
     if about not in ("zero", "mean"):
         raise ArgumentError(f"about: expected 'zero' or 'mean', got {about!r}")
     numbers = value_table(pc, "values", values)
-    posterior = marginals(pc, Evidence.soft(dense_factors(pc, evidence)))
+    posterior = marginals(pc, dense_evidence(pc, evidence)[0])
     if about == "zero":
         return (posterior * numbers**order).sum(2)
     centred = numbers - (posterior * numbers).sum(2, keepdim=True)
@@ -134,14 +135,15 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     numbers = value_table(pc, "values", values)
-    factors = dense_factors(pc, evidence)
-    checked_possible(pc.log_partition(Evidence.soft(factors)))
+    given, factors = dense_evidence(pc, evidence)
+    checked_possible(pc.log_partition(given))
     batch_size, num_vars = factors.shape[:2]
     banks = pc.weights()
 
     def means_of(factors: Tensor, banks: passes.Banks, variables: Tensor) -> Tensor:
         with torch.enable_grad():
-            log_z = pc.log_partition(Evidence.soft(factors), banks)
+            copies = given.rows(torch.arange(batch_size, device=factors.device).repeat(len(variables)))
+            log_z = pc.log_partition(copies.with_factors(factors), banks)
             (posterior,) = torch.autograd.grad(log_z.sum(), factors, create_graph=True)
         chosen = variables.repeat_interleave(batch_size)
         query = torch.arange(len(factors), device=factors.device)
@@ -156,21 +158,23 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
     return torch.cat(rows).transpose(0, 1)
 
 
-def _expected_product(pc: CompiledCircuit, functions: Tensor, factors: Tensor) -> Tensor:
+def _expected_product(pc: CompiledCircuit, functions: Tensor, given: Evidence, factors: Tensor) -> Tensor:
     """Return E[prod_i f_im(x_i) | e], (B, M), for functions (D, C, M) and log-factors (B, D, C)."""
-    log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
+    log_z = checked_possible(pc.log_partition(given))
     banks = pc.weights()
     functions = functions.masked_fill(~existing_values(pc).unsqueeze(2), 0.0).permute(2, 0, 1)  # (M, D, C)
     batch_size = len(factors)
     columns = []
     for part in functions.split(max(1, queries_per_pass(pc) // (4 * batch_size))):
+        copies = given.rows(torch.arange(batch_size, device=factors.device).repeat(len(part)))
         signed = []
         for sign in (1.0, -1.0):
             positive = sign * part > 0
             log_f = torch.where(positive, torch.where(positive, sign * part, 1.0).log(), -torch.inf)
             weighted = (log_f.unsqueeze(1) + factors).flatten(0, 1)  # (M * B, D, C)
-            signed.append(passes.leaves(pc, LogSemiring(), Evidence.soft(weighted), banks))
-        leaf_values = [torch.stack(pair, -1) for pair in zip(*signed, strict=True)]
+            signed.append(passes.leaves(pc, LogSemiring(), copies.with_factors(weighted), banks))
+        pairs = [torch.stack(pair, -1) for pair in zip(*signed, strict=True)]
+        leaf_values = LayerValues(pairs, pc.conditions(copies))
         root = passes.upward(pc, SignedSemiring(), leaf_values, banks)[-1]
         assert root is not None
         shares = (root[0, 0].unflatten(0, (-1, batch_size)) - log_z.unsqueeze(1)).exp()  # (M, B, 2)

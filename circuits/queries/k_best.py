@@ -10,11 +10,12 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.conditioning import conditions_of
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import ProductLayer, SumLayer
-from circuits.queries._common import MAX_NUMBERS, checked_possible, dense_factors
+from circuits.queries._common import MAX_NUMBERS, checked_possible, dense_evidence, has_one_explanation
 from circuits.semirings import KBestSemiring
 
 
@@ -43,7 +44,9 @@ class _Choices(NamedTuple):
 
 
 @torch.no_grad()
-def k_best(pc: CompiledCircuit, k: int, evidence: Evidence | None = None) -> KBestExplanations:
+def k_best(
+    pc: CompiledCircuit, k: int, evidence: Evidence | None = None, *, weights: passes.Banks | None = None
+) -> KBestExplanations:
     """Return the k best explanations: the k-best semiring upward, then every rank's choices downward.
 
     An explanation is one choice of a child for every reached sum unit and one value for every reached input unit.
@@ -54,6 +57,7 @@ def k_best(pc: CompiledCircuit, k: int, evidence: Evidence | None = None) -> KBe
         pc: the circuit.
         k: how many, >= 1.
         evidence: for B queries; None: no evidence, B = 1.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
         ``(assignment, log_score)``: int64 (B, k, D) and (B, k), best first. Explanations are distinct, but may share an
@@ -65,7 +69,8 @@ def k_best(pc: CompiledCircuit, k: int, evidence: Evidence | None = None) -> KBe
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ArgumentError(f"k: expected an integer >= 1, got {k!r}")
-    given, banks = Evidence.soft(dense_factors(pc, evidence)), pc.weights()
+    banks = pc.weights() if weights is None else weights
+    given, _ = dense_evidence(pc, evidence, banks)
     semiring = KBestSemiring(k)
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
     root = outputs[-1]
@@ -75,7 +80,7 @@ def k_best(pc: CompiledCircuit, k: int, evidence: Evidence | None = None) -> KBe
     query, rank = (log_score > -torch.inf).nonzero(as_tuple=True)
     assignment = torch.full((len(log_score), k, pc.circuit.num_vars), -1, device=pc.device)
     assignment[query, rank] = _descend(pc, semiring, outputs, given, banks, query, rank)
-    return (KBestAssignments if pc.circuit.is_deterministic else KBestExplanations)(assignment, log_score)
+    return (KBestAssignments if has_one_explanation(pc, given) else KBestExplanations)(assignment, log_score)
 
 
 def _descend(
@@ -91,13 +96,14 @@ def _descend(
 
     The ranking of a reached unit is recomputed by a stable sort, so different ranks always have different choices.
     """
-    num_columns = len(query)
+    num_columns, latents = len(query), conditions_of(outputs).latents
     reached = []
     for num_nodes, _ in pc.layer_sizes:
         unreached = torch.full((num_nodes, num_columns), -1, device=query.device)
         reached.append(_Choices(unreached, torch.zeros_like(unreached)))
-    reached[-1].unit.zero_()
-    reached[-1].rank.copy_(rank.unsqueeze(0))
+    root = _root_choice(pc, semiring, outputs, query, rank)
+    reached[-1].unit.copy_(root.unit)
+    reached[-1].rank.copy_(root.rank)
     for position in reversed(range(len(pc.input_layers), len(pc.layer_sizes))):
         layer = pc.inner_layers[position - len(pc.input_layers)]
         units, ranks = reached[position]
@@ -110,22 +116,44 @@ def _descend(
                 choices = _split_product(layer, semiring, outputs, node, unit, unit_rank, query[column])
             else:
                 log_weights = banks[layer.parameter_rows.bank].log[layer.parameter_rows.index[node], unit]
+                if position in banks.external:
+                    log_weights = banks.external[position].replaced(log_weights, node, unit, query[column])
+                if position in latents:
+                    log_weights = latents[position].added(log_weights, node, query[column])
                 choices = _choose_child(layer, semiring, outputs, log_weights, node, unit_rank, query[column])
             for slot, choice in enumerate(choices):
-                layers, rows = layer.child_layer[node, slot], layer.child_row[node, slot]
+                layers, rows = layer.addresses[node, slot].unbind(-1)
                 for child in layers.unique().tolist():
                     here = (layers == child) & (choice.unit >= 0)
                     reached[child].unit[rows[here], column[here]] = choice.unit[here]
                     reached[child].rank[rows[here], column[here]] = choice.rank[here]
     values = torch.zeros(num_columns, pc.circuit.num_vars, dtype=torch.int64, device=query.device)
-    for leaf, (units, ranks) in zip(pc.input_layers, reached, strict=False):
+    for position, (leaf, (units, ranks)) in enumerate(zip(pc.input_layers, reached, strict=False)):
         assert isinstance(leaf, InputLayer)
         all_nodes, all_columns = (units >= 0).nonzero(as_tuple=True)
         for part in _chunks(len(all_nodes), int(pc.num_categories.max())):
             node, column = all_nodes[part], all_columns[part]
-            scores = leaf.scores(evidence, banks[leaf.parameter_rows.bank], node, units[node, column], query[column])
+            unit, of_query = units[node, column], query[column]
+            scores = leaf.scores(evidence, banks[leaf.parameter_rows.bank], node, unit, of_query)
+            if position in banks.external:
+                external = banks.external[position]
+                scores = external.input_scores(scores, evidence, leaf.variables, node, unit, of_query)
             values[column, leaf.variables[node]] = _ranked(scores, ranks[node, column])
     return values
+
+
+def _root_choice(
+    pc: CompiledCircuit, semiring: KBestSemiring, outputs: Sequence[Tensor | None], query: Tensor, rank: Tensor
+) -> _Choices:
+    """Return the root's unit and rank of each explanation, (n,); mixed classes are ranked together."""
+    class_factors = conditions_of(outputs).class_factors
+    if class_factors is None:
+        return _Choices(torch.zeros_like(rank), rank)
+    root = outputs[len(pc.layer_sizes) - 1]
+    assert root is not None
+    scores = (root[0] + class_factors.unsqueeze(2)).movedim(1, 0)[query]  # (n, R, k)
+    best = _ranked(scores.flatten(1), rank)
+    return _Choices(best // semiring.k, best % semiring.k)
 
 
 def _choose_child(
@@ -187,7 +215,7 @@ def _child_scores(
     query: Tensor,  # shape: (n,)
 ) -> Tensor:  # shape: (n, u, k)
     """Return the ranked scores of some units of the child in one slot of n nodes."""
-    layers, rows = layer.child_layer[node, slot], layer.child_row[node, slot]
+    layers, rows = layer.addresses[node, slot].unbind(-1)
     scores: Tensor | None = None
     for child in layers.unique().tolist():
         output = outputs[child]

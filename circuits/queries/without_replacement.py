@@ -10,7 +10,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.queries._common import checked_possible, dense_factors, queries_per_pass
+from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
 
 
 class DistinctSamples(NamedTuple):
@@ -55,14 +55,14 @@ def sample_without_replacement(
     """
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ArgumentError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
-    factors = dense_factors(pc, evidence)
-    checked_possible(pc.log_partition(Evidence.soft(factors)))
+    given, factors = dense_evidence(pc, evidence)
+    checked_possible(pc.log_partition(given))
     batch_size, num_vars, num_values = factors.shape
     prefix = torch.zeros(batch_size, 1, num_vars, dtype=torch.int64, device=pc.device)
     log_prob = factors.new_zeros(batch_size, 1)
     perturbed = _gumbel(log_prob, generator)
     for variable in range(num_vars):
-        log_next = _log_conditional(pc, factors, prefix, log_prob, variable)  # (B, beams, C)
+        log_next = _log_conditional(pc, given, factors, prefix, log_prob, variable)  # (B, beams, C)
         log_child = log_prob.unsqueeze(2) + log_next
         child = _gumbel_below(log_child, perturbed, generator).flatten(1)
         width = min(num_samples, child.shape[1])
@@ -76,7 +76,9 @@ def sample_without_replacement(
     return DistinctSamples(prefix.masked_fill((log_prob == -torch.inf).unsqueeze(2), -1), log_prob, perturbed)
 
 
-def _log_conditional(pc: CompiledCircuit, factors: Tensor, prefix: Tensor, log_prob: Tensor, variable: int) -> Tensor:
+def _log_conditional(
+    pc: CompiledCircuit, evidence: Evidence, factors: Tensor, prefix: Tensor, log_prob: Tensor, variable: int
+) -> Tensor:
     """Return log p(x_i = v | prefix, e) of every possible prefix, -inf elsewhere: (B, beams, C)."""
     num_values = factors.shape[2]
     out = torch.full((*log_prob.shape, num_values), -torch.inf, dtype=factors.dtype, device=factors.device)
@@ -88,17 +90,17 @@ def _log_conditional(pc: CompiledCircuit, factors: Tensor, prefix: Tensor, log_p
         given = factors[q]
         known = prefix[q, b, :variable].unsqueeze(2)
         given[:, :variable] = given[:, :variable].masked_fill(values != known, -torch.inf)
-        out[q, b] = _marginal_of(pc, given, variable).log()
+        out[q, b] = _marginal_of(pc, evidence.rows(q), given, variable).log()
     return out
 
 
-def _marginal_of(pc: CompiledCircuit, factors: Tensor, variable: int) -> Tensor:
+def _marginal_of(pc: CompiledCircuit, evidence: Evidence, factors: Tensor, variable: int) -> Tensor:
     """Return p(x_i = v | e) of one variable, (n, C)."""
     with torch.inference_mode(False), torch.enable_grad():
         own = factors[:, variable].clone().requires_grad_()
         others = torch.arange(factors.shape[1], device=factors.device) != variable
         joined = torch.where(others.unsqueeze(1), factors, own.unsqueeze(1))
-        (gradient,) = torch.autograd.grad(pc.log_partition(Evidence.soft(joined)).sum(), own)
+        (gradient,) = torch.autograd.grad(pc.log_partition(evidence.with_factors(joined)).sum(), own)
     return gradient / gradient.sum(1, keepdim=True)
 
 

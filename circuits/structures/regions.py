@@ -25,6 +25,7 @@ def from_region_graph(
     *,
     num_input_units: int | None = None,
     sum_product: SumProduct = "cp",
+    num_classes: int | None = None,
 ) -> Circuit:
     """Fill a region graph with units (Peharz et al. 2020; Mari, Vessio, Vergari 2023; Loconte et al. 2025).
 
@@ -47,6 +48,7 @@ def from_region_graph(
         distribution: an input family, or a number of categories; one for all variables, a sequence, or a mapping.
         num_input_units: units of leaf regions, K by default.
         sum_product: how parts are joined.
+        num_classes: R, for a class-conditional model: the root has one unit per class.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -57,6 +59,7 @@ def from_region_graph(
     if sum_product not in get_args(SumProduct):
         raise ArgumentError(f"sum_product: expected 'cp', 'cp_shared' or 'tucker', got {sum_product!r}")
     checked_count("num_units", num_units)
+    num_roots = 1 if num_classes is None else checked_count("num_classes", num_classes)
     num_input_units = num_units if num_input_units is None else checked_count("num_input_units", num_input_units)
     families = families_of("distribution", distribution, region_graph.num_vars)
     nodes: dict[int, Node] = {}
@@ -73,10 +76,10 @@ def from_region_graph(
         heights[region] = 1 + max(heights[part] for partition in partitions for part in partition.parts)
         products = [joins.product([nodes[part] for part in p.parts], heights[region]) for p in partitions]
         if region == region_graph.root:
-            return Circuit(sum(*products, num_units=1))
+            return Circuit(sum(*products, num_units=num_roots), num_classes=num_classes)
         needs_sum = sum_product == "tucker" or len(products) > 1
         nodes[region] = sum(*products, num_units=num_units) if needs_sum else products[0]
-    return Circuit(sum(nodes[region_graph.root], num_units=1))
+    return Circuit(sum(nodes[region_graph.root], num_units=num_roots), num_classes=num_classes)
 
 
 def rat_spn(
@@ -88,6 +91,7 @@ def rat_spn(
     *,
     num_input_units: int | None = None,
     sum_product: SumProduct = "tucker",
+    num_classes: int | None = None,
     seed: int | None = None,
 ) -> Circuit:
     """Build a random tensorized sum-product network (Peharz et al. 2020), with outer products as in the paper.
@@ -95,7 +99,14 @@ def rat_spn(
     See ``RegionGraph.random_binary_tree`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.random_binary_tree(num_vars, depth, num_repetitions, seed)
-    return from_region_graph(graph, num_units, distribution, num_input_units=num_input_units, sum_product=sum_product)
+    return from_region_graph(
+        graph,
+        num_units,
+        distribution,
+        num_input_units=num_input_units,
+        sum_product=sum_product,
+        num_classes=num_classes,
+    )
 
 
 def poon_domingos(
@@ -107,13 +118,21 @@ def poon_domingos(
     max_depth: int | None = None,
     num_input_units: int | None = None,
     sum_product: SumProduct = "cp",
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build a circuit over all rectangles of an image (Poon and Domingos 2011).
 
     See ``RegionGraph.poon_domingos`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.poon_domingos(shape, delta, max_depth=max_depth)
-    return from_region_graph(graph, num_units, distribution, num_input_units=num_input_units, sum_product=sum_product)
+    return from_region_graph(
+        graph,
+        num_units,
+        distribution,
+        num_input_units=num_input_units,
+        sum_product=sum_product,
+        num_classes=num_classes,
+    )
 
 
 def quad_tree(
@@ -124,13 +143,21 @@ def quad_tree(
     num_splits: int = 2,
     num_input_units: int | None = None,
     sum_product: SumProduct = "cp",
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build a circuit over an image that merges 2 x 2 neighbours, bottom up (Mari, Vessio, Vergari 2023).
 
     See ``RegionGraph.quad_tree`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.quad_tree(shape, num_splits=num_splits)
-    return from_region_graph(graph, num_units, distribution, num_input_units=num_input_units, sum_product=sum_product)
+    return from_region_graph(
+        graph,
+        num_units,
+        distribution,
+        num_input_units=num_input_units,
+        sum_product=sum_product,
+        num_classes=num_classes,
+    )
 
 
 def quad_graph(
@@ -140,13 +167,21 @@ def quad_graph(
     *,
     num_input_units: int | None = None,
     sum_product: SumProduct = "cp",
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build the quad tree that splits every square both ways, by rows and by columns (Mari, Vessio, Vergari 2023).
 
     See ``RegionGraph.quad_graph`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.quad_graph(shape)
-    return from_region_graph(graph, num_units, distribution, num_input_units=num_input_units, sum_product=sum_product)
+    return from_region_graph(
+        graph,
+        num_units,
+        distribution,
+        num_input_units=num_input_units,
+        sum_product=sum_product,
+        num_classes=num_classes,
+    )
 
 
 def linear_tree(
@@ -158,6 +193,7 @@ def linear_tree(
     num_repetitions: int = 1,
     num_input_units: int | None = None,
     sum_product: SumProduct = "cp",
+    num_classes: int | None = None,
     seed: int | None = None,
 ) -> Circuit:
     """Build a chain that splits off one variable at a time, the autoregressive tail (Loconte et al. 2025).
@@ -166,7 +202,14 @@ def linear_tree(
     :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.linear_tree(num_vars, order=order, num_repetitions=num_repetitions, seed=seed)
-    return from_region_graph(graph, num_units, distribution, num_input_units=num_input_units, sum_product=sum_product)
+    return from_region_graph(
+        graph,
+        num_units,
+        distribution,
+        num_input_units=num_input_units,
+        sum_product=sum_product,
+        num_classes=num_classes,
+    )
 
 
 class _Joins:

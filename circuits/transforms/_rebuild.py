@@ -124,9 +124,11 @@ class Rebuild:
 
 
 def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
-    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
+    """Raise ArgumentError unless ``pc`` is a compiled circuit, PropertyError if it has a distribution per class."""
     if not isinstance(pc, CompiledCircuit):
         raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")
+    if pc.circuit.num_classes is not None:
+        raise PropertyError(f"transformations need a circuit with one root unit, and {pc.circuit} has one per class")
 
 
 def is_identity(units: Tensor, num_units: int) -> bool:

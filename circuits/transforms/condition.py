@@ -44,6 +44,8 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
             f"evidence: expected ct.Evidence of one query, B = 1, got {got}; one circuit is one conditional "
             "distribution: use evidence.rows(slice(i, i + 1))"
         )
+    if evidence.latents:
+        raise ArgumentError("evidence: expected evidence on variables only, got some on latents")
     with torch.no_grad():
         leaves = pc.leaves(evidence)
         factors = evidence.dense(int(pc.num_categories.max()), torch.float64)[0]

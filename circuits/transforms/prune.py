@@ -135,10 +135,10 @@ def _total_flows(pc: CompiledCircuit, evidence: Evidence, batch_size: int) -> tu
 @torch.no_grad()
 def _mean_log_likelihood(pc: CompiledCircuit, evidence: Evidence, masks: Masks, batch_size: int) -> float:
     """Return the mean log-likelihood without the masked edges, the other weights as they are."""
-    banks = dict(pc.weights())
+    banks = pc.weights()
     for name, mask in masks.items():
         log = banks[name].log.masked_fill(mask, -torch.inf)
-        banks[name] = Weights(log, log.exp())
+        banks[name] = Weights(log)
     total = 0.0
     for part in _batches(evidence, batch_size, pc.device):
         total += float(pc.log_partition(part, banks).double().sum())

@@ -283,6 +283,17 @@ def test_linear_tree_with_cp_is_a_tensor_train():
     assert [len(node.scope) for node in pc.circuit.nodes if isinstance(node, ct.Product)] == [2, 3]
 
 
+@pytest.mark.parametrize("sum_product", ["cp", "cp_shared", "tucker"])
+def test_a_class_conditional_model_has_one_root_unit_per_class(sum_product):
+    options = {"sum_product": sum_product, "num_classes": 3}
+    for circuit in (
+        structures.rat_spn(5, 2, 2, 2, 3, seed=0, **options),
+        structures.quad_graph((2, 2), 2, 2, **options),
+        structures.from_region_graph(ct.RegionGraph.fully_factorized(1), 2, 2, **options),
+    ):
+        assert (circuit.num_classes, circuit.root.num_units) == (3, 3)
+
+
 @pytest.mark.parametrize("graph", ["quad_graph", "quad_tree"])
 def test_cp_shared_ties_the_sums_of_one_height_and_position(graph):
     build = getattr(ct.RegionGraph, graph)
