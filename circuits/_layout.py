@@ -35,6 +35,8 @@ class Diagram:
 
     vertices: Sequence[Vertex]
     edges: Sequence[tuple[int, int]]
+    widths: Sequence[float] | None = None
+    """Of the edges' lines, in points; None: all thin."""
 
 
 def placed(diagram: Diagram) -> tuple[list[tuple[float, float]], float, float]:

@@ -263,7 +263,7 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         if self.structure == "hmm":
             return structures.hmm(num_vars, self.num_latents, max(num_categories))
         if self.structure == "hclt":
-            return vars(structures)["hclt"](codes, self.num_latents, num_categories)
+            return structures.hclt(codes, self.num_latents, num_categories)
         raise ArgumentError(
             f"structure: expected 'mixture', 'fully_factorized', 'hmm', 'hclt' or a function, got {self.structure!r}"
         )

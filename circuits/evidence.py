@@ -295,18 +295,20 @@ class Evidence:
     def dense(self, num_categories: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
         if self.values is None:
-            factors = self.factors(num_categories).to(dtype)
+            factors = self.factors(num_categories)[..., :num_categories].to(dtype)
         else:
             listed = (
                 torch.zeros_like(self.values, dtype=dtype) if self.log_factors is None else self.log_factors.to(dtype)
             )
             factors = listed.new_full((*self.values.shape[:2], num_categories), -torch.inf)
-            factors = factors.scatter_reduce(2, self.values.long(), listed, "amax")
+            exists = (self.values >= 0) & (self.values < num_categories)  # other families have other values
+            values, listed = self.values.long().masked_fill(~exists, 0), listed.masked_fill(~exists, -torch.inf)
+            factors = factors.scatter_reduce(2, values, listed, "amax")
         if self.missing is None:
             return factors
         if self.otherwise is None:
             return factors.masked_fill(self.missing.unsqueeze(-1), 0.0)
-        return torch.where(self.missing.unsqueeze(-1), self.otherwise.dense(factors.shape[-1], dtype), factors)
+        return torch.where(self.missing.unsqueeze(-1), self.otherwise.dense(num_categories, dtype), factors)
 
     def factors(self, num_categories: int) -> Tensor:
         """Return the factors of evidence without listed values, (B, D, C); missing variables are not looked at."""

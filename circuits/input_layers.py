@@ -17,7 +17,7 @@ from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
 from circuits.rows import ParameterRows
-from circuits.semiring import ChoosingSemiring, Semiring
+from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
 
 class InputLayer(nn.Module, ABC):
@@ -36,6 +36,8 @@ class InputLayer(nn.Module, ABC):
         if evidence.missing is None:
             return self._evaluate(semiring, evidence, weights)
         missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
+        if self._is_all(evidence, missing):
+            return self._evaluate(semiring, evidence, weights)
         if evidence.otherwise is None:
             rest = self._without_evidence(semiring, weights)
         else:
@@ -72,6 +74,10 @@ class InputLayer(nn.Module, ABC):
     def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
         """Whether the evidence says nothing on this layer, and so need not fit its family."""
         return evidence.otherwise is not None and not torch.compiler.is_compiling() and bool(missing.all())
+
+    def _is_all(self, evidence: Evidence, missing: Tensor) -> bool:
+        """Whether other evidence, which need not fit this layer's family, says nothing on this layer."""
+        return evidence.otherwise is not None and not torch.compiler.is_compiling() and not bool(missing.any())
 
     @abstractmethod
     def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
@@ -203,15 +209,47 @@ class DirectLayer(InputLayer):
             f"{self.distribution}"
         )
 
+    def tilted(self, evidence: Evidence, weights: Weights, slopes: Tensor, centre: Tensor) -> Tensor:
+        """Return the log-values of all units with the further factor ``exp(slope (v - centre))``, (F, K, B).
+
+        Args:
+            evidence: for B queries.
+            weights: of the layer's bank.
+            slopes: broadcastable with (F, K, B).
+            centre: broadcastable with (F, K, B).
+        """
+        read = self.parameter_rows.select(weights.log).double().transpose(1, 2).unsqueeze(2)  # (F, K, 1, S)
+        slopes, centre = slopes.double().unsqueeze(-1), centre.double().unsqueeze(-1)
+        coefficients = torch.cat([-slopes * centre, slopes], -1)
+        coefficients = torch.nn.functional.pad(coefficients, (0, self.distribution.num_statistics - 2))
+        sizes = torch.broadcast_shapes(read.shape[:3], coefficients.shape[:3])
+        moved, log_constant = self.distribution.tilt(
+            read.expand(*sizes, -1).unsqueeze(-1), coefficients.expand(*sizes, -1).unsqueeze(-1)
+        )
+        out = self._under(evidence, moved.squeeze(-1).unbind(-1)) + log_constant[..., 0, 0]
+        return out.to(self.zero.dtype)
+
+    def columns(self, tensor: Tensor) -> Tensor:
+        """Select this layer's variables: (B, D, ...) to (F, 1, B, ...), in the circuit's dtype."""
+        return self._of_variables(tensor).transpose(0, 1).unsqueeze(1).to(self.zero.dtype)
+
+    def _under(self, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the log-values of units with parameters of their own for every query, S of (F, K, B)."""
+        if evidence.missing is None:
+            return self._joint(LogSemiring(), evidence, parameters)
+        if self._is_all(evidence, self._of_variables(evidence.missing)):
+            return self._joint(LogSemiring(), evidence, parameters)
+        rest = torch.zeros_like(parameters[0])
+        if evidence.otherwise is not None:
+            rest = self._under(evidence.otherwise, parameters)
+        if self._is_unneeded(evidence, self._of_variables(evidence.missing)):
+            return rest
+        missing = self._of_variables(evidence.missing).t().unsqueeze(1)
+        return torch.where(missing, rest, self._joint(LogSemiring(), evidence, parameters))
+
     def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         parameters = self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)  # S of (F, K, 1)
-        if evidence.bounds is not None:
-            out = self._in_bounds(semiring, parameters, *self._columns(evidence.bounds).unbind(-1))
-        elif evidence.normal is not None:
-            parameters, out = self.distribution.times_normal(parameters, *self._columns(evidence.normal).unbind(-1))
-            out = out if semiring.adds_up else out + self._peak(parameters)
-        else:
-            out = self._listed(semiring, parameters, evidence)
+        out = self._joint(semiring, evidence, parameters)
         out = out + self.parameter_rows.select(weights.linear).transpose(1, 2)
         return semiring.lift(out.to(self.zero.dtype))
 
@@ -223,6 +261,15 @@ class DirectLayer(InputLayer):
     def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
         return not torch.compiler.is_compiling() and bool(missing.all())
 
+    def _joint(self, semiring: Semiring, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the log-values of units with given parameters where nothing is missing, (F, K, B)."""
+        if evidence.bounds is not None:
+            return self._in_bounds(semiring, parameters, *self.columns(evidence.bounds).unbind(-1))
+        if evidence.normal is not None:
+            joined, out = self.distribution.times_normal(parameters, *self.columns(evidence.normal).unbind(-1))
+            return out if semiring.adds_up else out + self._peak(joined)
+        return self._listed(semiring, parameters, evidence)
+
     def _in_bounds(self, semiring: Semiring, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
         if semiring.adds_up:
             return self.distribution.log_interval(parameters, lower, upper)
@@ -233,9 +280,9 @@ class DirectLayer(InputLayer):
     def _listed(self, semiring: Semiring, parameters: Sequence[Tensor], evidence: Evidence) -> Tensor:
         values, factors = self._checked_list(evidence)
         parameters = [part.unsqueeze(-1) for part in parameters]
-        scores = self.distribution.log_density(parameters, self._columns(values))  # (F, K, B, k)
+        scores = self.distribution.log_density(parameters, self.columns(values))  # (F, K, B, k)
         if factors is not None:
-            scores = scores + self._columns(factors)
+            scores = scores + self.columns(factors)
         if scores.shape[-1] == 1:
             return scores.squeeze(-1)
         return logspace.log_sum(scores) if semiring.adds_up else scores.amax(-1)
@@ -249,6 +296,8 @@ class DirectLayer(InputLayer):
     ) -> Tensor:
         """Choose a value of n units (n,) for evidence on n single variables (n, 1, ...)."""
         if evidence.missing is None:
+            return self._known(semiring, evidence, parameters, generator)
+        if self._is_all(evidence, evidence.missing):
             return self._known(semiring, evidence, parameters, generator)
         if evidence.otherwise is not None:
             rest = self._choose(semiring, evidence.otherwise, parameters, generator)
@@ -316,7 +365,3 @@ class DirectLayer(InputLayer):
                     f"{values[outside][0].item()}; use NaN or `observed` for unknown values"
                 )
         return evidence.values, factors
-
-    def _columns(self, tensor: Tensor) -> Tensor:
-        """Select this layer's variables: (B, D, ...) to (F, 1, B, ...), in the circuit's dtype."""
-        return self._of_variables(tensor).transpose(0, 1).unsqueeze(1).to(self.zero.dtype)

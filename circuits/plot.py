@@ -9,20 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from circuits._charts import checked_path, learning_curves, samples, save
+from circuits._edge_flows import edge_flows
 from circuits._files import replace_file
 from circuits._layout import Diagram, Vertex, placed
+from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, UnfactorError
 from circuits.graph import Circuit, Input, Node, Product
+from circuits.learning._samples import checked_samples
 from circuits.region_graphs import RegionGraph
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 Engine = Literal["graphviz", "matplotlib"]
 
 _MAX_VERTICES = 400
-_FORMATS = (".png", ".svg", ".pdf")
 _SUM, _PRODUCT, _INPUT, _REGION = "#cfe2f3", "#fde2c4", "#dcefd8", "#e8e8e8"
+_FLOW, _WIDEST, _THINNEST = "#c0504d", 7.0, 0.3
 _MAX_LISTED = 6
 _INCHES, _MARGIN = 0.62, 0.25
 
@@ -75,6 +81,46 @@ def region_graph(graph: RegionGraph, path: str | os.PathLike[str], *, engine: En
     _draw("graph", Diagram(vertices, edges), path, engine)
 
 
+def flows(
+    pc: CompiledCircuit,
+    data: Tensor | np.ndarray,  # shape: (N, D)
+    path: str | os.PathLike[str],
+    *,
+    observed: Tensor | np.ndarray | None = None,  # shape: (N, D)
+    engine: Engine | None = None,
+) -> None:
+    """Draw a circuit with lines as wide as the flow of data through them: which parts explain it.
+
+    The flow of an edge is the probability that the latent choices of a sample, drawn from their posterior, use it
+    (Darwiche 2003), averaged over the samples. The widest line is the flow 1.
+
+    Args:
+        pc: a compiled circuit of at most 400 nodes.
+        data: (N, D), integers, or floating point with NaN for missing values; all are evaluated at once.
+        path: a .png, .svg or .pdf file.
+        observed: bool (N, D), False where a value is missing.
+        engine: what draws; None: Graphviz where its program ``dot`` is installed, else matplotlib.
+
+    Raises:
+        ArgumentError: too many nodes, data that do not fit, another kind of file, or Graphviz asked for where it is not
+            installed.
+        UnfactorError: Graphviz failed.
+    """
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    checked_path(path)
+    _check_size("pc", len(pc.circuit.nodes))
+    samples_given = checked_samples(pc, "data", data, observed, None)
+    (batch,) = samples_given.batches(len(samples_given.x), pc.device)
+    position = {node: i for i, node in enumerate(pc.circuit.nodes)}
+    edges, widths = [], []
+    for node, shares in zip(pc.circuit.nodes, edge_flows(pc, batch.evidence), strict=True):
+        for child, share in zip(node.children, shares, strict=True):
+            edges.append((position[node], position[child]))
+            widths.append(_THINNEST + (_WIDEST - _THINNEST) * min(share, 1.0))
+    _draw("pc", Diagram([_vertex_of(node) for node in pc.circuit.nodes], edges, widths), path, engine)
+
+
 def _vertex_of(node: Node) -> Vertex:
     if isinstance(node, Input):
         return Vertex(f"X{node.var}\n{node.num_units}", "circle", _INPUT)
@@ -112,25 +158,27 @@ def _ranges_text(scope: Sequence[int]) -> str:
 
 
 def _draw(argument: str, diagram: Diagram, path: str | os.PathLike[str], engine: Engine | None) -> None:
-    target = Path(path)
-    if target.suffix.lower() not in _FORMATS:
-        raise ArgumentError(f"path: expected a file that ends in {', '.join(_FORMATS)}, got {target.name!r}")
-    if len(diagram.vertices) > _MAX_VERTICES:
-        raise ArgumentError(
-            f"{argument}: {len(diagram.vertices)} vertices are too many for a picture; draw a smaller one of the same "
-            f"kind, of at most {_MAX_VERTICES}"
-        )
+    target = checked_path(path)
+    _check_size(argument, len(diagram.vertices))
     if engine not in (None, *get_args(Engine)):
         raise ArgumentError(f"engine: expected 'graphviz', 'matplotlib' or None, got {engine!r}")
     if engine == "graphviz" and shutil.which("dot") is None:
         raise ArgumentError("engine: Graphviz's program `dot` is not installed; install it, or use 'matplotlib'")
     has_grids = any(vertex.shape == "grid" for vertex in diagram.vertices)
     program = None if has_grids or engine == "matplotlib" else shutil.which("dot")
-    with replace_file(target) as temporary:
-        if program is None:
-            _draw_with_matplotlib(diagram, temporary, target.suffix.lower())
-        else:
+    if program is None:
+        _draw_with_matplotlib(diagram, target)
+    else:
+        with replace_file(target) as temporary:
             _draw_with_graphviz(program, diagram, temporary, target.suffix.lower())
+
+
+def _check_size(argument: str, num_vertices: int) -> None:
+    if num_vertices > _MAX_VERTICES:
+        raise ArgumentError(
+            f"{argument}: {num_vertices} vertices are too many for a picture; draw a smaller one of the same kind, of "
+            f"at most {_MAX_VERTICES}"
+        )
 
 
 def _draw_with_graphviz(program: str, diagram: Diagram, path: Path, suffix: str) -> None:
@@ -157,28 +205,31 @@ def dot_text(diagram: Diagram) -> str:
         label = vertex.label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         shape = "point, width=0.08, height=0.08" if vertex.shape == "dot" else vertex.shape
         lines.append(f'  v{position} [label="{label}", shape={shape}, fillcolor="{vertex.color}"];')
-    lines += [f"  v{above} -> v{below};" for above, below in diagram.edges]
+    for edge, (above, below) in enumerate(diagram.edges):
+        width = "" if diagram.widths is None else f' [penwidth={diagram.widths[edge]:.2f}, color="{_FLOW}"]'
+        lines.append(f"  v{above} -> v{below}{width};")
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _draw_with_matplotlib(diagram: Diagram, path: Path, suffix: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _draw_with_matplotlib(diagram: Diagram, path: Path) -> None:
     from matplotlib.figure import Figure
 
     places, width, height = placed(diagram)
     row_height = min(max(0.8, 0.05 * width), 1.2)
     figure = Figure(figsize=((width + 2 * _MARGIN) * _INCHES, height * row_height), dpi=72)
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(-_MARGIN, width + _MARGIN)
     axes.set_ylim(-0.5, height - 0.5)
-    for above, below in diagram.edges:
+    for edge, (above, below) in enumerate(diagram.edges):
         (x0, y0), (x1, y1) = places[above], places[below]
-        axes.plot([x0, x1], [y0, y1], color="#888888", linewidth=0.8, zorder=1)
+        style: dict[str, Any] = {"color": "#888888", "linewidth": 0.8}
+        if diagram.widths is not None:
+            style = {"color": _FLOW, "linewidth": diagram.widths[edge]}
+        axes.plot([x0, x1], [y0, y1], zorder=1, **style)
     for vertex, (x, y) in zip(diagram.vertices, places, strict=True):
         _draw_vertex(axes, vertex, x, y, _INCHES / row_height)
-    figure.savefig(path, format=suffix[1:], metadata=_metadata(suffix))
+    save(figure, path)
 
 
 def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float, aspect: float) -> None:
@@ -204,9 +255,4 @@ def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float, aspect: float) 
     axes.text(x, y, vertex.label, ha="center", va="center", fontsize=8, linespacing=0.95, bbox=style, zorder=3)
 
 
-def _metadata(suffix: str) -> dict[str, Any]:
-    """Leave out the date and the program's version, so that the same picture is the same file."""
-    return {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[suffix]
-
-
-__all__ = ["region_graph", "structure"]
+__all__ = ["flows", "learning_curves", "region_graph", "samples", "structure"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits import logspace, passes
 from circuits.alignment import LeafStep, Meeting, Part, ProductStep, SumStep, align
 from circuits.compile import CompiledCircuit
+from circuits.errors import PropertyError
 from circuits.graph import Input, ParametricNode
 from circuits.semirings import log_matmul_average
 
@@ -31,6 +32,11 @@ class Power:
 
     def log_weights(self, node: ParametricNode) -> tuple[Tensor, Tensor]:
         """Return the log-weights of a node, outputs first, and their power: sums (K, I), inputs (K, C)."""
+        if isinstance(node, Input) and not node.distribution.num_values:
+            raise PropertyError(
+                f"sums over products of circuits need variables with finitely many values; {node} is a "
+                f"{node.distribution}"
+            )
         log = self.pc.log_weights(node, self.banks)
         log = log.t() if isinstance(node, Input) else log
         if self.exponent == 1.0:

@@ -137,7 +137,8 @@ def _overlapping_sum(pc: CompiledCircuit) -> Sum | None:
     """Return a sum whose units mix children with supports that are not shown to be disjoint, or None."""
     banks = pc.weights()
     powers = [Power(pc, banks)] * 2
-    no_evidence = torch.zeros(1, pc.circuit.num_vars, int(pc.num_categories.max()), dtype=pc.dtype, device=pc.device)
+    num_values = max(1, int(pc.num_categories.max()))
+    no_evidence = torch.zeros(1, pc.circuit.num_vars, num_values, dtype=pc.dtype, device=pc.device)
     tables: Tables = {}
     supports: dict[Node, Tensor] | None = None
     for node in pc.circuit.sums:
@@ -168,13 +169,15 @@ def _share_every_variable(supports: Tensor, node: Node) -> Tensor:
 
 def _variable_supports(pc: CompiledCircuit, banks: passes.Banks) -> dict[Node, Tensor]:
     """Return which values each unit allows each variable, 0 or 1, (K, D, C); nothing if the circuit is too large."""
-    num_vars, num_values = pc.circuit.num_vars, int(pc.num_categories.max())
+    num_vars, num_values = pc.circuit.num_vars, max(1, int(pc.num_categories.max()))
     supports: dict[Node, Tensor] = {}
     if pc.circuit.num_units * num_vars * num_values > _MAX_SUPPORT:
         return supports
     for node in pc.circuit.nodes:
         table = torch.zeros(node.num_units, num_vars, num_values, dtype=pc.dtype, device=pc.device)
-        if isinstance(node, Input):
+        if isinstance(node, Input) and not node.distribution.num_values:
+            table[:, node.var, 0] = 1.0  # units of such families share every value
+        elif isinstance(node, Input):
             table[:, node.var, : node.distribution.num_values] = (
                 (pc.log_weights(node, banks) > -torch.inf).t().to(pc.dtype)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from torch.distributions import Distribution, constraints
 
 from circuits import passes, queries
 from circuits.compile import CompiledCircuit
+from circuits.distributions import Distribution as InputFamily
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 
@@ -48,8 +50,11 @@ class CircuitDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Values from 0 to C - 1 of every variable."""
-        return constraints.independent(constraints.integer_interval(0, self.pc.num_categories - 1), 1)
+        """Values from 0 to C - 1 of every variable; whole or real numbers where there are infinitely many."""
+        if self.pc.circuit.is_discrete and 0 not in self.pc.circuit.num_categories:
+            return constraints.independent(constraints.integer_interval(0, self.pc.num_categories - 1), 1)
+        families = {node.var: node.distribution for node in self.pc.circuit.inputs}
+        return constraints.stack([_support_of(families[var]) for var in range(self.pc.circuit.num_vars)], -1)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CircuitDistribution:
         """Not supported: give evidence for as many queries instead, so that the cost is visible."""
@@ -68,7 +73,7 @@ class CircuitDistribution(Distribution):
         """Return ``log p(value | e)``, in nats; -inf where the circuit or the evidence rules a value out.
 
         Args:
-            value: int64 (*sample_shape, *batch_shape, D).
+            value: (*sample_shape, *batch_shape, D), int64 if all families are discrete.
 
         Returns:
             (*sample_shape, *batch_shape).
@@ -117,13 +122,12 @@ class CircuitDistribution(Distribution):
     @property
     def mean(self) -> Tensor:
         """The mean of every variable's value, taken as a number: (*batch_shape, D)."""
-        return self.marginal_probs @ self._values
+        return queries.mean(self.pc, self.evidence).reshape(*self.batch_shape, *self.event_shape)
 
     @property
     def variance(self) -> Tensor:
         """The variance of every variable's value, taken as a number: (*batch_shape, D)."""
-        deviations = self._values - self.mean.unsqueeze(-1)
-        return (self.marginal_probs * deviations.square()).sum(-1)
+        return queries.variance(self.pc, self.evidence).reshape(*self.batch_shape, *self.event_shape)
 
     @property
     def mode(self) -> Tensor:
@@ -146,15 +150,17 @@ class CircuitDistribution(Distribution):
             )
         return torch.special.entr(self.marginal_probs).sum((-1, -2))
 
-    @property
-    def _values(self) -> Tensor:
-        return torch.arange(self.marginal_probs.shape[-1], dtype=self.pc.dtype, device=self.pc.device)
-
     def __repr__(self) -> str:
         return (
             f"CircuitDistribution({self.pc.circuit}, batch_shape={tuple(self.batch_shape)}, "
             f"event_shape={tuple(self.event_shape)})"
         )
+
+
+def _support_of(family: InputFamily) -> constraints.Constraint:
+    if family.num_values:
+        return constraints.integer_interval(0, family.num_values - 1)
+    return constraints.nonnegative_integer if family.is_discrete else constraints.real
 
 
 def _factors_at(
@@ -163,18 +169,27 @@ def _factors_at(
     dtype: torch.dtype,
 ) -> Tensor:  # shape: (N, D)
     """Return the log-factors ``log e_i(x_i)`` of one value per query and variable."""
-    if evidence.values is None:
-        factors = evidence.factors(int(x.max()) + 1).to(dtype).gather(2, x.unsqueeze(-1)).squeeze(-1)
+    if evidence.values is not None:
+        factors = torch.zeros_like(evidence.values, dtype=dtype)
+        factors = factors if evidence.log_factors is None else evidence.log_factors.to(dtype)
+        found = factors.masked_fill(evidence.values != x.unsqueeze(-1), -torch.inf).amax(-1)
+    elif evidence.bounds is not None:
+        lower, upper = evidence.bounds.unbind(-1)
+        found = torch.where((lower < x) & (x <= upper), 0.0, -torch.inf).to(dtype)
+    elif evidence.normal is not None:
+        mean, std = evidence.normal.to(dtype).unbind(-1)
+        found = -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     else:
-        is_listed = evidence.values == x.unsqueeze(-1)
-        listed = (
-            torch.zeros((), dtype=dtype, device=x.device)
-            if evidence.log_factors is None
-            else evidence.log_factors.to(dtype)
-        )
-        factors = torch.where(is_listed, listed, -torch.inf).amax(-1)
+        assert evidence.log_factors is not None
+        found = _picked(evidence.log_factors.to(dtype), x.long())
     if evidence.missing is None:
-        return factors
-    if evidence.otherwise is None:
-        return factors.masked_fill(evidence.missing, 0.0)
-    return torch.where(evidence.missing, _factors_at(x, evidence.otherwise, dtype), factors)
+        return found
+    rest = torch.zeros_like(found) if evidence.otherwise is None else _factors_at(x, evidence.otherwise, dtype)
+    return torch.where(evidence.missing, rest, found)
+
+
+def _picked(log_factors: Tensor, x: Tensor) -> Tensor:
+    """Return the factors of the values x (N, D), -inf for values that have none."""
+    exists = (x >= 0) & (x < log_factors.shape[2])
+    picked = log_factors.gather(2, x.masked_fill(~exists, 0).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(~exists, -torch.inf)

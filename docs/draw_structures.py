@@ -24,6 +24,7 @@ def data():
 CIRCUITS = {
     "fully_factorized": lambda: structures.fully_factorized(4, 2),
     "mixture": lambda: structures.mixture(4, 2, 3),
+    "block_mixture": lambda: structures.block_mixture([[0, 1], [2, 3]], 3, 2),
     "naive_bayes": lambda: structures.naive_bayes(4, 2, 3),
     "hmm": lambda: structures.hmm(4, 8, 5),
     "low_rank_hmm": lambda: structures.low_rank_hmm(4, 8, 5, 2),

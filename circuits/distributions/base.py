@@ -74,6 +74,15 @@ class Distribution(ABC):
     def raw(self, parameters: Tensor) -> Tensor:
         """Return the raw parameters that stand for given ones: the inverse of :meth:`parameters`."""
 
+    def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
+        """Return the family and the raw parameters (..., of K' units) of some units of a node, which may repeat.
+
+        Args:
+            raw: of one node, in the :meth:`parameter_shape` of K units.
+            units: int64 (K',).
+        """
+        return self, raw[..., units]
+
     def problem(self, parameters: Tensor) -> str | None:
         """Say what is wrong with the parameters of one node; None: nothing."""
         return None if bool(parameters.isfinite().all()) else "expected finite numbers"
@@ -125,8 +134,9 @@ class Finite(Distribution):
 class Direct(Distribution):
     """An exponential family that is evaluated at given values: ``log p(x) = <eta, T(x)> - A(eta) + log h(x)``.
 
-    The first statistic is the constant 1. All methods on single units are elementwise: ``parameters`` are S tensors, as
-    :meth:`read` returns them, that broadcast with the values.
+    The first statistic is the constant 1, the second the value x: moments are derivatives with respect to its
+    coefficient. All methods on single units are elementwise: ``parameters`` are S tensors, as :meth:`read` returns
+    them, that broadcast with the values.
     """
 
     def linear(self, read: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ _LEAST_LOG_RATE = -1e4
 _FARTHEST = 1e8
 _NARROW = 1e-6
 _VISIBLE_TAIL = -37.0  # standard deviations beyond which float64 has no probability for the normal tail
+_TAIL_TERMS = 100
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -83,7 +84,8 @@ class Poisson(Direct):
     def log_interval(self, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
         """Return ``log P(lower < X <= upper)`` from incomplete gamma functions.
 
-        The difference is taken of the smaller tails; where even it underflows in float64, its greatest term is given.
+        The difference is taken of the smaller tails; where even it all but underflows in float64, its greatest terms
+        are added up.
         """
         (log_rate,) = parameters
         rate = log_rate.double().exp()
@@ -98,10 +100,12 @@ class Poisson(Direct):
         above = torch.where(has_bottom, torch.special.gammainc(bottom, rate), 1.0)
         above = above - torch.where(has_top, torch.special.gammainc(top, rate), 0.0)
         total = torch.where(is_upper_tail, above, below)
-        is_visible = total > 1e-290
+        is_visible = total > 1e-140  # its square, in second derivatives, must not underflow
         log_total = torch.where(is_visible, total, 1.0).log()
         # the maximum itself has no gradient with respect to where it lies
         peak = self.log_density((log_rate.double(),), self.mode((log_rate.detach().double(),), lower, upper))
+        if not torch.compiler.is_compiling() and not bool((is_visible | (first > last)).all()):
+            peak = peak + _log_tail_terms(rate, first, last, is_upper_tail.expand(shape), is_visible)
         out = torch.where(is_visible, log_total, peak)
         return torch.where(first <= last, out, -torch.inf).to(log_rate.dtype)
 
@@ -299,6 +303,19 @@ class Gaussian(Direct):
 def _whole(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first and the last whole number >= 0 of ``lower < v <= upper``, in float64."""
     return (lower.double().floor() + 1).clamp(0.0, 1e15), upper.double().floor()
+
+
+def _log_tail_terms(rate: Tensor, first: Tensor, last: Tensor, is_upper: Tensor, is_visible: Tensor) -> Tensor:
+    """Return the logarithm of the sum of p(v), first <= v <= last, over its greatest term, far from the rate."""
+    rate = torch.where(is_visible, 1.0, rate)
+    start = torch.where(is_visible, 0.0, torch.where(is_upper, first, last))
+    term = total = torch.ones_like(rate)
+    for step in range(1, _TAIL_TERMS + 1):
+        is_inside = torch.where(is_upper, first + step <= last, last - step >= first)
+        ratio = torch.where(is_upper, rate / (start + step), (start - step + 1) / rate)
+        term = torch.where(is_inside & ~is_visible, term * ratio, 0.0)
+        total = total + term
+    return total.log()
 
 
 def _is_mirrored(parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:

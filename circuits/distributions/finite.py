@@ -304,6 +304,10 @@ class Literal(Finite):
         index = torch.tensor(self.values, device=raw.device).expand(len(raw), 1, -1)
         return table.scatter(1, index, 0.0) + raw.sum(1, keepdim=True)  # 0, but known to autograd
 
+    def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
+        """Return the literals of the units' values."""
+        return Literal(self.num_categories, tuple(self.values[unit] for unit in units.tolist())), raw[..., units]
+
     def parameters(self, raw: Tensor) -> Tensor:
         """Return no numbers."""
         return raw
@@ -359,6 +363,10 @@ class EmbeddingCategorical(Finite):
         """Return the log-table."""
         values, units = raw.split([self.num_categories, raw.shape[-2] - self.num_categories], -2)
         return torch.log_softmax(values @ units.transpose(-1, -2), -2)
+
+    def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
+        """Return E with the units' rows of U."""
+        return self, torch.cat([raw[: self.num_categories], raw[self.num_categories + units]])
 
     def parameters(self, raw: Tensor) -> Tensor:
         """Return E and U."""

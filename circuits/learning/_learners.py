@@ -14,14 +14,17 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning import em
 from circuits.learning._samples import Batch
+from circuits.learning.distributed import Processes
+from circuits.learning.hard import viterbi_flows
 
-EMName = Literal["em", "minibatch_em", "anemone"]
+EMName = Literal["em", "minibatch_em", "anemone", "viterbi_em"]
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 _DEFAULTS: dict[str, dict[str, float]] = {
-    "em": {"step_size": 1.0, "pseudocount": 0.01},
-    "minibatch_em": {"step_size": 0.1, "pseudocount": 0.01},
-    "anemone": {"step_size": 0.4, "momentum": 0.9, "pseudocount": 1e-6},
+    "em": {"step_size": 1.0, "pseudocount": 0.01, "entropy": 0.0},
+    "minibatch_em": {"step_size": 0.1, "pseudocount": 0.01, "entropy": 0.0},
+    "anemone": {"step_size": 0.4, "momentum": 0.9, "pseudocount": 1e-6, "entropy": 0.0},
+    "viterbi_em": {"step_size": 1.0, "pseudocount": 0.01, "entropy": 0.0},
 }
 
 _LEAST_MASS = 1e-300
@@ -31,6 +34,8 @@ class Learner(ABC):
     """Moves the weights of one circuit, batch by batch."""
 
     is_shuffled = True
+    processes = Processes()
+    """Those that learn together; the batches of each are its shares."""
 
     def __init__(self, pc: CompiledCircuit) -> None:
         self.pc = pc
@@ -56,48 +61,55 @@ class FullBatchEM(Learner):
     """One EM step an epoch, from the flows of all batches."""
 
     is_shuffled = False
+    flows_of: Callable[..., em.ExpectedFlows] = staticmethod(em.expected_flows)
 
-    def __init__(self, pc: CompiledCircuit, step_size: float, pseudocount: float) -> None:
+    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)
-        self._options = {"step_size": step_size, "pseudocount": pseudocount}
+        self._options = options
         self._flows: em.BankFlows = {}
 
     def update(self, batch: Batch) -> Tensor:
-        flows, log_likelihood = em.expected_flows(self.pc, *batch)
+        flows, log_likelihood = self.flows_of(self.pc, *batch)
         for name, flow in flows.items():
             self._flows[name] = self._flows[name].add_(flow) if name in self._flows else flow
         return log_likelihood
 
     def end_epoch(self) -> None:
-        em.em_step(self.pc, self._flows, **self._options)
+        em.em_step(self.pc, self.processes.summed_all(self._flows), **self._options)
         self._flows = {}
+
+
+class ViterbiEM(FullBatchEM):
+    """One step of hard EM an epoch."""
+
+    flows_of = staticmethod(viterbi_flows)
 
 
 class MinibatchEM(Learner):
     """One EM step of size s a batch."""
 
-    def __init__(self, pc: CompiledCircuit, step_size: float, pseudocount: float) -> None:
+    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)
-        self._options = {"step_size": step_size, "pseudocount": pseudocount}
+        self._options = options
 
     def update(self, batch: Batch) -> Tensor:
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
-        em.em_step(self.pc, flows, **self._options)
+        em.em_step(self.pc, self.processes.summed_all(flows), **self._options)
         return log_likelihood
 
 
 class Anemone(Learner):
     """One step of Anemone a batch."""
 
-    def __init__(self, pc: CompiledCircuit, step_size: float, momentum: float, pseudocount: float) -> None:
+    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
         super().__init__(pc)
-        self._options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
+        self._options = options
         self._state: em.AnemoneState | None = None
 
     def update(self, batch: Batch) -> Tensor:
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
-        mass = float(possible_mass(log_likelihood, batch.weights))
-        self._state = em.anemone_step(self.pc, flows, mass, self._state, **self._options)
+        mass = float(self.processes.summed(possible_mass(log_likelihood, batch.weights)))
+        self._state = em.anemone_step(self.pc, self.processes.summed_all(flows), mass, self._state, **self._options)
         return log_likelihood
 
     def state(self) -> Any:
@@ -128,11 +140,14 @@ class GradientLearner(Learner):
             self.pc.zero_grad()
             log_z = self.pc.log_partition(batch.evidence)
             seen.append(log_z.detach())
-            mass = possible_mass(log_z, batch.weights)
-            loss = -possible_total(log_z, batch.weights) / mass.clamp_min(_LEAST_MASS)
-            if not math.isfinite(float(loss.detach())):
+            mass = self.processes.summed(possible_mass(log_z, batch.weights))
+            share = -possible_total(log_z, batch.weights) / mass.clamp_min(_LEAST_MASS)
+            loss = self.processes.summed(share.detach())
+            if not math.isfinite(float(loss)):
                 self._give_up()
-            loss.backward()
+            if len(log_z):
+                share.backward()
+            self._sum_gradients()
             return loss
 
         self._optimizer.step(loss_and_gradient)  # type: ignore[arg-type]
@@ -149,6 +164,11 @@ class GradientLearner(Learner):
 
     def restore(self, state: Any) -> None:
         self._optimizer.load_state_dict(state)
+
+    def _sum_gradients(self) -> None:
+        for parameter in self.pc.bank.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.processes.summed(gradient)
 
     def _weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.pc.bank.values()]
@@ -186,7 +206,12 @@ def build_learner(
             raise ArgumentError(f"optimizer: expected {', '.join(_DEFAULTS)}, or one of torch.optim, got {optimizer!r}")
         _refuse(given.keys() - _DEFAULTS[optimizer].keys(), optimizer)
         chosen = _DEFAULTS[optimizer] | given
-        kinds: dict[str, Callable[..., Learner]] = {"em": FullBatchEM, "minibatch_em": MinibatchEM, "anemone": Anemone}
+        kinds: dict[str, Callable[..., Learner]] = {
+            "em": FullBatchEM,
+            "minibatch_em": MinibatchEM,
+            "anemone": Anemone,
+            "viterbi_em": ViterbiEM,
+        }
         return kinds[optimizer](pc, **chosen), f"{optimizer} {sorted(chosen.items())}"
     built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else _built_optimizer(pc, optimizer)
     _refuse(given.keys(), type(built).__name__)

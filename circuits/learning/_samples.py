@@ -14,7 +14,10 @@ from circuits.compile import CompiledCircuit
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.learning._arrays import StoredRows, as_rows, as_tensor, parts
+from circuits.learning.distributed import Processes
 
+_ALONE = Processes()
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -30,19 +33,24 @@ class Batch(NamedTuple):
 class Samples:
     """N samples over D variables."""
 
-    x: Tensor
+    x: Tensor | StoredRows
     """Integers, or floating point with NaN for missing values, (N, D)."""
-    observed: Tensor | None
+    observed: Tensor | StoredRows | None
     """bool (N, D), or None: everything is."""
     weights: Tensor | None
     """(N,), or None: every sample counts once."""
     labels: Tensor | None = None
     """int64 (N,), or None: the circuit has no classes."""
 
-    def batches(self, batch_size: int, device: torch.device, order: Tensor | None = None) -> Iterator[Batch]:
-        """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from."""
+    def batches(
+        self, batch_size: int, device: torch.device, order: Tensor | None = None, processes: Processes = _ALONE
+    ) -> Iterator[Batch]:
+        """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from.
+
+        Of each batch only the part that is this process's.
+        """
         order = torch.arange(len(self.x)) if order is None else order
-        for index in order.tensor_split(-(-len(order) // batch_size)):
+        for index in map(processes.share, order.tensor_split(-(-len(order) // batch_size))):
             x, observed, weights, labels = (
                 None if tensor is None else tensor[index.to(tensor.device)].to(device)
                 for tensor in (self.x, self.observed, self.weights, self.labels)
@@ -60,7 +68,7 @@ def checked_samples(
     pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any, labels: Any = None
 ) -> Samples:
     """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
-    x = _as_tensor(name, data)
+    x = as_rows(name, data)
     num_vars = pc.circuit.num_vars
     if not (x.dtype in _INTEGERS or x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
         raise ArgumentError(
@@ -70,15 +78,16 @@ def checked_samples(
     if not len(x):
         raise ArgumentError(f"{name}: expected at least one sample, got shape {tuple(x.shape)}")
     if observed is not None:
-        observed = _as_tensor("observed", observed)
+        observed = as_rows("observed", observed)
         if observed.dtype != torch.bool or observed.shape != x.shape:
             raise ArgumentError(
                 f"observed: expected bool of the shape of {name}, {tuple(x.shape)}, got {observed.dtype} "
                 f"{tuple(observed.shape)}"
             )
-    _check_values(pc, name, x, observed)
+    for start, part in parts(x):
+        _check_values(pc, name, part, None if observed is None else observed[start : start + len(part)], start)
     if sample_weights is not None:
-        sample_weights = _as_tensor("sample_weights", sample_weights)
+        sample_weights = as_tensor("sample_weights", sample_weights)
         is_valid = sample_weights.shape == x.shape[:1] and sample_weights.is_floating_point()
         if not is_valid or not bool(((sample_weights >= 0) & (sample_weights < torch.inf)).all()):
             raise ArgumentError(
@@ -96,7 +105,7 @@ def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: in
         return None
     if labels is None:
         raise ArgumentError(f"{argument}: {pc.circuit} has {num_classes} classes; give the class of every sample")
-    labels = _as_tensor(argument, labels)
+    labels = as_tensor(argument, labels)
     if labels.dtype not in _INTEGERS or tuple(labels.shape) != (num_samples,):
         raise ArgumentError(
             f"{argument}: expected integers of shape ({num_samples},), got {labels.dtype} {tuple(labels.shape)}"
@@ -109,31 +118,18 @@ def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: in
     return labels
 
 
-def digest(*tensors: Tensor | None) -> str:
+def digest(*tensors: Tensor | StoredRows | None) -> str:
     """Return a hash of the tensors' types, shapes and values."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(b"none" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        if tensor is not None and tensor.numel():
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if tensor is not None and tensor.shape.numel():
+            for _, part in parts(tensor):
+                sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def _as_tensor(name: str, data: Any) -> Tensor:
-    if isinstance(data, Tensor):
-        return data.detach()
-    if not hasattr(data, "__array__"):
-        raise ArgumentError(f"{name}: expected a tensor or a numpy array, got {type(data).__name__}")
-    import numpy as np
-
-    array = np.ascontiguousarray(data)
-    try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
-    except TypeError:
-        raise ArgumentError(f"{name}: expected an array of numbers, got one of {array.dtype}") from None
-
-
-def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None) -> None:
+def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None, first_sample: int) -> None:
     domains: dict[str, tuple[Distribution, list[int]]] = {}
     for var, family in {node.var: node.distribution for node in pc.circuit.inputs}.items():
         domains.setdefault(family.domain, (family, []))[1].append(var)
@@ -149,6 +145,6 @@ def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | 
             sample, column = outside.nonzero()[0].tolist()
             var = column if len(domains) == 1 else variables[column]
             raise ArgumentError(
-                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample {sample}; mark "
-                "unknown values as False in `observed`"
+                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample "
+                f"{first_sample + sample}; mark unknown values as False in `observed`"
             )

@@ -23,6 +23,7 @@ from circuits.distributions import Direct, Distribution, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
+from circuits.learning.entropy import entropic_maximum
 from circuits.passes import Banks
 
 BankFlows = dict[str, Tensor]
@@ -62,18 +63,27 @@ def expected_flows(
         ArgumentError: evidence or sample weights do not fit.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    if not given.batch_size:
+        return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
         log_z = pc.log_partition(given, banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
-            counts = counts * _checked_sample_weights(sample_weights, log_z)
+            counts = counts * checked_sample_weights(sample_weights, log_z)
         flows = torch.autograd.grad(log_z, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 
 @torch.no_grad()
-def em_step(pc: CompiledCircuit, flows: BankFlows, *, step_size: float = 1.0, pseudocount: float = 0.0) -> None:
+def em_step(
+    pc: CompiledCircuit,
+    flows: BankFlows,
+    *,
+    step_size: float = 1.0,
+    pseudocount: float = 0.0,
+    entropy: float = 0.0,
+) -> None:
     """Move the weights of a circuit towards the maximum-likelihood weights of its expected flows, in place.
 
         w'_nc = (1 - s) w_nc + s (F_nc + a / |ch(n)|) / (F_n + a)
@@ -89,13 +99,16 @@ def em_step(pc: CompiledCircuit, flows: BankFlows, *, step_size: float = 1.0, ps
         step_size: s, 0 < s <= 1; below 1 for mini-batches.
         pseudocount: a >= 0, uses that every reached unit is given on top, spread evenly over its children or values;
             for other families see there.
+        entropy: tau >= 0: the weights of sums and of finite input families maximise ``sum_c F_nc log w_nc + tau F_n
+            H(w_n)``, with H the entropy and F with the pseudocounts; tau = 0 is the fraction above. So they stay spread
+            out (Liu and Van den Broeck 2021).
 
     Raises:
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
-    _check_step(pc, flows, step_size, pseudocount)
+    _check_step(pc, flows, step_size, pseudocount, entropy)
     for name, weights in pc.weights().items():
-        _move(pc, name, weights, flows[name], step_size, pseudocount)
+        _move(pc, name, weights, flows[name], step_size, pseudocount, entropy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +131,7 @@ def anemone_step(
     step_size: float = 0.4,
     momentum: float = 0.9,
     pseudocount: float = 1e-6,
+    entropy: float = 0.0,
 ) -> AnemoneState:
     """Do one step of Anemone, mini-batch EM with momentum and flow-rescaled steps (Liu et al. 2025), in place.
 
@@ -134,6 +148,7 @@ def anemone_step(
         step_size: s, 0 < s <= 1.
         momentum: mu, 0 <= mu < 1.
         pseudocount: a >= 0, relative to a batch of mass 1.
+        entropy: tau >= 0, see :func:`em_step`.
 
     Returns:
         The state for the next step. A batch of mass 0 changes neither the state nor the weights.
@@ -141,7 +156,7 @@ def anemone_step(
     Raises:
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
-    _check_step(pc, flows, step_size, pseudocount)
+    _check_step(pc, flows, step_size, pseudocount, entropy)
     if not 0 <= momentum < 1:
         raise ArgumentError(f"momentum: expected 0 <= momentum < 1, got {momentum!r}")
     state = state or AnemoneState({name: torch.zeros_like(flow) for name, flow in flows.items()}, 0.0)
@@ -154,7 +169,7 @@ def anemone_step(
     own_flows = top_down_flows(pc)
     for name, weights in pc.weights().items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
-        _move(pc, name, weights, rescaled, 1.0, pseudocount)
+        _move(pc, name, weights, rescaled, 1.0, pseudocount, entropy)
     return state
 
 
@@ -212,6 +227,16 @@ def traced_weights(pc: CompiledCircuit, weights: Banks | None = None) -> tuple[B
     return banks, sources
 
 
+def flows_of_nothing(pc: CompiledCircuit) -> ExpectedFlows:
+    flows = {
+        name: torch.zeros(
+            shape, dtype=torch.float64 if isinstance(pc.families.get(name), Direct) else pc.dtype, device=pc.device
+        )
+        for name, shape in flow_shapes(pc).items()
+    }
+    return ExpectedFlows(flows, torch.zeros(0, dtype=pc.dtype, device=pc.device))
+
+
 def _tilted(family: Direct, weights: Weights) -> tuple[Weights, Tensor]:
     """Return weights for one pass, and the coefficients, all 0, whose gradients are the expected statistics.
 
@@ -228,7 +253,13 @@ def _mean_statistics(family: Distribution, weights: Weights) -> Tensor:
 
 
 def _move(
-    pc: CompiledCircuit, name: str, weights: Weights, flows: Tensor, step_size: float, pseudocount: float
+    pc: CompiledCircuit,
+    name: str,
+    weights: Weights,
+    flows: Tensor,
+    step_size: float,
+    pseudocount: float,
+    entropy: float,
 ) -> None:
     """Replace the parameters of one bank by ``1 - s`` of the old ones and s of those that maximise the flows' score."""
     raw, family = pc.bank[name], pc.families.get(name)
@@ -241,6 +272,8 @@ def _move(
         raw.copy_(torch.where(is_reached, family.fit(mixed).to(raw.dtype), raw))
         return
     log_maximised, is_reached = _maximise(flows, weights.log, _axis(name), pseudocount)
+    if entropy > 0:
+        log_maximised = entropic_maximum(log_maximised, weights.log > -torch.inf, entropy, _axis(name))
     log_mixed = log_maximised
     if step_size < 1:
         log_mixed = torch.logaddexp(weights.log + math.log1p(-step_size), log_maximised + math.log(step_size))
@@ -265,11 +298,13 @@ def _axis(bank: str) -> int:
     return -1 if bank.startswith("sum") else -2
 
 
-def _check_step(pc: CompiledCircuit, flows: BankFlows, step_size: float, pseudocount: float) -> None:
+def _check_step(pc: CompiledCircuit, flows: BankFlows, step_size: float, pseudocount: float, entropy: float) -> None:
     if not 0 < step_size <= 1:
         raise ArgumentError(f"step_size: expected 0 < step_size <= 1, got {step_size!r}")
     if not 0 <= pseudocount < math.inf:
         raise ArgumentError(f"pseudocount: expected a number >= 0, got {pseudocount!r}")
+    if not 0 <= entropy < math.inf:
+        raise ArgumentError(f"entropy: expected a number >= 0, got {entropy!r}")
     shapes = flow_shapes(pc)
     given = {name: tuple(flow.shape) for name, flow in flows.items()}
     if given != shapes:
@@ -278,7 +313,8 @@ def _check_step(pc: CompiledCircuit, flows: BankFlows, step_size: float, pseudoc
         )
 
 
-def _checked_sample_weights(sample_weights: Tensor, log_z: Tensor) -> Tensor:
+def checked_sample_weights(sample_weights: Tensor, log_z: Tensor) -> Tensor:
+    """Return the weights of a batch's samples like ``log_z``, (B,); raise ArgumentError unless they are such."""
     if not isinstance(sample_weights, Tensor) or sample_weights.shape != log_z.shape or sample_weights.is_complex():
         got = tuple(sample_weights.shape) if isinstance(sample_weights, Tensor) else type(sample_weights).__name__
         raise ArgumentError(f"sample_weights: expected one number per sample, a tensor {tuple(log_z.shape)}, got {got}")

@@ -15,6 +15,7 @@ from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import build_code
+from circuits.learning._arrays import Table
 from circuits.learning._checkpoint import Checkpoint, History, Snapshot
 from circuits.learning._learners import (
     EMName,
@@ -25,6 +26,7 @@ from circuits.learning._learners import (
     possible_total,
 )
 from circuits.learning._samples import Samples, checked_samples
+from circuits.learning.distributed import Processes, checked_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,10 +50,10 @@ class FitResult:
 
 def fit(
     pc: CompiledCircuit,
-    data: Tensor | np.ndarray,  # shape: (N, D)
+    data: Tensor | np.ndarray | Table,  # shape: (N, D)
     *,
     optimizer: EMName | torch.optim.Optimizer | OptimizerFactory = "em",
-    observed: Tensor | np.ndarray | None = None,  # shape: (N, D)
+    observed: Tensor | np.ndarray | Table | None = None,  # shape: (N, D)
     sample_weights: Tensor | np.ndarray | None = None,  # shape: (N,)
     labels: Tensor | np.ndarray | None = None,  # shape: (N,)
     num_epochs: int = 50,
@@ -59,12 +61,14 @@ def fit(
     step_size: float | None = None,
     momentum: float | None = None,
     pseudocount: float | None = None,
-    validation_data: Tensor | np.ndarray | None = None,  # shape: (M, D)
-    validation_observed: Tensor | np.ndarray | None = None,  # shape: (M, D)
+    entropy: float | None = None,
+    validation_data: Tensor | np.ndarray | Table | None = None,  # shape: (M, D)
+    validation_observed: Tensor | np.ndarray | Table | None = None,  # shape: (M, D)
     validation_labels: Tensor | np.ndarray | None = None,  # shape: (M,)
     patience: int | None = None,
     min_improvement: float = 0.0,
     checkpoint_path: str | os.PathLike[str] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -76,12 +80,15 @@ def fit(
 
     Args:
         pc: the circuit; its present weights are where the search starts.
-        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are; batches are
-            moved to the circuit's device.
+        data: (N, D), integers, or floating point with NaN for missing values. They stay where they are, also
+            in a file (``np.memmap``), and are looked at in parts; batches are moved to the circuit's device. Other
+            tables, such as h5py data sets, need a length and rows by an array of integers.
         optimizer: ``"em"``: full-batch EM, one step an epoch; ``"minibatch_em"``: a step of size s a batch;
             ``"anemone"``: the same with momentum and flow-rescaled steps (Liu et al. 2025), see
-            :func:`~circuits.learning.anemone_step`; or a ``torch.optim`` optimizer over ``pc.parameters()``; or a
-            function from parameters to one, for instance ``lambda p: torch.optim.Adam(p, lr=0.1)``.
+            :func:`~circuits.learning.anemone_step`; ``"viterbi_em"``: hard EM, from the most probable explanations of
+            all data, see :func:`~circuits.learning.viterbi_flows`; or a ``torch.optim`` optimizer over
+            ``pc.parameters()``; or a function from parameters to one, for instance ``lambda p: torch.optim.Adam(p,
+            lr=0.1)``.
         observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
         sample_weights: how often each sample counts, (N,) >= 0.
         labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``: then likelihoods are
@@ -92,6 +99,8 @@ def fit(
         momentum: mu of anemone, by default 0.9.
         pseudocount: a of the EM family, by default 0.01 (samples) for em and minibatch_em, and 1e-6 (of a batch) for
             anemone. Greater than 0, it keeps values that were never seen possible.
+        entropy: tau >= 0 of the EM family, by default 0: spreads the weights out, see
+            :func:`~circuits.learning.em_step`.
         validation_data: integers (M, D); when given, the circuit ends with the weights of its best epoch.
         validation_observed: bool (M, D), like ``observed``.
         validation_labels: int64 (M,), like ``labels``.
@@ -99,6 +108,9 @@ def fit(
         min_improvement: by how much, in nats per sample, an epoch must be better than the best one to count as such.
         checkpoint_path: a ``.safetensors`` file that the state is written to after every epoch, and that the run
             continues from when it exists.
+        process_group: the processes that learn together, see :func:`~circuits.learning.join_processes`: each is called
+            with the same arguments, computes its share of every batch, and ends with the same circuit, that of one
+            process but for rounding. The first one's initial weights count, and it alone touches the checkpoint.
         seed: an integer >= 0, for the order of the samples.
         progress: draw a progress bar on standard error.
 
@@ -115,30 +127,36 @@ def fit(
         validation = checked_samples(
             pc, "validation_data", validation_data, validation_observed, None, validation_labels
         )
-    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount}
+    options = {"step_size": step_size, "momentum": momentum, "pseudocount": pseudocount, "entropy": entropy}
     learner, method = build_learner(pc, optimizer, options)
+    learner.processes = processes = checked_processes(process_group)
+    is_identified = checkpoint_path is not None or processes.size > 1  # else nobody asks, and hashing reads all data
     identity = {
         "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),
-        "data": samples.digest(),
-        "validation_data": "none" if validation is None else validation.digest(),
+        "data": samples.digest() if is_identified else "",
+        "validation_data": "none" if validation is None or not is_identified else validation.digest(),
         "optimizer": method,
         "options": f"batch_size={batch_size} patience={patience} min_improvement={min_improvement} seed={seed}",
     }
+    processes.check_same(identity | {"num_epochs": str(num_epochs)})
+    processes.spread(pc.bank.values())
     checkpoint = Checkpoint(checkpoint_path, identity)
     history, best_weights = _resume(pc, learner, checkpoint, num_epochs)
 
-    with progress_bar("fitting the circuit", num_epochs, enabled=progress, completed=history.num_epochs) as advance:
+    is_shown = progress and processes.rank == 0
+    with progress_bar("fitting the circuit", num_epochs, enabled=is_shown, completed=history.num_epochs) as advance:
         while history.num_epochs < num_epochs and not _is_out_of_patience(history, patience):
             train, num_impossible = _epoch(pc, learner, samples, batch_size, seed, history.num_epochs)
-            heard = None if validation is None else _mean_log_likelihood(pc, validation, batch_size)
+            heard = None if validation is None else _mean_log_likelihood(pc, validation, batch_size, processes)
             history = _extended(history, train, heard, num_impossible, min_improvement)
             if heard is not None and history.best_epoch == history.num_epochs - 1:
                 best_weights = _copied_weights(pc)
-            checkpoint.write(
-                Snapshot(
-                    weights=_copied_weights(pc), best_weights=best_weights, learner=learner.state(), history=history
+            if processes.rank == 0:
+                checkpoint.write(
+                    Snapshot(
+                        weights=_copied_weights(pc), best_weights=best_weights, learner=learner.state(), history=history
+                    )
                 )
-            )
             advance(note=f"train {train:.4f}" + ("" if heard is None else f", validation {heard:.4f}") + " nats")
     if best_weights is not None:
         _set_weights(pc, best_weights)
@@ -158,11 +176,12 @@ def _epoch(
     order = _shuffled(len(samples.x), seed, epoch) if learner.is_shuffled else None
     total = torch.zeros((), dtype=torch.float64, device=pc.device)
     mass, num_impossible = torch.zeros_like(total), torch.zeros_like(total)
-    for batch in samples.batches(batch_size, pc.device, order):
+    for batch in samples.batches(batch_size, pc.device, order, learner.processes):
         log_likelihood = learner.update(batch)
         total += possible_total(log_likelihood, batch.weights)
         mass += possible_mass(log_likelihood, batch.weights)
         num_impossible += (log_likelihood == -torch.inf).sum()
+    total, mass, num_impossible = learner.processes.summed(torch.stack([total, mass, num_impossible]))
     if not float(mass) > 0:
         raise ImpossibleEvidenceError(
             f"data: all {len(samples.x)} samples have probability zero under the circuit, or weight zero, so there is "
@@ -173,11 +192,11 @@ def _epoch(
 
 
 @torch.no_grad()
-def _mean_log_likelihood(pc: CompiledCircuit, samples: Samples, batch_size: int) -> float:
+def _mean_log_likelihood(pc: CompiledCircuit, samples: Samples, batch_size: int, processes: Processes) -> float:
     total = torch.zeros((), dtype=torch.float64, device=pc.device)
-    for batch in samples.batches(batch_size, pc.device):
+    for batch in samples.batches(batch_size, pc.device, None, processes):
         total += pc.log_partition(batch.evidence).double().sum()
-    return float(total) / len(samples.x)
+    return float(processes.summed(total)) / len(samples.x)
 
 
 def _shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -207,7 +226,7 @@ def _is_out_of_patience(history: History, patience: int | None) -> bool:
 def _resume(
     pc: CompiledCircuit, learner: Learner, checkpoint: Checkpoint, num_epochs: int
 ) -> tuple[History, dict[str, Tensor] | None]:
-    snapshot = checkpoint.read()
+    snapshot = learner.processes.from_first(checkpoint.read)
     if snapshot is None:
         return History(), None
     if snapshot.history.num_epochs > num_epochs:

@@ -31,6 +31,21 @@ def given_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: Bank
     return evidence
 
 
+def has_infinite_values(pc: CompiledCircuit) -> bool:
+    """Return whether some variable has infinitely many values."""
+    return 0 in pc.circuit.num_categories
+
+
+def require_finite_values(pc: CompiledCircuit, query: str = "this query") -> None:
+    """Raise PropertyError, which names the input node, unless all variables have finitely many values."""
+    if has_infinite_values(pc):
+        node = next(node for node in pc.circuit.inputs if not node.distribution.num_values)
+        raise PropertyError(
+            f"{query} needs variables with finitely many values; {node} is a {node.distribution}; give evidence on its "
+            "variable and condition on it, or use families over 0 .. C - 1"
+        )
+
+
 def dense_evidence(
     pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None = None
 ) -> tuple[Evidence, Tensor]:
@@ -38,6 +53,7 @@ def dense_evidence(
 
     They are -inf for values that a variable does not have.
     """
+    require_finite_values(pc)
     given = given_evidence(pc, evidence, weights)
     num_values = int(pc.num_categories.max())
     factors = given.dense(num_values, pc.dtype)[..., :num_values].masked_fill(~existing_values(pc), -torch.inf)
@@ -48,8 +64,9 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
     """Return the log-factors of :func:`dense_evidence`, for a query that takes evidence on variables only.
 
     Raises:
-        PropertyError: the circuit has classes, or the evidence is on latents.
+        PropertyError: the circuit has classes or infinitely many values, or the evidence is on latents.
     """
+    require_finite_values(pc, query)
     if pc.circuit.num_classes is not None:
         raise PropertyError(f"{query} needs a circuit with one root unit, and {pc.circuit} has one per class")
     if evidence is not None and evidence.latents:

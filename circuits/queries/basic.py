@@ -17,10 +17,16 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError, PropertyError
+from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
-from circuits.queries._common import checked_possible, given_evidence, has_one_explanation, one_per_query
+from circuits.queries._common import (
+    checked_possible,
+    given_evidence,
+    has_one_explanation,
+    one_per_query,
+    require_finite_values,
+)
 from circuits.semiring import LogSemiring, MaxSemiring
 
 _MAX_REACHED = 1 << 25
@@ -105,9 +111,7 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
         ImpossibleEvidenceError: log Z = -inf for some query.
         PropertyError: a variable has infinitely many values.
     """
-    for node in pc.circuit.inputs:
-        if not node.distribution.num_values:
-            raise PropertyError(f"marginals needs variables with finitely many values; {node} is a {node.distribution}")
+    require_finite_values(pc, "marginals")
     evidence.check(pc.num_categories)
     factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
-from circuits.queries._common import checked_possible, dense_evidence
+from circuits.queries._common import checked_possible, dense_evidence, given_evidence, has_infinite_values
 
 
 def log_cdf(
@@ -17,12 +19,13 @@ def log_cdf(
 ) -> Tensor:
     """Return ``log P(X_0 <= x_0, ..., X_D-1 <= x_D-1 | e)``, the joint cumulative distribution of ordered values.
 
-    The step functions are soft evidence, so this is one upward pass (and one for the evidence). Needs a smooth and
-    decomposable circuit, which all circuits here are. Differentiable in the weights and the evidence.
+    The step functions are soft evidence or intervals, so this is one upward pass (and one for the evidence). Needs a
+    smooth and decomposable circuit, which all circuits here are. Differentiable in the weights and the evidence.
 
     Args:
-        pc: the circuit; the order of a variable's values is 0 < 1 < ... < C - 1.
-        x: integers (B, D); a bound below 0 is impossible, C - 1 or more does not bound the variable.
+        pc: the circuit; the order of a variable's values is that of numbers.
+        x: integers (B, D), or floating point if a variable has infinitely many values. Of 0 .. C - 1, a bound below 0
+            is impossible, C - 1 or more does not bound the variable; +inf bounds none.
         evidence: what is known besides, for B queries or for one; None: nothing.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
@@ -31,19 +34,63 @@ def log_cdf(
 
     Raises:
         ArgumentError: ``x`` has a wrong shape or type, or does not fit the evidence.
+        PropertyError: Gaussian evidence on a variable with infinitely many values.
         ImpossibleEvidenceError: the evidence alone has probability zero.
     """
     num_vars = pc.circuit.num_vars
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.dim() != 2 or x.shape[1] != num_vars:
+    is_finite = not has_infinite_values(pc)
+    expected = "integers" if is_finite else "integers or floating point without NaN"
+    is_tensor = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_complex()
+    if not is_tensor or (is_finite and x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ArgumentError(f"x: expected integers of shape (B, {num_vars}), got {got}")
-    given, factors = dense_evidence(pc, evidence)
-    if len(factors) not in (1, len(x)):
-        raise ArgumentError(f"evidence: expected {len(x)} queries, as many as bounds in x, got {len(factors)}")
-    values = torch.arange(factors.shape[2], device=pc.device)
-    bounded = factors.masked_fill(values > x.to(pc.device).unsqueeze(2), -torch.inf)
-    if len(factors) < len(x):
-        given = given.rows(torch.zeros(len(x), dtype=torch.int64, device=given.device))
+        raise ArgumentError(f"x: expected {expected} of shape (B, {num_vars}), got {got}")
+    if x.is_floating_point() and bool(x.isnan().any()):
+        raise ArgumentError(f"x: expected {expected}, got NaN; use +inf where there is no bound")
+    given = dense_evidence(pc, evidence, weights)[0] if is_finite else _with_dense_factors(pc, evidence, weights)
+    if given.batch_size not in (1, len(x)):
+        raise ArgumentError(f"evidence: expected {len(x)} queries, as many as bounds in x, got {given.batch_size}")
+    repeated = (
+        given if given.batch_size == len(x) else given.rows(torch.zeros(len(x), dtype=torch.int64, device=given.device))
+    )
     banks = pc.weights() if weights is None else weights
-    log_p = pc.log_partition(given.with_factors(bounded), banks)
+    log_p = pc.log_partition(_bounded(repeated, x.to(pc.device), pc.dtype), banks)
     return log_p if evidence is None else log_p - checked_possible(pc.log_partition(given, banks))
+
+
+def _with_dense_factors(pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None) -> Evidence:
+    """Return the evidence, with log-factors of all values where there are finitely many."""
+    given, num_values = given_evidence(pc, evidence, weights), int(pc.num_categories.max())
+    if not num_values:
+        return given
+    is_finite = pc.num_categories > 0
+    silent = Evidence.nothing(given.batch_size, given.num_vars, given.device)
+    listed = Evidence.where(is_finite, given, silent).dense(num_values, pc.dtype)
+    return Evidence.where(is_finite, Evidence.soft(listed), given)
+
+
+def _bounded(evidence: Evidence, upper: Tensor, dtype: torch.dtype) -> Evidence:
+    """Return the evidence with all values above ``upper``, (B, D), ruled out."""
+    known = _bounded_where_known(evidence, upper, dtype)
+    if evidence.missing is None:
+        return known
+    if evidence.otherwise is not None:
+        return Evidence.where(~evidence.missing, known, _bounded(evidence.otherwise, upper, dtype))
+    bounds = upper.to(dtype)
+    return Evidence.where(~evidence.missing, known, Evidence.interval(torch.full_like(bounds, -torch.inf), bounds))
+
+
+def _bounded_where_known(evidence: Evidence, upper: Tensor, dtype: torch.dtype) -> Evidence:
+    known = replace(evidence, missing=None, otherwise=None)
+    if known.bounds is not None:
+        lower, old_upper = known.bounds.unbind(-1)
+        return replace(known, bounds=torch.stack([lower, torch.minimum(old_upper, upper.to(old_upper.dtype))], -1))
+    if known.values is not None:
+        factors = torch.zeros_like(known.values, dtype=dtype) if known.log_factors is None else known.log_factors
+        return replace(known, log_factors=factors.masked_fill(known.values > upper.unsqueeze(2), -torch.inf))
+    if known.log_factors is not None:
+        values = torch.arange(known.log_factors.shape[2], device=upper.device)
+        return replace(known, log_factors=known.log_factors.masked_fill(values > upper.unsqueeze(2), -torch.inf))
+    raise PropertyError(
+        "log_cdf of variables with infinitely many values and Gaussian evidence needs a family that is closed under "
+        "products with normal densities and intervals at once, which none is; use hard or interval evidence"
+    )

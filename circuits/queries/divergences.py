@@ -24,6 +24,7 @@ def log_inner_product(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence
     """Return ``log sum_x p(x) q(x) prod_i e_i(x_i)``: the log-probability that two draws agree.
 
     Needs compatible circuits; their units may differ in number. Differentiable in the weights of both and the evidence.
+    Of Gaussian variables, see :func:`circuits.transforms.multiply`, which returns the same number without evidence.
 
     Args:
         p: a circuit.

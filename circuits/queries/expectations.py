@@ -17,9 +17,12 @@ from circuits.queries._common import (
     checked_possible,
     dense_evidence,
     existing_values,
+    has_infinite_values,
     queries_per_pass,
+    require_finite_values,
     value_table,
 )
+from circuits.queries._direct_moments import direct_covariance, direct_moments
 from circuits.queries.basic import marginals
 from circuits.semiring import LogSemiring
 from circuits.semirings import SignedSemiring
@@ -54,6 +57,7 @@ def expectation(
         ArgumentError: ``functions`` has a wrong shape or a number that is not finite, or ``of`` is neither.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
+    require_finite_values(pc, "expectation")
     table = value_table(pc, "functions", functions, extra_dim=True)
     stacked = table if table.dim() == 3 else table.unsqueeze(2)
     if of == "sum":
@@ -75,14 +79,15 @@ def moments(
 ) -> Tensor:
     """Return a posterior moment of every variable: ``E[x_i^order | e]``, or ``E[(x_i - E[x_i | e])^order | e]``.
 
-    Needs a smooth and decomposable circuit, which all circuits here are. Differentiable in values, evidence and
-    weights.
+    Needs a smooth and decomposable circuit, which all circuits here are. Variables with infinitely many values have
+    closed forms of every order, from their moment generating function. Differentiable in values, evidence and weights.
 
     Args:
         pc: the circuit.
         order: an integer >= 1.
         evidence: for B queries; None: no evidence, B = 1.
-        values: the number that each value stands for, (D, C); None: v stands for the number v.
+        values: the number that each value stands for, (D, C); None: v stands for the number v. Variables with
+            infinitely many values always stand for themselves.
         about: "zero" for raw moments, "mean" for central ones.
 
     Returns:
@@ -97,6 +102,9 @@ def moments(
     if about not in ("zero", "mean"):
         raise ArgumentError(f"about: expected 'zero' or 'mean', got {about!r}")
     numbers = value_table(pc, "values", values)
+    if has_infinite_values(pc):
+        centre = None if about == "zero" else direct_moments(pc, 1, evidence, numbers, None)
+        return direct_moments(pc, order, evidence, numbers, centre)
     posterior = marginals(pc, dense_evidence(pc, evidence)[0])
     if about == "zero":
         return (posterior * numbers**order).sum(2)
@@ -125,7 +133,8 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
-        values: the number that each value stands for, (D, C); None: v stands for the number v.
+        values: the number that each value stands for, (D, C); None: v stands for the number v. Variables with
+            infinitely many values always stand for themselves.
 
     Returns:
         (B, D, D), symmetric, the variances on the diagonal.
@@ -135,6 +144,9 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     numbers = value_table(pc, "values", values)
+    if has_infinite_values(pc):
+        centre = direct_moments(pc, 1, evidence, numbers, None)
+        return direct_covariance(pc, evidence, numbers, centre)
     given, factors = dense_evidence(pc, evidence)
     checked_possible(pc.log_partition(given))
     batch_size, num_vars = factors.shape[:2]

@@ -2,13 +2,16 @@
 
 from circuits.region_graphs.chow_liu import empirical_mutual_information, maximum_spanning_tree
 from circuits.structures.basic import fully_factorized, mixture, naive_bayes
+from circuits.structures.blocks import block_mixture, correlated_blocks
 from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, second_order_hmm
 from circuits.structures.latent_tree import hclt, latent_tree
 from circuits.structures.learnspn import learn_spn
 from circuits.structures.regions import from_region_graph, linear_tree, poon_domingos, quad_graph, quad_tree, rat_spn
 
 __all__ = [
+    "block_mixture",
     "block_sparse_hmm",
+    "correlated_blocks",
     "empirical_mutual_information",
     "from_region_graph",
     "fully_factorized",

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.distributions import Distribution
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
 from circuits.structures._arguments import checked_count, checked_table, family_of
@@ -40,7 +40,8 @@ def hmm(
         homogeneous: whether all steps share one transition and one emission table.
         initial: (N,) initial probabilities p(z_0); random when omitted, like the others.
         transition: p(z_t = j | z_t-1 = i) at [i, j], (N, N), or (L - 1, N, N) when not homogeneous.
-        emission: p(x_t = v | z_t = i) at [i, v], (N, C), or (L, N, C) when not homogeneous.
+        emission: p(x_t = v | z_t = i) at [i, v], (N, C), or (L, N, C) when not homogeneous; of other families the
+            parameters of every state, (N, S) or (L, N, S), means and standard deviations (N, 2) for instance.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -84,7 +85,7 @@ def low_rank_hmm(
         homogeneous: whether all steps share their tables.
         initial: (N,) initial probabilities.
         transition: (N, R) and (R, N), rows sum to 1, with a leading (L - 1) when not homogeneous.
-        emission: (N, C), or (L, N, C) when not homogeneous.
+        emission: (N, C), or (L, N, C) when not homogeneous; parameters (N, S) or (L, N, S) of other families.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -140,7 +141,7 @@ def block_sparse_hmm(
         homogeneous: whether all steps share one transition and one emission table.
         initial: (N,) initial probabilities, group after group.
         transition: (N, N), zero outside of the pattern, or (L - 1, N, N) when not homogeneous.
-        emission: (N, C), or (L, N, C) when not homogeneous.
+        emission: (N, C), or (L, N, C) when not homogeneous; parameters (N, S) or (L, N, S) of other families.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -200,7 +201,7 @@ def second_order_hmm(
         initial: (N,) initial probabilities p(z_0).
         first_transition: (N, N), p(z_1 = j | z_0 = i) at [i, j].
         transition: p(z_t = k | z_t-2 = i, z_t-1 = j) at [i, j, k], (N, N, N), or (L - 2, N, N, N) when not homogeneous.
-        emission: (N, C), or (L, N, C) when not homogeneous.
+        emission: (N, C), or (L, N, C) when not homogeneous; parameters (N, S) or (L, N, S) of other families.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -283,12 +284,12 @@ class _Emissions:
         if emission is None:
             self._tables = None
             return
-        if not isinstance(self._family, (Categorical, Bernoulli)):
+        rows, columns = self._family.parameter_shape(num_states)
+        if columns != num_states or not rows:
             raise ArgumentError(
-                f"emission: a table is for categorical emissions, got the family {self._family!r}; leave the table out"
+                f"emission: expected a family with parameters per state, got {self._family!r}; leave the table out"
             )
-        shape = (num_states, self._family.num_categories)
-        self._tables = checked_table("emission", emission, shape, seq_length, homogeneous)
+        self._tables = checked_table("emission", emission, (num_states, rows), seq_length, homogeneous)
 
     def leaf(self, tables: _Tables, step: int) -> Input:
         """Return the input node of all states."""

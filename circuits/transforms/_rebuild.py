@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit, compile
-from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.distributions import Bernoulli, Categorical, Distribution, Finite
 from circuits.errors import ArgumentError, PropertyError
 from circuits.graph import Circuit, Input, Node, ParametricNode, Sum, inputs, parameter_owner, sum
 
@@ -34,9 +34,9 @@ class Rebuild:
         self._heirs: dict[ParametricNode, list[ParametricNode]] = {}
 
     def log_weights(self, node: ParametricNode) -> Tensor:
-        """Return the normalised log-weights of an old node, float64: sums (K, I), inputs (C, K)."""
+        """Return the normalised log-weights of an old node, float64: sums (K, I), inputs of finite families (C, K)."""
         if isinstance(node, Input):
-            check_is_table(node, "this transformation")
+            check_is_finite(node, "this transformation")
         with torch.no_grad():
             return self.pc.log_weights(node).double()
 
@@ -45,13 +45,23 @@ class Rebuild:
         bank, row = self.pc._parameter(node)
         return self.pc.bank[bank].detach()[row]
 
-    def input(self, old: Input, parameters: Tensor, *, var: int | None = None) -> Input:
-        """Build input units with these parameters (..., K'), in the place of ``old``, perhaps on another variable."""
-        tied_to = self._heir(old, parameters)
+    def input(self, old: Input, units: Tensor | None = None, *, var: int | None = None) -> Input:
+        """Build some units (all if None, perhaps repeated) of ``old`` in its place, perhaps on another variable."""
+        raw, family = self.raw(old), old.distribution
+        if units is not None:
+            family, raw = family.select_units(raw, units.to(raw.device))
+        return self._input(old, family, raw, old.num_units if units is None else len(units), var)
+
+    def table(self, old: Input, log_weights: Tensor, *, var: int | None = None) -> Input:
+        """Build input units with this log-table (C, K') in the place of ``old``, whose family becomes a categorical."""
+        return self._input(old, table_family(old.distribution), log_weights, log_weights.shape[1], var)
+
+    def _input(self, old: Input, family: Distribution, parameters: Tensor, num_units: int, var: int | None) -> Input:
+        tied_to = self._heir(old, parameters, family)
         node = inputs(
             old.var if var is None else var,
-            parameters.shape[-1],
-            old.distribution,
+            num_units,
+            family,
             tied_to=tied_to if isinstance(tied_to, Input) else None,
             name=old.name,
         )
@@ -82,7 +92,7 @@ class Rebuild:
         return self._record(mixed, parameters)
 
     def extra_input(self, var: int, distribution: Distribution, parameters: Tensor) -> Input:
-        """Build input units with these parameters (..., K'), as an additional node."""
+        """Build input units of a family with one column of parameters (..., K') per unit, as an additional node."""
         return self._record(inputs(var, parameters.shape[-1], distribution), parameters)
 
     def extra_sum(self, children: Sequence[Node], log_weights: Tensor) -> Sum:
@@ -108,9 +118,13 @@ class Rebuild:
                     new.bank[bank][row] = self._parameters[parameter_owner(node)].to(new.device, new.dtype)
         return new
 
-    def _heir(self, old: ParametricNode, parameters: Tensor) -> ParametricNode | None:
+    def _heir(
+        self, old: ParametricNode, parameters: Tensor, family: Distribution | None = None
+    ) -> ParametricNode | None:
         for heir in self._heirs.get(parameter_owner(old), []):
             known = self._parameters[heir]
+            if isinstance(heir, Input) and heir.distribution != family:
+                continue
             if known.dtype == parameters.dtype and torch.equal(known, parameters):
                 return heir
         return None
@@ -143,6 +157,19 @@ def check_is_table(node: Input, operation: str) -> None:
             f"{operation} needs input units with one weight per value (ct.Categorical, ct.Bernoulli), and {node} is "
             f"{node.distribution!r}"
         )
+
+
+def check_is_finite(node: Input, operation: str) -> None:
+    """Raise PropertyError unless the variable of ``node`` has finitely many values."""
+    if not isinstance(node.distribution, Finite):
+        raise PropertyError(
+            f"{operation} needs variables with finitely many values, and {node} is {node.distribution!r}"
+        )
+
+
+def table_family(distribution: Distribution) -> Distribution:
+    """Return the family that takes any table over the values of a finite one."""
+    return distribution if isinstance(distribution, TABLES) else Categorical(distribution.num_values)
 
 
 def normalise(log_weights: Tensor, axis: int) -> tuple[Tensor, Tensor]:

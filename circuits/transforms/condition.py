@@ -11,7 +11,7 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.graph import Input, Node, Product, Sum
-from circuits.transforms._rebuild import Rebuild, check_is_table, normalise
+from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise
 from circuits.transforms.variables import compile_without
 
 Kept = Literal["remaining", "all"]
@@ -21,7 +21,8 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
     """Return the conditional distribution ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` as a circuit.
 
     With Z_n the value of unit n under the evidence, the new weights are ``w_nc Z_c / Z_n`` and, at the inputs,
-    ``w_n(v) e(v) / Z_n``. Parameters that were tied stay tied only where these are equal.
+    ``w_n(v) e(v) / Z_n``: these inputs become categorical ones. Parameters that were tied stay tied only where they are
+    equal.
 
     Args:
         pc: the circuit.
@@ -32,8 +33,7 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
     Raises:
         ArgumentError: the evidence is not of one query or does not fit, or every variable is fixed.
         ImpossibleEvidenceError: Z(e) = 0.
-        PropertyError: soft evidence on a variable whose input units are not tables of weights, or hard evidence on one
-            and ``variables="all"``.
+        PropertyError: evidence on a variable with infinitely many values, unless it is hard and the variable left out.
     """
     rebuild = Rebuild(pc)
     if variables not in get_args(Kept):
@@ -48,10 +48,12 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         raise ArgumentError("evidence: expected evidence on variables only, got some on latents")
     with torch.no_grad():
         leaves = pc.leaves(evidence)
-        factors = evidence.dense(int(pc.num_categories.max()), torch.float64)[0]
-    is_missing = torch.zeros(evidence.num_vars, dtype=torch.bool) if evidence.missing is None else evidence.missing[0]
-    is_missing = is_missing.cpu()
-    fixed = ((factors > -torch.inf).sum(1).cpu() == 1) & ~is_missing
+        is_finite = pc.num_categories > 0
+        listed = Evidence.where(is_finite, evidence, Evidence.nothing(1, evidence.num_vars, pc.device))
+        factors = listed.dense(max(1, int(pc.num_categories.max())), torch.float64)[0]
+        is_fixed = torch.where(is_finite, (factors > -torch.inf).sum(1) == 1, _has_one_value(evidence)).cpu()
+    is_missing = _says_nothing(evidence).cpu()
+    fixed = is_fixed & ~is_missing
     kept = [var for var in range(evidence.num_vars) if variables == "all" or not fixed[var]]
     if not kept:
         raise ArgumentError("evidence: it fixes every variable, so none remains; use variables='all'")
@@ -63,7 +65,7 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
             layer, row = pc.address(node)
             values[node] = leaves[layer][row, :, 0].double()
             if not is_missing[node.var] and node.var in kept:
-                check_is_table(node, "conditioning on soft evidence")
+                check_is_finite(node, "conditioning on soft evidence")
                 log_weights = rebuild.log_weights(node)
                 weighted = log_weights + factors[node.var, : len(log_weights)].unsqueeze(1)
                 changed[node], values[node] = normalise(weighted, 0)
@@ -83,3 +85,21 @@ def _product_values(node: Product, values: dict[Node, Tensor]) -> Tensor:
         other = values[child]
         total = (total.unsqueeze(1) + other).flatten() if node.mode == "outer" else total + other
     return total
+
+
+def _says_nothing(evidence: Evidence) -> Tensor:
+    """Return on which variables evidence of one query is silent, bool (D,)."""
+    if evidence.missing is None:
+        return torch.zeros(evidence.num_vars, dtype=torch.bool, device=evidence.device)
+    missing = evidence.missing[0]
+    return missing if evidence.otherwise is None else missing & _says_nothing(evidence.otherwise)
+
+
+def _has_one_value(evidence: Evidence) -> Tensor:
+    """Return on which variables evidence of one query lists a single value, bool (D,)."""
+    is_listed = evidence.values is not None and evidence.values.shape[2] == 1
+    one = torch.full((evidence.num_vars,), is_listed, device=evidence.device)
+    if evidence.missing is None:
+        return one
+    rest = torch.zeros_like(one) if evidence.otherwise is None else _has_one_value(evidence.otherwise)
+    return torch.where(evidence.missing[0], rest, one)

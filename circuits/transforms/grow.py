@@ -39,8 +39,9 @@ def grow(
     Args:
         pc: the circuit.
         num_copies: how many units take the place of one, >= 1.
-        noise: the standard deviation of the Gaussian noise on log-weights, of sums and of input tables; >= 0. Without
-            noise the copies are equal, and EM keeps them so.
+        noise: the standard deviation of the Gaussian noise on log-weights, of sums and of categorical and Bernoulli
+            inputs; >= 0. Inputs of other families are copied as they are. Without noise all copies are equal, and EM
+            keeps them so.
         seed: for the noise; fresh entropy when neither it nor ``generator`` is given.
         generator: a CPU generator, instead of ``seed``.
 
@@ -73,10 +74,11 @@ def grow(
         count = 1 if node is pc.circuit.root else num_copies
         if isinstance(node, Input):
             if isinstance(node.distribution, TABLES):
-                parameters = noisy(node, rebuild.log_weights(node).repeat(1, count), 0, (count,))
+                log_table = noisy(node, rebuild.log_weights(node).repeat(1, count), 0, (count,))
+                new_input = rebuild.table(node, log_table)
             else:
-                parameters = torch.cat([rebuild.raw(node)] * count, -1)
-            copies[node] = _Copies(rebuild.input(node, parameters), torch.arange(count * node.num_units))
+                new_input = rebuild.input(node, torch.arange(node.num_units).repeat(count))
+            copies[node] = _Copies(new_input, torch.arange(count * node.num_units))
         elif isinstance(node, Product):
             copies[node] = _product(rebuild, node, children)
         elif isinstance(node, Sum):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
+from circuits.distributions import Gaussian
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.graph import Input, Node, Product, Sum, format_scope, product
-from circuits.transforms._rebuild import Rebuild, check_compiled, check_is_table, normalise
+from circuits.transforms._rebuild import Rebuild, check_compiled, check_is_finite, normalise, table_family
 
 
 class NormalizedProduct(NamedTuple):
@@ -38,7 +39,7 @@ def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
 
     Raises:
         ArgumentError: the circuits' variables differ.
-        PropertyError: the circuits are not compatible, or their input units are not tables of weights.
+        PropertyError: the circuits are not compatible, or variables have infinitely many values and are not Gaussian.
         ImpossibleEvidenceError: Z = 0, no assignment is possible under both.
     """
     check_compiled(pc)
@@ -105,12 +106,23 @@ class _Multiplication:
         return self._product(left, right)
 
     def _input(self, left: Input, right: Input) -> _Pair:
+        if isinstance(left.distribution, Gaussian) and isinstance(right.distribution, Gaussian):
+            return self._gaussians(left, left.distribution, right, right.distribution)
         for node in (left, right):
-            check_is_table(node, "multiplying circuits")
+            check_is_finite(node, "multiplying circuits")
         one, two = (side.log_weights(n).cpu() for side, n in ((self.left, left), (self.right, right)))
         log_weights, log_partition = normalise((one.unsqueeze(2) + two.unsqueeze(1)).flatten(1), 0)
-        node = self.left.extra_input(left.var, left.distribution, log_weights)
+        node = self.left.extra_input(left.var, table_family(left.distribution), log_weights)
         return _Pair(node, None, log_partition)
+
+    def _gaussians(self, left: Input, one: Gaussian, right: Input, two: Gaussian) -> _Pair:
+        """Multiply normal densities, which gives multiples of normal densities."""
+        means, stds = one.read(self.left.raw(left).double().cpu()).unsqueeze(2)  # (K, 1)
+        other_means, other_stds = two.read(self.right.raw(right).double().cpu())  # (M,)
+        parameters, log_partition = one.times_normal((means, stds), other_means, other_stds)
+        family = Gaussian(min(one.min_std, two.min_std) / 2)  # a product is narrower, by at most the root of 2
+        raw = family.raw(torch.stack([part.flatten() for part in parameters]))
+        return _Pair(self.left.extra_input(left.var, family, raw), None, log_partition.flatten())
 
     def _sum(self, left: Node, right: Node) -> _Pair:
         """Multiply mixtures: ``sum_ij w_ki v_mj c_i d_j``; a node that is no sum is a mixture of itself."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
+from circuits.distributions import Finite
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner, product
-from circuits.transforms._rebuild import TABLES, Rebuild, add_columns
+from circuits.transforms._rebuild import Rebuild, add_columns
 
 Groups = dict[Node, Tensor]
 """int64 (K,) per node: the new unit of every old one, -1 where it disappears."""
@@ -58,8 +59,8 @@ def merge_equal_units(pc: CompiledCircuit) -> CompiledCircuit:
     classes: Groups = {node: torch.arange(node.num_units) for node in pc.circuit.nodes}
     for node in pc.circuit.nodes:
         if isinstance(node, Input):
-            is_table = isinstance(node.distribution, TABLES)
-            parameters = rebuild.log_weights(node) if is_table else rebuild.raw(node)
+            is_finite = isinstance(node.distribution, Finite)
+            parameters = rebuild.log_weights(node) if is_finite else rebuild.raw(node)
             classes[node] = _equal_rows(parameters.cpu().flatten(0, -2).t())
         elif isinstance(node, Product):
             chosen = [classes[child][units] for child, units in zip(node.children, unit_choices(node), strict=True)]
@@ -87,7 +88,7 @@ def _regroup(rebuild: Rebuild, groups: Groups) -> CompiledCircuit:
         if not len(first):
             continue
         if isinstance(node, Input):
-            built[node] = rebuild.input(node, rebuild.raw(node)[..., first.to(rebuild.pc.device)])
+            built[node] = rebuild.input(node, first)
         elif isinstance(node, Product):
             built[node] = product(*children, mode=node.mode, name=node.name)
         elif isinstance(node, Sum):

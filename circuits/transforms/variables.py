@@ -36,7 +36,7 @@ def permute(pc: CompiledCircuit, order: Sequence[int]) -> CompiledCircuit:
     for node in pc.circuit.nodes:
         children = [built[child] for child in node.children]
         if isinstance(node, Input):
-            built[node] = rebuild.input(node, rebuild.raw(node), var=renamed[node.var])
+            built[node] = rebuild.input(node, var=renamed[node.var])
         elif isinstance(node, Product):
             built[node] = product(*children, mode=node.mode, name=node.name)
         elif isinstance(node, Sum):
@@ -85,8 +85,9 @@ def compile_without(rebuild: Rebuild, kept: Sequence[int], changed: dict[Node, T
         children = [parts[child] for child in node.children if child in parts]
         if isinstance(node, Input):
             if node.var in renamed:
-                parameters = changed[node] if node in changed else rebuild.raw(node)
-                parts[node] = Part(rebuild.input(node, parameters, var=renamed[node.var]), torch.arange(node.num_units))
+                var = renamed[node.var]
+                new = rebuild.table(node, changed[node], var=var) if node in changed else rebuild.input(node, var=var)
+                parts[node] = Part(new, torch.arange(node.num_units))
         elif children and isinstance(node, Sum):
             parts[node] = _sum_part(rebuild, node, children, changed.get(node))
         elif children and isinstance(node, Product):

@@ -60,7 +60,6 @@ def test_the_density_of_integers_sums_to_one(structure):
     assert set(np.unique(model.sample(50, random_state=1))) <= {-5, 5, 15, 25}
 
 
-@pytest.mark.skipif(not hasattr(ct.structures, "hclt"), reason="the structure hclt is not there")
 def test_a_tree_learnt_from_data_beats_independence():
     data = integers(300)
     tree, independent = (

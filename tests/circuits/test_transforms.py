@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import circuits as ct
 from circuits.learning import expected_flows
-from circuits.transforms import _rebuild
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -401,19 +400,74 @@ def test_every_unit_keeps_the_edge_of_its_greatest_flow():
         assert ((pruned.pc.log_weights(node) > -torch.inf).sum(1) == 1).all()
 
 
-def test_families_that_are_no_tables_pass_through_or_say_so(monkeypatch):
-    leaves = [ct.inputs(0, 2, ct.Categorical(3)), ct.inputs(1, 2, ct.Bernoulli()), ct.inputs(2, 2, ct.Bernoulli())]
-    pc = compiled(ct.Circuit(ct.sum(ct.product(*leaves), num_units=1)))
-    joint = joint_of(pc)
-    monkeypatch.setattr(_rebuild, "TABLES", (ct.Categorical,))  # as if Bernoulli had no table
-    assert_same(joint_of(ct.transforms.permute(pc, [2, 0, 1])), joint.permute(2, 0, 1))
-    assert_same(joint_of(ct.transforms.marginalize(pc, [0, 1])), torch.logsumexp(joint, [0, 1]))
-    given = ct.Evidence.observe(torch.tensor([[2, 1, 0]]), torch.tensor([[True, True, False]]))
-    assert_same(joint_of(ct.transforms.condition(pc, given)), torch.log_softmax(joint[2, 1], 0))
+def real_and_counted(seed=0):
+    """A mixture over a Gaussian, a Poisson and a categorical variable."""
+    families = [ct.Gaussian(), ct.Poisson(), ct.Categorical(3)]
+    leaves = [ct.inputs(var, 2, family) for var, family in enumerate(families)]
+    return compiled(ct.Circuit(ct.sum(ct.product(*leaves), num_units=1)), seed)
+
+
+def test_families_of_infinitely_many_values_pass_through_or_say_so():
+    pc = real_and_counted()
+    x = torch.tensor([[0.3, 2.0, 1.0], [-1.4, 0.0, 2.0]], dtype=torch.float64)
+    nothing = torch.full_like(x[:, :1], torch.nan)
+    for transform in (
+        ct.transforms.trim,
+        ct.transforms.merge_equal_units,
+        ct.transforms.untie_parameters,
+        lambda pc: ct.transforms.grow(pc, noise=0.0),
+    ):
+        torch.testing.assert_close(transform(pc)(x), pc(x), **CLOSE)
+    torch.testing.assert_close(ct.transforms.permute(pc, [2, 0, 1])(x[:, [2, 0, 1]]), pc(x), **CLOSE)
+    without_count = torch.cat([x[:, :1], nothing, x[:, 2:]], 1)
+    torch.testing.assert_close(ct.transforms.marginalize(pc, [1])(x[:, [0, 2]]), pc(without_count), **CLOSE)
+    real_only = torch.cat([x[1:, :1], nothing[:1], nothing[:1]], 1)
+    rest = ct.transforms.condition(pc, ct.Evidence.observe(real_only))
+    torch.testing.assert_close(rest(x[1:, 1:]), pc(x[1:]) - pc(real_only), **CLOSE)
+    box = ct.Evidence.where(
+        torch.tensor([True, False, False]),
+        ct.Evidence.observe(real_only),
+        ct.Evidence.where(
+            torch.tensor([False, False, True]),
+            ct.Evidence.interval(torch.zeros(1, 3), torch.ones(1, 3)),
+            ct.Evidence.nothing(1, 3),
+        ),
+    )
+    rest = ct.transforms.condition(pc, box)
+    torch.testing.assert_close(
+        rest(x[1:, 1:2]), pc(torch.tensor([[-1.4, 0.0, 1.0]], dtype=torch.float64)) - pc.log_partition(box), **CLOSE
+    )
     for operation in (
-        lambda: ct.transforms.condition(pc, ct.Evidence.soft(torch.zeros(1, 3, 3))),
-        lambda: ct.transforms.condition(pc, given, variables="all"),
+        lambda: ct.transforms.condition(pc, ct.Evidence.interval(torch.zeros(1, 3), torch.ones(1, 3))),
+        lambda: ct.transforms.condition(pc, ct.Evidence.observe(real_only), variables="all"),
         lambda: ct.transforms.multiply(pc, pc),
     ):
-        with pytest.raises(ct.PropertyError, match=r"one weight per value.*scope=\{[12]\}.*Bernoulli"):
+        with pytest.raises(ct.PropertyError, match=r"finitely many values.*scope=\{[01]\}.*(Gaussian|Poisson)"):
             operation()
+
+
+def test_the_product_of_gaussian_circuits():
+    circuit = ct.Circuit(
+        ct.sum(ct.product(*(ct.inputs(var, 2, ct.Gaussian()) for var in range(2)), mode="outer"), num_units=1)
+    )
+    one, other = compiled(circuit, 1), compiled(circuit, 2)
+    other.set_weights(circuit.inputs[0], torch.tensor([[0.5, -1.0], [1e-3, 0.7]]))
+    product = ct.transforms.multiply(one, other)
+    x = torch.randn(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(product.pc(x), one(x) + other(x) - product.log_partition, **CLOSE)
+    nothing = ct.Evidence.nothing(1, 2)
+    torch.testing.assert_close(product.pc.log_partition(nothing), torch.zeros(1, dtype=torch.float64), **CLOSE)
+    axis = torch.linspace(-9, 9, 1801, dtype=torch.float64)
+    other.set_weights(circuit.inputs[0], torch.tensor([[0.5, -1.0], [0.3, 0.7]]))
+    grid = torch.cartesian_prod(axis, axis)
+    total = torch.logsumexp(one(grid) + other(grid), 0) + 2 * math.log(0.01)
+    torch.testing.assert_close(ct.transforms.multiply(one, other).log_partition, total, **CLOSE)
+
+
+def test_tables_take_the_place_of_finite_families():
+    leaves = [ct.inputs(0, 2, ct.Binomial(2)), ct.inputs(1, 2, ct.Literal(3, (2, 0)))]
+    pc = compiled(ct.Circuit(ct.sum(ct.product(*leaves), num_units=1)))
+    soft = ct.Evidence.soft(torch.tensor([[[0.0, 1.0, -1.0], [0.0, 0.5, 2.0]]], dtype=torch.float64))
+    families = {node.distribution for node in ct.transforms.condition(pc, soft).circuit.inputs}
+    assert families == {ct.Categorical(3)}
+    assert {node.distribution for node in ct.transforms.multiply(pc, pc).pc.circuit.inputs} == families

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_pairwise_marginals_are_enumerated_ones(self, case: Case) -> None:
         """P(x_i = u, x_j = v | e) for all i, j, u, v."""
-        query = _query("pairwise_marginals")
+        query = queries.pairwise_marginals
         evidence = self.possible(case, lambda given: query(case.pc, given))
         if evidence.batch_size:
             assert_close(query(case.pc, evidence), self._pairs(case, evidence))
@@ -40,7 +39,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_mutual_information_is_that_of_the_enumerated_pairs(self, case: Case) -> None:
         """I(X_i; X_j | e) = sum p(u, v) log p(u, v) / (p(u) p(v)), with the entropies on the diagonal."""
-        query = _query("mutual_information")
+        query = queries.mutual_information
         evidence = self.possible(case, lambda given: query(case.pc, given))
         if evidence.batch_size:
             pairs = self._pairs(case, evidence)
@@ -51,7 +50,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_moments_are_enumerated_averages(self, case: Case) -> None:
         """E[x_i | e], Var[x_i | e], Cov[x_i, x_j | e]."""
-        mean, variance, covariance = _query("mean"), _query("variance"), _query("covariance")
+        mean, variance, covariance = queries.mean, queries.variance, queries.covariance
         evidence = self.possible(case, lambda given: mean(case.pc, given))
         if evidence.batch_size:
             x, p = case.assignments.double(), self.posterior(case, evidence).exp().flatten(1)
@@ -65,7 +64,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_expectations_are_enumerated_averages(self, case: Case) -> None:
         """E[sum_i f_i(x_i) | e] and E[prod_i f_i(x_i) | e]."""
-        query = _query("expectation")
+        query = queries.expectation
         evidence = self.possible(case, lambda given: query(case.pc, torch.zeros(_size(case)).double(), given))
         if evidence.batch_size:
             functions = torch.randn(_size(case), generator=case.generator, dtype=torch.float64)
@@ -77,7 +76,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_the_cumulative_distribution_is_the_sum_below(self, case: Case) -> None:
         """P(X <= x | e) = sum of p(y | e) over all y <= x."""
-        query = _query("log_cdf")
+        query = queries.log_cdf
         evidence = self.possible(case)
         if evidence.batch_size:
             x = case.assignments
@@ -90,7 +89,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_the_latent_entropy_is_that_of_all_explanations(self, case: Case) -> None:
         """H(X, Z | e) = -sum p(x, z | e) log p(x, z | e)."""
-        query = _query("latent_entropy")
+        query = queries.latent_entropy
         evidence = self.possible(case, lambda given: query(case.pc, given))
         if evidence.batch_size:
             log_p = torch.log_softmax(_explanation_scores(case, evidence), 1)
@@ -99,7 +98,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_the_entropy_lies_between_its_bounds(self, case: Case) -> None:
         """Lower <= H(X | e) <= upper; and where the entropy itself is offered, it is exact."""
-        bounds, entropy = _query("entropy_bounds"), _query("entropy")
+        bounds, entropy = queries.entropy_bounds, queries.entropy
         evidence = self.possible(case, lambda given: bounds(case.pc, given))
         if evidence.batch_size:
             expected = _entropy(self.posterior(case, evidence).flatten(1))
@@ -113,7 +112,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_the_best_explanations_come_first(self, case: Case) -> None:
         """The k best scores of all explanations, in order; the first is the MPE's."""
-        query = _query("k_best")
+        query = queries.k_best
         evidence = self.possible(case, lambda given: query(case.pc, _NUM_BEST, given))
         if evidence.batch_size:
             scores = _explanation_scores(case, evidence)
@@ -126,7 +125,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_samples_without_replacement_are_distinct(self, case: Case) -> None:
         """As many draws as there are assignments are all possible ones; the first follows the posterior."""
-        query = _query("sample_without_replacement")
+        query = queries.sample_without_replacement
         evidence = self.possible(case, lambda given: query(case.pc, 1, given))
         if not evidence.batch_size:
             return
@@ -152,7 +151,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_inner_products_are_enumerated_sums(self, case: Case) -> None:
         """Log sum_x p(x) q(x) prod_i e_i(x_i), and the Cauchy-Schwarz divergence made of three of them."""
-        inner, cauchy_schwarz = _query("log_inner_product"), _query("cauchy_schwarz_divergence")
+        inner, cauchy_schwarz = queries.log_inner_product, queries.cauchy_schwarz_divergence
         q = compile(case.circuit, dtype=torch.float64, seed=case.seed + 1)
         log_p, log_q = (self.log_joint(pc).flatten() for pc in (case.pc, q))
         scores = scores_of(case, case.factors)
@@ -172,8 +171,8 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_divergences_are_enumerated_sums(self, case: Case) -> None:
         """Cross-entropy, Kullback-Leibler and Renyi divergence of two circuits with one structure."""
-        names = ("cross_entropy", "kl_divergence", "renyi_divergence")
-        cross_entropy, kl_divergence, renyi_divergence = (_query(name) for name in names)
+        divergences = queries.cross_entropy, queries.kl_divergence, queries.renyi_divergence
+        cross_entropy, kl_divergence, renyi_divergence = divergences
         evidence = self.possible(case)
         if not evidence.batch_size:
             return
@@ -198,7 +197,7 @@ class FurtherQueryLaws(StructureCases):
     @law
     def test_the_probability_of_an_order_is_the_sum_over_ordered_assignments(self, case: Case) -> None:
         """P(x_0 <= x_1 <= ... | e), and with < in place of <=."""
-        query = _query("order_log_probability")
+        query = queries.order_log_probability
         evidence = self.possible(case)
         if not evidence.batch_size:
             return
@@ -209,19 +208,25 @@ class FurtherQueryLaws(StructureCases):
             if found is not None:
                 assert_close(found.exp(), (p * is_ordered).sum(1))
 
+    @law
+    def test_the_probability_of_acceptance_is_the_sum_over_accepted_assignments(self, case: Case) -> None:
+        """P(x_0 + ... + x_D-1 is even | e), by the automaton of two states that adds up what it reads."""
+        evidence = self.possible(case)
+        if not evidence.batch_size:
+            return
+        transition = (torch.arange(2).unsqueeze(1) + torch.arange(case.num_values)) % 2
+        parity = queries.Automaton.deterministic(transition, [0])
+        found = _where_possible(queries.automaton_log_probability, case.pc, parity, evidence)
+        if found is not None:
+            is_even = case.assignments.sum(1) % 2 == 0
+            p = self.posterior(case, evidence).exp().flatten(1)
+            assert_close(found.exp(), (p * is_even).sum(1))
+
     def _pairs(self, case: Case, evidence: Evidence) -> Tensor:
         """Return the table of p(x_i = u, x_j = v | e), (B, D, D, C, C)."""
         is_value = torch.nn.functional.one_hot(case.assignments, case.num_values).double()  # (N, D, C)
         p = self.posterior(case, evidence).exp().flatten(1)
         return torch.einsum("bn,niu,njv->bijuv", p, is_value, is_value)
-
-
-def _query(name: str) -> Callable[..., Any]:
-    """Return a query by its name; skip the test where the installed version does not have it."""
-    if not hasattr(queries, name):
-        pytest.skip(f"this version has no query {name}")
-    found: Callable[..., Any] = getattr(queries, name)
-    return found
 
 
 def _where_possible(query: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor | None:

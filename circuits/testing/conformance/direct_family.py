@@ -19,7 +19,6 @@ from circuits.graph import Circuit, inputs, product, sum
 from circuits.io import load, save
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, assert_code_rebuilds, law
-from circuits.testing.conformance.family import parameters_of
 
 _NUM_SAMPLES = 1000
 _GREATEST_DISTANCE = 3.2
@@ -52,7 +51,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
 
     def grid(self, distribution: Distribution) -> Tensor:
         """Return evenly spaced values, float64 (N,), that hold all mass but 1e-6 of initial parameters."""
-        if _is_discrete(distribution):
+        if distribution.is_discrete:
             return torch.arange(400, dtype=torch.float64)
         return torch.linspace(-40, 40, 16001, dtype=torch.float64)
 
@@ -76,7 +75,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
         x = queries.sample(case.pc, 20, generator=case.generator)
         terms = case.pc.log_weights(case.circuit.sums[0])[0].expand(len(x), -1).double()
         for leaf in case.circuit.inputs:
-            parameters, values = parameters_of(case.pc, leaf), x[:, leaf.var].double()
+            parameters, values = case.pc.parameters_of(leaf).detach(), x[:, leaf.var].double()
             columns = []
             for unit in range(leaf.num_units):
                 column = self.log_prob(leaf.distribution, parameters[:, unit], values)
@@ -98,19 +97,26 @@ class DirectFamilyTestCase(ConformanceTestCase):
     @law
     def test_intervals_are_sums_of_the_density(self, case: Case) -> None:
         """P(a < x_0 <= b) is the sum over the values between, or the integral."""
-        interval = getattr(Evidence, "interval", None)
-        if interval is None:
-            return
         values = self.grid(case.circuit.inputs[0].distribution)
         density = self._marginal_of_first(case, values).exp() * (values[1] - values[0])
         lower = torch.full((1, case.circuit.num_vars), -torch.inf, dtype=torch.float64)
         upper = torch.full_like(lower, torch.inf)
-        is_discrete = _is_discrete(case.circuit.inputs[0].distribution)
+        is_discrete = case.circuit.inputs[0].distribution.is_discrete
         cut = 3 if is_discrete else len(values) // 2
         upper[0, 0] = values[cut]
         expected = density[: cut + 1].sum() - (0.0 if is_discrete else density[cut] / 2)  # the trapezoidal rule
-        found = queries.log_partition(case.pc, interval(lower, upper)).exp()[0]
+        found = queries.log_partition(case.pc, Evidence.interval(lower, upper)).exp()[0]
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    @law
+    def test_moments_are_averages_under_the_density(self, case: Case) -> None:
+        """E[x_0] and Var[x_0] are sums over the values, or integrals."""
+        values = self.grid(case.circuit.inputs[0].distribution)
+        p = self._marginal_of_first(case, values).exp() * (values[1] - values[0])
+        expected = (p * values).sum()
+        assert_close(queries.mean(case.pc)[0, 0], expected, rtol=1e-4, atol=1e-4)
+        assert_close(queries.variance(case.pc)[0, 0], (p * (values - expected) ** 2).sum(), rtol=1e-3, atol=1e-3)
+        assert_close(queries.covariance(case.pc)[0, 0, 0], queries.variance(case.pc)[0, 0])
 
     @law
     def test_samples_follow_the_density(self, case: Case) -> None:
@@ -220,7 +226,3 @@ class DirectFamilyTestCase(ConformanceTestCase):
         observed = (torch.arange(case.circuit.num_vars) == 0).expand_as(x)
         with torch.no_grad():
             return queries.log_partition(case.pc, Evidence.observe(x, observed))
-
-
-def _is_discrete(distribution: Distribution) -> bool:
-    return bool(getattr(distribution, "is_discrete", True))

@@ -1,0 +1,106 @@
+"""Tables that are read a few rows at a time: those that do not fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from circuits.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_PART_ELEMENTS = 1 << 24
+
+
+class Table(Protocol):
+    """What data may be beside tensors and numpy arrays: a table that is read by rows, such as an h5py data set."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> Any:
+        """Return the samples of some rows, given by increasing integers, as a numpy array or a tensor."""
+
+
+class StoredRows:
+    """A table with the part of a tensor's interface that samples need; every read is one small tensor."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, table: Table) -> None:
+        self._name = name
+        self._table = table
+        self._num_rows = len(table)
+        first = self[torch.arange(min(1, self._num_rows))]
+        self.dtype = first.dtype
+        self.shape = torch.Size((self._num_rows, *first.shape[1:]))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def dim(self) -> int:
+        """Return the number of axes."""
+        return len(self.shape)
+
+    def is_floating_point(self) -> bool:
+        """Return whether the table has floating-point numbers."""
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        if isinstance(rows, slice):
+            rows = torch.arange(*rows.indices(self._num_rows))
+        increasing, order = rows.sort()
+        read = as_tensor(self._name, self._table[increasing.numpy()])
+        if len(read) != len(rows):
+            raise ArgumentError(f"{self._name}: asked for {len(rows)} rows, it gave {len(read)}")
+        return read[order.argsort()]
+
+
+def as_rows(name: str, data: Any) -> Tensor | StoredRows:
+    """Return data as a tensor where they are in memory or in a mapped file, else as a table that is read by rows."""
+    import numpy as np
+
+    is_small = isinstance(data, (Tensor, np.ndarray, list, tuple, dict, str, bytes))
+    is_frame = hasattr(data, "__array__") and not hasattr(data, "dtype")  # whose [] selects columns
+    if is_small or is_frame or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        return as_tensor(name, data)
+    return StoredRows(name, data)
+
+
+def as_tensor(name: str, data: Any) -> Tensor:
+    """Return a tensor that shares the memory of an array, or the file that it maps, wherever that is possible."""
+    if isinstance(data, Tensor):
+        return data.detach()
+    if not hasattr(data, "__array__"):
+        raise ArgumentError(
+            f"{name}: expected a tensor, a numpy array, or a table whose rows can be read with an array of integers, "
+            f"got {type(data).__name__}"
+        )
+    import warnings
+
+    import numpy as np
+
+    array = np.asarray(data)
+    if any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    try:
+        with warnings.catch_warnings():
+            # read-only arrays, such as maps of files, are not copied: batches are, and nothing else is written to
+            warnings.filterwarnings("ignore", message=".*not writable")
+            return torch.from_numpy(array)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name}: expected an array of numbers, got one of {array.dtype}") from None
+
+
+def parts(table: Tensor | StoredRows) -> Iterator[tuple[int, Tensor]]:
+    """Yield all rows in parts of bounded size, each with the number of its first row; a single number at once."""
+    if isinstance(table, Tensor) and not table.dim():
+        yield 0, table
+        return
+    step = max(1, _PART_ELEMENTS // max(1, table.shape[1:].numel()))
+    for start in range(0, len(table), step):
+        yield start, table[start : start + step]

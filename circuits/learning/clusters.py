@@ -1,0 +1,82 @@
+"""k-means on samples, to start mixtures from: one expert per cluster."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuits.errors import ArgumentError
+
+_MAX_ELEMENTS = 1 << 24
+
+
+@torch.no_grad()
+def kmeans(
+    data: Tensor,  # shape: (N, D)
+    num_clusters: int,
+    *,
+    sample_weights: Tensor | None = None,  # shape: (N,)
+    num_steps: int = 20,
+    seed: int = 0,
+) -> Tensor:  # shape: (N,)
+    """Assign samples to clusters by Lloyd's algorithm from k-means++ centres (Lloyd 1982; Arthur, Vassilvitskii 2007).
+
+    The distance is Euclidean between the values as they are: for binary and ordered variables. Give one-hot or scaled
+    columns for others.
+
+    Args:
+        data: numbers (N, D).
+        num_clusters: K >= 1; fewer clusters come back where fewer samples are distinct.
+        sample_weights: how often each sample counts, (N,) >= 0; once when omitted.
+        num_steps: of Lloyd's algorithm at most; it ends when no assignment changes.
+        seed: for the first centres.
+
+    Returns:
+        int64 (N,), from 0 to K - 1.
+
+    Raises:
+        ArgumentError: an argument has a wrong shape or value.
+    """
+    if not isinstance(data, Tensor) or data.dim() != 2 or not len(data):
+        got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
+        raise ArgumentError(f"data: expected a tensor (N, D) with N >= 1, got {got}")
+    if not isinstance(num_clusters, int) or num_clusters < 1:
+        raise ArgumentError(f"num_clusters: expected an integer >= 1, got {num_clusters!r}")
+    x = data.float()
+    weights = x.new_ones(len(x)) if sample_weights is None else sample_weights.to(x)
+    if weights.shape != x.shape[:1] or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
+        raise ArgumentError(f"sample_weights: expected {len(x)} numbers >= 0, not all zero, got {sample_weights!r}")
+    centres = _first_centres(x, weights, num_clusters, torch.Generator().manual_seed(seed))
+    labels = _nearest(x, centres)[1]
+    for _ in range(num_steps):
+        shares = torch.nn.functional.one_hot(labels, len(centres)).to(x.dtype) * weights.unsqueeze(1)
+        masses = shares.sum(0).unsqueeze(1)
+        centres = torch.where(masses > 0, (shares.t() @ x) / masses.clamp_min(torch.finfo(x.dtype).tiny), centres)
+        before, labels = labels, _nearest(x, centres)[1]
+        if torch.equal(labels, before):
+            break
+    return labels
+
+
+def _first_centres(x: Tensor, weights: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Draw samples one by one in proportion to their squared distance from the centres so far (k-means++)."""
+    chances = weights
+    centres: list[Tensor] = []
+    while len(centres) < num_clusters and float(chances.sum()) > 0:
+        cumulative = chances.double().cumsum(0)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        centres.append(x[int(torch.searchsorted(cumulative, drawn, right=True).clamp_max(len(x) - 1))])
+        chances = weights * _nearest(x, torch.stack(centres))[0]
+    return torch.stack(centres)
+
+
+def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared distance of every sample to its nearest centre, and which that is, (N,) each."""
+    half_norms = (centres**2).sum(1) / 2
+    distances, labels = [], []
+    for rows in x.split(max(1, _MAX_ELEMENTS // len(centres))):
+        scores = half_norms - rows @ centres.t()
+        least, nearest = scores.min(1)
+        distances.append((2 * least + (rows**2).sum(1)).clamp_min(0))
+        labels.append(nearest)
+    return torch.cat(distances), torch.cat(labels)

@@ -1,0 +1,124 @@
+"""Convex combinations of circuits: an ensemble is a circuit again, a sum node over the members' roots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from circuits.compile import CompiledCircuit, compile
+from circuits.errors import ArgumentError
+from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
+
+
+def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | None = None) -> CompiledCircuit:
+    """Return the circuit ``p(x) = sum_m w_m p_m(x)`` over copies of the members, with their weights.
+
+    It can be queried, saved and learnt further like any other. The named nodes of member m are called
+    ``member{m}.{name}`` in it; its root is called ``members``.
+
+    Args:
+        members: circuits over the same variables, on one device and of one dtype.
+        weights: w, (M,) >= 0, not all zero; equal when omitted. They are normalised.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, shape or value.
+        StructureError: the members are not over the same variables with the same numbers of categories.
+    """
+    if not members or not all(isinstance(member, CompiledCircuit) for member in members):
+        raise ArgumentError(f"members: expected one or more compiled circuits, got {members!r}")
+    if len({(member.device, member.dtype) for member in members}) > 1:
+        raise ArgumentError("members: expected circuits on one device and of one dtype; move them with .to(...)")
+    shares = torch.ones(len(members)) if weights is None else weights.detach().cpu()
+    if shares.shape != (len(members),) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < torch.inf:
+        raise ArgumentError(f"weights: expected {len(members)} finite numbers >= 0, not all zero, got {weights!r}")
+    copies = [_copied_nodes(member.circuit, f"member{position}.") for position, member in enumerate(members)]
+    roots = [copy[member.circuit.root] for member, copy in zip(members, copies, strict=True)]
+    root = sum(*roots, num_units=1, name="members")
+    pc = compile(Circuit(root), device=members[0].device, dtype=members[0].dtype, seed=0)
+    pc.set_weights(root, (shares / shares.sum()).unsqueeze(0))
+    with torch.no_grad():
+        for member, copy in zip(members, copies, strict=True):
+            for node, twin in copy.items():
+                if isinstance(node, ParametricNode) and isinstance(twin, ParametricNode):
+                    (bank, row), (new_bank, new_row) = member._parameter(node), pc._parameter(twin)
+                    pc.bank[new_bank][new_row] = member.bank[bank][row]
+    return pc
+
+
+@torch.no_grad()
+def convex_weights(
+    log_likelihoods: Tensor,  # shape: (N, M)
+    sample_weights: Tensor | None = None,  # shape: (N,)
+    *,
+    max_steps: int = 1000,
+    tolerance: float = 1e-7,
+) -> Tensor:  # shape: (M,)
+    """Return the weights of the convex combination of M members that is likeliest for N samples.
+
+    The problem is concave; expectation-maximisation from equal weights, ``w_m <- mean_n w_m p_m(x_n) / p(x_n)``, finds
+    its maximum (Dempster, Laird, Rubin 1977; as "stacking" of densities: Smyth and Wolpert 1999). Take samples that the
+    members did not learn from.
+
+    Args:
+        log_likelihoods: log p_m(x_n), (N, M), below +inf; samples that no member allows count for nothing.
+        sample_weights: how often each sample counts, (N,) >= 0; once when omitted.
+        max_steps: of EM at most.
+        tolerance: stop when a step gains less than this, in nats per sample.
+
+    Returns:
+        float64 (M,), >= 0, sums to 1.
+
+    Raises:
+        ArgumentError: an argument has a wrong shape or value, or no sample is possible.
+    """
+    scores = log_likelihoods.detach().double()
+    if scores.dim() != 2 or not scores.numel() or not bool((scores < torch.inf).all()):
+        raise ArgumentError(f"log_likelihoods: expected numbers below +inf, (N, M), got {tuple(scores.shape)}")
+    is_possible = (scores > -torch.inf).any(1)
+    counts = is_possible.double()
+    if sample_weights is not None:
+        if sample_weights.shape != scores.shape[:1] or not bool((sample_weights >= 0).all()):
+            raise ArgumentError(
+                f"sample_weights: expected {len(scores)} numbers >= 0, got {tuple(sample_weights.shape)}"
+            )
+        counts = counts * sample_weights.double().to(scores.device)
+    if not float(counts.sum()) > 0:
+        raise ArgumentError("log_likelihoods: expected at least one sample that a member allows, got none")
+    scores = scores.masked_fill(~is_possible.unsqueeze(1), 0.0)
+    shares = counts / counts.sum()
+    weights = scores.new_full((scores.shape[1],), 1 / scores.shape[1])
+    before = -torch.inf
+    for _ in range(max_steps):
+        joint = scores + weights.log()
+        log_mixture = torch.logsumexp(joint, 1)
+        now = float(shares @ log_mixture)
+        weights = shares @ (joint - log_mixture.unsqueeze(1)).exp()
+        if now - before < tolerance:
+            break
+        before = now
+    return weights / weights.sum()
+
+
+def _copied_nodes(circuit: Circuit, prefix: str) -> dict[Node, Node]:
+    """Return a copy of every node of a circuit: names get the prefix, and shared parameters are shared again."""
+    copies: dict[Node, Node] = {}
+    first_users: dict[ParametricNode, Node] = {}
+    for node in circuit.nodes:
+        name = None if node.name is None else prefix + node.name
+        children = [copies[child] for child in node.children]
+        tie = first_users.get(parameter_owner(node)) if isinstance(node, ParametricNode) else None
+        if isinstance(node, Input):
+            copy: Node = inputs(
+                node.var, node.num_units, node.distribution, tied_to=tie if isinstance(tie, Input) else None, name=name
+            )
+        elif isinstance(node, Sum):
+            copy = sum(*children, num_units=node.num_units, tied_to=tie if isinstance(tie, Sum) else None, name=name)
+        else:
+            assert isinstance(node, Product)
+            copy = product(*children, mode=node.mode, name=name)
+        if isinstance(node, ParametricNode):
+            first_users.setdefault(parameter_owner(node), copy)
+        copies[node] = copy
+    return copies

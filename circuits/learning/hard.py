@@ -1,0 +1,51 @@
+"""Hard flows: how often the most probable explanations use each weight, for Viterbi training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits.compile import CompiledCircuit
+from circuits.evidence import Evidence
+from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
+from circuits.semiring import LogSemiring, MaxSemiring
+
+
+def viterbi_flows(
+    pc: CompiledCircuit,
+    evidence: Evidence | Tensor,
+    sample_weights: Tensor | None = None,  # shape: (B,)
+) -> ExpectedFlows:
+    """Return how often the samples' most probable latent choices use each weight, and the log-scores of these.
+
+    An EM step from them is one of hard EM, or Viterbi training (Juang and Rabiner 1990), which never lowers the sum of
+    the scores ``max_z log p(x, z)``. The flows are the gradient of the upward pass in the max semiring; equally good
+    choices share a sample. The choices are those of sum units alone: missing and soft variables are summed out.
+
+    Args:
+        pc: the circuit.
+        evidence: for B samples, or complete assignments, int64 (B, D).
+        sample_weights: how often sample b counts, (B,) >= 0; once when omitted.
+
+    Returns:
+        ``(flows, log_likelihood)``: per bank, and the scores, (B,), in the place of the log-likelihoods.
+
+    Raises:
+        ArgumentError: evidence or sample weights do not fit.
+    """
+    given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    given.check(pc.num_categories)
+    if not given.batch_size:
+        return flows_of_nothing(pc)
+    with torch.inference_mode(False), torch.enable_grad():
+        banks, sources = traced_weights(pc)
+        leaf_values = passes.leaves(pc, LogSemiring(), given, banks)
+        root = passes.upward(pc, MaxSemiring(), leaf_values, banks)[-1]
+        assert root is not None
+        score = root[0, 0]
+        counts = (score != -torch.inf).to(score.dtype)
+        if sample_weights is not None:
+            counts = counts * checked_sample_weights(sample_weights, score)
+        flows = torch.autograd.grad(score, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
+    return ExpectedFlows(dict(zip(banks, flows, strict=True)), score.detach())

@@ -1,0 +1,136 @@
+"""Moments in circuits with variables of infinitely many values, by tilting.
+
+With ``e_i(v) exp(t_i (v - c_i))`` in place of the evidence ``e_i(v)``, log Z is the cumulant generating function of the
+posterior about c, up to a constant. Exponential families are closed under this tilt, so its derivatives at t = 0 are
+exact for every kind of evidence that the family can be given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits.compile import CompiledCircuit
+from circuits.evidence import Evidence
+from circuits.input_layers import DirectLayer
+from circuits.queries._common import checked_possible, given_evidence, queries_per_pass
+from circuits.semiring import LogSemiring
+
+
+def direct_moments(
+    pc: CompiledCircuit, order: int, evidence: Evidence | None, numbers: Tensor, centre: Tensor | None
+) -> Tensor:
+    """Return ``E[(x_i - c_i)^order | e]``, (B, D).
+
+    A variable's moment is the average of those of its input units, which are derivatives of their own tilted values.
+
+    Args:
+        pc: the circuit.
+        order: >= 1.
+        evidence: for B queries; None: no evidence, B = 1.
+        numbers: what the values of variables with finitely many values stand for, (D, C).
+        centre: c, (B, D); None: 0.
+    """
+    is_recorded = torch.is_grad_enabled()
+    given, banks = given_evidence(pc, evidence), pc.weights()
+    with torch.inference_mode(False), torch.enable_grad():
+        factors = _finite_factors(pc, given)
+        factors = factors if factors.requires_grad else factors.detach().clone().requires_grad_()
+        centre = factors.new_zeros(factors.shape[:2]) if centre is None else centre
+        leaves, unit_moments = [], []
+        joined = _joined(pc, given, factors)
+        for layer in pc.input_layers:
+            value = layer(LogSemiring(), joined, banks[layer.parameter_rows.bank])
+            if isinstance(layer, DirectLayer):
+                value = value.expand(*value.shape[:2], given.batch_size)
+                value = value if value.requires_grad else value.detach().clone().requires_grad_()
+                unit_moments.append(_of_units(layer, given, banks, order, centre, value.shape))
+            leaves.append(value)
+        log_z = checked_possible(passes.log_root(pc, leaves, banks))
+        direct = [layer for layer in pc.input_layers if isinstance(layer, DirectLayer)]
+        values = [value for layer, value in zip(pc.input_layers, leaves, strict=True) if isinstance(layer, DirectLayer)]
+        posterior, *reached = torch.autograd.grad(
+            log_z.sum(), [factors, *values], create_graph=is_recorded, materialize_grads=True
+        )
+        moments = (posterior * (numbers - centre.unsqueeze(2)) ** order).sum(2)
+        for layer, units, average in zip(direct, reached, unit_moments, strict=True):
+            moments = moments.index_add(1, layer.variables, (units * average).sum(1).t())
+    return moments if is_recorded else moments.detach()
+
+
+def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: Tensor, centre: Tensor) -> Tensor:
+    """Return ``Cov[x_i, x_j | e]``, (B, D, D): the second derivatives of the tilted log Z.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence, B = 1.
+        numbers: what the values of variables with finitely many values stand for, (D, C).
+        centre: (B, D), the means: any numbers would do, but these leave small ones to subtract.
+    """
+    is_recorded = torch.is_grad_enabled()
+    given, banks = given_evidence(pc, evidence), pc.weights()
+    batch_size, num_vars = given.batch_size, given.num_vars
+    rows = []
+    with torch.inference_mode(False), torch.enable_grad():
+        factors = _finite_factors(pc, given)
+        for variables in torch.arange(num_vars, device=pc.device).split(max(1, queries_per_pass(pc) // batch_size)):
+            query = torch.arange(batch_size, device=pc.device).repeat(len(variables))
+            chosen = variables.repeat_interleave(batch_size)
+            slopes = factors.new_zeros(len(query), num_vars).requires_grad_()
+            log_z = _tilted_log_z(pc, banks, given.rows(query), factors[query], numbers, slopes, centre.detach()[query])
+            (means,) = torch.autograd.grad(log_z.sum(), slopes, create_graph=True)
+            picked = means[torch.arange(len(query), device=pc.device), chosen].sum()
+            (row,) = torch.autograd.grad(picked, slopes, create_graph=is_recorded)
+            rows.append((row if is_recorded else row.detach()).unflatten(0, (len(variables), batch_size)))
+    return torch.cat(rows).transpose(0, 1)
+
+
+def _tilted_log_z(
+    pc: CompiledCircuit,
+    banks: passes.Banks,
+    evidence: Evidence,
+    factors: Tensor,
+    numbers: Tensor,
+    slopes: Tensor,
+    centre: Tensor,
+) -> Tensor:
+    tilted = factors + slopes.unsqueeze(2) * (numbers - centre.unsqueeze(2))
+    joined = _joined(pc, evidence, tilted)
+    leaves = []
+    for layer in pc.input_layers:
+        weights = banks[layer.parameter_rows.bank]
+        if isinstance(layer, DirectLayer):
+            leaves.append(layer.tilted(evidence, weights, layer.columns(slopes), layer.columns(centre)))
+        else:
+            leaves.append(layer(LogSemiring(), joined, weights))
+    return passes.log_root(pc, leaves, banks)
+
+
+def _of_units(
+    layer: DirectLayer, evidence: Evidence, banks: passes.Banks, order: int, centre: Tensor, shape: torch.Size
+) -> Tensor:
+    """Return ``E[(x - c)^order | e]`` of every unit of a layer, (F, K, B); 0 where the evidence is impossible."""
+    weights = banks[layer.parameter_rows.bank]
+    slopes = centre.new_zeros(shape).requires_grad_()
+    at_zero = layer.tilted(evidence, weights, torch.zeros_like(slopes), layer.columns(centre))
+    log_ratio = layer.tilted(evidence, weights, slopes, layer.columns(centre))
+    possible = at_zero > -torch.inf
+    derivative = (torch.where(possible, log_ratio, 0.0) - torch.where(possible, at_zero, 0.0)).exp()
+    for _ in range(order):
+        (derivative,) = torch.autograd.grad(derivative.sum(), slopes, create_graph=True)
+    return derivative if torch.is_grad_enabled() else derivative.detach()
+
+
+def _finite_factors(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
+    """Return the log-factors of the variables with finitely many values, (B, D, C); 0 for the other variables."""
+    silent = Evidence.nothing(evidence.batch_size, evidence.num_vars, evidence.device)
+    num_values = int(pc.num_categories.max())
+    if not num_values:
+        return torch.zeros(evidence.batch_size, evidence.num_vars, 0, dtype=pc.dtype, device=pc.device)
+    return Evidence.where(pc.num_categories > 0, evidence, silent).dense(num_values, pc.dtype)[..., :num_values]
+
+
+def _joined(pc: CompiledCircuit, evidence: Evidence, factors: Tensor) -> Evidence:
+    """Return the evidence with these log-factors on the variables with finitely many values."""
+    return Evidence.where(pc.num_categories > 0, Evidence.soft(factors), evidence) if factors.shape[2] else evidence

@@ -1,0 +1,121 @@
+"""Pictures of learning show the numbers that they are given."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import circuits as ct
+from circuits import _charts, learning
+from circuits._edge_flows import edge_flows
+from circuits.learning import FitResult
+
+CIRCUIT = ct.structures.mixture(3, 2, num_components=4)
+RESULT = FitResult(
+    train_log_likelihood=(-9.0, -3.0, -2.5),
+    validation_log_likelihood=(-4.0, -3.5, -float("inf")),
+    best_epoch=1,
+    stopped_early=False,
+    num_impossible=0,
+)
+
+
+def pixels(path):
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+@given(st.data())
+def test_flows_of_edges_are_those_of_em(data):
+    circuit = data.draw(ct.testing.circuits())
+    pc = ct.compile(circuit, dtype=torch.float64, seed=data.draw(st.integers(0, 99)))
+    evidence = data.draw(ct.testing.evidence(circuit, batch_size=3))
+    expected, log_likelihood = learning.expected_flows(pc, evidence)
+    num_possible = int((log_likelihood > -torch.inf).sum())
+    flows = edge_flows(pc, evidence)
+    found = dict.fromkeys(pc.bank, 0.0)
+    for node, shares in zip(circuit.nodes, flows, strict=True):
+        assert len(shares) == len(node.children)
+        if isinstance(node, ct.Sum):
+            found[f"sum_{node.parameter_shape[0]}x{node.parameter_shape[1]}"] += sum(shares)
+    for name in pc.sum_banks:  # tied nodes add up
+        assert found[name] == pytest.approx(float(expected[name].sum()) / max(1, num_possible), abs=1e-9)
+    if num_possible and circuit.root.children:
+        assert sum(flows[-1]) == pytest.approx(1.0 if isinstance(circuit.root, ct.Sum) else len(flows[-1]))
+
+
+def test_the_flow_of_a_mixture_is_its_responsibility():
+    leaves = [ct.inputs(0, 1, ct.Categorical(2), weights=torch.tensor([[p], [1 - p]])) for p in (0.9, 0.2)]
+    pc = ct.compile(ct.Circuit(ct.sum(*leaves, num_units=1, weights=torch.tensor([[0.5, 0.5]]))), dtype=torch.float64)
+    first = (0.9 / 1.1 + 0.1 / 0.9) / 2
+    flows = edge_flows(pc, ct.Evidence.observe(torch.tensor([[0], [1]])))
+    assert flows[-1] == pytest.approx((first, 1 - first))
+
+
+@pytest.mark.parametrize("engine", [None, "matplotlib"])
+def test_lines_are_as_wide_as_their_flow(engine, tmp_path):
+    pc = ct.compile(CIRCUIT, seed=0)
+    ct.plot.flows(pc, torch.zeros(5, 3, dtype=torch.int64), tmp_path / "flows.png", engine=engine)
+    ct.plot.structure(CIRCUIT, tmp_path / "structure.png", engine=engine)
+    red, none = (pixels(tmp_path / f"{name}.png") for name in ("flows", "structure"))
+    is_red = [(np.abs(p - np.array([0xC0, 0x50, 0x4D]) / 255).max(2) < 0.1).sum() for p in (red, none)]
+    assert is_red[0] > 50
+    assert is_red[1] == 0
+
+
+def test_learning_curves_are_drawn(tmp_path):
+    ct.plot.learning_curves(RESULT, tmp_path / "one.png")
+    ct.plot.learning_curves({"em": RESULT, "adam": RESULT}, tmp_path / "two.svg")
+    assert pixels(tmp_path / "one.png").shape == (400, 640, 3)
+    assert pixels(tmp_path / "one.png").min() < 0.5
+    first = (tmp_path / "two.svg").read_bytes()
+    assert b"<svg" in first
+
+
+def test_a_grid_shows_every_image(tmp_path):
+    images = torch.tensor([[[0.0, 1.0]], [[2.0, torch.nan]], [[4.0, 4.0]]])
+    ct.plot.samples(images, tmp_path / "grid.png", num_columns=2, zoom=3)
+    grid = pixels(tmp_path / "grid.png")
+    assert grid.shape == (2 * (3 + 2) + 2, 2 * (6 + 2) + 2, 3)
+    assert grid[3, 3] == pytest.approx(np.zeros(3))
+    assert grid[3, 6] == pytest.approx(np.full(3, 0.25), abs=0.01)
+    assert grid[3, 11] == pytest.approx(np.full(3, 0.5), abs=0.01)
+    assert grid[3, 14] == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+    assert grid[8, 3] == pytest.approx(np.ones(3))
+    ct.plot.samples(images.numpy()[..., None].repeat(3, 3), tmp_path / "color.png", num_columns=2, zoom=3)
+    assert np.array_equal(pixels(tmp_path / "color.png"), grid)
+    ct.plot.samples(np.zeros((1, 2, 2), dtype=bool), tmp_path / "constant.pdf", value_range=(0, 1))
+
+
+def test_grids_are_about_square():
+    assert _charts._grid(torch.zeros(5, 4, 4, 3), 3, 1).shape == (2 * 6 + 2, 3 * 6 + 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda path: ct.plot.learning_curves([], path / "a.png"), "results: expected a ct.learning.FitResult"),
+        (lambda path: ct.plot.learning_curves({}, path / "a.png"), "results: expected"),
+        (lambda path: ct.plot.learning_curves(RESULT, path / "a.txt"), "path: expected a file that ends in"),
+        (lambda path: ct.plot.samples(torch.zeros(3, 4), path / "a.png"), r"images: expected numbers \(N, H, W\)"),
+        (lambda path: ct.plot.samples(torch.zeros(0, 4, 4), path / "a.png"), "images: expected"),
+        (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", zoom=0), "zoom: expected"),
+        (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", value_range=(1, 0)), "value_range"),
+        (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a"), "path: expected"),
+        (lambda path: ct.plot.flows(CIRCUIT, torch.zeros(1, 3).long(), path / "a.png"), "pc: expected ct.compile"),
+        (lambda path: ct.plot.flows(ct.compile(CIRCUIT), torch.zeros(1, 2).long(), path / "a.png"), "data: expected"),
+        (lambda path: ct.plot.flows(ct.compile(CIRCUIT), torch.zeros(1, 3).long(), path / "a.gif"), "path: expected"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_why(draw, message, tmp_path):
+    with pytest.raises(ct.ArgumentError, match=message):
+        draw(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_circuits_are_refused(tmp_path):
+    pc = ct.compile(ct.structures.hmm(200, 2, 2), seed=0)
+    with pytest.raises(ct.ArgumentError, match=r"pc: .* are too many"):
+        ct.plot.flows(pc, torch.zeros(1, 200).long(), tmp_path / "a.png")
