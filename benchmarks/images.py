@@ -121,7 +121,9 @@ class Run:
         build: Callable[..., ct.Circuit] = getattr(ct.structures, settings.structure)
         circuit = build((SIDE, SIDE), settings.units, NUM_VALUES)
         self.pc = ct.compile(circuit, device=settings.device, seed=settings.seed)
-        self.optimizer = torch.optim.Adam(self.pc.parameters(), lr=settings.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.pc.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=True
+        )
         self.state = State()
         self.checkpoint = folder / "checkpoint.safetensors"
 
@@ -312,7 +314,7 @@ def main() -> None:
         "--out", type=Path, default=Path("images-out"), help="folder for checkpoints, pictures, results"
     )
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=0.2)
+    parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     images = load(options.data)
