@@ -314,7 +314,7 @@ def main() -> None:
         "--out", type=Path, default=Path("images-out"), help="folder for checkpoints, pictures, results"
     )
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--learning-rate", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     images = load(options.data)
