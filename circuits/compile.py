@@ -293,7 +293,10 @@ class CompiledCircuit(nn.Module):
         return self._parameter_address[owner]
 
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and parameter.requires_grad):
+        if torch.compiler.is_compiling():
+            return self._read_weights(name, parameter)
+        if torch.is_grad_enabled() and parameter.requires_grad:
+            self._cache.pop(name, None)  # an optimizer's step may follow, and fused ones leave the version as it is
             return self._read_weights(name, parameter)
         version = None if parameter.is_inference() else parameter._version
         key = (version, parameter.data_ptr(), parameter.dtype, parameter.device)

@@ -89,6 +89,20 @@ def test_kept_weights_notice_every_change(generator):
         assert pc.to(torch.float64)(x).dtype == torch.float64
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_of_optimizers_are_seen_without_gradients(fused):
+    pc = ct.compile(hmm(), seed=0)
+    x = torch.zeros(1, 5, dtype=torch.int64)
+    optimizer = torch.optim.Adam(pc.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            before = pc(x)
+        (-pc(x).sum()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert float(pc(x)) > float(before)
+
+
 def test_values_and_gradients_agree_between_grad_modes(generator):
     pc = ct.compile(hmm(), seed=0, dtype=torch.float64)
     x = torch.randint(4, (3, 5), generator=generator)

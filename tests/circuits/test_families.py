@@ -529,12 +529,47 @@ def test_units_that_start_at_the_scale_of_the_data_are_all_used():
         learning.initialize_inputs(pc, x, samples_per_unit=0)
 
 
-@given(ct.testing.circuits(families="all", max_vars=3), st.integers(0, 100))
-def test_initialized_circuits_are_circuits(circuit, seed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_units_that_start_at_quantiles_share_out_the_values(dtype):
+    circuit = ct.structures.mixture(2, [ct.Gaussian(), 8], 4)
+    pc = ct.compile(circuit, dtype=dtype, seed=0)
+    x = torch.stack([torch.linspace(0, 4, 400, dtype=torch.float64), torch.arange(400).double() % 8], 1)
+    learning.initialize_inputs(pc, x, by="quantiles", pseudocount=0.0)
+    gaussian, categorical = (pc.parameters_of(node).double() for node in circuit.inputs)
+    expected = torch.zeros(8, 4, dtype=torch.float64)
+    expected[torch.arange(8), torch.arange(8) // 2] = 0.5
+    torch.testing.assert_close(gaussian[0], x[:, 0].view(4, 100).mean(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(categorical, expected, atol=1e-6, rtol=0)
+    learning.initialize_inputs(pc, x, by="quantiles", bandwidth=0.5, pseudocount=0.0)
+    distance = (torch.arange(8).unsqueeze(1) - torch.arange(8)).abs().double()
+    spread = (-distance / 0.5).exp()
+    torch.testing.assert_close(
+        pc.parameters_of(circuit.inputs[1]).double(), spread / spread.sum(0) @ expected, atol=1e-6, rtol=0
+    )
+
+
+def test_quantiles_are_those_of_the_values_that_are_known():
+    circuit = ct.structures.mixture(2, [ct.Gaussian(), 4], 2)
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    x = torch.stack([torch.linspace(0, 2, 200).double(), torch.full((200,), 3.0).double()], 1)
+    x[:100, 0] = torch.nan
+    x[:, 1] = torch.nan
+    before = pc.parameters_of(circuit.inputs[1]).clone()
+    learning.initialize_inputs(pc, x, by="quantiles", pseudocount=0.0)
+    means = pc.parameters_of(circuit.inputs[0])[0]
+    torch.testing.assert_close(means, torch.tensor([1.25, 1.75]).double(), atol=1e-2, rtol=0)
+    assert torch.equal(pc.parameters_of(circuit.inputs[1]), before)
+    for name, value in [("by", "rank"), ("bandwidth", -1.0)]:
+        with pytest.raises(ct.ArgumentError, match=name):
+            learning.initialize_inputs(pc, x, **{name: value})
+
+
+@given(ct.testing.circuits(families="all", max_vars=3), st.integers(0, 100), st.sampled_from(["random", "quantiles"]))
+def test_initialized_circuits_are_circuits(circuit, seed, by):
     pc = ct.compile(circuit, dtype=torch.float64, seed=seed)
     x = drawn(pc, 20, seed)
     sums = {name: pc.bank[name].detach().clone() for name in pc.sum_banks}
-    learning.initialize_inputs(pc, x, seed=seed)
+    learning.initialize_inputs(pc, x, by=by, bandwidth=0.5, seed=seed)
     assert bool((pc(x) > -torch.inf).all())
     assert all(torch.equal(pc.bank[name], sums[name]) for name in sums)
     torch.testing.assert_close(pc.log_partition(ct.Evidence.nothing(1, circuit.num_vars)).exp(), torch.ones(1).double())
