@@ -12,30 +12,14 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
+from _timing import Timed, measure
 from torch import Tensor
 
 import circuits as ct
 from circuits import logspace
-
-Timed = Callable[[], object]
-
-
-def measure(candidates: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Run all candidates in turn; return seconds per round for each."""
-    for run in candidates.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def report(title: str, seconds: dict[str, list[float]], floor: str) -> None:

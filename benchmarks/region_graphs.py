@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import measure
 from torch import Tensor
 
 import circuits as ct
@@ -118,19 +119,6 @@ def check_agreement() -> None:
         x = data_for(circuit, 16)
         torch.testing.assert_close(ours(x), peer(x).flatten(), rtol=1e-4, atol=1e-4)
     print("likelihoods of small circuits agree with libcirkit's, weights copied")
-
-
-def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Run all candidates in turn; return seconds per round for each."""
-    for run in candidates.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def report(title: str, seconds: dict[str, list[float]]) -> None:
