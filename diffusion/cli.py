@@ -110,6 +110,9 @@ def fit(
     out: Out = _DEFAULT_OUT,
     states: Annotated[int | None, typer.Option(min=1, help="States of the hidden Markov model.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of the circuit on the coupled objective.")] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="Calibrate the prediction by the noise level.")
+    ] = True,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -121,6 +124,7 @@ def fit(
     if steps is not None:
         training = replace(recipe.circuit.training, steps=steps)
         recipe = replace(recipe, circuit=replace(recipe.circuit, training=training))
+    recipe = replace(recipe, circuit=replace(recipe.circuit, is_calibrated=calibration))
     head = workspace.fit(recipe)
     _say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 
@@ -265,7 +269,7 @@ def _print_gap(table: Any) -> None:
         shown.add_column(column, justify="right")
     for row in table.rows:
         cells = [_with_interval(getattr(row, name)) for name in (*MODELS, "share_closed")]
-        shown.add_row(f"{row.mask_ratio:.2f}", *cells[:-1], cells[-1] + ("" if row.is_meaningful else " *"))
+        shown.add_row(f"{row.mask_ratio:.2f}", *cells[:-1], ("" if row.is_meaningful else "* ") + cells[-1])
     Console().print(shown)
     if not all(row.is_meaningful for row in table.rows):
         _say(
@@ -286,7 +290,9 @@ def _print_few_steps(table: Any) -> None:
 
 
 def _with_interval(estimate: Any) -> str:
-    return f"{estimate.value:.2f} [dim]({estimate.low:.2f}-{estimate.high:.2f})[/]"
+    """Write the interval below the value, so that six columns fit a terminal of 80."""
+    digits = 2 if estimate.high < 10 else 1
+    return f"{estimate.value:.2f}\n[dim]{estimate.low:.{digits}f}-{estimate.high:.{digits}f}[/]"
 
 
 def _print_side_by_side(workspace: Any, recipe: Any) -> None:

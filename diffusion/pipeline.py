@@ -84,6 +84,7 @@ class CircuitRecipe:
         likelihood_blocks: training blocks of the maximum-likelihood fit.
         likelihood_epochs: passes over them.
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
+        is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.calibration`.
         training: the coupled fit.
     """
 
@@ -91,6 +92,7 @@ class CircuitRecipe:
     likelihood_blocks: int = 40_000
     likelihood_epochs: int = 5
     cached_blocks: int = 16_384
+    is_calibrated: bool = True
     training: CircuitTraining = field(default_factory=CircuitTraining)
 
 
@@ -242,8 +244,7 @@ class Workspace:
                 self._checkpoint(name).unlink(missing_ok=True)
         pc = self._fit_likelihood(recipe)
         train, held_out = self.cache(recipe)
-        counts = torch.bincount(torch.from_numpy(train.tokens[:].astype("int64")).flatten(), minlength=train.vocab_size)
-        calibration = NoiseCalibration.dividing_out(counts).to(self.device)
+        calibration = self._calibration(train) if recipe.circuit.is_calibrated else None
         head = CoupledHead(pc, activation_threshold=1.0, calibration=calibration)
         fit_coupled(
             head,
@@ -257,6 +258,10 @@ class Workspace:
         _write_json(stamp, settings)
         shutil.rmtree(self.path / "cache")
         return head
+
+    def _calibration(self, cache: LogitCache) -> NoiseCalibration:
+        counts = torch.from_numpy(cache.tokens[:]).long().flatten().bincount(minlength=cache.vocab_size)
+        return NoiseCalibration.dividing_out(counts).to(self.device)
 
     def _fit_likelihood(self, recipe: Recipe) -> CompiledCircuit:
         settings, corpus = recipe.circuit, self._corpus(recipe)

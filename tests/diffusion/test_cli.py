@@ -60,6 +60,8 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert first.startswith("The 3th")
     assert run(*options)[1] == first
     assert run(*options, "--no-circuit")[0] == 0
+    assert run("fit", "--out", out, "--no-calibration", "--quiet")[0] == 0
+    assert pipeline.Workspace(out).head().calibration is None
 
 
 def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
