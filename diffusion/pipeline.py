@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,9 +115,8 @@ class Recipe:
 
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(
-        denoiser=DenoiserRecipe(
-            width=128, num_heads=4, training=DenoiserTraining(steps=2200, learning_rate=4e-3, validate_every=550)
-        ),
+        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=3000, learning_rate=3e-3, validate_every=1000)),
+        circuit=CircuitRecipe(num_states=64, training=CircuitTraining(steps=600)),
     ),
     "large": Recipe(
         denoiser=DenoiserRecipe(training=DenoiserTraining(steps=6000, validate_every=1000)),
@@ -260,8 +260,8 @@ class Workspace:
         return head
 
     def _calibration(self, cache: LogitCache) -> NoiseCalibration:
-        counts = torch.from_numpy(cache.tokens[:]).long().flatten().bincount(minlength=cache.vocab_size)
-        return NoiseCalibration.dividing_out(counts).to(self.device)
+        counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
+        return NoiseCalibration.dividing_out(torch.from_numpy(counts)).to(self.device)
 
     def _fit_likelihood(self, recipe: Recipe) -> CompiledCircuit:
         settings, corpus = recipe.circuit, self._corpus(recipe)
