@@ -25,7 +25,7 @@ CorpusName = Annotated[
 ]
 FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")]
 PresetName = Annotated[
-    str, typer.Option(help="'default', 'large' (better figures, about 15 minutes) or 'tiny' (a test).")
+    str, typer.Option(help="'default', 'large' (better figures, about 10 minutes) or 'tiny' (a test).")
 ]
 DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
