@@ -4,21 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from query_cases import all_assignments, compiled_with_evidence
 
 import circuits as ct
 
 RELATIVE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-@st.composite
-def compiled_with_evidence(draw, **options):
-    circuit = draw(ct.testing.circuits(**options))
-    pc = ct.compile(circuit, dtype=torch.float64, seed=draw(st.integers(0, 1000), label="seed"))
-    return pc, draw(ct.testing.evidence(circuit))
-
-
-def all_assignments(circuit):
-    return torch.cartesian_prod(*(torch.arange(c) for c in circuit.num_categories)).reshape(-1, circuit.num_vars)
 
 
 @given(compiled_with_evidence())
