@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
 
 _MAX_ELEMENTS = 1 << 24
@@ -40,8 +41,7 @@ def kmeans(
     if not isinstance(data, Tensor) or data.dim() != 2 or not len(data):
         got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
         raise ArgumentError(f"data: expected a tensor (N, D) with N >= 1, got {got}")
-    if not isinstance(num_clusters, int) or num_clusters < 1:
-        raise ArgumentError(f"num_clusters: expected an integer >= 1, got {num_clusters!r}")
+    checked_count("num_clusters", num_clusters)
     x = data.float()
     weights = x.new_ones(len(x)) if sample_weights is None else sample_weights.to(x)
     if weights.shape != x.shape[:1] or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:

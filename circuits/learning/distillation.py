@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -106,8 +107,7 @@ def initialize_by_kmeans(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value, or no latent's states are units of input nodes.
     """
-    if not isinstance(max_samples, int) or max_samples < 1:
-        raise ArgumentError(f"max_samples: expected an integer >= 1, got {max_samples!r}")
+    checked_count("max_samples", max_samples)
     groups = _latent_groups(pc)
     if not groups:
         raise ArgumentError(

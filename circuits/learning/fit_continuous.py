@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
@@ -94,8 +95,7 @@ def fit_continuous_mixture(
     weights = _checked(data, num_categories, validation_data, sample_weights)
     categories = checked_categories(num_categories, data.shape[1])
     for name, value in [("num_components", num_components), ("num_points", num_points), ("batch_size", batch_size)]:
-        if not isinstance(value, int) or value < 2:
-            raise ArgumentError(f"{name}: expected an integer >= 2, got {value!r}")
+        checked_count(name, value, least=2)
     if not isinstance(num_steps, int) or not isinstance(num_evaluations, int) or not 1 <= num_evaluations <= num_steps:
         raise ArgumentError(
             f"num_steps: expected integers 1 <= num_evaluations <= num_steps, got {num_evaluations!r} and {num_steps!r}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
@@ -131,7 +132,6 @@ def _spread_matrix(num_categories: int, bandwidth: float) -> Tensor:
 def _check_options(by: str, samples_per_unit: int, bandwidth: float) -> None:
     if by not in get_args(InitializedBy):
         raise ArgumentError(f"by: expected {' or '.join(map(repr, get_args(InitializedBy)))}, got {by!r}")
-    if not isinstance(samples_per_unit, int) or samples_per_unit < 1:
-        raise ArgumentError(f"samples_per_unit: expected an integer >= 1, got {samples_per_unit!r}")
+    checked_count("samples_per_unit", samples_per_unit)
     if not 0 <= bandwidth < math.inf:
         raise ArgumentError(f"bandwidth: expected a number >= 0 (values), got {bandwidth!r}")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Node, inputs, product, sum
 from circuits.region_graphs.chow_liu import chow_liu_tree
 from circuits.region_graphs.rooted import rooted_tree
-from circuits.structures._arguments import checked_count, families_of
+from circuits.structures._arguments import families_of
 
 if TYPE_CHECKING:
     import networkx

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
@@ -49,8 +50,7 @@ def grow(
         ArgumentError: an argument is out of range.
     """
     rebuild = Rebuild(pc)
-    if not isinstance(num_copies, int) or isinstance(num_copies, bool) or num_copies < 1:
-        raise ArgumentError(f"num_copies: expected an integer >= 1, got {num_copies!r}")
+    checked_count("num_copies", num_copies)
     if not 0 <= noise < math.inf:
         raise ArgumentError(f"noise: expected a standard deviation >= 0, got {noise!r}")
     if seed is not None and generator is not None:

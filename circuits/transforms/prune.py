@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
@@ -171,5 +172,4 @@ def _check_options(fraction: float | None, max_loss: float | None, batch_size: i
         raise ArgumentError(f"fraction: expected a share from 0 to 1, got {fraction!r}")
     if max_loss is not None and not max_loss >= 0:
         raise ArgumentError(f"max_loss: expected nats per sample >= 0, got {max_loss!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    checked_count("batch_size", batch_size)

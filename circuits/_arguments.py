@@ -1,0 +1,12 @@
+"""Checks of arguments that many public functions take."""
+
+from __future__ import annotations
+
+from circuits.errors import ArgumentError
+
+
+def checked_count(name: str, value: int, least: int = 1) -> int:
+    """Return an argument that is an integer of at least ``least``; raise ArgumentError otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+    return value
