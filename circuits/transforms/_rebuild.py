@@ -42,7 +42,7 @@ class Rebuild:
 
     def raw(self, node: ParametricNode) -> Tensor:
         """Return the parameters of an old node as they are stored, of any family."""
-        bank, row = self.pc._parameter(node)
+        bank, row = self.pc.bank_address(node)
         return self.pc.bank[bank].detach()[row]
 
     def input(self, old: Input, units: Tensor | None = None, *, var: int | None = None) -> Input:
@@ -114,7 +114,7 @@ class Rebuild:
         with torch.no_grad():
             for node in circuit.nodes:
                 if isinstance(node, ParametricNode):
-                    bank, row = new._parameter(node)
+                    bank, row = new.bank_address(node)
                     new.bank[bank][row] = self._parameters[parameter_owner(node)].to(new.device, new.dtype)
         return new
 

@@ -57,7 +57,7 @@ def test_flows_of_a_chain_are_those_of_the_best_of_all_paths(seed):
         for a, b in itertools.pairwise(best):
             uses[a, b] += 1
     flows = viterbi_flows(pc, x).flows
-    bank, position = pc._parameter(node("transition0"))
+    bank, position = pc.bank_address(node("transition0"))
     torch.testing.assert_close(flows[bank][position], uses, **CLOSE)
 
 
