@@ -4,16 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learning_cases import CLOSE, hmm
 
 import circuits as ct
 from circuits.learning import convex_combination, convex_weights
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def hmm(seed, *, seq_length=4, num_states=3, **options):
-    circuit = ct.structures.hmm(seq_length, num_states, 4, **options)
-    return ct.compile(circuit, dtype=torch.float64, seed=seed)
 
 
 @given(st.data())
