@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def latent_tree(
     num_latents: int,
     num_categories: int | Distribution | Sequence[int | Distribution] | Mapping[int, int | Distribution],
     *,
-    variables: Mapping[Hashable, int] | None = None,
+    variables: Mapping[Any, int] | None = None,
     root: Hashable | None = None,
 ) -> Circuit:
     """Build a latent tree model: a tree of hidden variables, each of which emits what is observed at its node.
