@@ -94,10 +94,11 @@ def checked_samples(
                 f"sample_weights: expected finite floating-point numbers >= 0 of shape ({len(x)},), got "
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
-    return Samples(x, observed, sample_weights, _checked_labels(pc, name, labels, len(x)))
+    return Samples(x, observed, sample_weights, checked_labels(pc, name, labels, len(x)))
 
 
-def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+    """Return the labels as int64 (N,), None of a circuit without classes; ``name`` is the argument of the samples."""
     argument, num_classes = name.replace("data", "labels"), pc.circuit.num_classes
     if num_classes is None:
         if labels is not None:
