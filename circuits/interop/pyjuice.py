@@ -98,7 +98,10 @@ def from_pyjuice(
 def check_has_one_root(circuit: Circuit) -> None:
     """Raise PropertyError if the circuit has one root unit per class, which PyJuice does not know."""
     if circuit.num_classes is not None:
-        raise PropertyError(f"PyJuice takes circuits with one root unit; {circuit} has one per class")
+        raise PropertyError(
+            f"PyJuice takes circuits with one root unit; {circuit} has one per class; "
+            "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
+        )
 
 
 def import_pyjuice() -> Any:
