@@ -111,7 +111,7 @@ class Rebuild:
         """Build sum units that mix those of ``node`` with log-weights (K', K); of a sum, mix its children instead."""
         if not isinstance(node, Sum):
             return self.extra_sum([node], log_weights)
-        inner = torch.log_softmax(self._parameters[parameter_owner(node)].double(), 1)
+        inner = torch.log_softmax(self._parameters[parameter_owner(node)].to(log_weights), 1)
         multiplied = torch.logsumexp(log_weights.unsqueeze(2) + inner, 1)
         return self._record(sum(*node.children, num_units=len(multiplied), name=node.name), multiplied)
 

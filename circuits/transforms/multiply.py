@@ -119,40 +119,39 @@ class _Multiplication:
             return self._input(left, right)
         return self._product(left, right)
 
-    def _units(self, left: Node, right: Node) -> tuple[Tensor, Tensor]:
-        """Return which unit of the left and of the right node every unit of their product multiplies."""
+    def _kept(self, left: Node, right: Node) -> slice:
+        """Return which of the K M pairs of units become units: of roots that both have classes (r, r) only."""
         circuits = self.left.pc.circuit, self.right.pc.circuit
-        if (left, right) == (circuits[0].root, circuits[1].root) and None not in {c.num_classes for c in circuits}:
-            return torch.arange(left.num_units), torch.arange(right.num_units)
-        left_units, right_units = torch.arange(left.num_units), torch.arange(right.num_units)
-        return left_units.repeat_interleave(right.num_units), right_units.repeat(left.num_units)
+        are_classes = None not in {circuit.num_classes for circuit in circuits}
+        is_root = (left, right) == (circuits[0].root, circuits[1].root)
+        return slice(None, None, left.num_units + 1) if are_classes and is_root else slice(None)
 
     def _input(self, left: Input, right: Input) -> _Pair:
         if isinstance(left.distribution, Gaussian) and isinstance(right.distribution, Gaussian):
             return self._gaussians(left, left.distribution, right, right.distribution)
         for node in (left, right):
             check_is_finite(node, "multiplying circuits")
-        left_units, right_units = self._units(left, right)
-        one, two = self.left.log_weights(left).cpu(), self.right.log_weights(right).cpu()
-        log_weights, log_partition = normalise(one[:, left_units] + two[:, right_units], 0)
+        one, two = (side.log_weights(n).cpu() for side, n in ((self.left, left), (self.right, right)))
+        pairs = (one.unsqueeze(2) + two.unsqueeze(1)).flatten(1)[:, self._kept(left, right)]
+        log_weights, log_partition = normalise(pairs, 0)
         node = self.left.extra_input(left.var, table_family(left.distribution), log_weights)
         return _Pair(node, None, log_partition)
 
     def _gaussians(self, left: Input, one: Gaussian, right: Input, two: Gaussian) -> _Pair:
         """Multiply normal densities, which gives multiples of normal densities."""
-        left_units, right_units = self._units(left, right)
-        means, stds = one.read(self.left.raw(left).double().cpu())[:, left_units]
-        other_means, other_stds = two.read(self.right.raw(right).double().cpu())[:, right_units]
+        means, stds = one.read(self.left.raw(left).double().cpu()).unsqueeze(2)  # (K, 1)
+        other_means, other_stds = two.read(self.right.raw(right).double().cpu())  # (M,)
         parameters, log_partition = one.times_normal((means, stds), other_means, other_stds)
         family = Gaussian(min(one.min_std, two.min_std) / 2)  # a product is narrower, by at most the root of 2
-        raw = family.raw(torch.stack(parameters))
-        return _Pair(self.left.extra_input(left.var, family, raw), None, log_partition)
+        kept = self._kept(left, right)
+        raw = family.raw(torch.stack([part.flatten()[kept] for part in parameters]))
+        return _Pair(self.left.extra_input(left.var, family, raw), None, log_partition.flatten()[kept])
 
     def _sum(self, left: Node, right: Node) -> _Pair:
         """Multiply mixtures: ``sum_ij w_ki v_mj c_i d_j``; a node that is no sum is a mixture of itself."""
-        left_units, right_units = self._units(left, right)
-        one = _mixture_weights(self.left, left)[left_units]
-        two = _mixture_weights(self.right, right)[right_units]
+        units = torch.arange(left.num_units * right.num_units)[self._kept(left, right)]
+        one = _mixture_weights(self.left, left)[units // right.num_units]
+        two = _mixture_weights(self.right, right)[units % right.num_units]
         weights: list[Tensor] = []
         nodes: list[Node] = []
         for part, child in zip(one.split([c.num_units for c in _terms(left)], 1), _terms(left), strict=True):
@@ -168,13 +167,13 @@ class _Multiplication:
 
     def _product(self, left: Node, right: Node) -> _Pair:
         factors = self._factors(left, right)
-        of_left, of_right = self._units(left, right)
+        kept = self._kept(left, right)
         pairs: list[_Pair] = []
         choices: list[Tensor] = []
-        log_partition = torch.zeros(len(of_left), dtype=torch.float64)
+        log_partition = torch.zeros(left.num_units * right.num_units, dtype=torch.float64)[kept]
         for one, two, left_units, right_units in factors:
             pair = self.pairs[one, two]
-            choice = left_units[of_left] * two.num_units + right_units[of_right]  # (K M,)
+            choice = (left_units.unsqueeze(1) * two.num_units + right_units).flatten()[kept]  # (K M,)
             log_partition = log_partition + pair.log_partition[choice]
             pairs.append(pair)
             choices.append(choice if pair.units is None else pair.units[choice])

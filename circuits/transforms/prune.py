@@ -53,7 +53,7 @@ def prune(
 
     With classes p(x) is ``p(x | class of the sample)``, so classes count as often as the data have them. No sample's
     ``log p - log p_E`` is negative: the mean drop of a class of N_c samples is at most N / N_c times the bound. A class
-    without samples has no flow and keeps one edge per unit that no other class uses.
+    without samples has no flow, and may lose all but one edge of every unit that no other class uses.
 
     Args:
         pc: the circuit.
