@@ -65,9 +65,19 @@ class Samples:
 
 
 def checked_samples(
-    pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any, labels: Any = None
+    pc: CompiledCircuit,
+    name: str,
+    data: Any,
+    observed: Any,
+    sample_weights: Any,
+    labels: Any = None,
+    *,
+    takes_labels: bool = True,
 ) -> Samples:
-    """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
+    """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's.
+
+    A circuit with classes needs labels, but for those who do not ask the class: ``takes_labels=False``.
+    """
     x = as_rows(name, data)
     num_vars = pc.circuit.num_vars
     if not (x.dtype in _INTEGERS or x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
@@ -94,10 +104,11 @@ def checked_samples(
                 f"sample_weights: expected finite floating-point numbers >= 0 of shape ({len(x)},), got "
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
-    return Samples(x, observed, sample_weights, _checked_labels(pc, name, labels, len(x)))
+    return Samples(x, observed, sample_weights, checked_labels(pc, name, labels, len(x)) if takes_labels else None)
 
 
-def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+    """Return the labels as int64 (N,), None of a circuit without classes; ``name`` is the argument of the samples."""
     argument, num_classes = name.replace("data", "labels"), pc.circuit.num_classes
     if num_classes is None:
         if labels is not None:

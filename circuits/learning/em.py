@@ -61,6 +61,7 @@ def expected_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     if not given.batch_size:
@@ -68,6 +69,8 @@ def expected_flows(
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
         log_z = pc.log_partition(given, banks)
+        if log_z.dim() == 2:
+            raise passes.class_needed(pc)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)

@@ -60,7 +60,7 @@ def initialize_inputs(
         ArgumentError: an argument has a wrong type, shape or value.
     """
     _check_options(by, samples_per_unit, bandwidth)
-    samples = checked_samples(pc, "data", data, observed, None)
+    samples = checked_samples(pc, "data", data, observed, None, takes_labels=False)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(samples.x), generator=generator)[: _BATCH_SIZE * _NUM_BATCHES[by]]
     flows: em.BankFlows = {}

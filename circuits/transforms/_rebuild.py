@@ -107,9 +107,24 @@ class Rebuild:
         weights[torch.arange(len(units)), units.cpu()] = 0.0
         return self.extra_sum([node], weights)
 
-    def compile(self, root: Node) -> CompiledCircuit:
-        """Compile what is below ``root``, with the recorded weights."""
-        circuit = Circuit(root)
+    def mixture(self, node: Node, log_weights: Tensor) -> Sum:
+        """Build sum units that mix those of ``node`` with log-weights (K', K); of a sum, mix its children instead."""
+        if not isinstance(node, Sum):
+            return self.extra_sum([node], log_weights)
+        inner = torch.log_softmax(self._parameters[parameter_owner(node)].to(log_weights), 1)
+        multiplied = torch.logsumexp(log_weights.unsqueeze(2) + inner, 1)
+        return self._record(sum(*node.children, num_units=len(multiplied), name=node.name), multiplied)
+
+    def compile(self, root: Node, *, has_classes: bool | None = None) -> CompiledCircuit:
+        """Compile what is below ``root``, with the recorded weights.
+
+        Args:
+            root: the new root.
+            has_classes: whether each unit of it is the distribution of a class; None: as in the old circuit.
+        """
+        if has_classes is None:
+            has_classes = self.pc.circuit.num_classes is not None
+        circuit = Circuit(root, num_classes=root.num_units if has_classes else None)
         new = compile(circuit, dtype=self.pc.dtype, device=self.pc.device, seed=0)
         with torch.no_grad():
             for node in circuit.nodes:
@@ -138,11 +153,9 @@ class Rebuild:
 
 
 def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
-    """Raise ArgumentError unless ``pc`` is a compiled circuit, PropertyError if it has a distribution per class."""
+    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
     if not isinstance(pc, CompiledCircuit):
         raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")
-    if pc.circuit.num_classes is not None:
-        raise PropertyError(f"transformations need a circuit with one root unit, and {pc.circuit} has one per class")
 
 
 def is_identity(units: Tensor, num_units: int) -> bool:

@@ -35,7 +35,7 @@ def grow(
 
     A copy mixes the copies of the old unit's children, each with an equal part of the old weight, times noise, and is
     normalised. Without noise the distribution is exactly the old one. Copies of an outer product are all combinations
-    of its factors' copies. Tied parameters stay tied.
+    of its factors' copies. Tied parameters stay tied, and classes stay as many as they were.
 
     Args:
         pc: the circuit.
@@ -90,10 +90,11 @@ def grow(
             new = rebuild.sum(node, [child.node for child in children], weights)
             copies[node] = _Copies(new, torch.arange(count * node.num_units))
     root = copies[pc.circuit.root]
-    if len(root.units) == 1:
+    num_roots = pc.circuit.root.num_units
+    if len(root.units) == num_roots:
         return rebuild.compile(rebuild.select(root.node, root.units))
-    weights = torch.full((1, root.node.num_units), -torch.inf, dtype=torch.float64)
-    weights[0, root.units] = -math.log(len(root.units))
+    weights = torch.full((num_roots, root.node.num_units), -torch.inf, dtype=torch.float64)
+    weights[torch.arange(len(root.units)) % num_roots, root.units] = math.log(num_roots / len(root.units))
     return rebuild.compile(rebuild.extra_sum([root.node], weights))
 
 
