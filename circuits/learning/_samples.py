@@ -68,6 +68,7 @@ def checked_samples(
     pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any, labels: Any = None
 ) -> Samples:
     """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
+    check_compiled(pc)
     x = as_rows(name, data)
     num_vars = pc.circuit.num_vars
     if not (x.dtype in _INTEGERS or x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
@@ -95,6 +96,12 @@ def checked_samples(
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
     return Samples(x, observed, sample_weights, _checked_labels(pc, name, labels, len(x)))
+
+
+def check_compiled(pc: CompiledCircuit) -> None:
+    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
 def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:

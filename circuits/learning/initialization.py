@@ -13,6 +13,7 @@ from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.learning import em
+from circuits.learning._arguments import check_em_options, is_number
 from circuits.learning._samples import checked_samples
 from circuits.semiring import LogSemiring
 
@@ -58,6 +59,7 @@ def initialize_inputs(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
     """
+    check_em_options(pseudocount=pseudocount)
     _check_options(by, samples_per_unit, bandwidth)
     samples = checked_samples(pc, "data", data, observed, None)
     generator = torch.Generator().manual_seed(seed)
@@ -133,5 +135,5 @@ def _check_options(by: str, samples_per_unit: int, bandwidth: float) -> None:
         raise ArgumentError(f"by: expected {' or '.join(map(repr, get_args(InitializedBy)))}, got {by!r}")
     if not isinstance(samples_per_unit, int) or samples_per_unit < 1:
         raise ArgumentError(f"samples_per_unit: expected an integer >= 1, got {samples_per_unit!r}")
-    if not 0 <= bandwidth < math.inf:
+    if not is_number(bandwidth) or not 0 <= bandwidth < math.inf:
         raise ArgumentError(f"bandwidth: expected a number >= 0 (values), got {bandwidth!r}")
