@@ -7,6 +7,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.conditioning import LayerValues
 from circuits.evidence import Evidence
 from circuits.graph import Product, Sum
 from circuits.semiring import LogSemiring
@@ -20,7 +21,8 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     """
     banks = pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
-        leaf_values = [value.detach().requires_grad_() for value in pc.leaves(evidence, banks)]
+        units = [value.detach().requires_grad_() for value in pc.leaves(evidence, banks)]
+        leaf_values = LayerValues(units, pc.conditions(evidence))
         outputs = [
             value for value in passes.upward(pc, LogSemiring(), leaf_values, banks, keep=True) if value is not None
         ]

@@ -87,6 +87,7 @@ def flows(
     path: str | os.PathLike[str],
     *,
     observed: Tensor | np.ndarray | None = None,  # shape: (N, D)
+    labels: Tensor | np.ndarray | None = None,  # shape: (N,)
     engine: Engine | None = None,
 ) -> None:
     """Draw a circuit with lines as wide as the flow of data through them: which parts explain it.
@@ -99,6 +100,7 @@ def flows(
         data: (N, D), integers, or floating point with NaN for missing values; all are evaluated at once.
         path: a .png, .svg or .pdf file.
         observed: bool (N, D), False where a value is missing.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``.
         engine: what draws; None: Graphviz where its program ``dot`` is installed, else matplotlib.
 
     Raises:
@@ -110,7 +112,7 @@ def flows(
         raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
     checked_path(path)
     _check_size("pc", len(pc.circuit.nodes))
-    samples_given = checked_samples(pc, "data", data, observed, None)
+    samples_given = checked_samples(pc, "data", data, observed, None, labels)
     (batch,) = samples_given.batches(len(samples_given.x), pc.device)
     position = {node: i for i, node in enumerate(pc.circuit.nodes)}
     edges, widths = [], []

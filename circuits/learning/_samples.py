@@ -65,9 +65,19 @@ class Samples:
 
 
 def checked_samples(
-    pc: CompiledCircuit, name: str, data: Any, observed: Any, sample_weights: Any, labels: Any = None
+    pc: CompiledCircuit,
+    name: str,
+    data: Any,
+    observed: Any,
+    sample_weights: Any,
+    labels: Any = None,
+    *,
+    needs_labels: bool = True,
 ) -> Samples:
-    """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's."""
+    """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's.
+
+    With ``needs_labels`` every sample of a circuit with classes needs one.
+    """
     check_compiled(pc)
     x = as_rows(name, data)
     num_vars = pc.circuit.num_vars
@@ -95,7 +105,8 @@ def checked_samples(
                 f"sample_weights: expected finite floating-point numbers >= 0 of shape ({len(x)},), got "
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
-    return Samples(x, observed, sample_weights, _checked_labels(pc, name, labels, len(x)))
+    checked_labels = _checked_labels(pc, name, labels, len(x)) if needs_labels else None
+    return Samples(x, observed, sample_weights, checked_labels)
 
 
 def check_compiled(pc: CompiledCircuit) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
+from circuits.conditioning import LayerValues
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import Input, Node, Product, parameter_owner
@@ -33,6 +34,7 @@ def distill_latents(
     *,
     observed: Tensor | np.ndarray | Table | None = None,  # shape: (N, D)
     sample_weights: Tensor | np.ndarray | None = None,  # shape: (N,)
+    labels: Tensor | np.ndarray | None = None,  # shape: (N,)
     pseudocount: float = 1.0,
     batch_size: int = 256,
 ) -> None:
@@ -50,6 +52,7 @@ def distill_latents(
             is the state of its latent.
         observed: bool (N, D), False where a value is missing.
         sample_weights: how often each sample counts, (N,) >= 0.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``.
         pseudocount: a >= 0, see :func:`em_step`.
         batch_size: the greatest number of samples a batch.
 
@@ -60,7 +63,7 @@ def distill_latents(
     check_em_options(pseudocount=pseudocount)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-    samples = checked_samples(pc, "data", data, observed, sample_weights)
+    samples = checked_samples(pc, "data", data, observed, sample_weights, labels)
     known = _checked_states(pc, states, len(samples.x))
     order = torch.arange(len(samples.x))
     total: em.BankFlows = {}
@@ -84,6 +87,7 @@ def initialize_by_kmeans(
     data: Tensor | np.ndarray | Table,  # shape: (N, D)
     *,
     observed: Tensor | np.ndarray | Table | None = None,  # shape: (N, D)
+    labels: Tensor | np.ndarray | None = None,  # shape: (N,)
     ordered: bool = False,
     max_samples: int = 10_000,
     pseudocount: float = 1.0,
@@ -101,6 +105,7 @@ def initialize_by_kmeans(
         pc: the circuit.
         data: (N, D), like that of :func:`fit`.
         observed: bool (N, D), False where a value is missing.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``.
         ordered: whether categories are numbers, such as grey values, rather than names; names are as far from each
             other as they can be.
         max_samples: how many random rows are clustered at most per latent.
@@ -119,7 +124,7 @@ def initialize_by_kmeans(
             f"pc: {pc.circuit} has no product of an input node of several units with its other parts, so no latent to "
             "cluster for; use ct.learning.initialize_inputs"
         )
-    samples = checked_samples(pc, "data", data, observed, None)
+    samples = checked_samples(pc, "data", data, observed, None, labels)
     count = max(1, max_samples // max(map(len, groups)))
     chosen = torch.randperm(len(samples.x), generator=torch.Generator().manual_seed(seed))[:count]
     x, is_observed = (
@@ -134,7 +139,8 @@ def initialize_by_kmeans(
         rows = torch.cat([torch.cat([columns[var] for var in context], 1) for _, context in group])
         labels = _best_clusters(rows, group[0][0].num_units, seed + number)
         states |= {leaf: part for (leaf, _), part in zip(group, labels.split(len(x)), strict=True)}
-    distill_latents(pc, x, states, observed=known, pseudocount=pseudocount)
+    classes = None if samples.labels is None else samples.labels[chosen.to(samples.labels.device)]
+    distill_latents(pc, x, states, observed=known, labels=classes, pseudocount=pseudocount)
 
 
 def _best_clusters(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -160,7 +166,8 @@ def _supervised_flows(pc: CompiledCircuit, batch: Batch, states: Mapping[Input, 
             state = state.to(pc.device)
             is_other = torch.arange(node.num_units, device=pc.device).unsqueeze(1) != state
             others[layer][row].masked_fill_(is_other & (state >= 0), -torch.inf)
-        log_z = passes.log_root(pc, [v + other for v, other in zip(leaf_values, others, strict=True)], banks)
+        known = [value + other for value, other in zip(leaf_values, others, strict=True)]
+        log_z = passes.log_root(pc, LayerValues(known, pc.conditions(batch.evidence)), banks)
         is_possible = log_z != -torch.inf
         counts = is_possible.to(log_z.dtype)
         if batch.weights is not None:

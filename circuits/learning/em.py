@@ -63,8 +63,11 @@ def expected_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
+        PropertyError: the circuit has a distribution per class, and the evidence does not name the class.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    if pc.circuit.num_classes is not None and given.classes is None:
+        raise passes.class_needed(pc)
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():

@@ -61,7 +61,7 @@ def initialize_inputs(
     """
     check_em_options(pseudocount=pseudocount)
     _check_options(by, samples_per_unit, bandwidth)
-    samples = checked_samples(pc, "data", data, observed, None)
+    samples = checked_samples(pc, "data", data, observed, None, needs_labels=False)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(samples.x), generator=generator)[: _BATCH_SIZE * _NUM_BATCHES[by]]
     flows: em.BankFlows = {}

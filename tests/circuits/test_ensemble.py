@@ -82,3 +82,11 @@ def test_arguments_are_checked():
         convex_weights(torch.zeros(3))
     with pytest.raises(ct.ArgumentError, match="got none"):
         convex_weights(torch.full((3, 2), -torch.inf))
+    with pytest.raises(ct.ArgumentError, match="members: expected one or more compiled circuits"):
+        convex_combination(hmm(0))
+    with pytest.raises(ct.ArgumentError, match="weights: expected a tensor"):
+        convex_combination([hmm(0)], [1.0])
+    with pytest.raises(ct.ArgumentError, match="log_likelihoods: expected a tensor"):
+        convex_weights([[0.0, 1.0]])
+    with pytest.raises(ct.ArgumentError, match="sample_weights: expected finite numbers"):
+        convex_weights(torch.zeros(2, 2), torch.tensor([1.0, torch.inf]))
