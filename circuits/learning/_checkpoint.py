@@ -110,7 +110,10 @@ class Checkpoint:
 
         try:
             with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # copies are aligned like all tensors: sums of others may be rounded differently, and the run would end
+                # in another last bit
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                return file.metadata() or {}, tensors
         except (SafetensorError, OSError, ValueError) as error:
             raise self.error(f"cannot be read: {error}") from error
 
