@@ -178,9 +178,11 @@ class GradientLearner(Learner):
     def _give_up(self) -> None:
         for parameter, weights in zip(self.pc.bank.values(), self._start, strict=True):
             parameter.copy_(weights)
+        has_zeros = any(bool((weights == -torch.inf).any()) for weights in self._start)
+        hint = ", and take none that scales steps by the weights, -inf for those that are zero" if has_zeros else ""
         raise ArgumentError(
             f"optimizer: expected finite losses and weights, got others with {type(self._optimizer).__name__}; lower "
-            "its learning rate. The weights are those of the last complete epoch"
+            f"its learning rate{hint}. The weights are those of the last complete epoch"
         )
 
 

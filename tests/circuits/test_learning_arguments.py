@@ -120,3 +120,14 @@ def test_the_state_of_anemone_is_that_of_the_same_circuit():
 def test_starts(start, message):
     with pytest.raises(ct.ArgumentError, match=message):
         start(mixture())
+
+
+@pytest.mark.parametrize("build", [lambda p: torch.optim.Adam(p, weight_decay=0.1), torch.optim.Adafactor])
+def test_optimizers_that_multiply_zero_weights_are_told_why_they_fail(build):
+    pc = mixture()
+    pc.set_weights(pc.circuit.root, torch.tensor([[1.0, 0.0]]))
+    with pytest.raises(ct.ArgumentError, match="scales steps by the weights, -inf for those that are zero"):
+        learning.fit(pc, X, optimizer=build, progress=False)
+    assert pc.log_weights(pc.circuit.root).exp().tolist() == [[1.0, 0.0]]
+    with pytest.raises(ct.ArgumentError, match=r"lower its learning rate\. The weights"):
+        learning.fit(mixture(), X, optimizer=lambda p: torch.optim.SGD(p, lr=math.inf), progress=False)
