@@ -358,6 +358,14 @@ def test_learn_spn_finds_a_mixture():
     assert learned > independent + 0.5
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_learn_spn_tells_dependent_variables_apart_from_independent_ones_for_every_seed(seed):
+    """Rows repeat in discrete data: two equal ones are no start for two clusters."""
+    x = torch.tensor([[0, 0], [1, 1]]).repeat(100, 1)
+    pc = ct.compile(structures.learn_spn(x, seed=seed))
+    assert bool(pc(torch.tensor([[0, 1]])).exp() < 0.01)
+
+
 def test_learn_spn_splits_independent_groups():
     x = torch.cat([clustered(1000), clustered(1000, seed=1)], 1)
     circuit = structures.learn_spn(x, seed=0)
