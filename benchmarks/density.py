@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def fit_trees(recipe: Trees, train: Tensor, valid: Tensor, seconds: float, seed:
     weights = counts.float()
     epochs = max(5, min(MAX_EPOCHS, int(seconds / epoch / len(rows))))
     labels = ct.learning.kmeans(rows, recipe.num_clusters, sample_weights=weights, seed=seed)
-    options = {"optimizer": "em", "pseudocount": 0.1, "batch_size": 512, "progress": False}
+    options: dict[str, Any] = {"optimizer": "em", "pseudocount": 0.1, "batch_size": 512, "progress": False}
     experts, shares = [], []
     for cluster in labels.unique():
         inside = (labels == cluster).float()
@@ -180,13 +181,15 @@ def fit_member(job: tuple[Path, str, Blocks | Trees, float, int, Path]) -> tuple
     torch.set_num_threads(1)
     start = time.process_time()
     train, valid = load(folder, name, "train"), load(folder, name, "valid")
-    fit = fit_blocks if isinstance(recipe, Blocks) else fit_trees
-    pc = fit(recipe, train, valid, seconds, seed)  # type: ignore[arg-type]
+    if isinstance(recipe, Blocks):
+        pc = fit_blocks(recipe, train, valid, seconds, seed)
+    else:
+        pc = fit_trees(recipe, train, valid, seconds, seed)
     ct.save(pc, path)
     return log_likelihoods(pc, valid), time.process_time() - start
 
 
-def run(folder: Path, name: str, seed: int, minutes: float, workers: int) -> dict[str, object]:
+def run(folder: Path, name: str, seed: int, minutes: float, workers: int) -> dict[str, Any]:
     """Learn an ensemble for one set and judge it."""
     start, cpu_start = time.perf_counter(), time.process_time()
     seconds = FIT_SHARE * minutes * 60 * workers / len(MEMBERS)
@@ -240,8 +243,7 @@ def main() -> None:
             result = run(arguments.data, name, seed, arguments.minutes, arguments.workers)
             runs.append(result)
             members = " ".join(
-                f"{score:.3f}x{weight:.2f}"
-                for score, weight in zip(result["members"], result["weights"], strict=True)  # type: ignore[call-overload]
+                f"{score:.3f}x{weight:.2f}" for score, weight in zip(result["members"], result["weights"], strict=True)
             )
             print(
                 f"{name} seed {seed}: test {result['test']:.4f} +- {result['error']:.3f}, valid {result['valid']:.4f}, "
@@ -258,9 +260,9 @@ def main() -> None:
     columns = ["HCLT", "LearnSPN", "ID-SPN", "RAT-SPN", "EiNet"]
     print(f"{'set':<10}{'ours':>10}{'+-':>8}{'seeds':>8}{'s':>7}{'CPU s':>7}  " + "".join(f"{c:>10}" for c in columns))
     for name, runs in rows:
-        tests = torch.tensor([float(r["test"]) for r in runs], dtype=torch.float64)  # type: ignore[arg-type]
+        tests = torch.tensor([r["test"] for r in runs], dtype=torch.float64)
         spread = f"{float(tests.max() - tests.min()):.3f}" if len(tests) > 1 else "-"
-        means = [sum(float(r[key]) for r in runs) / len(runs) for key in ("error", "wall", "cpu")]  # type: ignore[arg-type]
+        means = [sum(r[key] for r in runs) / len(runs) for key in ("error", "wall", "cpu")]
         published = "".join(f"{PUBLISHED[name][c]:>10.2f}" if name in PUBLISHED else f"{'-':>10}" for c in columns)
         print(
             f"{name:<10}{float(tests.mean()):>10.3f}{means[0]:>8.3f}{spread:>8}{means[1]:>7.0f}{means[2]:>7.0f}  "

@@ -23,11 +23,9 @@ from typing import Any
 
 import torch
 from _timing import measure
-from torch import Tensor
+from torch import Tensor, nn
 
 import circuits as ct
-
-Model = Callable[[Tensor], Tensor]
 
 
 def quad_circuit(side: int, num_units: int, num_categories: int, *, is_graph: bool) -> ct.Circuit:
@@ -58,7 +56,7 @@ def build_ours(circuit: ct.Circuit) -> ct.CompiledCircuit:
     return ct.compile(circuit, seed=0)
 
 
-def build_cirkit(circuit: ct.Circuit, weights_from: ct.CompiledCircuit | None = None) -> Model:
+def build_cirkit(circuit: ct.Circuit, weights_from: ct.CompiledCircuit | None = None) -> nn.Module:
     """Build the same circuit with libcirkit, softmax weights throughout; copy the weights where they are given."""
     from cirkit.pipeline import PipelineContext
     from cirkit.symbolic.circuit import Circuit
@@ -98,7 +96,7 @@ def build_cirkit(circuit: ct.Circuit, weights_from: ct.CompiledCircuit | None = 
     return PipelineContext(backend="torch", semiring="lse-sum", fold=True, optimize=True).compile(symbolic)
 
 
-BUILDERS: dict[str, Callable[[ct.Circuit], Model]] = {"unfactor": build_ours, "libcirkit": build_cirkit}
+BUILDERS: dict[str, Callable[[ct.Circuit], nn.Module]] = {"unfactor": build_ours, "libcirkit": build_cirkit}
 
 
 def data_for(circuit: ct.Circuit, batch_size: int) -> Tensor:
@@ -131,24 +129,25 @@ def report(title: str, seconds: dict[str, list[float]]) -> None:
 def benchmark(case: str, batch_size: int, rounds: int, quick: bool) -> None:
     circuit = CASES[case](quick)
     print(f"\n{case}{' (quick: smaller)' if quick else ''}, batch {batch_size}: {circuit}")
-    models, compile_seconds = {}, {}
+    models: dict[str, nn.Module] = {}
+    compile_seconds = {}
     for name, build in BUILDERS.items():
         start = time.perf_counter()
         models[name] = build(circuit)
         compile_seconds[name] = [time.perf_counter() - start]
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}  # type: ignore[attr-defined]
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     if len(set(counts.values())) > 1:
         raise RuntimeError(f"the circuits differ: {counts} parameters")
     x = data_for(circuit, batch_size)
 
-    def forward(model: Model) -> Callable[[], object]:
+    def forward(model: nn.Module) -> Callable[[], object]:
         def run() -> object:
             with torch.no_grad():
                 return model(x)
 
         return run
 
-    def both(model: Model) -> Callable[[], object]:
+    def both(model: nn.Module) -> Callable[[], object]:
         return lambda: forward_backward(model, x)
 
     report("compile", compile_seconds)

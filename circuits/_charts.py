@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits._files import replace_file
 from circuits.errors import ArgumentError
 from circuits.learning import FitResult
@@ -119,8 +120,8 @@ def samples(
             f"{values.shape}"
         )
     for name, count in (("num_columns", num_columns), ("zoom", zoom)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ArgumentError(f"{name}: expected an integer >= 1, got {count!r}")
+        if count is not None:
+            checked_count(name, count)
     target = checked_path(path)
     pixels = values.astype(np.float64)
     is_finite = np.isfinite(pixels)

@@ -21,11 +21,9 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     """
     banks = pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
-        units = [value.detach().requires_grad_() for value in pc.leaves(evidence, banks)]
-        leaf_values = LayerValues(units, pc.conditions(evidence))
-        outputs = [
-            value for value in passes.upward(pc, LogSemiring(), leaf_values, banks, keep=True) if value is not None
-        ]
+        leaf_values = [value.detach().requires_grad_() for value in pc.leaves(evidence, banks)]
+        values = LayerValues(leaf_values, pc.conditions(evidence))
+        outputs = [value for value in passes.upward(pc, LogSemiring(), values, banks, keep=True) if value is not None]
         log_z = outputs[-1][0, 0]
         possible = log_z != -torch.inf
         counts = possible.to(log_z.dtype) / possible.sum().clamp_min(1)

@@ -1,14 +1,13 @@
-"""From a symbolic :class:`~circuits.graph.Circuit` to tensors: layering, folding, tied weights.
+"""From a symbolic :class:`~circuits.graph.Circuit` to tensors: the module that evaluates its layers.
 
-Nodes are sorted into topological layers; nodes of one layer with the same kind and shapes are folded into one tensor
-operation. Weights of equal shape lie in one *bank*, a parameter (P, O, I) whose rows the layers select, so tied nodes
-share a row and a layer usually reads one contiguous slice.
+Each layer is one tensor operation over nodes with the same kind and shapes, and each *bank* is one parameter (P, O, I)
+with all weights of a shape, of which the layers select rows; see :mod:`circuits.plan` for how nodes are assigned.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 
 from circuits import passes
 from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, external_weights
-from circuits.distributions import Categorical, Direct, Distribution, Finite
+from circuits.distributions import Categorical, Direct, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
 from circuits.input_layers import DirectLayer, InputLayer, TableLayer
 from circuits.layers import ProductLayer, SumLayer, Weights
+from circuits.plan import Plan, plan_layers
 from circuits.rows import Address, ParameterRows
 from circuits.semiring import LogSemiring
 
@@ -47,25 +47,22 @@ class CompiledCircuit(nn.Module):
     def __init__(self, circuit: Circuit, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.circuit = circuit
-        layers = _fold(circuit)
-        self._address: dict[Node, Address] = {
-            node: (position, row) for position, nodes in enumerate(layers) for row, node in enumerate(nodes)
-        }
+        self._plan = plan = plan_layers(circuit)
         self._named = {node.name: node for node in circuit.nodes if node.name is not None}
-        self._parameter_address, bank_shapes, self.families = _assign_parameters(layers)
+        self.families = plan.families
         self.bank = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in bank_shapes.items()}
+            {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in plan.bank_shapes.items()}
         )
-        self.sum_banks = [name for name in bank_shapes if name.startswith("sum")]
-        built = [self._build_layer(nodes, dtype) for nodes in layers]
+        self.sum_banks = [name for name in plan.bank_shapes if name not in plan.families]
+        built = [_built_layer(plan, nodes, circuit.num_vars, dtype) for nodes in plan.layers]
         self.input_layers: Sequence[InputLayer] = cast(
             Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
         )
         self.inner_layers: Sequence[ProductLayer | SumLayer] = cast(
             Any, nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
         )
-        self.layer_sizes = [(len(nodes), nodes[0].num_units) for nodes in layers]
-        self.last_uses = _last_uses(layers, self._address)
+        self.layer_sizes = plan.layer_sizes
+        self.last_uses = plan.last_uses
         self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
         self._cache: dict[str, tuple[tuple[object, ...], Weights]] = {}
 
@@ -155,7 +152,7 @@ class CompiledCircuit(nn.Module):
 
     def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
         """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
-        bank, row = self._parameter(node)
+        bank, row = self.bank_address(node)
         if isinstance(self.families.get(bank), Direct):
             raise ArgumentError(f"node: a {self.families[bank]} has no table of weights; use pc.parameters_of(node)")
         return (self.weights() if banks is None else banks)[bank].log[row]
@@ -168,7 +165,7 @@ class CompiledCircuit(nn.Module):
 
     def bank_row(self, node: ParametricNode) -> Tensor:
         """Return the unconstrained parameters of one node: sums (K, I), inputs as their family defines them."""
-        bank, row = self._parameter(node)
+        bank, row = self.bank_address(node)
         return self.bank[bank][row]
 
     @torch.no_grad()
@@ -177,7 +174,7 @@ class CompiledCircuit(nn.Module):
 
         Inputs of other families than categorical take parameters as :meth:`parameters_of` returns them.
         """
-        bank, row = self._parameter(node)
+        bank, row = self.bank_address(node)
         family = self.families.get(bank)
         if family is not None and not isinstance(family, Categorical):
             is_shaped = tuple(weights.shape) == node.parameter_shape
@@ -206,7 +203,7 @@ class CompiledCircuit(nn.Module):
         for name, parameter in self.bank.items():
             family = self.families.get(name, _DIRICHLET)
             parameter.copy_(family.initial(parameter.shape, generator))
-        for node in self._parameter_address:
+        for node in self._plan.bank_addresses:
             if node.weights is not None:
                 self.set_weights(node, node.weights)
 
@@ -220,7 +217,14 @@ class CompiledCircuit(nn.Module):
     def address(self, node: Node) -> Address:
         """Return where a node of the circuit is evaluated: (layer, row)."""
         try:
-            return self._address[node]
+            return self._plan.addresses[node]
+        except KeyError:
+            raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
+
+    def bank_address(self, node: ParametricNode) -> tuple[str, int]:
+        """Return where the parameters of a node are: (bank, row); nodes that share them have one address."""
+        try:
+            return self._plan.bank_addresses[parameter_owner(node)]
         except KeyError:
             raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
 
@@ -229,7 +233,7 @@ class CompiledCircuit(nn.Module):
 
     def _node_of(self, argument: str, key: Node | str) -> Node:
         node = self._named.get(key) if isinstance(key, str) else key
-        if node not in self._address:
+        if node not in self._plan.addresses:
             raise ArgumentError(f"{argument}: {key!r} is no node of {self.circuit} and no name of one")
         return node
 
@@ -286,12 +290,6 @@ class CompiledCircuit(nn.Module):
             raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
         return classes.to(self.dtype).t()
 
-    def _parameter(self, node: ParametricNode) -> tuple[str, int]:
-        owner = parameter_owner(node)
-        if owner not in self._parameter_address:
-            raise ArgumentError(f"node: {node} does not belong to {self.circuit}")
-        return self._parameter_address[owner]
-
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
         if torch.compiler.is_compiling():
             return self._read_weights(name, parameter)
@@ -314,24 +312,6 @@ class CompiledCircuit(nn.Module):
             log = family.read(parameter)
             return Weights(log, family.linear(log) if isinstance(family, Direct) else None)
         return Weights(torch.log_softmax(parameter, -1))
-
-    def _build_layer(self, nodes: Sequence[Node], dtype: torch.dtype) -> InputLayer | ProductLayer | SumLayer:
-        first = nodes[0]
-        children = [[self._address[child] for child in node.children] for node in nodes]
-        child_units = [child.num_units for child in first.children]
-        if isinstance(first, Product):
-            return ProductLayer(children, child_units, first.mode)
-        owners = [self._parameter_address[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
-        parameters = ParameterRows(owners[0][0], [row for _, row in owners])
-        if isinstance(first, Sum):
-            num_siblings = len(nodes) // len({node.children for node in nodes})
-            position = self._address[first][0]
-            return SumLayer(children, child_units, parameters, position=position, num_siblings=num_siblings)
-        variables = [node.var for node in nodes if isinstance(node, Input)]
-        family = self.families[parameters.bank]
-        if isinstance(family, Direct):
-            return DirectLayer(variables, parameters, self.circuit.num_vars, family, dtype)
-        return TableLayer(variables, parameters, self.circuit.num_vars)
 
 
 def compile(
@@ -373,83 +353,22 @@ def compile(
     return pc if torch.device(device) == pc.device else pc.to(device)
 
 
-def _fold(circuit: Circuit) -> list[list[Node]]:
-    """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
-    siblings: dict[Hashable, list[Node]] = defaultdict(list)
-    for mixture in circuit.sums:
-        siblings[mixture.children, mixture.num_units].append(mixture)
-    depth: dict[Node, int] = {}
-    groups: dict[tuple[int, Hashable], list[Node]] = defaultdict(list)
-    for node in circuit.nodes:
-        depth[node] = 1 + max((depth[child] for child in node.children), default=-1)
-        if not isinstance(node, Sum):
-            groups[depth[node], _shape_key(node)].append(node)
-            continue
-        same = siblings[node.children, node.num_units]
-        if node is same[0]:  # the others follow it, so that the layer can stack them
-            groups[depth[node], (*_shape_key(node), len(same))].extend(same)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
-
-
-def _shape_key(node: Node) -> tuple[Hashable, ...]:
-    child_units = tuple(child.num_units for child in node.children)
-    if isinstance(node, Input):
-        return "input", node.distribution.stored_as, node.parameter_shape
-    if isinstance(node, Product):
-        return "product", node.mode, child_units
-    return "sum", node.num_units, child_units
-
-
-def _assign_parameters(
-    layers: Sequence[Sequence[Node]],
-) -> tuple[dict[ParametricNode, tuple[str, int]], dict[str, tuple[int, int, int]], dict[str, Distribution]]:
-    """Give every parameter owner a row in the bank of its family and shape, in the order of use.
-
-    Returns:
-        (addresses, bank shapes, families of the banks of inputs).
-    """
-    addresses: dict[ParametricNode, tuple[str, int]] = {}
-    families: dict[str, Distribution] = {}
-    shapes: dict[str, tuple[int, int, int]] = {}
-    for node in _parametric_nodes(layers):
-        owner = parameter_owner(node)
-        if owner in addresses:
-            continue
-        rows, columns = owner.parameter_shape
-        name = f"sum_{rows}x{columns}"
-        if isinstance(owner, Input):
-            name = _input_bank(owner.distribution.stored_as, f"{rows}x{columns}", families)
-        used = shapes.get(name, (0, rows, columns))[0]
-        addresses[owner] = (name, used)
-        shapes[name] = (used + 1, rows, columns)
-    return addresses, shapes, families
-
-
-def _input_bank(family: Distribution, size: str, families: dict[str, Distribution]) -> str:
-    """Return the bank of a family's parameters, and enter it into ``families``."""
-    name = f"input_{size}" if isinstance(family, Categorical) else f"input_{family.family}_{size}"
-    base, number = name, 1
-    while families.setdefault(name, family) != family:
-        number += 1
-        name = f"{base}_{number}"
-    return name
-
-
-def _parametric_nodes(layers: Sequence[Sequence[Node]]) -> Iterator[ParametricNode]:
-    for nodes in layers:
-        for node in nodes:
-            if isinstance(node, ParametricNode):
-                yield node
-
-
-def _last_uses(layers: Sequence[Sequence[Node]], address: dict[Node, Address]) -> list[list[int]]:
-    """Per layer, the layers whose outputs nobody needs after it."""
-    last_user: dict[int, int] = {}
-    for position, nodes in enumerate(layers):
-        for node in nodes:
-            for child in node.children:
-                last_user[address[child][0]] = position
-    spent: list[list[int]] = [[] for _ in layers]
-    for layer, user in last_user.items():
-        spent[user].append(layer)
-    return spent
+def _built_layer(
+    plan: Plan, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype
+) -> InputLayer | ProductLayer | SumLayer:
+    first = nodes[0]
+    children = [[plan.addresses[child] for child in node.children] for node in nodes]
+    child_units = [child.num_units for child in first.children]
+    if isinstance(first, Product):
+        return ProductLayer(children, child_units, first.mode)
+    owners = [plan.bank_addresses[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
+    parameters = ParameterRows(owners[0][0], [row for _, row in owners])
+    if isinstance(first, Sum):
+        num_siblings = len(nodes) // len({node.children for node in nodes})
+        position = plan.addresses[first][0]
+        return SumLayer(children, child_units, parameters, position=position, num_siblings=num_siblings)
+    variables = [node.var for node in nodes if isinstance(node, Input)]
+    family = plan.families[parameters.bank]
+    if isinstance(family, Direct):
+        return DirectLayer(variables, parameters, num_vars, family, dtype)
+    return TableLayer(variables, parameters, num_vars)

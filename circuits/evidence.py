@@ -9,7 +9,7 @@ Factors on ordered and real variables that need no list are intervals and normal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,15 @@ import torch
 from torch import Tensor
 
 from circuits._code import evidence_code
+from circuits._evidence_checks import (
+    check_distinct,
+    check_factors,
+    check_floats,
+    check_integers,
+    check_mask,
+    check_range,
+    checked_pair,
+)
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -61,18 +70,18 @@ class Evidence:
         """
         if isinstance(x, Tensor) and x.is_floating_point():
             return cls._observe_floats(x, observed)
-        _check_tensor("x", x, "int64 or floating point (B, D)", x_dim=2, integer=True)
+        check_integers("x", x, "int64 or floating point (B, D)", dim=2)
         if observed is None:
             return cls(None, x.long().unsqueeze(-1), None)
-        _check_mask("observed", observed, x.shape)
+        check_mask("observed", observed, x.shape)
         return cls(None, x.long().masked_fill(~observed, 0).unsqueeze(-1), ~observed)
 
     @classmethod
     def _observe_floats(cls, x: Tensor, observed: Tensor | None) -> Evidence:
-        _check_tensor("x", x, "int64 or floating point (B, D)", x_dim=2, integer=False)
+        check_floats("x", x, "int64 or floating point (B, D)", dim=2)
         missing = x.isnan()
         if observed is not None:
-            _check_mask("observed", observed, x.shape)
+            check_mask("observed", observed, x.shape)
             missing = missing | ~observed
         return cls(None, x.masked_fill(missing, 0.0).unsqueeze(-1), missing)
 
@@ -85,7 +94,7 @@ class Evidence:
         Raises:
             ArgumentError: wrong shape or dtype, or a factor that is NaN or +inf.
         """
-        _check_factors(log_factors, "(B, D, C)")
+        check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
         return cls(log_factors, None, None)
 
     @classmethod
@@ -100,15 +109,15 @@ class Evidence:
         Raises:
             ArgumentError: wrong shapes or dtypes, or a factor that is NaN or +inf.
         """
-        _check_tensor("values", values, "int64 (B, D, k)", x_dim=3, integer=True)
-        _check_factors(log_factors, "(B, D, k)")
+        check_integers("values", values, "int64 (B, D, k)", dim=3)
+        check_factors("log_factors", log_factors, "(B, D, k)", dim=3)
         if values.shape != log_factors.shape:
             raise ArgumentError(
                 f"log_factors: expected the shape of values, {tuple(values.shape)}, got {tuple(log_factors.shape)}"
             )
         if missing is not None:
-            _check_mask("missing", missing, values.shape[:2])
-        _check_distinct(values, log_factors)
+            check_mask("missing", missing, values.shape[:2])
+        check_distinct(values, log_factors)
         return cls(log_factors, values.long(), missing)
 
     @classmethod
@@ -119,15 +128,15 @@ class Evidence:
             ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, or a factor that is NaN or
                 +inf.
         """
-        _check_factors(log_factors, "(B, D, C)")
-        _check_tensor("x", x, "int64 (B, D)", x_dim=2, integer=True)
-        _check_mask("observed", observed, x.shape)
+        check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
+        check_integers("x", x, "int64 (B, D)", dim=2)
+        check_mask("observed", observed, x.shape)
         if log_factors.shape[:2] != x.shape:
             raise ArgumentError(
                 f"log_factors: expected (B, D, C) with (B, D) = {tuple(x.shape)}, got {tuple(log_factors.shape)}"
             )
         num_values = log_factors.shape[-1]
-        _check_range(x.masked_fill(~observed, 0), num_values, "x")
+        check_range(x.masked_fill(~observed, 0), num_values, "x")
         hard = torch.full_like(log_factors, -torch.inf)
         hard.scatter_(2, x.long().masked_fill(~observed, 0).unsqueeze(-1), 0.0)
         return cls(torch.where(observed.unsqueeze(-1), hard, log_factors), None, None)
@@ -145,7 +154,7 @@ class Evidence:
         Raises:
             ArgumentError: wrong shapes or dtypes, or a bound that is NaN.
         """
-        bounds = _checked_pair("lower", lower, "upper", upper)
+        bounds = checked_pair("lower", lower, "upper", upper)
         if bool(bounds.isnan().any()):
             raise ArgumentError("lower, upper: expected numbers or infinities, got NaN; use -inf and +inf for no bound")
         return cls(None, None, None, bounds=bounds)
@@ -161,7 +170,7 @@ class Evidence:
         Raises:
             ArgumentError: wrong shapes or dtypes, or numbers that are not finite or not positive.
         """
-        normal = _checked_pair("mean", mean, "std", std)
+        normal = checked_pair("mean", mean, "std", std)
         if not bool(normal.isfinite().all() & (normal[..., 1] > 0).all()):
             raise ArgumentError("mean, std: expected finite numbers, std > 0; use Evidence.where for missing variables")
         return cls(None, None, None, normal=normal)
@@ -188,7 +197,7 @@ class Evidence:
             )
         if isinstance(condition, Tensor) and condition.dim() == 1:
             condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
-        _check_mask("condition", condition, shape)
+        check_mask("condition", condition, shape)
         if one.classes is not None and other.classes is not None:
             raise ArgumentError("other: it names the class, as `one` does; give it once")
         latents = {**(other.latents or {}), **(one.latents or {})} or None
@@ -222,7 +231,9 @@ class Evidence:
             ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
         """
         for key, factors in log_factors.items():
-            _check_conditions(f"log_factors[{key!r}]", factors, f"({self.batch_size}, I)", self.batch_size)
+            check_factors(
+                f"log_factors[{key!r}]", factors, f"({self.batch_size}, I)", dim=2, batch_size=self.batch_size
+            )
         return replace(self, latents={**(self.latents or {}), **log_factors})
 
     def with_class(self, labels: Tensor | int) -> Evidence:
@@ -235,7 +246,7 @@ class Evidence:
         """
         if isinstance(labels, int):
             labels = torch.full((self.batch_size,), int(labels), device=self.device)
-        _check_tensor("labels", labels, f"int64 ({self.batch_size},)", x_dim=1, integer=True)
+        check_integers("labels", labels, f"int64 ({self.batch_size},)", dim=1)
         if len(labels) != self.batch_size:
             raise ArgumentError(f"labels: expected one per query, ({self.batch_size},), got {tuple(labels.shape)}")
         return replace(self, classes=labels.long())
@@ -250,7 +261,7 @@ class Evidence:
         """
         if isinstance(log_prior, Tensor) and log_prior.dim() == 1:
             log_prior = log_prior.expand(self.batch_size, -1)
-        _check_conditions("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", self.batch_size)
+        check_factors("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", dim=2, batch_size=self.batch_size)
         return replace(self, classes=log_prior)
 
     def with_factors(
@@ -345,7 +356,7 @@ class Evidence:
                 f"(shape {tuple(self._stored.shape)})"
             )
         if self.values is not None:
-            _check_range(self.values, num_categories.unsqueeze(-1), "x")
+            check_range(self.values, num_categories.unsqueeze(-1), "x")
         elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
             raise ArgumentError(
                 f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
@@ -377,78 +388,3 @@ class Evidence:
             return None if value is None else function(value)
 
         return replace(self, **{name: mapped(value) for name, value in vars(self).items()})
-
-
-def _check_tensor(name: str, value: Tensor, expected: str, *, x_dim: int, integer: bool) -> None:
-    if not isinstance(value, Tensor):
-        raise ArgumentError(
-            f"{name}: expected a tensor {expected}, got {type(value).__name__}; wrap it in torch.as_tensor"
-        )
-    is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    if value.dim() != x_dim or is_integer != integer:
-        raise ArgumentError(f"{name}: expected {expected}, got {value.dtype} {tuple(value.shape)}")
-
-
-def _checked_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> Tensor:
-    for name, tensor in ((first_name, first), (second_name, second)):
-        _check_tensor(name, tensor, "floating point (B, D)", x_dim=2, integer=False)
-        if not tensor.is_floating_point() or tensor.shape != first.shape:
-            raise ArgumentError(
-                f"{name}: expected floating point of shape {tuple(first.shape)}, got {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
-            )
-    return torch.stack([first, second], -1)
-
-
-def _check_factors(log_factors: Tensor, shape: str) -> None:
-    _check_tensor("log_factors", log_factors, f"floating point {shape}", x_dim=3, integer=False)
-    if not log_factors.is_floating_point():
-        raise ArgumentError(f"log_factors: expected floating point {shape}, got {log_factors.dtype}")
-    if not bool((log_factors.detach() < torch.inf).all()):
-        raise ArgumentError("log_factors: expected numbers below +inf (-inf rules a value out), got NaN or +inf")
-
-
-def _check_conditions(name: str, log_factors: Tensor, shape: str, batch_size: int) -> None:
-    _check_tensor(name, log_factors, f"floating point {shape}", x_dim=2, integer=False)
-    if not log_factors.is_floating_point() or len(log_factors) != batch_size:
-        raise ArgumentError(
-            f"{name}: expected floating point {shape}, got {log_factors.dtype} {tuple(log_factors.shape)}"
-        )
-    if not bool((log_factors.detach() < torch.inf).all()):
-        raise ArgumentError(f"{name}: expected numbers below +inf (-inf rules an alternative out), got NaN or +inf")
-
-
-def _check_distinct(values: Tensor, log_factors: Tensor) -> None:
-    possible = torch.where(
-        log_factors.detach() > -torch.inf, values, -1 - torch.arange(values.shape[-1], device=values.device)
-    )
-    ordered = possible.sort(-1).values
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).nonzero()
-    if len(repeated):
-        batch, var, position = repeated[0].tolist()
-        raise ArgumentError(
-            f"values: expected distinct values in a row, got {int(ordered[batch, var, position])} twice at batch "
-            f"{batch}, "
-            f"variable {var}; add up its factors with torch.logaddexp first"
-        )
-
-
-def _check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != torch.Size(shape):
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ArgumentError(f"{name}: expected a bool tensor of shape {tuple(shape)}, got {got}")
-
-
-def _check_range(values: Tensor, upper: Tensor | int, name: str) -> None:
-    outside = (values < 0) | (values >= upper)
-    if values.is_floating_point():
-        outside |= values != values.round()
-    if isinstance(upper, Tensor):
-        outside &= upper > 0
-    if bool(outside.any()):
-        first = outside.nonzero()[0].tolist()
-        limit = upper if isinstance(upper, int) else int(upper.expand_as(values[0])[tuple(first[1:])])
-        raise ArgumentError(
-            f"{name}: expected values from 0 to {limit - 1}, got {values[tuple(first)].item()} at batch {first[0]}, "
-            f"variable {first[1]}; use `observed` for unknown values"
-        )

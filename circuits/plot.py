@@ -100,7 +100,7 @@ def flows(
         data: (N, D), integers, or floating point with NaN for missing values; all are evaluated at once.
         path: a .png, .svg or .pdf file.
         observed: bool (N, D), False where a value is missing.
-        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``: its flow starts at this class.
         engine: what draws; None: Graphviz where its program ``dot`` is installed, else matplotlib.
 
     Raises:

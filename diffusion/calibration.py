@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from circuits._arguments import checked_count
 from diffusion.errors import ArgumentError
 
 
@@ -34,8 +35,7 @@ class NoiseCalibration(nn.Module):
     def __init__(self, num_tokens: int, num_knots: int = 5) -> None:
         super().__init__()
         for name, value, least in (("num_tokens", num_tokens, 1), ("num_knots", num_knots, 2)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+            checked_count(name, value, least)
         self.log_scale = nn.Parameter(torch.zeros(num_knots))
         self.bias = nn.Parameter(torch.zeros(num_knots, num_tokens))
 

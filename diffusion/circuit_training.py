@@ -95,7 +95,8 @@ def fit_coupled(
         {
             "configuration": json.dumps(asdict(config)),
             "circuit": repr([(name, tuple(p.shape)) for name, p in head.named_parameters()]) + head.normalization,
-            "cache": f"{len(cache)} {int(np.asarray(cache.tokens[:64], dtype=np.int64).sum())}",
+            "cache": cache.digest,
+            "held-out cache": "none" if held_out is None else held_out.digest,
         },
     )
     state = checkpoint.restore(head, optimizer)

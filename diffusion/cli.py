@@ -227,7 +227,7 @@ def _workspace(out: Path, device: str, quiet: bool) -> Any:
 
 
 def _recipe(preset: str, corpus: str, field: str | None) -> Any:
-    from diffusion.pipeline import PRESETS
+    from diffusion.recipe import PRESETS
 
     return PRESETS[_one_of("preset", preset, tuple(PRESETS))].with_text(corpus, field)
 

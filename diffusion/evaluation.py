@@ -7,12 +7,10 @@ tokens before it revealed, which is what its one-step prediction would need to m
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits import CompiledCircuit, queries
-from circuits._files import replace_file
 from circuits._progress import progress_bar
+from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
@@ -99,8 +97,7 @@ class GapTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""
-        with replace_file(path) as temporary:
-            Path(temporary).write_text(json.dumps(asdict(self), indent=1))
+        write_json(path, asdict(self))
 
 
 @torch.no_grad()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from circuits._files import replace_file
 from circuits._progress import progress_bar
+from diffusion._json import write_json
 from diffusion.decoding import DecodeMode
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
@@ -61,8 +59,7 @@ class FewStepTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""
-        with replace_file(path) as temporary:
-            Path(temporary).write_text(json.dumps(asdict(self), indent=1))
+        write_json(path, asdict(self))
 
 
 def few_step_quality(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from diffusion.decoding import DecodeMode, DecodeOptions, decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
@@ -142,8 +143,7 @@ def _end_at_eos(canvas: Tensor, valid: Tensor, prompt_length: int, stop: int, sp
 
 def _checked_blocks(gen_length: int, block_length: int, num_steps: int) -> int:
     for name, value in (("gen_length", gen_length), ("block_length", block_length), ("num_steps", num_steps)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name}: expected an integer >= 1, got {value!r}")
+        checked_count(name, value)
     if gen_length % block_length:
         raise ArgumentError(f"gen_length: expected a multiple of block_length={block_length}, got {gen_length}")
     num_blocks = gen_length // block_length

@@ -1,8 +1,8 @@
 """A denoiser's predictions on disk, so that a circuit can train on them for many epochs without the denoiser.
 
 A cache is a folder of plain arrays that are memory-mapped when read: ``tokens.npy`` (N, L), ``masked.npy`` (N, L),
-``log_q.npy`` (N, L, k) and, unless k = V, ``values.npy`` (N, L, k); and ``meta.json``, which also says how far the
-cache has been filled.
+``log_q.npy`` (N, L, k) and, unless k = V, ``values.npy`` (N, L, k); and ``meta.json``: how the cache is made, how far
+it has been filled, and a digest of both.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from circuits._files import replace_file
 from circuits._progress import progress_bar
+from diffusion._json import read_json, write_json
 from diffusion.coupling import CoupledDistribution
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import CoupledHead
 from diffusion.masking import ScheduleName, mask_tokens, sample_times, schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LOWEST_LOG_Q = -6e4  # float16 holds it
 
 
@@ -58,13 +59,23 @@ class CachedBatch:
 
 @dataclass(frozen=True, eq=False)
 class LogitCache:
-    """Memory-mapped predictions of a denoiser for N noised blocks of L tokens; open one with :meth:`open`."""
+    """Memory-mapped predictions of a denoiser for N noised blocks of L tokens; open one with :meth:`open`.
+
+    Attributes:
+        tokens: the true tokens, (N, L).
+        masked: which of them the denoiser did not see, (N, L).
+        log_q: its log-probabilities, (N, L, k).
+        values: the tokens that ``log_q`` is about, (N, L, k); None: all V.
+        vocab_size: V.
+        digest: of how the cache was made and of every array in it, taken as they were written.
+    """
 
     tokens: NDArray[np.int64]
     masked: NDArray[np.bool_]
     log_q: NDArray[np.floating]
     values: NDArray[np.int64] | None
     vocab_size: int
+    digest: str
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,7 +90,7 @@ class LogitCache:
         """Open a complete cache.
 
         Raises:
-            CheckpointError: the folder is missing, not a cache, of a newer format, or not complete.
+            CheckpointError: the folder is missing, not a cache, of another format version, or not complete.
         """
         folder = Path(path)
         meta = _read_meta(folder)
@@ -90,7 +101,14 @@ class LogitCache:
                 "to complete it"
             )
         arrays = _open_arrays(folder, meta, mode="r")
-        return cls(arrays["tokens"], arrays["masked"], arrays["log_q"], arrays.get("values"), meta["vocab_size"])
+        return cls(
+            arrays["tokens"],
+            arrays["masked"],
+            arrays["log_q"],
+            arrays.get("values"),
+            meta["vocab_size"],
+            meta["digest"],
+        )
 
     def batch(self, index: NDArray[np.int64] | slice, device: torch.device | str = "cpu") -> CachedBatch:
         """Read some examples."""
@@ -163,7 +181,7 @@ def cache_logits(
         "denoiser": _fingerprint(denoiser, windows[:4], block_length, device),
     }
     folder = Path(path)
-    done = _continue_or_create(folder, meta)
+    done, digest = _continue_or_create(folder, meta)
     arrays = _open_arrays(folder, meta, mode="r+")
     windows = windows.repeat(masks_per_window, 1)
     with progress_bar("caching logits", len(windows), enabled=progress, completed=done) as advance:
@@ -173,7 +191,8 @@ def cache_logits(
             _fill(arrays, rows, denoiser, windows[rows], block_length, schedule_name, generator, device)
             for array in arrays.values():
                 array.flush()
-            _write_meta(folder, {**meta, "done": rows.stop})
+            digest = _extended(digest, arrays, rows)
+            write_json(folder / "meta.json", {**meta, "done": rows.stop, "digest": digest})
             advance(rows.stop - rows.start)
     return LogitCache.open(folder)
 
@@ -229,8 +248,8 @@ def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
     return layout
 
 
-def _continue_or_create(folder: Path, meta: dict) -> int:
-    """Return how many examples the folder holds already, creating empty arrays when it is new."""
+def _continue_or_create(folder: Path, meta: dict) -> tuple[int, str]:
+    """Return how many examples the folder holds and their digest, creating empty arrays when it is new."""
     if (folder / "meta.json").exists():
         found = _read_meta(folder)
         different = [name for name, value in meta.items() if found.get(name) != value]
@@ -238,15 +257,24 @@ def _continue_or_create(folder: Path, meta: dict) -> int:
             raise CheckpointError(
                 f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
             )
-        return int(found["done"])
+        return found["done"], found["digest"]
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty and not a logit cache: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, (shape, dtype) in _array_layout(meta).items():
         with replace_file(folder / f"{name}.npy") as temporary:
             np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
-    _write_meta(folder, {**meta, "done": 0})
-    return 0
+    digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+    write_json(folder / "meta.json", {**meta, "done": 0, "digest": digest})
+    return 0, digest
+
+
+def _extended(digest: str, arrays: dict[str, np.memmap], rows: slice) -> str:
+    """Return the digest of what was written before and of some rows more."""
+    state = hashlib.sha256(digest.encode())
+    for array in arrays.values():
+        state.update(array[rows].tobytes())
+    return state.hexdigest()
 
 
 def _open_arrays(folder: Path, meta: dict, *, mode: str) -> dict[str, np.memmap]:
@@ -266,24 +294,22 @@ def _open_arrays(folder: Path, meta: dict, *, mode: str) -> dict[str, np.memmap]
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        meta = read_json(path)
+    except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a logit cache: {error}") from error
     numbers = ("num_examples", "block_length", "vocab_size", "num_listed", "done")
     if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
         raise CheckpointError(f"{path} does not describe a logit cache")
     if meta.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}"
+            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}; delete the "
+            "folder and cache again"
         )
     if any(not isinstance(meta.get(name), int) or meta[name] < 0 for name in numbers):
         raise CheckpointError(f"{path} is not complete: expected whole numbers for {', '.join(numbers)}")
+    if not isinstance(meta.get("digest"), str):
+        raise CheckpointError(f"{path} is not complete: expected the digest of what the arrays hold")
     return meta
-
-
-def _write_meta(folder: Path, meta: dict) -> None:
-    with replace_file(folder / "meta.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1))
 
 
 def _seed_of(seed: int, start: int) -> int:

@@ -14,12 +14,10 @@ Every stage is skipped when its result is there, and continued when it was inter
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +26,12 @@ from torch import Tensor
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits._files import replace_file
+from diffusion._json import read_json, write_json
 from diffusion.calibration import NoiseCalibration
-from diffusion.circuit_training import CircuitTraining, fit_coupled
+from diffusion.circuit_training import fit_coupled
 from diffusion.corpus import Corpus, check_arithmetic, join_documents, load_corpus, random_windows, windows
 from diffusion.decoding import DecodeMode
-from diffusion.denoiser_training import DenoiserTraining, train_denoiser
+from diffusion.denoiser_training import train_denoiser
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.evaluation import GapTable, misspecification_gap
@@ -40,108 +39,9 @@ from diffusion.few_steps import FewStepTable, few_step_quality
 from diffusion.generation import generate
 from diffusion.head import CoupledHead
 from diffusion.logit_cache import LogitCache, cache_logits
+from diffusion.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
 from diffusion.remasking import Strategy
-from diffusion.tokenizer import TextTokenizer, TokenizerKind, train_tokenizer
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRecipe:
-    """Which text, and how it becomes tokens.
-
-    Attributes:
-        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.corpus.load_corpus`.
-        field: the key of the text in a .jsonl corpus.
-        tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
-        vocab_size: of the "bpe" tokenizer.
-    """
-
-    corpus: str = "embedded"
-    field: str | None = None
-    tokenizer: TokenizerKind = "characters"
-    vocab_size: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserRecipe:
-    """The denoiser's size and training."""
-
-    context_length: int = 32
-    block_length: int = 32
-    max_length: int = 512
-    width: int = 192
-    num_layers: int = 4
-    num_heads: int = 6
-    training: DenoiserTraining = field(default_factory=DenoiserTraining)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircuitRecipe:
-    """The circuit's size and training.
-
-    Attributes:
-        num_states: N of the hidden Markov model over a block.
-        likelihood_blocks: training blocks of the maximum-likelihood fit.
-        likelihood_epochs: passes over them.
-        cached_blocks: noised blocks whose predictions the coupled fit trains on.
-        is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.calibration`.
-        training: the coupled fit.
-    """
-
-    num_states: int = 128
-    likelihood_blocks: int = 40_000
-    likelihood_epochs: int = 5
-    cached_blocks: int = 16_384
-    is_calibrated: bool = True
-    training: CircuitTraining = field(default_factory=CircuitTraining)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that a run of the whole pipeline depends on; ``gap_windows`` and ``texts`` size the evaluation."""
-
-    text: TextRecipe = field(default_factory=TextRecipe)
-    denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
-    circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
-    gap_windows: int = 256
-    texts: int = 256
-    seed: int = 0
-
-    def with_text(self, corpus: str, field: str | None) -> Recipe:
-        """Return the recipe for another corpus."""
-        return replace(self, text=replace(self.text, corpus=corpus, field=field))
-
-
-PRESETS: dict[str, Recipe] = {
-    "default": Recipe(
-        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=3000, learning_rate=3e-3, validate_every=1000)),
-        circuit=CircuitRecipe(num_states=64, training=CircuitTraining(steps=600)),
-    ),
-    "large": Recipe(
-        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=6000, validate_every=1000)),
-        circuit=CircuitRecipe(
-            likelihood_blocks=60_000,
-            cached_blocks=24_576,
-            training=CircuitTraining(steps=1200),
-        ),
-        gap_windows=1024,
-    ),
-    "tiny": Recipe(
-        denoiser=DenoiserRecipe(
-            width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)
-        ),
-        circuit=CircuitRecipe(
-            num_states=32,
-            likelihood_blocks=4_000,
-            likelihood_epochs=2,
-            cached_blocks=1_024,
-            training=CircuitTraining(steps=60, batch_size=64),
-        ),
-        gap_windows=48,
-        texts=16,
-    ),
-}
+from diffusion.tokenizer import TextTokenizer, train_tokenizer
 
 
 class Workspace:
@@ -236,7 +136,7 @@ class Workspace:
         self._claim(recipe)
         settings = {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
         stamp = self.path / "circuit.json"
-        if stamp.exists() and _read_json(stamp) == settings:
+        if stamp.exists() and read_json(stamp) == settings:
             return self.head()
         if stamp.exists():  # another circuit for the same denoiser: its checkpoints are of no use
             stamp.unlink()
@@ -255,7 +155,7 @@ class Workspace:
             progress=self.progress,
         )
         head.save(self.path / "head")
-        _write_json(stamp, settings)
+        write_json(stamp, settings)
         shutil.rmtree(self.path / "cache")
         return head
 
@@ -303,9 +203,7 @@ class Workspace:
             seed=recipe.seed,
             progress=self.progress,
         )
-        table.save(self.results / "gap.json")
-        with replace_file(self.results / "gap.txt") as temporary:
-            temporary.write_text(f"{table}\n")
+        self._keep(table, "gap")
         draw_gap(table, self.results / "gap.png", title=f"corpus: {Path(recipe.text.corpus).name}")
         return table
 
@@ -351,9 +249,7 @@ class Workspace:
             seed=recipe.seed,
             progress=self.progress,
         )
-        table.save(self.results / "arithmetic.json")
-        with replace_file(self.results / "arithmetic.txt") as temporary:
-            temporary.write_text(f"{table}\n")
+        self._keep(table, "arithmetic")
         draw_few_steps(table, self.results / "arithmetic.png")
         return table
 
@@ -404,15 +300,7 @@ class Workspace:
         path = self.path / "recipe.json"
         if not path.exists():
             raise CheckpointError(f"{self.path} holds no model; make one with `unfactor train --out {self.path}`")
-        content = _read_json(path)
-        try:
-            if content["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format version {content['format_version']}, this library reads {FORMAT_VERSION}"
-                )
-            return _recipe_from(content["recipe"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not complete: {error}; delete the folder and start again") from error
+        return read_recipe(path)
 
     def denoiser(self) -> TransformerDenoiser:
         """Load the denoiser; raises CheckpointError if it is not there."""
@@ -446,7 +334,7 @@ class Workspace:
             raise CheckpointError(f"{self.path} is not empty and was not made by unfactor: choose another --out")
         self._corpus(recipe)  # a corpus that cannot be read leaves no folder behind
         self.results.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe)})
+        write_recipe(recipe, path)
 
     def _corpus(self, recipe: Recipe) -> Corpus:
         return load_corpus(recipe.text.corpus, field=recipe.text.field, seed=recipe.seed)
@@ -455,30 +343,13 @@ class Workspace:
         tokenizer = self.tokenizer()
         return join_documents(tokenizer.encode_documents(documents), eos_id=tokenizer.eos_id)
 
+    def _keep(self, table: GapTable | FewStepTable, name: str) -> None:
+        table.save(self.results / f"{name}.json")
+        with replace_file(self.results / f"{name}.txt") as temporary:
+            temporary.write_text(f"{table}\n")
+
     def _checkpoint(self, name: str) -> Path:
         return self.path / "checkpoints" / f"{name}.safetensors"
 
 
-def _recipe_from(content: dict[str, Any]) -> Recipe:
-    denoiser = dict(content["denoiser"])
-    circuit = dict(content["circuit"])
-    return Recipe(
-        text=TextRecipe(**content["text"]),
-        denoiser=DenoiserRecipe(**{**denoiser, "training": DenoiserTraining(**denoiser["training"])}),
-        circuit=CircuitRecipe(**{**circuit, "training": CircuitTraining(**circuit["training"])}),
-        gap_windows=content["gap_windows"],
-        texts=content["texts"],
-        seed=content["seed"],
-    )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-
-
-def _write_json(path: Path, content: object) -> None:
-    with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+__all__ = ["PRESETS", "CircuitRecipe", "DenoiserRecipe", "Recipe", "TextRecipe", "Workspace"]

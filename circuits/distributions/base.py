@@ -230,9 +230,3 @@ def ascend(
         value = torch.where(is_better, new_value, value)
         step = step * torch.where(is_better, 1.5, 0.3)
     return best
-
-
-def checked_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ArgumentError unless ``value`` is an integer >= ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")

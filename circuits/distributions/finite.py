@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from circuits.distributions.base import Distribution, Finite, ascend, checked_count
+from circuits._arguments import checked_count
+from circuits.distributions.base import Distribution, Finite, ascend
 from circuits.errors import ArgumentError
 
 _GREATEST_LOGIT = 1e4

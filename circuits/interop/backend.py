@@ -9,10 +9,10 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError, PropertyError
+from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit
-from circuits.interop.pyjuice import import_pyjuice, to_pyjuice
+from circuits.interop.pyjuice import check_has_one_root, import_pyjuice, to_pyjuice
 from circuits.transforms._rebuild import check_is_table
 
 _BATCH_MULTIPLE = 32
@@ -79,8 +79,7 @@ def compile_with_pyjuice(
         )
     if torch.device(device).type != "cuda" or dtype != torch.float32:
         raise ArgumentError(f"backend: 'pyjuice' needs device='cuda' and dtype=torch.float32, got {device}, {dtype}")
-    if circuit.num_classes is not None:
-        raise PropertyError(f"PyJuice takes circuits with one root unit; {circuit} has one per class")
+    check_has_one_root(circuit)
     for node in circuit.inputs:
         check_is_table(node, "PyJuice")
     pc = JuiceCircuit(circuit, dtype=dtype)

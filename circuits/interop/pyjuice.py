@@ -10,6 +10,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, PropertyError
+from circuits.graph import Circuit
 from circuits.interop._nodes import JuiceNode, build_circuit, list_nodes
 from circuits.transforms._rebuild import check_compiled, check_is_table
 
@@ -31,10 +32,11 @@ def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:
 
     Raises:
         ArgumentError: a wrong block size, or PyJuice is not installed.
-        PropertyError: another input family.
+        PropertyError: another input family, or a circuit with classes.
     """
     juice = import_pyjuice()
     check_compiled(pc)
+    check_has_one_root(pc.circuit)
     for node in pc.circuit.inputs:
         check_is_table(node, "PyJuice")
     built: list[Any] = []
@@ -91,6 +93,15 @@ def from_pyjuice(
     position = {node: place for place, node in enumerate(order)}
     listed = [_listed(node, position) for node in order]
     return build_circuit(listed, device=device, dtype=dtype, seed=seed)
+
+
+def check_has_one_root(circuit: Circuit) -> None:
+    """Raise PropertyError if the circuit has one root unit per class, which PyJuice does not know."""
+    if circuit.num_classes is not None:
+        raise PropertyError(
+            f"PyJuice takes circuits with one root unit; {circuit} has one per class; "
+            "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
+        )
 
 
 def import_pyjuice() -> Any:

@@ -10,6 +10,7 @@ from circuits.learning.fit import FitResult, fit
 from circuits.learning.fit_continuous import ContinuousMixtureFit, fit_continuous_mixture
 from circuits.learning.hard import viterbi_flows
 from circuits.learning.initialization import initialize_inputs
+from circuits.learning.smoothness import roughness
 
 __all__ = [
     "AnemoneState",
@@ -30,6 +31,7 @@ __all__ = [
     "join_processes",
     "kmeans",
     "normal_points",
+    "roughness",
     "top_down_flows",
     "viterbi_flows",
 ]

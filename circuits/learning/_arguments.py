@@ -1,16 +1,11 @@
-"""Checks of arguments that several learners take."""
+"""Checks of the options that several learners take."""
 
 from __future__ import annotations
 
 import math
-from numbers import Real
 
+from circuits._arguments import is_number
 from circuits.errors import ArgumentError
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a real number, Python's or NumPy's, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_em_options(

@@ -72,11 +72,11 @@ def checked_samples(
     sample_weights: Any,
     labels: Any = None,
     *,
-    needs_labels: bool = True,
+    takes_labels: bool = True,
 ) -> Samples:
     """Return the samples as tensors; raise ArgumentError unless they fit the circuit. ``name`` is the argument's.
 
-    With ``needs_labels`` every sample of a circuit with classes needs one.
+    A circuit with classes needs labels, but for those who do not ask the class: ``takes_labels=False``.
     """
     check_compiled(pc)
     x = as_rows(name, data)
@@ -105,8 +105,7 @@ def checked_samples(
                 f"sample_weights: expected finite floating-point numbers >= 0 of shape ({len(x)},), got "
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
-    checked_labels = _checked_labels(pc, name, labels, len(x)) if needs_labels else None
-    return Samples(x, observed, sample_weights, checked_labels)
+    return Samples(x, observed, sample_weights, checked_labels(pc, name, labels, len(x)) if takes_labels else None)
 
 
 def check_compiled(pc: CompiledCircuit) -> None:
@@ -115,7 +114,8 @@ def check_compiled(pc: CompiledCircuit) -> None:
         raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
-def _checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
+    """Return the labels as int64 (N,), None of a circuit without classes; ``name`` is the argument of the samples."""
     argument, num_classes = name.replace("data", "labels"), pc.circuit.num_classes
     if num_classes is None:
         if labels is not None:

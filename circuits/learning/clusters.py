@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
 from circuits.learning.em import checked_sample_weights
 
@@ -41,9 +42,8 @@ def kmeans(
     if not isinstance(data, Tensor) or data.dim() != 2 or 0 in data.shape or data.is_complex():
         got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
         raise ArgumentError(f"data: expected a tensor of numbers (N, D) with N, D >= 1, got {got}")
-    for name, count, least in (("num_clusters", num_clusters, 1), ("num_steps", num_steps, 0)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise ArgumentError(f"{name}: expected an integer >= {least}, got {count!r}")
+    checked_count("num_clusters", num_clusters)
+    checked_count("num_steps", num_steps, least=0)
     weights = torch.ones(len(data), device=data.device)
     if sample_weights is not None:
         weights = checked_sample_weights(sample_weights, weights)
@@ -51,9 +51,7 @@ def kmeans(
         raise ArgumentError("sample_weights: expected some that are > 0, all are zero")
     x = _centred(data.double(), weights.double()).float()
     if not bool(x.isfinite().all()):
-        raise ArgumentError(
-            "data: expected finite numbers, got NaN, infinite or too large ones; fill in missing values"
-        )
+        raise ArgumentError("data: expected finite numbers, got NaN, infinite or too large ones; fill them in")
     centres = _first_centres(x, weights, num_clusters, torch.Generator().manual_seed(seed))
     labels = _nearest(x, centres)[1]
     for _ in range(num_steps):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues
 from circuits.distributions import Bernoulli, Categorical
@@ -61,8 +62,7 @@ def distill_latents(
         ImpossibleEvidenceError: all samples have probability zero with these states.
     """
     check_em_options(pseudocount=pseudocount)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    checked_count("batch_size", batch_size)
     samples = checked_samples(pc, "data", data, observed, sample_weights, labels)
     known = _checked_states(pc, states, len(samples.x))
     order = torch.arange(len(samples.x))
@@ -105,7 +105,8 @@ def initialize_by_kmeans(
         pc: the circuit.
         data: (N, D), like that of :func:`fit`.
         observed: bool (N, D), False where a value is missing.
-        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``. Clusters are those of all
+            classes together; which of them a class has is counted.
         ordered: whether categories are numbers, such as grey values, rather than names; names are as far from each
             other as they can be.
         max_samples: how many random rows are clustered at most per latent.
@@ -116,8 +117,7 @@ def initialize_by_kmeans(
         ArgumentError: an argument has a wrong type, shape or value, or no latent's states are units of input nodes.
     """
     check_compiled(pc)
-    if not isinstance(max_samples, int) or max_samples < 1:
-        raise ArgumentError(f"max_samples: expected an integer >= 1, got {max_samples!r}")
+    checked_count("max_samples", max_samples)
     groups = _latent_groups(pc)
     if not groups:
         raise ArgumentError(
@@ -137,10 +137,10 @@ def initialize_by_kmeans(
     states: dict[str | Input, Tensor] = {}
     for number, group in enumerate(groups):
         rows = torch.cat([torch.cat([columns[var] for var in context], 1) for _, context in group])
-        labels = _best_clusters(rows, group[0][0].num_units, seed + number)
-        states |= {leaf: part for (leaf, _), part in zip(group, labels.split(len(x)), strict=True)}
-    classes = None if samples.labels is None else samples.labels[chosen.to(samples.labels.device)]
-    distill_latents(pc, x, states, observed=known, labels=classes, pseudocount=pseudocount)
+        clusters = _best_clusters(rows, group[0][0].num_units, seed + number)
+        states |= {leaf: part for (leaf, _), part in zip(group, clusters.split(len(x)), strict=True)}
+    chosen_labels = None if samples.labels is None else samples.labels[chosen.to(samples.labels.device)]
+    distill_latents(pc, x, states, observed=known, labels=chosen_labels, pseudocount=pseudocount)
 
 
 def _best_clusters(rows: Tensor, num_clusters: int, seed: int) -> Tensor:

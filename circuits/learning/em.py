@@ -63,7 +63,7 @@ def expected_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
-        PropertyError: the circuit has a distribution per class, and the evidence does not name the class.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     if pc.circuit.num_classes is not None and given.classes is None:

@@ -52,7 +52,7 @@ def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | Non
         for member, copy in zip(members, copies, strict=True):
             for node, twin in copy.items():
                 if isinstance(node, ParametricNode) and isinstance(twin, ParametricNode):
-                    (bank, row), (new_bank, new_row) = member._parameter(node), pc._parameter(twin)
+                    (bank, row), (new_bank, new_row) = member.bank_address(node), pc.bank_address(twin)
                     pc.bank[new_bank][new_row] = member.bank[bank][row]
     return pc
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count, is_number
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import build_code
-from circuits.learning._arguments import is_number
 from circuits.learning._arrays import Table
 from circuits.learning._checkpoint import Checkpoint, History, Snapshot
 from circuits.learning._learners import (
@@ -280,8 +280,7 @@ def _check_options(
     if patience is not None:
         counts.append(("patience", patience, 1))
     for name, value, least in counts:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+        checked_count(name, value, least)
     if patience is not None and not is_validated:
         raise ArgumentError("patience: early stopping compares validation likelihoods; give validation_data too")
     if not is_number(min_improvement) or not 0 <= min_improvement < math.inf:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count, is_number
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
-from circuits.learning._arguments import is_number
 from circuits.learning.continuous import ContinuousMixture, normal_points, uniform_to_normal
 from circuits.region_graphs.chow_liu import empirical_mutual_information
 from circuits.structures.blocks import checked_categories, correlated_blocks
@@ -98,8 +98,7 @@ def fit_continuous_mixture(
     counts |= {"latent_dim": (latent_dim, 1), "hidden_units": (hidden_units, 1), "seed": (seed, 0)}
     counts |= {"num_hidden_layers": (num_hidden_layers, 0), "patience": (0 if patience is None else patience, 0)}
     for name, (count, least) in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise ArgumentError(f"{name}: expected an integer >= {least}, got {count!r}")
+        checked_count(name, count, least=least)
     if not isinstance(num_steps, int) or not isinstance(num_evaluations, int) or not 1 <= num_evaluations <= num_steps:
         raise ArgumentError(
             f"num_steps: expected integers 1 <= num_evaluations <= num_steps, got {num_evaluations!r} and {num_steps!r}"

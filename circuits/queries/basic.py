@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
 from circuits.queries._common import (
@@ -146,8 +146,7 @@ def sample(
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ArgumentError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
+    checked_count("num_samples", num_samples)
     banks = pc.weights() if weights is None else weights
     given = given_evidence(pc, evidence, banks)
     semiring = LogSemiring()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues
 from circuits.errors import ArgumentError
@@ -97,8 +98,7 @@ def moments(
         ArgumentError: an argument has a wrong type, shape or value.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    if not isinstance(order, int) or isinstance(order, bool) or order < 1:
-        raise ArgumentError(f"order: expected an integer >= 1, got {order!r}")
+    checked_count("order", order)
     if about not in ("zero", "mean"):
         raise ArgumentError(f"about: expected 'zero' or 'mean', got {about!r}")
     numbers = value_table(pc, "values", values)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import conditions_of
-from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import ProductLayer, SumLayer
@@ -67,8 +67,7 @@ def k_best(
         ArgumentError: ``k`` is not a positive integer.
         ImpossibleEvidenceError: no explanation is possible for some query.
     """
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ArgumentError(f"k: expected an integer >= 1, got {k!r}")
+    checked_count("k", k)
     banks = pc.weights() if weights is None else weights
     given, _ = dense_evidence(pc, evidence, banks)
     semiring = KBestSemiring(k)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
 
@@ -53,8 +53,7 @@ def sample_without_replacement(
         ArgumentError: ``num_samples`` is not a positive integer.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-        raise ArgumentError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
+    checked_count("num_samples", num_samples)
     given, factors = dense_evidence(pc, evidence)
     checked_possible(pc.log_partition(given))
     batch_size, num_vars, num_values = factors.shape

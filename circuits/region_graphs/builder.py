@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from circuits.errors import ArgumentError, StructureError
+from circuits._arguments import checked_count
+from circuits.errors import ArgumentError
 
 
 class Partition(NamedTuple):
@@ -50,31 +51,6 @@ class Builder:
         region = self.region(scope)
         self.partition(region, parts)
         return region
-
-
-def bits_of(scope: Iterable[int]) -> int:
-    """Return variables as a bit set."""
-    bits = 0
-    for var in scope:
-        if not isinstance(var, int) or isinstance(var, bool) or var < 0:
-            raise StructureError(f"unknown variable {var!r}: variables are the integers from 0")
-        bits |= 1 << var
-    return bits
-
-
-def variables_of(scope_bits: int) -> Iterator[int]:
-    """Yield the variables of a bit set in ascending order."""
-    while scope_bits:
-        lowest = scope_bits & -scope_bits
-        yield lowest.bit_length() - 1
-        scope_bits ^= lowest
-
-
-def checked_count(argument: str, value: int, least: int = 1) -> int:
-    """Return an argument that is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{argument}: expected an integer >= {least}, got {value!r}")
-    return value
 
 
 def checked_grid(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
-from circuits.region_graphs.builder import checked_count
 
 _MAX_ELEMENTS = 1 << 24
 """How many numbers a table of pairwise counts, and a block of one-hot rows, may have at once."""

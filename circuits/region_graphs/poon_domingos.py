@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from math import prod
 
+from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
-from circuits.region_graphs.builder import Builder, checked_count
+from circuits.region_graphs.builder import Builder
 
 Box = tuple[tuple[int, int], ...]
 """Start and end along every axis."""

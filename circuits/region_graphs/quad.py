@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from circuits._scopes import bits_of
 from circuits.errors import ArgumentError
-from circuits.region_graphs.builder import Builder, bits_of, checked_grid
+from circuits.region_graphs.builder import Builder, checked_grid
 
 Merge = Callable[[Builder, list[int]], int]
 

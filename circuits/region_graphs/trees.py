@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from circuits._arguments import checked_count
+from circuits._scopes import bits_of
 from circuits.errors import ArgumentError, StructureError
-from circuits.region_graphs.builder import Builder, bits_of, checked_count
+from circuits.region_graphs.builder import Builder
 from circuits.region_graphs.rooted import rooted_tree
 
 

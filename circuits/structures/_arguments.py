@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.distributions import Categorical, Distribution
 from circuits.errors import ArgumentError, StructureError
-from circuits.region_graphs.builder import checked_count
 
 
 def checked_table(
@@ -59,4 +59,4 @@ def _kind(value: object) -> str:
     return f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-__all__ = ["checked_count", "checked_table", "families_of", "family_of"]
+__all__ = ["checked_table", "families_of", "family_of"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.distributions import Literal
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, inputs, product, sum
@@ -28,8 +29,7 @@ def block_mixture(blocks: Sequence[Sequence[int]], num_components: int, num_cate
         ArgumentError: an argument has a wrong type or value.
         StructureError: the blocks overlap, or leave a variable out.
     """
-    if not isinstance(num_components, int) or num_components < 1:
-        raise ArgumentError(f"num_components: expected an integer >= 1, got {num_components!r}")
+    checked_count("num_components", num_components)
     num_vars = checked_blocks(blocks)
     categories = checked_categories(num_categories, num_vars)
     tables = [
@@ -64,8 +64,7 @@ def correlated_blocks(
     if not isinstance(information, Tensor) or information.dim() != 2 or len(information) != information.shape[1]:
         got = tuple(information.shape) if isinstance(information, Tensor) else type(information).__name__
         raise ArgumentError(f"information: expected a tensor (D, D), got {got}")
-    if not isinstance(max_values, int) or max_values < 1:
-        raise ArgumentError(f"max_values: expected an integer >= 1, got {max_values!r}")
+    checked_count("max_values", max_values)
     num_vars = len(information)
     values = torch.tensor(checked_categories(num_categories, num_vars), dtype=torch.float64)
     shared = information.detach().to("cpu", torch.float64, copy=True).fill_diagonal_(-torch.inf)

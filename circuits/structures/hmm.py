@@ -12,10 +12,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
-from circuits.structures._arguments import checked_count, checked_table, family_of
+from circuits.structures._arguments import checked_table, family_of
 
 
 def hmm(

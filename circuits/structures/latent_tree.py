@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Node, inputs, product, sum
 from circuits.region_graphs.chow_liu import chow_liu_tree, known_values
 from circuits.region_graphs.rooted import rooted_tree
-from circuits.structures._arguments import checked_count, families_of
+from circuits.structures._arguments import families_of
 
 if TYPE_CHECKING:
     import networkx
@@ -24,7 +25,7 @@ def latent_tree(
     num_latents: int,
     num_categories: int | Distribution | Sequence[int | Distribution] | Mapping[int, int | Distribution],
     *,
-    variables: Mapping[Hashable, int] | None = None,
+    variables: Mapping[Any, int] | None = None,
     root: Hashable | None = None,
 ) -> Circuit:
     """Build a latent tree model: a tree of hidden variables, each of which emits what is observed at its node.

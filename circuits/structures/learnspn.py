@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
 from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
 from circuits.region_graphs.chow_liu import checked_categories, empirical_mutual_information
-from circuits.structures._arguments import checked_count
 
 _NUM_EM_STEPS = 20
 _MAX_ELEMENTS = 1 << 24
@@ -54,8 +54,7 @@ def learn_spn(
     """
     counts = checked_categories(data, num_categories)
     checked_count("min_rows", min_rows)
-    if checked_count("num_clusters", num_clusters) < 2:
-        raise ArgumentError(f"num_clusters: expected an integer >= 2, got {num_clusters}")
+    checked_count("num_clusters", num_clusters, least=2)
     for name, value, greatest in (("significance", significance, 1.0), ("smoothing", smoothing, float("inf"))):
         if not isinstance(value, (int, float)) or not 0 < value < greatest:
             raise ArgumentError(f"{name}: expected a number above 0 and below {greatest}, got {value!r}")

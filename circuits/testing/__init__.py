@@ -1,7 +1,8 @@
 """Property-testing circuits: strategies that draw circuits and evidence, an oracle that enumerates, and test cases.
 
 Whoever writes a structure, an input family or a semiring subclasses :class:`StructureTestCase`,
-:class:`FamilyTestCase` or :class:`SemiringTestCase`, supplies a constructor, and inherits the tests.
+:class:`ClassStructureTestCase`, :class:`FamilyTestCase` or :class:`SemiringTestCase`, supplies a constructor, and
+inherits the tests.
 
 The oracle needs nothing else; the strategies need the package ``hypothesis``, and the test cases ``pytest`` too (extra
 ``[test]``): they are imported when they are first asked for.
@@ -20,6 +21,7 @@ from circuits.testing.oracle import (
 
 if TYPE_CHECKING:
     from circuits.testing.conformance import (
+        ClassStructureTestCase,
         DirectFamilyTestCase,
         FamilyTestCase,
         SemiringTestCase,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from circuits.testing.strategies import circuits, evidence
 
 __all__ = [
+    "ClassStructureTestCase",
     "DirectFamilyTestCase",
     "FamilyTestCase",
     "SemiringTestCase",
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "ClassStructureTestCase": "circuits.testing.conformance",
     "DirectFamilyTestCase": "circuits.testing.conformance",
     "FamilyTestCase": "circuits.testing.conformance",
     "SemiringTestCase": "circuits.testing.conformance",

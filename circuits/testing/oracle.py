@@ -27,7 +27,8 @@ def enumerate_joint(pc: CompiledCircuit) -> Tensor:
         pc: a circuit with at most 2**22 assignments.
 
     Returns:
-        float64, shape ``pc.circuit.num_categories``, (C,) * D when all variables have C categories.
+        float64, shape ``pc.circuit.num_categories``, (C,) * D when all variables have C categories; with R classes
+        (R, ...), a table per class.
 
     Raises:
         ArgumentError: the circuit is too large, or a variable has infinitely many values.
@@ -37,7 +38,7 @@ def enumerate_joint(pc: CompiledCircuit) -> Tensor:
 
 @torch.no_grad()
 def enumerate_explanations(pc: CompiledCircuit) -> Tensor:
-    """Return ``max_z log p(x, z)`` of every assignment: float64, shape ``pc.circuit.num_categories``."""
+    """Return ``max_z log p(x, z)`` of every assignment: float64, in the shape of :func:`enumerate_joint`."""
     return _enumerate(pc, lambda terms: terms.amax(1))
 
 
@@ -61,11 +62,14 @@ def enumerated_marginals(joint: Tensor, evidence: Evidence) -> Tensor:
 
 @torch.no_grad()
 def evaluate_slowly(pc: CompiledCircuit, x: Tensor) -> Tensor:
-    """Return log p(x), (B,), node by node in float64, for circuits of any families; NaN in ``x`` is summed out.
+    """Return log p(x), node by node in float64, for circuits of any families; NaN in ``x`` is summed out.
 
     Args:
         pc: a circuit.
         x: floating point (B, D).
+
+    Returns:
+        (B,), or (B, R) with R classes.
     """
     values: dict[Node, Tensor] = {}  # (K, B)
     x = x.double().cpu()
@@ -84,7 +88,8 @@ def evaluate_slowly(pc: CompiledCircuit, x: Tensor) -> Tensor:
             children = torch.cat([values[child] for child in node.children])
             weights = pc.log_weights(node).double().cpu()
             values[node] = torch.logsumexp(weights.unsqueeze(-1) + children, 1)
-    return values[pc.circuit.root][0]
+    root = values[pc.circuit.root]
+    return root[0] if pc.circuit.num_classes is None else root.t()
 
 
 def _log_probability(pc: CompiledCircuit, node: Input, x: Tensor) -> Tensor:
@@ -134,7 +139,8 @@ def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
             weights = pc.log_weights(node).double().cpu()
             children = torch.cat([tables[child] for child in node.children])
             tables[node] = plus(weights.reshape(*weights.shape, *[1] * circuit.num_vars) + children.unsqueeze(0))
-    return tables[circuit.root][0]
+    root = tables[circuit.root]
+    return root[0] if circuit.num_classes is None else root
 
 
 def _broadcast_shape(num_vars: int, var: int, count: int) -> list[int]:

@@ -37,6 +37,7 @@ def circuits(
     max_categories: int = 4,
     zero_weights: bool = True,
     families: Literal["table", "finite", "all"] = "finite",
+    max_classes: int | None = None,
 ) -> Circuit:
     """Draw a valid circuit: shared nodes, several children, mixed families and categories, tied parameters.
 
@@ -49,10 +50,17 @@ def circuits(
         zero_weights: whether some nodes are given weights with zeros in them, or are literals.
         families: of the inputs: "table": categorical and Bernoulli; "finite": all that have finitely many values, so
             that enumeration is possible; "all": also Poisson and Gaussian.
+        max_classes: draw class-conditional circuits with 1 up to this number of classes; None: with one root unit.
     """
     num_vars = draw(st.integers(min_vars, max_vars), label="num_vars")
     builder = _Builder(draw, num_vars, max_units, max_categories, zero_weights, families)
-    return Circuit(builder.mixture(tuple(range(num_vars)), num_units=1))
+    scope = tuple(range(num_vars))
+    if max_classes is None:
+        return Circuit(builder.mixture(scope, num_units=1))
+    num_classes = draw(st.integers(1, max_classes), label="num_classes")
+    is_sum = draw(st.integers(0, 3), label="root") != 3
+    root = builder.mixture(scope, num_classes) if is_sum else builder.factorized(scope, num_classes)
+    return Circuit(root, num_classes=num_classes)
 
 
 class _Builder:
@@ -101,6 +109,11 @@ class _Builder:
         node = sum(*children, num_units=num_units, tied_to=tied_to, weights=weights)
         self.mixtures.setdefault(shape, []).append(node)
         return node
+
+    def factorized(self, scope: tuple[int, ...], num_units: int) -> Node:
+        """Build input units, or an elementwise product of single variables' nodes."""
+        parts = [self.region((var,), num_units) for var in scope]
+        return parts[0] if len(parts) == 1 else product(*parts)
 
     def component(self, scope: tuple[int, ...]) -> Node:
         """Build one child of a sum: input units, or a product over a random partition of the scope."""

@@ -1,4 +1,7 @@
-"""Transformations: pure functions from compiled circuits to compiled circuits, which keep weights, device and dtype."""
+"""Transformations: pure functions from compiled circuits to compiled circuits, which keep weights, device and dtype.
+
+A circuit with classes (``num_classes``) keeps them: what a transformation does, it does to the distribution of each.
+"""
 
 from circuits.transforms.chain import Chain, to_chain
 from circuits.transforms.condition import condition

@@ -42,7 +42,7 @@ class Rebuild:
 
     def raw(self, node: ParametricNode) -> Tensor:
         """Return the parameters of an old node as they are stored, of any family."""
-        bank, row = self.pc._parameter(node)
+        bank, row = self.pc.bank_address(node)
         return self.pc.bank[bank].detach()[row]
 
     def input(self, old: Input, units: Tensor | None = None, *, var: int | None = None) -> Input:
@@ -107,14 +107,29 @@ class Rebuild:
         weights[torch.arange(len(units)), units.cpu()] = 0.0
         return self.extra_sum([node], weights)
 
-    def compile(self, root: Node) -> CompiledCircuit:
-        """Compile what is below ``root``, with the recorded weights."""
-        circuit = Circuit(root)
+    def mixture(self, node: Node, log_weights: Tensor) -> Sum:
+        """Build sum units that mix those of ``node`` with log-weights (K', K); of a sum, mix its children instead."""
+        if not isinstance(node, Sum):
+            return self.extra_sum([node], log_weights)
+        inner = torch.log_softmax(self._parameters[parameter_owner(node)].to(log_weights), 1)
+        multiplied = torch.logsumexp(log_weights.unsqueeze(2) + inner, 1)
+        return self._record(sum(*node.children, num_units=len(multiplied), name=node.name), multiplied)
+
+    def compile(self, root: Node, *, has_classes: bool | None = None) -> CompiledCircuit:
+        """Compile what is below ``root``, with the recorded weights.
+
+        Args:
+            root: the new root.
+            has_classes: whether each unit of it is the distribution of a class; None: as in the old circuit.
+        """
+        if has_classes is None:
+            has_classes = self.pc.circuit.num_classes is not None
+        circuit = Circuit(root, num_classes=root.num_units if has_classes else None)
         new = compile(circuit, dtype=self.pc.dtype, device=self.pc.device, seed=0)
         with torch.no_grad():
             for node in circuit.nodes:
                 if isinstance(node, ParametricNode):
-                    bank, row = new._parameter(node)
+                    bank, row = new.bank_address(node)
                     new.bank[bank][row] = self._parameters[parameter_owner(node)].to(new.device, new.dtype)
         return new
 
@@ -138,11 +153,9 @@ class Rebuild:
 
 
 def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
-    """Raise ArgumentError unless ``pc`` is a compiled circuit, PropertyError if it has a distribution per class."""
+    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
     if not isinstance(pc, CompiledCircuit):
         raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")
-    if pc.circuit.num_classes is not None:
-        raise PropertyError(f"transformations need a circuit with one root unit, and {pc.circuit} has one per class")
 
 
 def is_identity(units: Tensor, num_units: int) -> bool:

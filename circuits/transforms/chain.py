@@ -14,12 +14,15 @@ from circuits.transforms._rebuild import Rebuild
 
 
 class Chain(NamedTuple):
-    """A non-homogeneous hidden Markov model: ``p(x) = sum_z p(z_0) prod_t p(z_t | z_t-1) p(x_t | z_t)``."""
+    """A non-homogeneous hidden Markov model: ``p(x) = sum_z p(z_0) prod_t p(z_t | z_t-1) p(x_t | z_t)``.
+
+    With classes only ``p(z_0 | class)`` depends on the class.
+    """
 
     order: tuple[int, ...]
     """The variable of every step t."""
     initial: Tensor
-    """p(z_0 = i), (N_0,), float64."""
+    """p(z_0 = i), (N_0,), float64; of a circuit with R classes p(z_0 = i | class r) at [r, i], (R, N_0)."""
     transition: tuple[Tensor, ...]
     """p(z_t = j | z_t-1 = i) at [i, j], (N_t-1, N_t), for t = 1 .. D - 1."""
     emission: tuple[Tensor, ...]
@@ -36,7 +39,7 @@ def to_chain(pc: CompiledCircuit) -> Chain:
     Bayes models and their like are chains.
 
     Args:
-        pc: the circuit.
+        pc: the circuit; it may have classes.
 
     Raises:
         PropertyError: the circuit is not a chain; the message names the node where it branches.
@@ -45,8 +48,9 @@ def to_chain(pc: CompiledCircuit) -> Chain:
     order: list[int] = []
     transition: list[Tensor] = []
     emission: list[Tensor] = []
-    node: Node | None = pc.circuit.root
-    to_states = torch.ones(1, 1, dtype=torch.float64, device=pc.device)
+    root = pc.circuit.root
+    node: Node | None = root
+    to_states = torch.eye(root.num_units, dtype=torch.float64, device=pc.device)
     while node is not None:
         while isinstance(node, Sum) and len(node.scope) > 1:
             if len(node.children) > 1:
@@ -61,7 +65,8 @@ def to_chain(pc: CompiledCircuit) -> Chain:
             emission.append(_emission(rebuild, leaf))
             to_states = torch.eye(num_states, dtype=torch.float64, device=pc.device)
         node = rest
-    return Chain(tuple(order), transition[0][0], tuple(transition[1:]), tuple(emission))
+    initial = transition[0][0] if pc.circuit.num_classes is None else transition[0]
+    return Chain(tuple(order), initial, tuple(transition[1:]), tuple(emission))
 
 
 def _leaves_and_rest(node: Node) -> tuple[list[Node], Node | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit
+from circuits.conditioning import conditions_of
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.graph import Input, Node, Product, Sum
@@ -24,15 +25,19 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
     ``w_n(v) e(v) / Z_n``: these inputs become categorical ones. Parameters that were tied stay tied only where they are
     equal.
 
+    A circuit with classes becomes one with the same classes, ``p(x | e, class)`` each. If the evidence names the class,
+    the result is this one distribution; if it has a prior of the classes, it is ``sum_r p(x, class r | e)``.
+    Units that only other classes use stay until :func:`trim` drops them.
+
     Args:
         pc: the circuit.
-        evidence: for one query, B = 1: hard, missing, soft or mixed.
+        evidence: for one query, B = 1: hard, missing, soft or mixed, perhaps with a class or a prior of the classes.
         variables: "remaining" leaves out the variables that the evidence fixes to one value and renumbers the others in
             their order; "all" keeps them, as input units that give this value probability 1.
 
     Raises:
         ArgumentError: the evidence is not of one query or does not fit, or every variable is fixed.
-        ImpossibleEvidenceError: Z(e) = 0.
+        ImpossibleEvidenceError: Z(e) = 0, of some class where the evidence does not say which.
         PropertyError: evidence on a variable with infinitely many values, unless it is hard and the variable left out.
     """
     rebuild = Rebuild(pc)
@@ -48,6 +53,7 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         raise ArgumentError("evidence: expected evidence on variables only, got some on latents")
     with torch.no_grad():
         leaves = pc.leaves(evidence)
+        class_factors = conditions_of(leaves).class_factors
         is_finite = pc.num_categories > 0
         listed = Evidence.where(is_finite, evidence, Evidence.nothing(1, evidence.num_vars, pc.device))
         factors = listed.dense(max(1, int(pc.num_categories.max())), torch.float64)[0]
@@ -74,9 +80,26 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         elif isinstance(node, Sum):
             children = torch.cat([values[child] for child in node.children])
             changed[node], values[node] = normalise(rebuild.log_weights(node) + children, 1)
-    if float(values[pc.circuit.root]) == -torch.inf:
+    if class_factors is None:
+        _check_is_possible(pc, values[pc.circuit.root])
+        return compile_without(rebuild, kept, changed)
+    class_weights, log_z = normalise((values[pc.circuit.root] + class_factors[:, 0].double()).unsqueeze(0), 1)
+    _check_is_possible(pc, log_z)
+    return compile_without(rebuild, kept, changed, class_weights)
+
+
+def _check_is_possible(pc: CompiledCircuit, log_z: Tensor) -> None:
+    """Raise ImpossibleEvidenceError if one of the log Z is -inf."""
+    impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
+    if not impossible:
+        return
+    if len(log_z) == 1:
         raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
-    return compile_without(rebuild, kept, changed)
+    raise ImpossibleEvidenceError(
+        f"evidence: it has probability zero under {len(impossible)} of {len(log_z)} classes of {pc.circuit} (the first "
+        f"is {impossible[0]}); say which class with evidence.with_class(label), or mix those that are possible with "
+        "evidence.with_class_prior(log_prior)"
+    )
 
 
 def _product_values(node: Product, values: dict[Node, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
@@ -34,7 +35,7 @@ def grow(
 
     A copy mixes the copies of the old unit's children, each with an equal part of the old weight, times noise, and is
     normalised. Without noise the distribution is exactly the old one. Copies of an outer product are all combinations
-    of its factors' copies. Tied parameters stay tied.
+    of its factors' copies. Tied parameters stay tied, and classes stay as many as they were.
 
     Args:
         pc: the circuit.
@@ -49,8 +50,7 @@ def grow(
         ArgumentError: an argument is out of range.
     """
     rebuild = Rebuild(pc)
-    if not isinstance(num_copies, int) or isinstance(num_copies, bool) or num_copies < 1:
-        raise ArgumentError(f"num_copies: expected an integer >= 1, got {num_copies!r}")
+    checked_count("num_copies", num_copies)
     if not 0 <= noise < math.inf:
         raise ArgumentError(f"noise: expected a standard deviation >= 0, got {noise!r}")
     if seed is not None and generator is not None:
@@ -90,10 +90,11 @@ def grow(
             new = rebuild.sum(node, [child.node for child in children], weights)
             copies[node] = _Copies(new, torch.arange(count * node.num_units))
     root = copies[pc.circuit.root]
-    if len(root.units) == 1:
+    num_roots = pc.circuit.root.num_units
+    if len(root.units) == num_roots:
         return rebuild.compile(rebuild.select(root.node, root.units))
-    weights = torch.full((1, root.node.num_units), -torch.inf, dtype=torch.float64)
-    weights[0, root.units] = -math.log(len(root.units))
+    weights = torch.full((num_roots, root.node.num_units), -torch.inf, dtype=torch.float64)
+    weights[torch.arange(len(root.units)) % num_roots, root.units] = math.log(num_roots / len(root.units))
     return rebuild.compile(rebuild.extra_sum([root.node], weights))
 
 

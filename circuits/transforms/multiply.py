@@ -20,7 +20,7 @@ class NormalizedProduct(NamedTuple):
     pc: CompiledCircuit
     """p(x) q(x) / Z"""
     log_partition: Tensor
-    """log Z = log sum_x p(x) q(x), a float64 scalar, in nats."""
+    """log Z = log sum_x p(x) q(x), float64, in nats: a scalar, or one per class, (R,)."""
 
 
 def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
@@ -30,6 +30,9 @@ def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
     them more finely than the other. Every pair of units that meet becomes one unit, so the result has up to the product
     of both numbers of units. A circuit is compatible with itself only if it is *structured-decomposable*.
 
+    If one circuit has classes the result has them too: ``p(x | class) q(x) / Z_class``. If both do, these are the same
+    classes: ``p(x | class) q(x | class) / Z_class``.
+
     Args:
         pc: the first circuit; the result has its device and dtype.
         other: the second circuit, over as many variables with as many categories.
@@ -38,9 +41,9 @@ def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
         ``(pc, log_partition)``.
 
     Raises:
-        ArgumentError: the circuits' variables differ.
+        ArgumentError: the circuits' variables, or their numbers of classes, differ.
         PropertyError: the circuits are not compatible, or variables have infinitely many values and are not Gaussian.
-        ImpossibleEvidenceError: Z = 0, no assignment is possible under both.
+        ImpossibleEvidenceError: Z = 0, no assignment is possible under both, of some class.
     """
     check_compiled(pc)
     check_compiled(other, "other")
@@ -49,16 +52,27 @@ def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
             f"other: expected variables with the categories of pc, {pc.circuit.num_categories}, got "
             f"{other.circuit.num_categories}"
         )
+    num_classes = {circuit.num_classes for circuit in (pc.circuit, other.circuit)} - {None}
+    if len(num_classes) == 2:
+        raise ArgumentError(
+            f"other: expected the classes of pc, {pc.circuit.num_classes}, or none, got {other.circuit.num_classes}"
+        )
     multiplication = _Multiplication(pc, other)
     root = multiplication.pair(pc.circuit.root, other.circuit.root)
-    log_partition = root.log_partition[0]
-    if float(log_partition) == -torch.inf:
-        raise ImpossibleEvidenceError("other: no assignment is possible under both circuits, their product is zero")
-    return NormalizedProduct(multiplication.compile(root), log_partition)
+    if bool((root.log_partition == -torch.inf).any()):
+        raise ImpossibleEvidenceError(
+            "other: no assignment is possible under both circuits, their product is zero"
+            + (" for a class" if num_classes else "")
+        )
+    log_partition = root.log_partition if num_classes else root.log_partition[0]
+    return NormalizedProduct(multiplication.compile(root, has_classes=bool(num_classes)), log_partition)
 
 
 class _Pair(NamedTuple):
-    """The product of nodes with K and M units; unit (k, m) is the unit ``units[k M + m]`` of ``node``."""
+    """The product of nodes with K and M units; unit (k, m) is the unit ``units[k M + m]`` of ``node``.
+
+    Of two roots with R classes it has the R units (r, r).
+    """
 
     node: Node
     units: Tensor | None
@@ -73,8 +87,8 @@ class _Multiplication:
         self.pairs: dict[tuple[Node, Node], _Pair] = {}
         self.groups: dict[tuple[object, ...], Node] = {}
 
-    def compile(self, root: _Pair) -> CompiledCircuit:
-        return self.left.compile(self.left.select(root.node, root.units))
+    def compile(self, root: _Pair, *, has_classes: bool) -> CompiledCircuit:
+        return self.left.compile(self.left.select(root.node, root.units), has_classes=has_classes)
 
     def pair(self, left: Node, right: Node) -> _Pair:
         """Multiply two nodes, with an explicit stack: chains can be deeper than Python's recursion."""
@@ -105,13 +119,21 @@ class _Multiplication:
             return self._input(left, right)
         return self._product(left, right)
 
+    def _kept(self, left: Node, right: Node) -> slice:
+        """Return which of the K M pairs of units become units: of roots that both have classes (r, r) only."""
+        circuits = self.left.pc.circuit, self.right.pc.circuit
+        are_classes = None not in {circuit.num_classes for circuit in circuits}
+        is_root = (left, right) == (circuits[0].root, circuits[1].root)
+        return slice(None, None, left.num_units + 1) if are_classes and is_root else slice(None)
+
     def _input(self, left: Input, right: Input) -> _Pair:
         if isinstance(left.distribution, Gaussian) and isinstance(right.distribution, Gaussian):
             return self._gaussians(left, left.distribution, right, right.distribution)
         for node in (left, right):
             check_is_finite(node, "multiplying circuits")
         one, two = (side.log_weights(n).cpu() for side, n in ((self.left, left), (self.right, right)))
-        log_weights, log_partition = normalise((one.unsqueeze(2) + two.unsqueeze(1)).flatten(1), 0)
+        pairs = (one.unsqueeze(2) + two.unsqueeze(1)).flatten(1)[:, self._kept(left, right)]
+        log_weights, log_partition = normalise(pairs, 0)
         node = self.left.extra_input(left.var, table_family(left.distribution), log_weights)
         return _Pair(node, None, log_partition)
 
@@ -121,12 +143,15 @@ class _Multiplication:
         other_means, other_stds = two.read(self.right.raw(right).double().cpu())  # (M,)
         parameters, log_partition = one.times_normal((means, stds), other_means, other_stds)
         family = Gaussian(min(one.min_std, two.min_std) / 2)  # a product is narrower, by at most the root of 2
-        raw = family.raw(torch.stack([part.flatten() for part in parameters]))
-        return _Pair(self.left.extra_input(left.var, family, raw), None, log_partition.flatten())
+        kept = self._kept(left, right)
+        raw = family.raw(torch.stack([part.flatten()[kept] for part in parameters]))
+        return _Pair(self.left.extra_input(left.var, family, raw), None, log_partition.flatten()[kept])
 
     def _sum(self, left: Node, right: Node) -> _Pair:
         """Multiply mixtures: ``sum_ij w_ki v_mj c_i d_j``; a node that is no sum is a mixture of itself."""
-        one, two = _mixture_weights(self.left, left), _mixture_weights(self.right, right)
+        units = torch.arange(left.num_units * right.num_units)[self._kept(left, right)]
+        one = _mixture_weights(self.left, left)[units // right.num_units]
+        two = _mixture_weights(self.right, right)[units % right.num_units]
         weights: list[Tensor] = []
         nodes: list[Node] = []
         for part, child in zip(one.split([c.num_units for c in _terms(left)], 1), _terms(left), strict=True):
@@ -134,8 +159,7 @@ class _Multiplication:
                 two.split([c.num_units for c in _terms(right)], 1), _terms(right), strict=True
             ):
                 pair = self.pairs[child, other]
-                outer = part[:, None, :, None] + other_part[None, :, None, :]  # (K, M, I, J)
-                columns = outer.flatten(2).flatten(0, 1) + pair.log_partition
+                columns = (part.unsqueeze(2) + other_part.unsqueeze(1)).flatten(1) + pair.log_partition  # (K M, I J)
                 nodes.append(pair.node)
                 weights.append(_placed(columns, pair))
         log_weights, totals = normalise(torch.cat(weights, 1), 1)
@@ -143,13 +167,13 @@ class _Multiplication:
 
     def _product(self, left: Node, right: Node) -> _Pair:
         factors = self._factors(left, right)
-        num_left, num_right = left.num_units, right.num_units
+        kept = self._kept(left, right)
         pairs: list[_Pair] = []
         choices: list[Tensor] = []
-        log_partition = torch.zeros(num_left * num_right, dtype=torch.float64)
+        log_partition = torch.zeros(left.num_units * right.num_units, dtype=torch.float64)[kept]
         for one, two, left_units, right_units in factors:
             pair = self.pairs[one, two]
-            choice = (left_units.unsqueeze(1) * two.num_units + right_units).flatten()  # (K M,)
+            choice = (left_units.unsqueeze(1) * two.num_units + right_units).flatten()[kept]  # (K M,)
             log_partition = log_partition + pair.log_partition[choice]
             pairs.append(pair)
             choices.append(choice if pair.units is None else pair.units[choice])

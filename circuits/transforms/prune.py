@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
+from circuits.learning._samples import checked_labels
 from circuits.learning.em import BankFlows, expected_flows
 from circuits.transforms._rebuild import check_compiled, normalise
 from circuits.transforms.units import trim
@@ -37,6 +39,7 @@ def prune(
     fraction: float | None = None,
     max_loss: float | None = None,
     batch_size: int = 256,
+    labels: Tensor | None = None,
 ) -> Pruned:
     """Remove the sum weights with the smallest total flow, and then all units that cannot be reached any more.
 
@@ -49,22 +52,27 @@ def prune(
     The middle is what ``max_loss`` bounds and what is returned; the right is the bound of the paper. The edge of the
     greatest flow of every unit always stays. Weights of pruned edges are zero and stay zero in learning.
 
+    With classes p(x) is ``p(x | class of the sample)``, so classes count as often as the data have them. No sample's
+    ``log p - log p_E`` is negative: the mean drop of a class of N_c samples is at most N / N_c times the bound. A class
+    without samples has no flow, and may lose all but one edge of every unit that no other class uses.
+
     Args:
         pc: the circuit.
         data: complete assignments, int64 (N, D), or evidence for N samples.
         fraction: the share of the positive sum weights to remove, 0 <= fraction <= 1. Either it or ``max_loss``.
         max_loss: remove as many as this bound on the drop of the mean log-likelihood allows, nats per sample.
         batch_size: how many samples are evaluated at once.
+        labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``, unless the evidence names it.
 
     Returns:
         ``(pc, max_loss, num_removed)``; the bound is +inf if some sample has become impossible.
 
     Raises:
-        ArgumentError: an argument is out of range.
+        ArgumentError: an argument is out of range, or labels and classes do not go together.
         ImpossibleEvidenceError: a sample has probability zero already.
     """
     check_compiled(pc)
-    evidence = data if isinstance(data, Evidence) else Evidence.observe(data)
+    evidence = _labelled(pc, data if isinstance(data, Evidence) else Evidence.observe(data), labels)
     _check_options(fraction, max_loss, batch_size)
     flows, log_likelihood = _total_flows(pc, evidence, batch_size)
     order = _removable(pc, flows)
@@ -81,6 +89,16 @@ def prune(
         count = _largest_count(len(order), lambda count: loss_without(count) <= max_loss)
     masks = _masks(pc, flows, order[:count])
     return Pruned(trim(_without(pc, masks)), loss_without(count), count)
+
+
+def _labelled(pc: CompiledCircuit, evidence: Evidence, labels: Tensor | None) -> Evidence:
+    """Return the evidence with the class of every sample, if the circuit has classes."""
+    if evidence.classes is not None:
+        if labels is not None:
+            raise ArgumentError("labels: the evidence names the classes already; leave one of them out")
+        return evidence
+    labels = checked_labels(pc, "data", labels, evidence.batch_size)
+    return evidence if labels is None else evidence.with_class(labels.to(evidence.device))
 
 
 @torch.no_grad()
@@ -171,5 +189,4 @@ def _check_options(fraction: float | None, max_loss: float | None, batch_size: i
         raise ArgumentError(f"fraction: expected a share from 0 to 1, got {fraction!r}")
     if max_loss is not None and not max_loss >= 0:
         raise ArgumentError(f"max_loss: expected nats per sample >= 0, got {max_loss!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    checked_count("batch_size", batch_size)

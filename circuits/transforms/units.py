@@ -50,7 +50,7 @@ def merge_equal_units(pc: CompiledCircuit) -> CompiledCircuit:
     """Merge the units of a node that are the same distribution because their weights are equal.
 
     The distribution stays the same; the weights that lead to merged units add up. Units stay apart where merging them
-    would break an elementwise product or a tie.
+    would break an elementwise product or a tie, and units of the root, if they are classes.
 
     Args:
         pc: the circuit.
@@ -149,7 +149,7 @@ def _align(
     """Change the labels, which only get finer, until nodes whose units go together have the same ones.
 
     Units of an outer product are combinations of its children's; where another node needs something else of it, its
-    children get the finest labels there are.
+    children get the finest labels there are. The root's units stay apart: each is the distribution of a class.
     """
     changed = True
 
@@ -167,7 +167,7 @@ def _align(
 
     kept = [node for node in circuit.nodes if bool((labels[node] != 0).any()) or labels[node].dtype != torch.bool]
     together, apart = _together(kept)
-    for node in apart:
+    for node in (circuit.root, *apart):
         if node in kept:
             pin(node)
     while changed:

@@ -77,8 +77,13 @@ def marginalize(pc: CompiledCircuit, variables: Iterable[int]) -> CompiledCircui
     return compile_without(rebuild, kept, {})
 
 
-def compile_without(rebuild: Rebuild, kept: Sequence[int], changed: dict[Node, Tensor]) -> CompiledCircuit:
-    """Compile the circuit with only the variables ``kept``, and with the log-weights of ``changed`` nodes replaced."""
+def compile_without(
+    rebuild: Rebuild, kept: Sequence[int], changed: dict[Node, Tensor], class_weights: Tensor | None = None
+) -> CompiledCircuit:
+    """Compile the circuit with only the variables ``kept``, and with the log-weights of ``changed`` nodes replaced.
+
+    With ``class_weights``, (1, R), the new root is one unit that mixes the root's units with these log-weights.
+    """
     renamed = {old: new for new, old in enumerate(kept)}
     parts: dict[Node, Part] = {}
     for node in rebuild.pc.circuit.nodes:
@@ -93,7 +98,10 @@ def compile_without(rebuild: Rebuild, kept: Sequence[int], changed: dict[Node, T
         elif children and isinstance(node, Product):
             parts[node] = _product_part(rebuild, node, parts)
     root = parts[rebuild.pc.circuit.root]
-    return rebuild.compile(rebuild.select(root.node, root.units))
+    selected = rebuild.select(root.node, root.units)
+    if class_weights is None:
+        return rebuild.compile(selected)
+    return rebuild.compile(rebuild.mixture(selected, class_weights), has_classes=False)
 
 
 def _sum_part(rebuild: Rebuild, node: Sum, children: Sequence[Part], changed: Tensor | None) -> Part:

@@ -10,10 +10,10 @@ RELATIVE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @st.composite
-def compiled_with_evidence(draw, **options):
+def compiled_with_evidence(draw, *, batch_size=2, **options):
     circuit = draw(ct.testing.circuits(**options))
     pc = ct.compile(circuit, dtype=torch.float64, seed=draw(st.integers(0, 1000), label="seed"))
-    return pc, draw(ct.testing.evidence(circuit))
+    return pc, draw(ct.testing.evidence(circuit, batch_size=batch_size))
 
 
 def all_assignments(circuit):

@@ -126,14 +126,13 @@ def test_queries_on_nodes_refuse_latents_and_classes(query):
     with pytest.raises(ct.PropertyError, match="variables only"):
         query(chain, given.with_latents({node: torch.zeros(1, node.parameter_shape[1])}))
     classes = ct.structures.rat_spn(3, 1, 1, 2, 3, num_classes=2, seed=0)
-    with pytest.raises(ct.PropertyError):
-        query(ct.compile(classes, seed=0), given.with_class(0))
+    classes = ct.compile(classes, seed=0)
+    with pytest.raises(ct.PropertyError, match=r"transforms\.condition|one per class"):
+        query(classes, given.with_class(0))
+    query(ct.transforms.condition(classes, given.with_class(0)), given)
 
 
-def test_transformations_refuse_latents_and_classes():
-    classes = ct.compile(class_tree(3), seed=0)
-    with pytest.raises(ct.PropertyError, match="one per class"):
-        condition(classes, ct.Evidence.nothing(1, 3).with_class(0))
+def test_transformations_refuse_latents():
     single = ct.compile(class_tree(None), seed=0)
     with pytest.raises(ct.ArgumentError, match="latents"):
         condition(single, ct.Evidence.nothing(1, 3).with_latents({"root": torch.zeros(1, 2)}))

@@ -102,3 +102,18 @@ class TestMaxSemiring(ct.testing.SemiringTestCase):
 
     def times(self, left, right):
         return left + right
+
+
+class TestRandomClasses(ct.testing.ClassStructureTestCase):
+    max_examples = None if IS_THOROUGH else 20
+
+    def circuit(self, draw):
+        return draw(ct.testing.circuits(max_vars=3, max_units=2, max_categories=3, max_classes=3))
+
+
+class TestRatSPNWithClasses(ct.testing.ClassStructureTestCase):
+    max_examples = FEW
+
+    def circuit(self, draw):
+        depth, repetitions, classes = (draw(st.integers(1, 2)) for _ in range(3))
+        return ct.structures.rat_spn(3, depth, repetitions, 2, 2, num_classes=classes, seed=draw(st.integers(0, 9)))

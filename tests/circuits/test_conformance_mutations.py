@@ -256,6 +256,68 @@ def test_a_wrong_answer_is_caught_by_the_law_of_its_query(query, law, monkeypatc
         falsify(Independent, law)
 
 
+class SmallClasses(ct.testing.ClassStructureTestCase):
+    """Not collected by pytest, as those above."""
+
+    def circuit(self, draw):
+        return ct.structures.rat_spn(3, 1, 1, 2, 2, num_classes=draw(st.integers(1, 3)), seed=0)
+
+
+TRANSFORMS = [
+    ("condition", "test_conditioning_renormalises_the_joint"),
+    ("marginalize", "test_marginalizing_sums_out"),
+    ("permute", "test_permuting_renames_variables"),
+    ("grow", "test_other_circuits_of_the_same_distribution"),
+    ("trim", "test_other_circuits_of_the_same_distribution"),
+    ("merge_equal_units", "test_other_circuits_of_the_same_distribution"),
+    ("untie_parameters", "test_other_circuits_of_the_same_distribution"),
+    ("prune", "test_pruning_loses_at_most_its_bound"),
+    ("multiply", "test_the_product_of_two_circuits_multiplies_their_tables"),
+]
+
+
+@pytest.mark.parametrize("test_case", [SmallHMM, SmallClasses])
+@pytest.mark.parametrize(("transform", "law"), TRANSFORMS)
+def test_a_wrong_circuit_is_caught_by_the_law_of_its_transformation(test_case, transform, law, monkeypatch):
+    def other_weights(true, *args, **options):
+        found = true(*args, **options)
+        (found if isinstance(found, ct.CompiledCircuit) else found.pc).randomize(seed=99)
+        return found
+
+    falsify(test_case, law)
+    replaced(monkeypatch, ct.transforms, transform, other_weights)
+    with pytest.raises(AssertionError):
+        falsify(test_case, law)
+
+
+CLASS_QUERIES = [
+    (ct.queries, "log_partition", "test_the_partition_function_is_one_per_class"),
+    (ct.queries, "class_posterior", "test_the_posterior_of_the_class_is_bayes_rule"),
+    (ct.queries, "marginals", "test_evidence_that_names_the_class_asks_that_class"),
+    (ct.queries, "mpe", "test_evidence_that_names_the_class_asks_that_class"),
+    (ct.queries, "sample", "test_evidence_with_a_prior_asks_the_mixture"),
+    (ct.CompiledCircuit, "forward", "test_every_class_has_its_own_distribution"),
+    (learning, "expected_flows", "test_em_never_lowers_the_likelihood_of_the_samples_classes"),
+]
+
+
+@pytest.mark.parametrize(("place", "query", "law"), CLASS_QUERIES)
+def test_a_mistake_about_classes_is_caught_by_its_law(place, query, law, monkeypatch):
+    calls = []
+
+    def wrong(true, *args, **options):
+        calls.append(query)
+        found = true(*args, **options)
+        if isinstance(found, torch.Tensor):
+            return found.roll(1, 0) * 1.01 + 0.01 if found.is_floating_point() else torch.zeros_like(found)
+        return found._replace(**{found._fields[1]: found[1] - len(calls)})
+
+    falsify(SmallClasses, law)
+    replaced(monkeypatch, place, query, wrong)
+    with pytest.raises(AssertionError):
+        falsify(SmallClasses, law)
+
+
 def test_a_failing_case_is_printed_as_code_that_rebuilds_it(monkeypatch):
     class Anything(ct.testing.StructureTestCase):
         max_examples = 20

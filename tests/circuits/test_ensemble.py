@@ -4,16 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learning_cases import CLOSE, hmm
 
 import circuits as ct
 from circuits.learning import convex_combination, convex_weights
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def hmm(seed, *, seq_length=4, num_states=3, **options):
-    circuit = ct.structures.hmm(seq_length, num_states, 4, **options)
-    return ct.compile(circuit, dtype=torch.float64, seed=seed)
 
 
 @given(st.data())
@@ -49,6 +43,21 @@ def test_zero_weights_survive():
     member = ct.compile(ct.Circuit(ct.sum(leaf, num_units=1)), dtype=torch.float64, seed=0)
     combined = convex_combination([member, member], torch.tensor([1.0, 0.0]))
     assert ct.testing.enumerate_joint(combined).tolist() == [0.0, -torch.inf]
+
+
+def test_members_with_classes_are_mixed_class_by_class():
+    def conditional(seed, num_classes=3):
+        leaves = [ct.inputs(var, 2, ct.Categorical(2)) for var in range(2)]
+        root = ct.sum(ct.product(*leaves), num_units=num_classes)
+        return ct.compile(ct.Circuit(root, num_classes=num_classes), dtype=torch.float64, seed=seed)
+
+    members = [conditional(seed) for seed in range(2)]
+    x = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    pc = convex_combination(members, torch.tensor([0.2, 0.8], dtype=torch.float64))
+    assert pc.circuit.num_classes == 3
+    torch.testing.assert_close(pc(x).exp(), 0.2 * members[0](x).exp() + 0.8 * members[1](x).exp(), **CLOSE)
+    with pytest.raises(ct.StructureError, match="equally many classes"):
+        convex_combination([members[0], conditional(0, num_classes=2)])
 
 
 def test_weights_are_where_the_gradient_of_the_likelihood_is_equal():

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from learning_cases import CLOSE, drawn
 from test_io import json_values, positions_in, rewrite
 
 import circuits as ct
 from circuits import distributions, io, learning
 from circuits._structure import circuit_of, records_of
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 K = 3
 FAMILIES = {
     "categorical": ct.Categorical(3),
@@ -31,13 +31,7 @@ FAMILIES = {
 }
 DIRECT = ["poisson", "gaussian"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def single(family, *, seed=0, num_units=K, dtype=torch.float64, weights=None):
@@ -54,10 +48,6 @@ def mixed(num_units=K, seed=0, dtype=torch.float64):
     half = len(leaves) // 2
     top = ct.product(*(ct.sum(ct.product(*part), num_units=2) for part in (leaves[:half], leaves[half:])))
     return ct.compile(ct.Circuit(ct.sum(top, num_units=1)), dtype=dtype, seed=seed)
-
-
-def drawn(pc, num_samples, seed=0):
-    return ct.queries.sample(pc, num_samples, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -6,16 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from learning_cases import CLOSE, drawn, hmm
 
 import circuits as ct
 from circuits.learning import em_step, viterbi_flows
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def hmm(seed, *, homogeneous=True):
-    circuit = ct.structures.hmm(4, 3, 2, homogeneous=homogeneous)
-    return ct.compile(circuit, dtype=torch.float64, seed=seed)
 
 
 @given(st.data())
@@ -39,7 +33,7 @@ def test_flows_are_whole_numbers_that_add_up_to_the_score(data):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_flows_of_a_chain_are_those_of_the_best_of_all_paths(seed):
-    pc = hmm(seed)
+    pc = hmm(seed, num_categories=2)
     node = pc.circuit.node
     start = pc.log_weights(node("initial"))[0]
     step, emit = pc.log_weights(node("transition0")), pc.log_weights(node("emission0"))
@@ -57,12 +51,12 @@ def test_flows_of_a_chain_are_those_of_the_best_of_all_paths(seed):
         for a, b in itertools.pairwise(best):
             uses[a, b] += 1
     flows = viterbi_flows(pc, x).flows
-    bank, position = pc._parameter(node("transition0"))
+    bank, position = pc.bank_address(node("transition0"))
     torch.testing.assert_close(flows[bank][position], uses, **CLOSE)
 
 
 def test_missing_variables_are_summed_out_and_weights_count():
-    pc = hmm(0)
+    pc = hmm(0, num_categories=2)
     x = torch.tensor([[0, 1, 0, 0], [1, 1, 0, 1]])
     observed = torch.tensor([[True, True, False, True], [True, True, True, True]])
     flows = viterbi_flows(pc, ct.Evidence.observe(x, observed), torch.tensor([2.0, 0.0])).flows
@@ -74,8 +68,8 @@ def test_missing_variables_are_summed_out_and_weights_count():
 
 
 def test_a_step_never_lowers_the_score():
-    pc = hmm(1, homogeneous=False)
-    x = ct.queries.sample(hmm(2), 200, generator=torch.Generator().manual_seed(0))
+    pc = hmm(1, num_categories=2, homogeneous=False)
+    x = drawn(hmm(2, num_categories=2), 200)
     scores = []
     for _ in range(10):
         flows, score = viterbi_flows(pc, x)
@@ -86,8 +80,8 @@ def test_a_step_never_lowers_the_score():
 
 
 def test_fit_by_hard_em_ends_where_the_steps_end():
-    x = ct.queries.sample(hmm(2), 100, generator=torch.Generator().manual_seed(0))
-    stepped, fitted = hmm(1), hmm(1)
+    x = drawn(hmm(2, num_categories=2), 100)
+    stepped, fitted = hmm(1, num_categories=2), hmm(1, num_categories=2)
     for _ in range(5):
         em_step(stepped, viterbi_flows(stepped, x).flows, pseudocount=0.1)
     result = ct.learning.fit(fitted, x, optimizer="viterbi_em", pseudocount=0.1, num_epochs=5, progress=False)

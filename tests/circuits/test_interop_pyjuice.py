@@ -183,6 +183,10 @@ def test_what_does_not_fit_says_so():
         from_pyjuice(juice.summate(gaussian, num_node_blocks=1))
     with pytest.raises(ct.ArgumentError, match="power of two"):
         to_pyjuice(compiled(ct.structures.hmm(3, 3, 2)), block_size=3)
+    classes = compiled(ct.structures.rat_spn(3, 1, 1, 2, 3, num_classes=2, seed=0))
+    with pytest.raises(ct.PropertyError, match="one root unit"):
+        to_pyjuice(classes)
+    to_pyjuice(ct.transforms.condition(classes, ct.Evidence.nothing(1, 3).with_class(1)))
     with pytest.raises(ct.ArgumentError, match=r"\.jpc"):
         save_jpc(compiled(ct.structures.hmm(3, 3, 2)), "pc.pkl")
 

@@ -11,37 +11,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from learning_cases import CLOSE, adam, drawn, hmm, weights_of
+from query_cases import compiled_with_evidence
 
 import circuits as ct
 from circuits import learning
 from circuits.learning import _learners
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-@st.composite
-def compiled_with_evidence(draw, **options):
-    circuit = draw(ct.testing.circuits(**options))
-    pc = ct.compile(circuit, dtype=torch.float64, seed=draw(st.integers(0, 1000), label="seed"))
-    return pc, draw(ct.testing.evidence(circuit, batch_size=3))
-
-
-def hmm(seed, *, seq_length=4, num_states=3, num_categories=4, **options):
-    circuit = ct.structures.hmm(seq_length, num_states, num_categories, **options)
-    return ct.compile(circuit, dtype=torch.float64, seed=seed)
-
-
-def drawn(pc, num_samples, seed=0):
-    return ct.queries.sample(pc, num_samples, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()
 def mean_log_likelihood(pc, x):
     return float(pc(x).mean())
-
-
-def weights_of(pc):
-    return {name: parameter.detach().clone() for name, parameter in pc.bank.items()}
 
 
 def equal_weights(one, other):
@@ -52,26 +34,13 @@ def zeros_of(pc):
     return {name: weights.log == -torch.inf for name, weights in pc.weights().items()}
 
 
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.05)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The circuits here are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 OPTIMIZERS = {"em": "em", "minibatch_em": "minibatch_em", "anemone": "anemone", "adam": adam}
 
 
 # Flows and steps --------------------------------------------------------------------------------------------------
 
 
-@given(compiled_with_evidence(max_vars=3), st.data())
+@given(compiled_with_evidence(batch_size=3, max_vars=3), st.data())
 def test_flows_are_the_gradient_of_the_enumerated_likelihood(case, data):
     pc, evidence = case
     flows, log_likelihood = learning.expected_flows(pc, evidence)
@@ -100,7 +69,7 @@ def test_flows_are_the_gradient_of_the_enumerated_likelihood(case, data):
     torch.testing.assert_close((shifted[0] - shifted[1]) / 2e-5, expected, rtol=1e-5, atol=1e-6)
 
 
-@given(compiled_with_evidence())
+@given(compiled_with_evidence(batch_size=3))
 def test_every_observed_value_is_used_by_exactly_one_leaf(case):
     pc, evidence = case
     flows, log_likelihood = learning.expected_flows(pc, evidence)
@@ -120,7 +89,7 @@ def test_every_observed_value_is_used_by_exactly_one_leaf(case):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@given(compiled_with_evidence(), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3))
+@given(compiled_with_evidence(batch_size=3), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3))
 def test_em_never_lowers_the_likelihood_and_keeps_zeros(case, counts):
     pc, evidence = case
     counts = torch.tensor(counts, dtype=torch.float64)

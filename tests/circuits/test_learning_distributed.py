@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from learning_cases import adam
 from safetensors.torch import load_file
 
 import circuits as ct
@@ -14,10 +15,6 @@ from circuits import learning
 from circuits.learning import distributed
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.05)
 
 
 def sgd(parameters):

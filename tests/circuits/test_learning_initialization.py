@@ -2,15 +2,10 @@
 
 import pytest
 import torch
+from learning_cases import CLOSE, drawn
 
 import circuits as ct
 from circuits import learning
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def sampled(pc, num_samples, seed=0):
-    return ct.queries.sample(pc, num_samples, generator=torch.Generator().manual_seed(seed))
 
 
 def frequencies(counts, pseudocount):
@@ -21,7 +16,7 @@ def frequencies(counts, pseudocount):
 def test_known_states_of_an_hmm_give_the_frequencies_of_its_tables():
     circuit = ct.structures.hmm(5, 3, 4)
     pc = ct.compile(circuit, dtype=torch.float64, seed=0)
-    x = sampled(pc, 40)
+    x = drawn(pc, 40)
     z = torch.randint(0, 3, (40, 5), generator=torch.Generator().manual_seed(1))
     learning.distill_latents(pc, x, {f"emission{t}": z[:, t] for t in range(5)}, pseudocount=0.5, batch_size=7)
     one_hot = torch.nn.functional.one_hot
@@ -36,7 +31,7 @@ def test_known_states_of_an_hmm_give_the_frequencies_of_its_tables():
 
 def test_states_that_are_unknown_are_inferred():
     pcs = [ct.compile(ct.structures.hmm(5, 3, 4), dtype=torch.float64, seed=0) for _ in range(2)]
-    x = sampled(pcs[0], 40)
+    x = drawn(pcs[0], 40)
     counts = torch.arange(40.0) % 3
     observed = torch.rand(40, 5, generator=torch.Generator().manual_seed(2)) < 0.7
     unknown = {"emission1": torch.full((40,), -1)}
@@ -86,7 +81,7 @@ def gaussian_mixture():
 
 def hidden_markov():
     circuit = ct.structures.hmm(8, 4, 6)
-    return circuit, sampled(sharp(circuit, seed=3), 800)
+    return circuit, drawn(sharp(circuit, seed=3), 800)
 
 
 def hidden_chow_liu_tree():
@@ -116,7 +111,7 @@ def test_em_from_clusters_reaches_at_least_what_it_reaches_from_random_weights(b
 def test_one_seed_gives_one_start_and_zeros_stay():
     transition = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]])
     circuit = ct.structures.hmm(4, 3, 4, transition=transition)
-    x = sampled(ct.compile(circuit, seed=1), 100)
+    x = drawn(ct.compile(circuit, seed=1), 100)
     joints = []
     for seed in (0, 0, 1):
         pc = ct.compile(circuit, dtype=torch.float64, seed=2)
@@ -129,7 +124,7 @@ def test_one_seed_gives_one_start_and_zeros_stay():
 
 def test_starts_that_cannot_be_are_refused():
     pc = ct.compile(ct.structures.hmm(4, 3, 4), seed=0)
-    x = sampled(pc, 10)
+    x = drawn(pc, 10)
     states = torch.zeros(10, dtype=torch.int64)
     for given, message in [
         ({"transition0": states}, "states: expected input nodes"),
@@ -148,3 +143,52 @@ def test_starts_that_cannot_be_are_refused():
     stuck = ct.compile(ct.structures.hmm(4, 3, 4, initial=initial), seed=0)
     with pytest.raises(ct.ImpossibleEvidenceError, match="states: all samples"):
         learning.distill_latents(stuck, x, {"emission0": states + 1})
+
+
+def classes_of_groups():
+    """Class r has samples of its own two groups of four, and unit k of the leaves is a group."""
+    leaves = [ct.inputs(var, 4, ct.Categorical(4), name=f"x{var}") for var in range(5)]
+    circuit = ct.Circuit(ct.sum(ct.product(*leaves), num_units=2, name="root"), num_classes=2)
+    labels = torch.arange(80) % 2
+    group = 2 * labels + torch.arange(80) // 40
+    noise = torch.rand(80, 5, generator=torch.Generator().manual_seed(0)) < 0.1
+    return circuit, torch.where(noise, 3 - group.unsqueeze(1), group.unsqueeze(1)), labels, group
+
+
+def test_states_of_classes_are_counted_class_by_class():
+    circuit, x, labels, group = classes_of_groups()
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    learning.distill_latents(pc, x, {"x0": group}, labels=labels, pseudocount=0.5, batch_size=7)
+    one_hot = torch.nn.functional.one_hot
+    counts = torch.einsum("nr,nk->rk", one_hot(labels, 2), one_hot(group, 4))
+    torch.testing.assert_close(pc.log_weights(circuit.root).exp(), frequencies(counts, 0.5), **CLOSE)
+    seen = torch.einsum("nk,nv->kv", one_hot(group, 4), one_hot(x[:, 3], 4))
+    torch.testing.assert_close(pc.log_weights(circuit.node("x3")).exp(), frequencies(seen, 0.5).t(), **CLOSE)
+
+
+def test_clusters_of_classes_are_counted_class_by_class():
+    circuit, x, labels, _ = classes_of_groups()
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    learning.initialize_by_kmeans(pc, x, labels=labels, max_samples=60, pseudocount=0.1)
+    assert (pc.log_weights(circuit.root).exp() > 0.1).sum(1).tolist() == [2, 2]  # clusters of each class
+    assert torch.equal(ct.queries.class_posterior(pc, ct.Evidence.observe(x)).argmax(1), labels)
+    with pytest.raises(ct.ArgumentError, match=r"labels: .*give the class of every sample"):
+        learning.initialize_by_kmeans(pc, x)
+
+
+def test_fitting_inputs_to_samples_asks_no_class():
+    circuit, x, _, _ = classes_of_groups()
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    before = pc.log_weights(circuit.node("x0"))
+    learning.initialize_inputs(pc, x)
+    assert not torch.equal(pc.log_weights(circuit.node("x0")), before)
+
+
+def test_flows_of_classes_ask_for_the_class():
+    circuit, x, labels, _ = classes_of_groups()
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    with pytest.raises(ct.PropertyError, match="with_class"):
+        learning.expected_flows(pc, x)
+    flows, _ = learning.expected_flows(pc, ct.Evidence.observe(x).with_class(labels))
+    (name,) = pc.sum_banks
+    torch.testing.assert_close(flows[name].sum((0, 2)), torch.tensor([40.0, 40.0]).double(), **CLOSE)

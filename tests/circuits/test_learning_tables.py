@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from learning_cases import weights_of
 
 import circuits as ct
 from circuits import learning
@@ -36,7 +37,7 @@ def fitted(data, optimizer="minibatch_em", **options):
     pc = ct.compile(ct.structures.hmm(4, 3, 3), dtype=torch.float64, seed=0)
     options = {"batch_size": 16, "num_epochs": 2, "progress": False} | options
     result = learning.fit(pc, data, optimizer=optimizer, **options)
-    return result, {name: parameter.detach().clone() for name, parameter in pc.bank.items()}
+    return result, weights_of(pc)
 
 
 def assert_same(one, other):

@@ -31,9 +31,11 @@ def pixels(path):
 
 @given(st.data())
 def test_flows_of_edges_are_those_of_em(data):
-    circuit = data.draw(ct.testing.circuits())
+    circuit = data.draw(ct.testing.circuits(max_classes=data.draw(st.sampled_from([None, 3]))))
     pc = ct.compile(circuit, dtype=torch.float64, seed=data.draw(st.integers(0, 99)))
     evidence = data.draw(ct.testing.evidence(circuit, batch_size=3))
+    if circuit.num_classes is not None:
+        evidence = evidence.with_class(torch.arange(3) % circuit.num_classes)
     expected, log_likelihood = learning.expected_flows(pc, evidence)
     num_possible = int((log_likelihood > -torch.inf).sum())
     flows = edge_flows(pc, evidence)
@@ -54,6 +56,15 @@ def test_the_flow_of_a_mixture_is_its_responsibility():
     first = (0.9 / 1.1 + 0.1 / 0.9) / 2
     flows = edge_flows(pc, ct.Evidence.observe(torch.tensor([[0], [1]])))
     assert flows[-1] == pytest.approx((first, 1 - first))
+
+
+def test_flows_of_classes_are_drawn_with_labels(tmp_path):
+    pc = ct.compile(ct.structures.rat_spn(3, 1, 1, 2, 2, num_classes=2, seed=0), seed=0)
+    data = torch.zeros(4, 3, dtype=torch.int64)
+    ct.plot.flows(pc, data, tmp_path / "flows.png", labels=torch.tensor([0, 1, 1, 0]), engine="matplotlib")
+    assert (tmp_path / "flows.png").exists()
+    with pytest.raises(ct.ArgumentError, match=r"labels: .*give the class of every sample"):
+        ct.plot.flows(pc, data, tmp_path / "flows.png")
 
 
 @pytest.mark.parametrize("engine", [None, "matplotlib"])

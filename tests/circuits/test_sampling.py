@@ -74,6 +74,7 @@ def test_samples_in_several_passes_are_all_there(monkeypatch):
     assert (samples[:, 1, 1] == 0).all()
 
 
-def test_a_wrong_number_of_samples_is_named():
-    with pytest.raises(ct.ArgumentError, match="num_samples: expected an integer >= 1"):
-        ct.queries.sample(ct.compile(ct.structures.hmm(2, 2, 2), seed=0), 0)
+@pytest.mark.parametrize("num_samples", [0, 1.5, True])
+def test_a_wrong_number_of_samples_is_named(num_samples):
+    with pytest.raises(ct.ArgumentError, match=f"num_samples: expected an integer >= 1, got {num_samples}"):
+        ct.queries.sample(ct.compile(ct.structures.hmm(2, 2, 2), seed=0), num_samples)

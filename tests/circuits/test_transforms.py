@@ -6,26 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transform_cases import CLOSE, assert_same, compiled, joint_of, small_circuits
 
 import circuits as ct
 from circuits.learning import expected_flows
-
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def compiled(circuit, seed=0):
-    return ct.compile(circuit, dtype=torch.float64, seed=seed)
-
-
-def joint_of(pc):
-    return ct.testing.enumerate_joint(pc)
-
-
-def assert_same(joint, expected):
-    torch.testing.assert_close(joint.exp(), expected.exp(), **CLOSE)
-    assert torch.equal(joint == -torch.inf, expected == -torch.inf)
-    possible = expected > -torch.inf
-    torch.testing.assert_close(joint[possible], expected[possible], **CLOSE)
 
 
 def samples(pc, count=20, seed=0):
@@ -35,10 +19,6 @@ def samples(pc, count=20, seed=0):
 @torch.no_grad()
 def mean_loss(pc, pruned, data):
     return float((pc(data) - pruned(data)).mean())
-
-
-def small_circuits(**options):
-    return ct.testing.circuits(max_vars=4, max_units=3, max_categories=3, **options)
 
 
 @given(small_circuits(), st.data())

@@ -91,6 +91,7 @@ def test_an_interrupted_cache_continues_to_the_same_arrays(denoiser, windows, tm
     continued, straight = (cached(denoiser, windows, tmp_path / name) for name in ("cache", "straight"))
     for name in ("tokens", "masked", "log_q"):
         np.testing.assert_array_equal(getattr(continued, name), getattr(straight, name))
+    assert continued.digest == straight.digest
 
 
 def test_a_cache_of_something_else_is_refused(denoiser, windows, tmp_path):
@@ -173,6 +174,43 @@ def test_a_killed_fit_ends_like_one_that_was_not(cache, tmp_path):
     assert again.train == curve.train
     for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_fit_does_not_continue_on_another_cache(denoiser, windows, cache, tmp_path):
+    """The same blocks count as another cache if masks or predictions differ, so does another held-out cache."""
+    config, path = CircuitTraining(steps=2, batch_size=16), tmp_path / "fit.safetensors"
+    fit_coupled(new_head(), cache, cache, config=config, checkpoint_path=path, progress=False)
+    other_denoiser = TransformerDenoiser(denoiser.config, seed=1).eval()
+    others = [
+        cached(denoiser, windows, tmp_path / "masks", masks_per_window=4, seed=1),
+        cached(other_denoiser, windows, tmp_path / "predictions", masks_per_window=4),
+    ]
+    for other in others:
+        assert np.array_equal(other.tokens, cache.tokens)
+        with pytest.raises(CheckpointError, match="belongs to a run with another cache:"):
+            fit_coupled(new_head(), other, cache, config=config, checkpoint_path=path, progress=False)
+        with pytest.raises(CheckpointError, match="belongs to a run with another held-out cache:"):
+            fit_coupled(new_head(), cache, other, config=config, checkpoint_path=path, progress=False)
+
+
+def test_equal_caches_have_one_digest_and_any_other_number_has_another(denoiser, windows, tmp_path):
+    class Nudged:
+        """Another denoiser on the first batch alone, which its fingerprint does not show."""
+
+        spec = denoiser.spec
+        calls = 0
+
+        def logits(self, tokens, **options):
+            self.calls += 1
+            logits = denoiser.logits(tokens, **options)
+            return logits + 0.1 * torch.eye(V)[0] if self.calls == 2 else logits  # the first call is the fingerprint's
+
+    first, second, nudged = (
+        cached(model, windows, tmp_path / name)
+        for name, model in (("first", denoiser), ("second", denoiser), ("nudged", Nudged()))
+    )
+    assert first.digest == second.digest
+    assert nudged.digest != first.digest
 
 
 def test_a_circuit_of_another_shape_is_refused(cache):

@@ -61,7 +61,7 @@ class TestEverySchedule:
 
 
 def test_schedules_are_found_by_name() -> None:
-    assert [schedule(name) for name in ("linear", "cosine", "geometric")] == SCHEDULES  # type: ignore[arg-type]
+    assert [schedule(name) for name in ("linear", "cosine", "geometric")] == SCHEDULES
     with pytest.raises(ArgumentError, match=r"one of linear, cosine, geometric, got 'cubic'"):
         schedule("cubic")  # type: ignore[arg-type]
 

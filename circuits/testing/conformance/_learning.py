@@ -73,7 +73,9 @@ class LearningLaws(StructureCases):
         old = {name: weights.log.exp() for name, weights in pc.weights().items()}
         learning.em_step(pc, flows, step_size=step_size, pseudocount=pseudocount)
         is_table = (Categorical, Bernoulli)
-        others = {pc._parameter(leaf)[0] for leaf in case.circuit.inputs if not isinstance(leaf.distribution, is_table)}
+        others = {
+            pc.bank_address(leaf)[0] for leaf in case.circuit.inputs if not isinstance(leaf.distribution, is_table)
+        }
         for name, weights in pc.weights().items():
             if name in others:
                 continue
@@ -162,11 +164,11 @@ def _posterior_counts(pc: CompiledCircuit, factors: Tensor, missing: Tensor | No
             if probability == 0:
                 continue
             for node, unit, index in edges:
-                bank, row = pc._parameter(node)
+                bank, row = pc.bank_address(node)
                 counts[bank][row, unit, index] += probability
             for leaf, unit in leaves:
                 if known[leaf.var]:
-                    bank, row = pc._parameter(leaf)
+                    bank, row = pc.bank_address(leaf)
                     counts[bank][row, :, unit] += probability * shares[leaf][:, unit] / shares[leaf][:, unit].sum()
     return counts
 

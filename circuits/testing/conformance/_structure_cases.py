@@ -29,6 +29,8 @@ class StructureCases(ConformanceTestCase):
     def log_joint(self, pc: CompiledCircuit) -> Tensor:
         """Return the dense oracle: log p of all assignments, float64, shape ``pc.circuit.num_categories``.
 
+        With R classes, (R, ...): a table per class.
+
         By default it enumerates the circuit. Override it with the structure's own formula, written as plainly as
         possible, and the tests show that the circuit is that distribution. Laws that change the weights of a circuit
         enumerate it, so the formula may also use numbers that the structure was given.

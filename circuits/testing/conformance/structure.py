@@ -7,10 +7,11 @@ from circuits.testing.conformance._gradients import GradientLaws
 from circuits.testing.conformance._learning import LearningLaws
 from circuits.testing.conformance._numerics import NumericLaws
 from circuits.testing.conformance._queries import QueryLaws
+from circuits.testing.conformance._transforms import TransformLaws
 
 
-class StructureTestCase(QueryLaws, FurtherQueryLaws, GradientLaws, LearningLaws, NumericLaws):
-    """Tests a structure against enumeration: every query, gradient, learning step, and numeric limit.
+class StructureTestCase(QueryLaws, FurtherQueryLaws, GradientLaws, LearningLaws, TransformLaws, NumericLaws):
+    """Tests a structure against enumeration: every query, gradient, learning step, transformation, and limit.
 
     Subclass it in a test module, under a name that pytest collects, and supply :meth:`circuit`::
 
@@ -21,6 +22,8 @@ class StructureTestCase(QueryLaws, FurtherQueryLaws, GradientLaws, LearningLaws,
     All inherited tests then run on circuits of all sizes that ``draw`` gives, with random weights, under hard, missing,
     soft and sparse evidence. A failing case is shrunk by Hypothesis and printed as the code that rebuilds it. To leave
     a test out, set it to None in the subclass and say why.
+
+    Structures with ``num_classes`` are tested by :class:`ClassStructureTestCase`.
 
     Methods to override:
         circuit: required; keep the circuits small (some hundred assignments), everything is enumerated.

@@ -1,0 +1,148 @@
+"""Recipes: everything that a run of the pipeline depends on, as a file, and the recipes that have a name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion._json import read_json, write_json
+from diffusion.circuit_training import CircuitTraining
+from diffusion.denoiser_training import DenoiserTraining
+from diffusion.errors import CheckpointError
+from diffusion.tokenizer import TokenizerKind
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """Which text, and how it becomes tokens.
+
+    Attributes:
+        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.corpus.load_corpus`.
+        field: the key of the text in a .jsonl corpus.
+        tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
+        vocab_size: of the "bpe" tokenizer.
+    """
+
+    corpus: str = "embedded"
+    field: str | None = None
+    tokenizer: TokenizerKind = "characters"
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRecipe:
+    """The denoiser's size and training."""
+
+    context_length: int = 32
+    block_length: int = 32
+    max_length: int = 512
+    width: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    training: DenoiserTraining = field(default_factory=DenoiserTraining)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitRecipe:
+    """The circuit's size and training.
+
+    Attributes:
+        num_states: N of the hidden Markov model over a block.
+        likelihood_blocks: training blocks of the maximum-likelihood fit.
+        likelihood_epochs: passes over them.
+        cached_blocks: noised blocks whose predictions the coupled fit trains on.
+        is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.calibration`.
+        training: the coupled fit.
+    """
+
+    num_states: int = 128
+    likelihood_blocks: int = 40_000
+    likelihood_epochs: int = 5
+    cached_blocks: int = 16_384
+    is_calibrated: bool = True
+    training: CircuitTraining = field(default_factory=CircuitTraining)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run of the whole pipeline depends on; ``gap_windows`` and ``texts`` size the evaluation."""
+
+    text: TextRecipe = field(default_factory=TextRecipe)
+    denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
+    gap_windows: int = 256
+    texts: int = 256
+    seed: int = 0
+
+    def with_text(self, corpus: str, field: str | None) -> Recipe:
+        """Return the recipe for another corpus."""
+        return replace(self, text=replace(self.text, corpus=corpus, field=field))
+
+
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(
+        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=3000, learning_rate=3e-3, validate_every=1000)),
+        circuit=CircuitRecipe(num_states=64, training=CircuitTraining(steps=600)),
+    ),
+    "large": Recipe(
+        denoiser=DenoiserRecipe(training=DenoiserTraining(steps=6000, validate_every=1000)),
+        circuit=CircuitRecipe(
+            likelihood_blocks=60_000,
+            cached_blocks=24_576,
+            training=CircuitTraining(steps=1200),
+        ),
+        gap_windows=1024,
+    ),
+    "tiny": Recipe(
+        denoiser=DenoiserRecipe(
+            width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)
+        ),
+        circuit=CircuitRecipe(
+            num_states=32,
+            likelihood_blocks=4_000,
+            likelihood_epochs=2,
+            cached_blocks=1_024,
+            training=CircuitTraining(steps=60, batch_size=64),
+        ),
+        gap_windows=48,
+        texts=16,
+    ),
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read what :func:`write_recipe` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not complete, or of another format version.
+    """
+    content = read_json(path)
+    try:
+        if content["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {content['format_version']}, this library reads {FORMAT_VERSION}"
+            )
+        return _recipe_from(content["recipe"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not complete: {error}; delete the folder and start again") from error
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as JSON."""
+    write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe)})
+
+
+def _recipe_from(content: dict[str, Any]) -> Recipe:
+    denoiser = dict(content["denoiser"])
+    circuit = dict(content["circuit"])
+    return Recipe(
+        text=TextRecipe(**content["text"]),
+        denoiser=DenoiserRecipe(**{**denoiser, "training": DenoiserTraining(**denoiser["training"])}),
+        circuit=CircuitRecipe(**{**circuit, "training": CircuitTraining(**circuit["training"])}),
+        gap_windows=content["gap_windows"],
+        texts=content["texts"],
+        seed=content["seed"],
+    )
