@@ -78,9 +78,20 @@ class Checkpoint:
         """Return the snapshot in the file, None if there is no file.
 
         Raises:
+            ArgumentError: the file could not be written, which is better known before the first epoch than after it.
             CheckpointError: the file is corrupt, of a newer version, or of another run.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None:
+            return None
+        folder = self._path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(folder, os.W_OK)
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ArgumentError(f"checkpoint_path: the folder {folder} cannot be written to; give another place")
+        if not self._path.exists():
             return None
         metadata, tensors = self._contents(self._path)
         if metadata.get("format") != FORMAT:

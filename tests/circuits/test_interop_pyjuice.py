@@ -341,6 +341,13 @@ def test_the_backend_says_what_it_needs():
             ct.compile(circuit, backend="pyjuice")
 
 
+def test_a_wrong_dtype_is_not_the_fault_of_the_file_and_folders_are_made(tmp_path):
+    path = tmp_path / "new" / "pc.jpc"
+    save_jpc(compiled(ct.structures.hmm(3, 2, 2)), path)
+    with pytest.raises(ct.ArgumentError, match="dtype: expected"):
+        load_jpc(path, dtype=torch.float16)
+
+
 def test_the_kernels_get_integers_in_whole_blocks():
     x = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
     values, options = kernel_inputs(ct.Evidence.observe(x))

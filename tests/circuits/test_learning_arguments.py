@@ -53,6 +53,14 @@ def test_options_of_fit(options, message):
         learning.fit(mixture(), X, progress=False, **options)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_known_before_the_first_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning.em, "em_step", None)  # nothing is learnt
+    (tmp_path / "file").write_text("not a folder")
+    path = tmp_path / "file" / "run.safetensors"
+    with pytest.raises(ct.ArgumentError, match=r"checkpoint_path: the folder .* cannot be written to"):
+        learning.fit(mixture(), X, checkpoint_path=path, progress=False)
+
+
 def test_an_optimizer_over_frozen_parameters():
     pc = mixture().requires_grad_(False)
     with pytest.raises(ct.ArgumentError, match="none of the parameters of Adam takes a gradient"):
