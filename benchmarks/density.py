@@ -255,11 +255,9 @@ def main() -> None:
             )
         rows.append((name, runs))
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print("\nMean test log-likelihood in nats per row. HCLT from its authors' logs, the others as usually cited. +- is")
     print(
-        "\nMean test log-likelihood in nats per row. HCLT from its authors' logs, the others as usually cited. +- is one"
-    )
-    print(
-        f"standard error over test rows, 'seeds' the range over seeds; seconds per seed. Greatest process: "
+        f"one standard error over test rows, 'seeds' the range over seeds; seconds per seed. Greatest process: "
         f"{peak / 2**20:.1f} GiB."
     )
     columns = ["HCLT", "LearnSPN", "ID-SPN", "RAT-SPN", "EiNet"]
