@@ -89,7 +89,7 @@ def fit(
             :func:`~circuits.learning.anemone_step`; ``"viterbi_em"``: hard EM, from the most probable explanations of
             all data, see :func:`~circuits.learning.viterbi_flows`; or a ``torch.optim`` optimizer over
             ``pc.parameters()``; or a function from parameters to one, for instance ``lambda p: torch.optim.Adam(p,
-            lr=0.1)``.
+            lr=0.1)``. The EM family moves all weights, also those of parameters that require no gradient.
         observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
         sample_weights: how often each sample counts, (N,) >= 0.
         labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``: then likelihoods are
