@@ -82,10 +82,16 @@ MEMBERS: tuple[Blocks | Trees, ...] = (
 )
 
 
+def path_of(folder: Path, name: str, part: str) -> Path:
+    """Return the file of one part of a data set, gzipped if there is such a file."""
+    path = folder / name / f"{name}.{part}.data.gz"
+    return path if path.exists() else path.with_suffix("")
+
+
 def load(folder: Path, name: str, part: str) -> Tensor:
     """Read one part of a data set, int64 (N, D)."""
-    path = folder / name / f"{name}.{part}.data.gz"
-    text = gzip.decompress(path.read_bytes()) if path.exists() else path.with_suffix("").read_bytes()
+    path = path_of(folder, name, part)
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     width = text.split(b"\n", 1)[0].count(b",") + 1
     digits = np.frombuffer(text.translate(None, b",\r\n "), dtype=np.uint8) - ord("0")
     return torch.from_numpy(digits.reshape(-1, width).astype(np.int64))
@@ -223,6 +229,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.5, help="time per set and seed on --workers cores")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments = parser.parse_args()
+    files = [path_of(arguments.data, name, part) for name in arguments.sets for part in ("train", "valid", "test")]
+    missing = [path for path in files if not path.exists()]
+    if missing:
+        parser.error(f"{missing[0]} is not there, nor gzipped; name the folder of the data sets with --data")
     torch.set_num_threads(arguments.workers)
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.processor() or platform.machine()}"

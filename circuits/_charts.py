@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _FORMATS = (".png", ".svg", ".pdf")
 _MAX_IMAGES = 1024
+_MAX_LEGEND_INSIDE = 6
+_MAX_LEGEND_ROWS = 18
 
 
 def learning_curves(results: FitResult | Mapping[str, FitResult], path: str | os.PathLike[str]) -> None:
@@ -44,6 +46,7 @@ def learning_curves(results: FitResult | Mapping[str, FitResult], path: str | os
     figure = Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     later: list[float] = []
+    num_epochs = max(len(result.train_log_likelihood) for result in named.values())
     for number, (name, result) in enumerate(named.items()):
         style: dict[str, Any] = {"color": f"C{number % 10}", "linewidth": 1.6}
         prefix = f"{name}, " if name else ""
@@ -63,10 +66,17 @@ def learning_curves(results: FitResult | Mapping[str, FitResult], path: str | os
         axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.set_xlabel("epochs of learning")
     axes.set_ylabel("log-likelihood (nats per sample)")
+    axes.set_xlim(-0.02 * num_epochs - 0.1, 1.02 * num_epochs + 0.1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    num_entries = len(axes.get_legend_handles_labels()[1])
+    if num_entries <= _MAX_LEGEND_INSIDE:
+        axes.legend(frameon=False, loc="best", fontsize=9)
+    else:
+        columns = math.ceil(num_entries / _MAX_LEGEND_ROWS)
+        figure.set_size_inches(6.4 + 1.8 * columns, 4.0)
+        figure.legend(frameon=False, loc="outside right upper", ncols=columns, fontsize=8)
     save(figure, target)
 
 
@@ -85,7 +95,8 @@ def samples(
             are images after ``.reshape(-1, height, width)``.
         path: a .png, .svg or .pdf file.
         num_columns: images per row; None: as many as make the grid about square.
-        value_range: the values that are black and white; None: the least and the greatest value. NaN is drawn red.
+        value_range: the values that are black and white; None: the least and the greatest finite value. NaN is drawn
+            red.
         zoom: how many pixels of the picture are one of the images.
 
     Raises:
@@ -93,9 +104,17 @@ def samples(
     """
     import numpy as np
 
-    values = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        images = images.double() if images.is_floating_point() else images  # numpy knows no bfloat16
+    values = np.asarray(images)
     is_color = values.ndim == 4 and values.shape[3] == 3
-    if not (values.ndim == 3 or is_color) or not values.size or len(values) > _MAX_IMAGES or values.dtype.kind in "OUS":
+    if (
+        not (values.ndim == 3 or is_color)
+        or not values.size
+        or len(values) > _MAX_IMAGES
+        or values.dtype.kind in "OUSc"
+    ):
         raise ArgumentError(
             f"images: expected numbers (N, H, W) or (N, H, W, 3) with N from 1 to {_MAX_IMAGES}, got {values.dtype} "
             f"{values.shape}"
@@ -105,12 +124,13 @@ def samples(
             checked_count(name, count)
     target = checked_path(path)
     pixels = values.astype(np.float64)
-    is_known = ~np.isnan(pixels)
+    is_finite = np.isfinite(pixels)
     if value_range is None:
-        value_range = (pixels[is_known].min(), pixels[is_known].max()) if is_known.any() else (0.0, 1.0)
-    low, high = value_range
-    if not low <= high:
+        value_range = (pixels[is_finite].min(), pixels[is_finite].max()) if is_finite.any() else (0.0, 1.0)
+    is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
+    if not is_pair or not -math.inf < value_range[0] <= value_range[1] < math.inf:
         raise ArgumentError(f"value_range: expected (least, greatest), got {value_range!r}")
+    low, high = value_range
     pixels = ((pixels - low) / (high - low if high > low else 1.0)).clip(0, 1)
     if not is_color:
         pixels = np.repeat(pixels[..., None], 3, axis=3)

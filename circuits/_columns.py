@@ -116,7 +116,8 @@ def columns_of(data: Array, categories: str | int | Sequence[int], num_bins: int
         if data.dtype.kind == "f":
             return _binned(data, num_bins, shared)
         return IntegerColumns(tuple(np.unique(data if shared else column) for column in data.T))
-    counts = [categories] * data.shape[1] if isinstance(categories, int) else list(categories)
+    is_list = isinstance(categories, (Sequence, np.ndarray))
+    counts: list[Any] = [*categories] if is_list else [categories] * data.shape[1]  # type: ignore[misc]
     if len(counts) != data.shape[1] or not all(_is_count(count) for count in counts):
         raise ArgumentError(
             f"categories: expected 'auto', an integer >= 1 or {data.shape[1]} of them, got {categories!r:.80}"
@@ -133,6 +134,10 @@ def _binned(data: Array, num_bins: int, shared: bool) -> BinnedColumns:
         observed = np.broadcast_to(observed.any(), observed.shape)
     least, greatest = (np.where(observed.any(axis=0), bound, 0.0) for bound in (least, greatest))
     # A constant column still needs a bin that its value lies in.
+    with np.errstate(over="ignore"):
+        is_wide = ~np.isfinite(greatest - least)
+    if is_wide.any():
+        raise ArgumentError("X: expected numbers whose range is a finite number, got a wider one; scale the data down")
     too_narrow = (greatest - least) / num_bins <= 1e-12 * np.maximum(np.abs(least), np.abs(greatest))
     margin = np.where(too_narrow, 0.5 * np.maximum(1.0, np.abs(least) * 1e-6), 0.0)
     return BinnedColumns(least - margin, greatest + margin, num_bins)

@@ -19,7 +19,7 @@ from circuits.learning import fit
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
-    from sklearn.utils import check_random_state
+    from sklearn.utils import ClassifierTags, check_random_state
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -189,8 +189,10 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
     def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that NaN is welcome."""
+        """Tell scikit-learn that NaN is welcome, and that what was fitted with targets is a classifier."""
         tags = super().__sklearn_tags__()
+        if _has_classes(self):
+            tags.estimator_type, tags.classifier_tags = "classifier", ClassifierTags()
         tags.input_tags.allow_nan = True
         tags.input_tags.categorical = True
         return tags
@@ -201,6 +203,8 @@ class CircuitDensity(DensityMixin, BaseEstimator):
             raise ArgumentError(f"X: expected integers or floating-point numbers, got {data.dtype}")
         if data.dtype.kind == "f":
             return data.astype(np.float64)
+        if data.dtype.kind == "u" and data.max() > np.iinfo(np.int64).max:
+            raise ArgumentError(f"X: expected integers below 2^63, got {data.max()}")
         return data.astype(np.int64)
 
     def _log_prior(self) -> Array:
@@ -227,7 +231,8 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         self, encoded: Encoded, rows: Array, weights: Array | None, random: np.random.RandomState
     ) -> CompiledCircuit:
         codes, observed = torch.from_numpy(encoded.codes[rows]), torch.from_numpy(encoded.observed[rows])
-        circuit = self._circuit(codes)
+        counts = None if weights is None else torch.from_numpy(weights[rows].astype(np.float64))
+        circuit = self._circuit(codes, observed, counts)
         seed = int(random.randint(2**31 - 1))
         pc = compile(circuit, device=self.device, dtype=torch.float64, seed=seed)
         fit(
@@ -235,7 +240,7 @@ class CircuitDensity(DensityMixin, BaseEstimator):
             codes,
             optimizer=self.optimizer,
             observed=None if bool(observed.all()) else observed,
-            sample_weights=None if weights is None else torch.from_numpy(weights[rows].astype(np.float64)),
+            sample_weights=counts,
             num_epochs=self.num_epochs,
             batch_size=self.batch_size,
             pseudocount=self.pseudocount,
@@ -244,16 +249,16 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         )
         return pc
 
-    def _circuit(self, codes: Tensor) -> Circuit:
+    def _circuit(self, codes: Tensor, observed: Tensor, counts: Tensor | None) -> Circuit:
         num_categories = self.columns_.num_categories
         num_vars = len(num_categories)
         if callable(self.structure):
             circuit = self.structure(codes, num_categories)
-            if not isinstance(circuit, Circuit) or circuit.num_categories != num_categories:
-                got = circuit.num_categories if isinstance(circuit, Circuit) else type(circuit).__name__
+            if not isinstance(circuit, Circuit) or circuit.num_categories != num_categories or circuit.num_classes:
+                got = f"{circuit} with {circuit.num_categories}" if isinstance(circuit, Circuit) else f"{circuit!r:.60}"
                 raise ArgumentError(
-                    f"structure: expected a function that returns a ct.Circuit over variables with {num_categories} "
-                    f"categories, got {got}"
+                    f"structure: expected a function that returns a ct.Circuit without classes over variables with "
+                    f"{num_categories} categories, got {got}"
                 )
             return circuit
         if self.structure == "mixture":
@@ -263,7 +268,7 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         if self.structure == "hmm":
             return structures.hmm(num_vars, self.num_latents, max(num_categories))
         if self.structure == "hclt":
-            return structures.hclt(codes, self.num_latents, num_categories)
+            return structures.hclt(codes, self.num_latents, num_categories, weights=counts, observed=observed)
         raise ArgumentError(
             f"structure: expected 'mixture', 'fully_factorized', 'hmm', 'hclt' or a function, got {self.structure!r}"
         )

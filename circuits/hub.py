@@ -16,6 +16,20 @@ from circuits.errors import ArgumentError, CheckpointError
 from circuits.io import STRUCTURE_FILE, WEIGHTS_FILE, load, save
 
 _FILES = (STRUCTURE_FILE, WEIGHTS_FILE)
+_CARD = """---
+{{ card_data }}
+---
+
+{{ circuit }}, a probabilistic circuit of the library `unfactor`: likelihoods, marginals, conditional samples and most
+probable explanations are exact.
+
+```python
+import circuits as ct
+
+pc = ct.hub.from_pretrained("name/of-this-repository")  # or the folder; nothing in it is executed
+ct.queries.sample(pc, 10)
+```
+"""
 
 
 def save_pretrained(pc: CompiledCircuit, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -92,11 +106,16 @@ def _checked(pc: CompiledCircuit) -> CompiledCircuit:
 @functools.cache
 def _hub_class() -> Any:
     """Build the class that the hub's mixin needs; only now, because importing ``huggingface_hub`` takes a while."""
-    from huggingface_hub import ModelHubMixin
+    from huggingface_hub import ModelCard, ModelHubMixin
 
-    class CircuitOnHub(ModelHubMixin, library_name="unfactor", tags=["probabilistic-circuit"]):
+    tags = ["probabilistic-circuit"]
+
+    class CircuitOnHub(ModelHubMixin, library_name="unfactor", tags=tags, model_card_template=_CARD):
         def __init__(self, pc: CompiledCircuit) -> None:
             self.pc = pc
+
+        def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
+            return super().generate_model_card(*args, **{"circuit": str(self.pc.circuit), **options})
 
         def _save_pretrained(self, save_directory: Path) -> None:
             with tempfile.TemporaryDirectory() as temporary:

@@ -54,7 +54,8 @@ class CircuitDistribution(Distribution):
         if self.pc.circuit.is_discrete and 0 not in self.pc.circuit.num_categories:
             return constraints.independent(constraints.integer_interval(0, self.pc.num_categories - 1), 1)
         families = {node.var: node.distribution for node in self.pc.circuit.inputs}
-        return constraints.stack([_support_of(families[var]) for var in range(self.pc.circuit.num_vars)], -1)
+        each = [_support_of(families[var]) for var in range(self.pc.circuit.num_vars)]
+        return constraints.independent(each[0], 1) if len(set(each)) == 1 else _AllOf(each, -1)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CircuitDistribution:
         """Not supported: give evidence for as many queries instead, so that the cost is visible."""
@@ -79,25 +80,27 @@ class CircuitDistribution(Distribution):
             (*sample_shape, *batch_shape).
 
         Raises:
-            ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
+            ArgumentError: a wrong shape or dtype, NaN, or a value outside its variable's categories.
             ImpossibleEvidenceError: Z(e) = 0.
         """
         tail = self.batch_shape + self.event_shape
         if not isinstance(value, Tensor) or value.shape[-len(tail) :] != tail:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(f"value: expected a tensor of shape (..., {', '.join(map(str, tail))}), got {got}")
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ArgumentError("value: expected complete values, got NaN; ct.queries.log_marginal sums variables out")
         x = value.reshape(-1, *self.event_shape)
         if self.evidence is None:
             return self.pc(x).reshape(value.shape[:-1])
         if bool((self.log_partition == -torch.inf).any()):
             raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
         Evidence.observe(x).check(self.pc.num_categories)
-        copies = len(x) // self.batch_shape[0]
+        copies = value.shape[: -len(tail)].numel()
         index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
         given = self.evidence.rows(index)
         factors = _factors_at(x, given, self.pc.dtype)
         scored = given.with_factors(factors.unsqueeze(-1), x.unsqueeze(-1))
-        log_joint = self.pc.log_partition(scored).reshape(copies, -1)
+        log_joint = self.pc.log_partition(scored).reshape(copies, *self.batch_shape)
         return (log_joint - self.log_partition).reshape(value.shape[:-1])
 
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
@@ -155,6 +158,13 @@ class CircuitDistribution(Distribution):
             f"CircuitDistribution({self.pc.circuit}, batch_shape={tuple(self.batch_shape)}, "
             f"event_shape={tuple(self.event_shape)})"
         )
+
+
+class _AllOf(constraints.stack):
+    """Vectors each of whose entries satisfies a constraint of its own."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return super().check(value).all(self.dim)
 
 
 def _support_of(family: InputFamily) -> constraints.Constraint:

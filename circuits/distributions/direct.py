@@ -163,6 +163,9 @@ class Gaussian(Direct):
     :func:`~circuits.learning.initialize_inputs`. The pseudo-observations of EM have the unit's own mean and variance 1;
     a learning step of size s < 1 interpolates the mean parameters E[x] and E[x^2].
 
+    EM gathers sums of x and x^2 in float64, and means are kept in the circuit's dtype. So spreads below 1e-7 of the
+    mean, 1e-6 in float32, are lost: subtract an offset, such as that of points in time, from the data.
+
     Args:
         min_std: the least standard deviation, > 0: a likelihood is unbounded without one.
 

@@ -32,14 +32,12 @@ class JuiceCircuit(CompiledCircuit):
         """Return ``log Z(e)``, shape (B,), see :meth:`CompiledCircuit.log_partition`."""
         is_hard = evidence.values is not None and evidence.log_factors is None and evidence.values.shape[-1] == 1
         is_hard = is_hard and evidence.otherwise is None and not evidence.latents and evidence.classes is None
+        is_hard = is_hard and evidence.batch_size > 0
         if not is_hard or weights is not None or torch.is_grad_enabled() or self.device.type != "cuda":
             return super().log_partition(evidence, weights)
-        assert evidence.values is not None
         evidence.check(self.num_categories)
-        rows = torch.arange(-(-evidence.batch_size // _BATCH_MULTIPLE) * _BATCH_MULTIPLE, device=self.device)
-        rows = rows.masked_fill(rows >= evidence.batch_size, 0)  # kernels take whole blocks of samples
-        options = {} if evidence.missing is None else {"missing_mask": evidence.missing[rows].contiguous()}
-        log_z = self._kernels()(evidence.values[rows, :, 0].contiguous(), **options)
+        values, options = kernel_inputs(evidence)
+        log_z = self._kernels()(values, **options)
         return log_z[: evidence.batch_size, 0].to(self.dtype)
 
     def _kernels(self) -> Any:
@@ -49,6 +47,15 @@ class JuiceCircuit(CompiledCircuit):
             compiled = import_pyjuice().compile(to_pyjuice(self), device=self.device, verbose=False)
             self._compiled = key, compiled.to(self.device)  # in a tuple: not a submodule, so not in the state_dict
         return self._compiled[1]
+
+
+def kernel_inputs(evidence: Evidence) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return hard evidence as the kernels take it, whole blocks of samples: int64 values, and which are missing."""
+    assert evidence.values is not None
+    rows = torch.arange(-(-evidence.batch_size // _BATCH_MULTIPLE) * _BATCH_MULTIPLE, device=evidence.device)
+    rows = rows.masked_fill(rows >= evidence.batch_size, 0)
+    options = {} if evidence.missing is None else {"missing_mask": evidence.missing[rows].contiguous()}
+    return evidence.values[rows, :, 0].long().contiguous(), options
 
 
 def compile_with_pyjuice(

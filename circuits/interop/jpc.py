@@ -41,8 +41,11 @@ def load_jpc(
         seed: for weights that the file lacks; fresh entropy when omitted.
 
     Raises:
+        ArgumentError: a wrong ``dtype``.
         CheckpointError: the file is missing, corrupt, hostile, or describes what this library's circuits do not have.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -65,7 +68,7 @@ def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: i
 
     Args:
         pc: the circuit; its inputs are categorical or Bernoulli.
-        path: the file to write; its name ends in ``.jpc``.
+        path: the file to write; its name ends in ``.jpc``, and its folder is made if it is not there.
         block_size: units per block, see ``to_pyjuice``.
 
     Raises:
@@ -75,6 +78,7 @@ def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: i
     if Path(path).suffix != ".jpc":
         raise ArgumentError(f"path: expected a file name that ends in .jpc, got {os.fspath(path)!r}")
     nodes = to_pyjuice(pc, block_size=block_size)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     import_pyjuice().save(os.fspath(path), nodes)
 
 

@@ -78,9 +78,20 @@ class Checkpoint:
         """Return the snapshot in the file, None if there is no file.
 
         Raises:
+            ArgumentError: the file could not be written, which is better known before the first epoch than after it.
             CheckpointError: the file is corrupt, of a newer version, or of another run.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None:
+            return None
+        folder = self._path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(folder, os.W_OK)
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise ArgumentError(f"checkpoint_path: the folder {folder} cannot be written to; give another place")
+        if not self._path.exists():
             return None
         metadata, tensors = self._contents(self._path)
         if metadata.get("format") != FORMAT:
@@ -110,7 +121,10 @@ class Checkpoint:
 
         try:
             with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # copies are aligned like all tensors: sums of others may be rounded differently, and the run would end
+                # in another last bit
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                return file.metadata() or {}, tensors
         except (SafetensorError, OSError, ValueError) as error:
             raise self.error(f"cannot be read: {error}") from error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning import em
+from circuits.learning._arguments import check_em_options
 from circuits.learning._samples import Batch
 from circuits.learning.distributed import Processes
 from circuits.learning.hard import viterbi_flows
@@ -177,9 +178,11 @@ class GradientLearner(Learner):
     def _give_up(self) -> None:
         for parameter, weights in zip(self.pc.bank.values(), self._start, strict=True):
             parameter.copy_(weights)
+        has_zeros = any(bool((weights == -torch.inf).any()) for weights in self._start)
+        hint = ", and take none that scales steps by the weights, -inf for those that are zero" if has_zeros else ""
         raise ArgumentError(
             f"optimizer: expected finite losses and weights, got others with {type(self._optimizer).__name__}; lower "
-            "its learning rate. The weights are those of the last complete epoch"
+            f"its learning rate{hint}. The weights are those of the last complete epoch"
         )
 
 
@@ -206,6 +209,7 @@ def build_learner(
             raise ArgumentError(f"optimizer: expected {', '.join(_DEFAULTS)}, or one of torch.optim, got {optimizer!r}")
         _refuse(given.keys() - _DEFAULTS[optimizer].keys(), optimizer)
         chosen = _DEFAULTS[optimizer] | given
+        check_em_options(**chosen)
         kinds: dict[str, Callable[..., Learner]] = {
             "em": FullBatchEM,
             "minibatch_em": MinibatchEM,
@@ -220,6 +224,10 @@ def build_learner(
         raise ArgumentError(
             f"optimizer: expected one over parameters of pc alone, got {type(built).__name__} over other tensors; "
             "build it with pc.parameters()"
+        )
+    if not any(parameter.requires_grad for group in built.param_groups for parameter in group["params"]):
+        raise ArgumentError(
+            f"optimizer: none of the parameters of {type(built).__name__} takes a gradient; call pc.requires_grad_()"
         )
     groups = [{k: v for k, v in group.items() if k != "params"} for group in built.param_groups]
     return GradientLearner(pc, built), f"{type(built).__name__} {groups}"

@@ -78,6 +78,7 @@ def checked_samples(
 
     A circuit with classes needs labels, but for those who do not ask the class: ``takes_labels=False``.
     """
+    check_compiled(pc)
     x = as_rows(name, data)
     num_vars = pc.circuit.num_vars
     if not (x.dtype in _INTEGERS or x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
@@ -105,6 +106,12 @@ def checked_samples(
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
     return Samples(x, observed, sample_weights, checked_labels(pc, name, labels, len(x)) if takes_labels else None)
+
+
+def check_compiled(pc: CompiledCircuit) -> None:
+    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
 def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
+from circuits.learning.em import checked_sample_weights
 
 _MAX_ELEMENTS = 1 << 24
 
@@ -38,14 +39,19 @@ def kmeans(
     Raises:
         ArgumentError: an argument has a wrong shape or value.
     """
-    if not isinstance(data, Tensor) or data.dim() != 2 or not len(data):
-        got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
-        raise ArgumentError(f"data: expected a tensor (N, D) with N >= 1, got {got}")
+    if not isinstance(data, Tensor) or data.dim() != 2 or 0 in data.shape or data.is_complex():
+        got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise ArgumentError(f"data: expected a tensor of numbers (N, D) with N, D >= 1, got {got}")
     checked_count("num_clusters", num_clusters)
-    x = data.float()
-    weights = x.new_ones(len(x)) if sample_weights is None else sample_weights.to(x)
-    if weights.shape != x.shape[:1] or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
-        raise ArgumentError(f"sample_weights: expected {len(x)} numbers >= 0, not all zero, got {sample_weights!r}")
+    checked_count("num_steps", num_steps, least=0)
+    weights = torch.ones(len(data), device=data.device)
+    if sample_weights is not None:
+        weights = checked_sample_weights(sample_weights, weights)
+    if not float(weights.sum()) > 0:
+        raise ArgumentError("sample_weights: expected some that are > 0, all are zero")
+    x = _centred(data.double(), weights.double()).float()
+    if not bool(x.isfinite().all()):
+        raise ArgumentError("data: expected finite numbers, got NaN, infinite or too large ones; fill them in")
     centres = _first_centres(x, weights, num_clusters, torch.Generator().manual_seed(seed))
     labels = _nearest(x, centres)[1]
     for _ in range(num_steps):
@@ -56,6 +62,12 @@ def kmeans(
         if torch.equal(labels, before):
             break
     return labels
+
+
+def _centred(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the samples less the one nearest to their mean: far from the origin, squared distances lose digits."""
+    mean = weights @ x / weights.sum()
+    return x - x[(x - mean).square().sum(1).argmin()]
 
 
 def _first_centres(x: Tensor, weights: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:

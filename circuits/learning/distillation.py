@@ -17,8 +17,9 @@ from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import Input, Node, Product, parameter_owner
 from circuits.learning import em
+from circuits.learning._arguments import check_em_options
 from circuits.learning._arrays import Table
-from circuits.learning._samples import Batch, checked_samples
+from circuits.learning._samples import Batch, check_compiled, checked_samples
 from circuits.learning.clusters import kmeans
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def distill_latents(
         ArgumentError: an argument has a wrong type, shape or value.
         ImpossibleEvidenceError: all samples have probability zero with these states.
     """
+    check_em_options(pseudocount=pseudocount)
+    checked_count("batch_size", batch_size)
     samples = checked_samples(pc, "data", data, observed, sample_weights, labels)
     known = _checked_states(pc, states, len(samples.x))
     order = torch.arange(len(samples.x))
@@ -113,6 +116,7 @@ def initialize_by_kmeans(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value, or no latent's states are units of input nodes.
     """
+    check_compiled(pc)
     checked_count("max_samples", max_samples)
     groups = _latent_groups(pc)
     if not groups:
@@ -173,6 +177,8 @@ def _supervised_flows(pc: CompiledCircuit, batch: Batch, states: Mapping[Input, 
 
 
 def _checked_states(pc: CompiledCircuit, states: Mapping[str | Input, Tensor], num_samples: int) -> dict[Input, Tensor]:
+    if not isinstance(states, Mapping):
+        raise ArgumentError(f"states: expected tensors by input node or its name, got {type(states).__name__}")
     checked: dict[Input, Tensor] = {}
     for key, state in states.items():
         node = pc.circuit.node(key) if isinstance(key, str) else key

@@ -10,6 +10,7 @@ same for all of them: mix the statistics, then let the family fit its parameters
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from circuits.distributions import Direct, Distribution, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
+from circuits.learning._arguments import check_em_options
 from circuits.learning.entropy import entropic_maximum
 from circuits.passes import Banks
 
@@ -64,13 +66,13 @@ def expected_flows(
         PropertyError: the circuit has a distribution per class, and the evidence does not say which.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    if pc.circuit.num_classes is not None and given.classes is None:
+        raise passes.class_needed(pc)
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
         log_z = pc.log_partition(given, banks)
-        if log_z.dim() == 2:
-            raise passes.class_needed(pc)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)
@@ -109,7 +111,8 @@ def em_step(
     Raises:
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
-    _check_step(pc, flows, step_size, pseudocount, entropy)
+    check_em_options(step_size, pseudocount, entropy)
+    _check_flows(pc, flows)
     for name, weights in pc.weights().items():
         _move(pc, name, weights, flows[name], step_size, pseudocount, entropy)
 
@@ -159,10 +162,12 @@ def anemone_step(
     Raises:
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
-    _check_step(pc, flows, step_size, pseudocount, entropy)
-    if not 0 <= momentum < 1:
-        raise ArgumentError(f"momentum: expected 0 <= momentum < 1, got {momentum!r}")
+    check_em_options(step_size, pseudocount, entropy, momentum)
+    _check_flows(pc, flows)
+    if not math.isfinite(mass):
+        raise ArgumentError(f"mass: expected a finite number, got {mass!r}")
     state = state or AnemoneState({name: torch.zeros_like(flow) for name, flow in flows.items()}, 0.0)
+    _check_state(state, flows)
     if mass <= 0:
         return state
     state = AnemoneState(
@@ -302,19 +307,31 @@ def _axis(bank: str) -> int:
     return -1 if bank.startswith("sum") else -2
 
 
-def _check_step(pc: CompiledCircuit, flows: BankFlows, step_size: float, pseudocount: float, entropy: float) -> None:
-    if not 0 < step_size <= 1:
-        raise ArgumentError(f"step_size: expected 0 < step_size <= 1, got {step_size!r}")
-    if not 0 <= pseudocount < math.inf:
-        raise ArgumentError(f"pseudocount: expected a number >= 0, got {pseudocount!r}")
-    if not 0 <= entropy < math.inf:
-        raise ArgumentError(f"entropy: expected a number >= 0, got {entropy!r}")
+def _check_flows(pc: CompiledCircuit, flows: BankFlows) -> None:
+    if not isinstance(flows, Mapping):
+        raise ArgumentError(
+            f"flows: expected tensors by bank, such as expected_flows(pc, ...).flows, got {type(flows).__name__}"
+        )
     shapes = flow_shapes(pc)
     given = {name: tuple(flow.shape) for name, flow in flows.items()}
     if given != shapes:
         raise ArgumentError(
             f"flows: expected the banks {shapes} of {pc.circuit}, got {given}; use those of expected_flows(pc, ...)"
         )
+    uses = [flow[:, :1] if isinstance(pc.families.get(name), Direct) else flow for name, flow in flows.items()]
+    least = torch.stack([part.amin().double() for part in uses])
+    total = torch.stack([flow.sum().double() for flow in flows.values()])
+    if not bool(((least >= 0) & total.isfinite()).all()):
+        raise ArgumentError(
+            "flows: expected uses >= 0 with a finite sum, got others; were they too many for their dtype, use smaller "
+            "sample_weights, or compile with dtype=torch.float64"
+        )
+
+
+def _check_state(state: AnemoneState, flows: BankFlows) -> None:
+    is_state = isinstance(state, AnemoneState)
+    if not is_state or {n: m.shape for n, m in state.flows.items()} != {n: f.shape for n, f in flows.items()}:
+        raise ArgumentError(f"state: expected what the last step of this circuit returned, or None, got {state!r:.80}")
 
 
 def checked_sample_weights(sample_weights: Tensor, log_z: Tensor) -> Tensor:

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit, compile
-from circuits.errors import ArgumentError
+from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
+from circuits.learning.em import checked_sample_weights
 
 
 def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | None = None) -> CompiledCircuit:
     """Return the circuit ``p(x) = sum_m w_m p_m(x)`` over copies of the members, with their weights.
 
-    It can be queried, saved and learnt further like any other. The named nodes of member m are called
-    ``member{m}.{name}`` in it; its root is called ``members``.
+    It can be queried, saved and learnt further like any other. If the members have classes, so has the result: then
+    the p(x | class) of the members are mixed. The named nodes of member m are called ``member{m}.{name}`` in it; its
+    root is called ``members``.
 
     Args:
         members: circuits over the same variables, on one device and of one dtype.
@@ -24,20 +26,28 @@ def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | Non
 
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
-        StructureError: the members are not over the same variables with the same numbers of categories.
+        StructureError: the members are not over the same variables with the same numbers of categories, or have
+            different numbers of classes.
     """
-    if not members or not all(isinstance(member, CompiledCircuit) for member in members):
+    is_list = isinstance(members, Sequence) and len(members) > 0
+    if not is_list or not all(isinstance(member, CompiledCircuit) for member in members):
         raise ArgumentError(f"members: expected one or more compiled circuits, got {members!r}")
     if len({(member.device, member.dtype) for member in members}) > 1:
         raise ArgumentError("members: expected circuits on one device and of one dtype; move them with .to(...)")
+    num_classes = {member.circuit.num_classes for member in members}
+    if len(num_classes) > 1:
+        raise StructureError(f"members: expected equally many classes in all of them, got {num_classes}")
+    if weights is not None and not isinstance(weights, Tensor):
+        raise ArgumentError(f"weights: expected a tensor ({len(members)},) or None, got {type(weights).__name__}")
     shares = torch.ones(len(members)) if weights is None else weights.detach().cpu()
     if shares.shape != (len(members),) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < torch.inf:
         raise ArgumentError(f"weights: expected {len(members)} finite numbers >= 0, not all zero, got {weights!r}")
     copies = [_copied_nodes(member.circuit, f"member{position}.") for position, member in enumerate(members)]
     roots = [copy[member.circuit.root] for member, copy in zip(members, copies, strict=True)]
-    root = sum(*roots, num_units=1, name="members")
-    pc = compile(Circuit(root), device=members[0].device, dtype=members[0].dtype, seed=0)
-    pc.set_weights(root, (shares / shares.sum()).unsqueeze(0))
+    root = sum(*roots, num_units=roots[0].num_units, name="members")
+    circuit = Circuit(root, num_classes=members[0].circuit.num_classes)
+    pc = compile(circuit, device=members[0].device, dtype=members[0].dtype, seed=0)
+    pc.set_weights(root, torch.kron(shares / shares.sum(), torch.eye(root.num_units)))
     with torch.no_grad():
         for member, copy in zip(members, copies, strict=True):
             for node, twin in copy.items():
@@ -73,17 +83,15 @@ def convex_weights(
     Raises:
         ArgumentError: an argument has a wrong shape or value, or no sample is possible.
     """
+    if not isinstance(log_likelihoods, Tensor):
+        raise ArgumentError(f"log_likelihoods: expected a tensor (N, M), got {type(log_likelihoods).__name__}")
     scores = log_likelihoods.detach().double()
     if scores.dim() != 2 or not scores.numel() or not bool((scores < torch.inf).all()):
         raise ArgumentError(f"log_likelihoods: expected numbers below +inf, (N, M), got {tuple(scores.shape)}")
     is_possible = (scores > -torch.inf).any(1)
     counts = is_possible.double()
     if sample_weights is not None:
-        if sample_weights.shape != scores.shape[:1] or not bool((sample_weights >= 0).all()):
-            raise ArgumentError(
-                f"sample_weights: expected {len(scores)} numbers >= 0, got {tuple(sample_weights.shape)}"
-            )
-        counts = counts * sample_weights.double().to(scores.device)
+        counts = counts * checked_sample_weights(sample_weights, scores[:, 0])
     if not float(counts.sum()) > 0:
         raise ArgumentError("log_likelihoods: expected at least one sample that a member allows, got none")
     scores = scores.masked_fill(~is_possible.unsqueeze(1), 0.0)

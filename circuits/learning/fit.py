@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits._arguments import checked_count, is_number
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -26,7 +26,7 @@ from circuits.learning._learners import (
     possible_mass,
     possible_total,
 )
-from circuits.learning._samples import Samples, checked_samples
+from circuits.learning._samples import Samples, check_compiled, checked_samples
 from circuits.learning.distributed import Processes, checked_processes
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def fit(
             :func:`~circuits.learning.anemone_step`; ``"viterbi_em"``: hard EM, from the most probable explanations of
             all data, see :func:`~circuits.learning.viterbi_flows`; or a ``torch.optim`` optimizer over
             ``pc.parameters()``; or a function from parameters to one, for instance ``lambda p: torch.optim.Adam(p,
-            lr=0.1)``.
+            lr=0.1)``. The EM family moves all weights, also those of parameters that require no gradient.
         observed: bool (N, D), False where a value is missing: then its marginal likelihood is maximised.
         sample_weights: how often each sample counts, (N,) >= 0.
         labels: the class of each sample, int64 (N,), for a circuit with ``num_classes``: then likelihoods are
@@ -124,6 +124,9 @@ def fit(
     _check_options(pc, num_epochs, batch_size, patience, min_improvement, seed, validation_data is not None)
     samples = checked_samples(pc, "data", data, observed, sample_weights, labels)
     validation = None
+    for argument, given in (("validation_observed", validation_observed), ("validation_labels", validation_labels)):
+        if given is not None and validation_data is None:
+            raise ArgumentError(f"{argument}: it says something about validation_data, which is not given; give both")
     if validation_data is not None:
         validation = checked_samples(
             pc, "validation_data", validation_data, validation_observed, None, validation_labels
@@ -272,8 +275,7 @@ def _check_options(
     seed: int,
     is_validated: bool,
 ) -> None:
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    check_compiled(pc)
     counts = [("num_epochs", num_epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)]
     if patience is not None:
         counts.append(("patience", patience, 1))
@@ -281,7 +283,7 @@ def _check_options(
         checked_count(name, value, least)
     if patience is not None and not is_validated:
         raise ArgumentError("patience: early stopping compares validation likelihoods; give validation_data too")
-    if not 0 <= min_improvement < math.inf:
+    if not is_number(min_improvement) or not 0 <= min_improvement < math.inf:
         raise ArgumentError(f"min_improvement: expected a number >= 0 (nats per sample), got {min_improvement!r}")
     if not all(bool((parameter < torch.inf).all()) for parameter in pc.bank.values()):
         raise ArgumentError("pc: its weights have NaN or +inf among them; call pc.randomize(seed=...) first")

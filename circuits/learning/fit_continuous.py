@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits._arguments import checked_count, is_number
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
@@ -84,7 +84,7 @@ def fit_continuous_mixture(
         batch_size: samples per step.
         num_steps: of Adam.
         num_evaluations: how often to validate.
-        patience: stop after so many evaluations in a row that were not the best so far; None: never.
+        patience: stop when more than so many evaluations in a row were not the best so far; None: never.
         seed: for the network's weights, the points, the order of the samples and dropout.
         progress: draw a progress bar on standard error.
 
@@ -94,12 +94,23 @@ def fit_continuous_mixture(
     """
     weights = _checked(data, num_categories, validation_data, sample_weights)
     categories = checked_categories(num_categories, data.shape[1])
-    for name, value in [("num_components", num_components), ("num_points", num_points), ("batch_size", batch_size)]:
-        checked_count(name, value, least=2)
+    counts = {"num_components": (num_components, 2), "num_points": (num_points, 2), "batch_size": (batch_size, 2)}
+    counts |= {"latent_dim": (latent_dim, 1), "hidden_units": (hidden_units, 1), "seed": (seed, 0)}
+    counts |= {"num_hidden_layers": (num_hidden_layers, 0), "patience": (0 if patience is None else patience, 0)}
+    for name, (count, least) in counts.items():
+        checked_count(name, count, least=least)
     if not isinstance(num_steps, int) or not isinstance(num_evaluations, int) or not 1 <= num_evaluations <= num_steps:
         raise ArgumentError(
             f"num_steps: expected integers 1 <= num_evaluations <= num_steps, got {num_evaluations!r} and {num_steps!r}"
         )
+    if patience is not None and validation_data is None:
+        raise ArgumentError("patience: early stopping compares validation likelihoods; give validation_data too")
+    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay, "pseudocount": pseudocount}
+    for name, number in numbers.items():
+        if not is_number(number) or not 0 <= number < math.inf:
+            raise ArgumentError(f"{name}: expected a finite number >= 0, got {number!r}")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ArgumentError(f"dropout: expected 0 <= dropout < 1, got {dropout!r}")
     if blocks is None:
         information = empirical_mutual_information(data, num_categories=categories, weights=weights, pseudocount=1.0)
         blocks = correlated_blocks(information, categories, max_values=max_values)
@@ -222,6 +233,10 @@ def _checked(
             raise ArgumentError(f"{name}: expected values from 0 to {limits.tolist()} - 1, got others")
     if sample_weights is None:
         return None
+    if not isinstance(sample_weights, Tensor):
+        raise ArgumentError(
+            f"sample_weights: expected a tensor ({len(data)},) or None, got {type(sample_weights).__name__}"
+        )
     if sample_weights.shape != data.shape[:1] or not bool(((sample_weights >= 0) & (sample_weights < torch.inf)).all()):
         raise ArgumentError(
             f"sample_weights: expected finite numbers >= 0 of shape ({len(data)},), got {tuple(sample_weights.shape)}"

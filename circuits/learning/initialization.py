@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits._arguments import checked_count, is_number
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.learning import em
+from circuits.learning._arguments import check_em_options
 from circuits.learning._samples import checked_samples
 from circuits.semiring import LogSemiring
 
@@ -59,6 +60,7 @@ def initialize_inputs(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
     """
+    check_em_options(pseudocount=pseudocount)
     _check_options(by, samples_per_unit, bandwidth)
     samples = checked_samples(pc, "data", data, observed, None, takes_labels=False)
     generator = torch.Generator().manual_seed(seed)
@@ -133,5 +135,5 @@ def _check_options(by: str, samples_per_unit: int, bandwidth: float) -> None:
     if by not in get_args(InitializedBy):
         raise ArgumentError(f"by: expected {' or '.join(map(repr, get_args(InitializedBy)))}, got {by!r}")
     checked_count("samples_per_unit", samples_per_unit)
-    if not 0 <= bandwidth < math.inf:
+    if not is_number(bandwidth) or not 0 <= bandwidth < math.inf:
         raise ArgumentError(f"bandwidth: expected a number >= 0 (values), got {bandwidth!r}")

@@ -20,6 +20,7 @@ def chow_liu_tree(
     num_categories: int | Sequence[int] | None = None,
     pseudocount: float = 0.01,
     weights: Tensor | None = None,
+    observed: Tensor | None = None,
     num_bins: int | None = None,
 ) -> list[tuple[int, int]]:
     """Return the edges of the tree over the variables with the most mutual information (Chow and Liu 1968).
@@ -29,7 +30,12 @@ def chow_liu_tree(
     """
     return maximum_spanning_tree(
         empirical_mutual_information(
-            data, num_categories=num_categories, pseudocount=pseudocount, weights=weights, num_bins=num_bins
+            data,
+            num_categories=num_categories,
+            pseudocount=pseudocount,
+            weights=weights,
+            observed=observed,
+            num_bins=num_bins,
         )
     )
 
@@ -40,6 +46,7 @@ def empirical_mutual_information(
     num_categories: int | Sequence[int] | None = None,
     pseudocount: float = 0.01,
     weights: Tensor | None = None,
+    observed: Tensor | None = None,
     num_bins: int | None = None,
 ) -> Tensor:
     """Return the mutual information of every two variables in data, on the data's device.
@@ -53,6 +60,7 @@ def empirical_mutual_information(
         num_categories: C, one for all variables or one each; by default one more than each variable's largest value.
         pseudocount: added to the count of every pair of variables, spread evenly over the pairs of values.
         weights: (N,), >= 0, how much each row counts; 1 by default.
+        observed: bool (N, D), False where a value is missing: each pair is counted in the rows that have both.
         num_bins: merge neighbouring values of ordered variables into so many bins of equal width before counting;
             without it 784 variables of 256 values cost 4e10 counts.
 
@@ -62,6 +70,8 @@ def empirical_mutual_information(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
     """
+    if observed is not None:
+        data = known_values(data, observed)
     counts = checked_categories(data, num_categories)
     weights = _checked_weights(data, weights)
     if not isinstance(pseudocount, (int, float)) or not 0 <= pseudocount < float("inf"):
@@ -71,12 +81,14 @@ def empirical_mutual_information(
         bins = counts.clamp_max(num_bins)
         data, counts = data.long() * bins // counts, bins
     num_vars = data.shape[1]
-    total = float(len(data)) if weights is None else float(weights.sum())
+    total: float | Tensor = float(len(data)) if weights is None else float(weights.sum())
     information = torch.zeros(num_vars, num_vars, dtype=torch.float64, device=data.device)
     blocks = list(_blocks(num_vars, int(counts.max())))
     for i, rows in enumerate(blocks):
         for columns in blocks[i:]:
-            joint = pair_counts(data, counts, rows, columns, weights)
+            joint = pair_counts(data, counts, rows, columns, weights, observed)
+            if observed is not None:  # every pair has its own rows
+                total = joint.sum((1, 3), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
             valid = _is_valid(joint, counts, rows, columns)
             cells = valid.sum((1, 3), keepdim=True)
             joint = (joint + pseudocount * valid.double() / cells) / (total + pseudocount)
@@ -120,7 +132,18 @@ def maximum_spanning_tree(weights: Tensor) -> list[tuple[int, int]]:
     return edges
 
 
-def pair_counts(data: Tensor, counts: Tensor, rows: range, columns: range, weights: Tensor | None) -> Tensor:
+def known_values(data: Tensor, observed: Tensor) -> Tensor:
+    """Return data with 0 in the place of missing values; raise ArgumentError unless ``observed`` is such a mask."""
+    is_mask = isinstance(observed, Tensor) and observed.dtype == torch.bool
+    if not is_mask or not isinstance(data, Tensor) or observed.shape != data.shape:
+        got = f"{observed.dtype} {tuple(observed.shape)}" if isinstance(observed, Tensor) else type(observed).__name__
+        raise ArgumentError(f"observed: expected bool of the shape of data, got {got}")
+    return data.masked_fill(~observed.to(data.device), 0)
+
+
+def pair_counts(
+    data: Tensor, counts: Tensor, rows: range, columns: range, weights: Tensor | None, observed: Tensor | None = None
+) -> Tensor:
     """Count the pairs of values of some variables with others: float64 (rows, C, columns, C)."""
     size = int(counts.max())
     # float32 counts whole numbers below 2**24 exactly, and a block has fewer rows than that
@@ -129,8 +152,9 @@ def pair_counts(data: Tensor, counts: Tensor, rows: range, columns: range, weigh
     chunk = max(1, _MAX_ELEMENTS // (max(len(rows), len(columns)) * size))
     for start in range(0, len(data), chunk):
         part = data[start : start + chunk]
-        left = _one_hot(part[:, rows.start : rows.stop], size, dtype)
-        right = left if rows == columns else _one_hot(part[:, columns.start : columns.stop], size, dtype)
+        known = None if observed is None else observed[start : start + chunk].to(data.device)
+        left = _one_hot(part, known, rows, size, dtype)
+        right = left if rows == columns else _one_hot(part, known, columns, size, dtype)
         if weights is not None:
             left = left * weights[start : start + chunk, None].to(dtype)
         joint += (left.t() @ right).double()
@@ -171,9 +195,14 @@ def _blocks(num_vars: int, num_categories: int) -> Iterator[range]:
         yield range(start, min(start + size, num_vars))
 
 
-def _one_hot(values: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _one_hot(data: Tensor, observed: Tensor | None, variables: range, size: int, dtype: torch.dtype) -> Tensor:
+    """Return which value some variables have, (n, variables * C); none where it is missing."""
+    values = data[:, variables.start : variables.stop]
     out = torch.zeros(*values.shape, size, dtype=dtype, device=values.device)
-    return out.scatter_(2, values.long().unsqueeze(2), 1).flatten(1)
+    out.scatter_(2, values.long().unsqueeze(2), 1)
+    if observed is not None:
+        out *= observed[:, variables.start : variables.stop, None]
+    return out.flatten(1)
 
 
 def _is_valid(joint: Tensor, counts: Tensor, rows: range, columns: range) -> Tensor:

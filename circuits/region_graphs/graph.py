@@ -265,6 +265,7 @@ class RegionGraph:
         root: int | None = None,
         pseudocount: float = 0.01,
         weights: Tensor | None = None,
+        observed: Tensor | None = None,
         num_bins: int | None = None,
     ) -> RegionGraph:
         """Build the region graph of the tree with the most mutual information in data (Chow and Liu 1968).
@@ -275,10 +276,16 @@ class RegionGraph:
             root: the variable at the top; None: the tree's centre.
             pseudocount: added to the count of every pair of variables, spread over the pairs of values.
             weights: (N,), how much each row counts.
+            observed: bool (N, D), False where a value is missing: each pair is counted in the rows that have both.
             num_bins: merge neighbouring values of ordered variables into so many bins before counting.
         """
         edges = chow_liu.chow_liu_tree(
-            data, num_categories=num_categories, pseudocount=pseudocount, weights=weights, num_bins=num_bins
+            data,
+            num_categories=num_categories,
+            pseudocount=pseudocount,
+            weights=weights,
+            observed=observed,
+            num_bins=num_bins,
         )
         return cls.from_tree(edges, root=root)
 

@@ -12,7 +12,7 @@ from circuits._arguments import checked_count
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Node, inputs, product, sum
-from circuits.region_graphs.chow_liu import chow_liu_tree
+from circuits.region_graphs.chow_liu import chow_liu_tree, known_values
 from circuits.region_graphs.rooted import rooted_tree
 from circuits.structures._arguments import families_of
 
@@ -64,6 +64,7 @@ def hclt(
     root: int | None = None,
     pseudocount: float = 0.01,
     weights: Tensor | None = None,
+    observed: Tensor | None = None,
     num_bins: int | None = None,
     num_trees: int = 1,
     seed: int | None = None,
@@ -81,6 +82,7 @@ def hclt(
         root: the variable at the top; None: the tree's centre, so that the depth is least.
         pseudocount: added to the count of every pair of variables, spread over the pairs of values.
         weights: (N,), how much each row counts.
+        observed: bool (N, D), False where a value is missing: each pair is counted in the rows that have both.
         num_bins: merge neighbouring values of ordered variables into so many bins before counting.
         num_trees: T > 1 builds a mixture of T trees: the first is that of the data, the others those of bootstrap
             samples of it. With T > 1 the names of nodes start with ``tree{t}_``.
@@ -95,11 +97,13 @@ def hclt(
         got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
         raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}")
     num_vars = data.shape[1]
+    if observed is not None:
+        data = known_values(data, observed)
     if num_categories is None:
         num_categories = [int(largest) + 1 for largest in data.amax(0).tolist()]
     families = families_of("num_categories", num_categories, num_vars)
-    counts = [getattr(family, "num_categories", 0) for family in families]
-    observed: dict[Hashable, int] = {var: var for var in range(num_vars)}
+    counts = [family.num_values for family in families]
+    variables: dict[Hashable, int] = {var: var for var in range(num_vars)}
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     roots = []
@@ -110,11 +114,12 @@ def hclt(
             num_categories=counts if all(counts) else None,
             pseudocount=pseudocount,
             weights=row_weights,
+            observed=observed,
             num_bins=num_bins,
         )
         prefix = f"tree{position}_" if num_trees > 1 else ""
         top = root if edges else 0
-        roots.append(_tree_root(edges, num_latents, families, observed, top, prefix))
+        roots.append(_tree_root(edges, num_latents, families, variables, top, prefix))
     return Circuit(sum(*roots, num_units=1, name="root"))
 
 

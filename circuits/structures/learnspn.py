@@ -153,17 +153,28 @@ class _Learner:
         x = self._values(part)
         size = int(self.counts[part.variables].max())
         flat = x + torch.arange(x.shape[1], device=x.device) * size  # (n, d): columns of a table (K, d * C)
-        centres = torch.randperm(len(x), generator=self.generator)[: self.num_clusters].to(x.device)
-        distance = torch.stack([(x != x[centre]).sum(1) for centre in centres], 1)
-        shares = torch.nn.functional.one_hot(distance.argmin(1), len(centres)).double()
+        distance = self._distances_to_centres(x)
+        nearest = distance.argmin(1)
+        shares = torch.nn.functional.one_hot(nearest, distance.shape[1]).double()
         for _ in range(_NUM_EM_STEPS):
             prior = (shares.sum(0) / len(x)).log()
             table = self._fitted(flat, shares, size)
             scores = prior + torch.cat([table[:, rows].sum(2).t() for rows in flat.split(self._chunk(flat))])
             shares = scores.softmax(1)
-        nearest = shares.argmax(1)
-        clusters = [part.rows[nearest == k] for k in range(len(centres))]
-        return [rows for rows in clusters if len(rows) > 0]
+        likeliest = shares.argmax(1)
+        chosen = likeliest if bool((likeliest != likeliest[0]).any()) else nearest  # EM may leave one component only
+        return [part.rows[chosen == k] for k in chosen.unique()]
+
+    def _distances_to_centres(self, x: Tensor) -> Tensor:
+        """Return in how many variables each row differs from random centres, all of them different: (n, K)."""
+        order = torch.randperm(len(x), generator=self.generator).to(x.device)
+        distances = [(x != x[order[0]]).sum(1)]
+        is_new = distances[0] > 0
+        while len(distances) < self.num_clusters and bool(is_new.any()):
+            centre = order[is_new[order].to(torch.int8).argmax()]
+            distances.append((x != x[centre]).sum(1))
+            is_new &= distances[-1] > 0
+        return torch.stack(distances, 1)
 
     def _fitted(self, flat: Tensor, shares: Tensor, size: int) -> Tensor:
         """Return the components' smoothed log-frequencies, (K, d * C)."""

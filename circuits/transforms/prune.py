@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits._arguments import checked_count, is_number
 from circuits.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
@@ -74,6 +74,8 @@ def prune(
     check_compiled(pc)
     evidence = _labelled(pc, data if isinstance(data, Evidence) else Evidence.observe(data), labels)
     _check_options(fraction, max_loss, batch_size)
+    if not evidence.batch_size:
+        raise ArgumentError("data: expected at least one sample, got none")
     flows, log_likelihood = _total_flows(pc, evidence, batch_size)
     order = _removable(pc, flows)
 
@@ -185,8 +187,8 @@ def _check_options(fraction: float | None, max_loss: float | None, batch_size: i
         raise ArgumentError(
             f"fraction: give either fraction or max_loss, got fraction={fraction!r} and max_loss={max_loss!r}"
         )
-    if fraction is not None and not 0 <= fraction <= 1:
+    if fraction is not None and not (is_number(fraction) and 0 <= fraction <= 1):
         raise ArgumentError(f"fraction: expected a share from 0 to 1, got {fraction!r}")
-    if max_loss is not None and not max_loss >= 0:
+    if max_loss is not None and not (is_number(max_loss) and max_loss >= 0):
         raise ArgumentError(f"max_loss: expected nats per sample >= 0, got {max_loss!r}")
     checked_count("batch_size", batch_size)

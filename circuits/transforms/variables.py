@@ -27,9 +27,10 @@ def permute(pc: CompiledCircuit, order: Sequence[int]) -> CompiledCircuit:
         ArgumentError: ``order`` is not a permutation.
     """
     rebuild = Rebuild(pc)
-    if sorted(order) != list(range(pc.circuit.num_vars)):
+    is_list = isinstance(order, Sequence) and all(isinstance(var, int) for var in order)
+    if not is_list or sorted(order) != list(range(pc.circuit.num_vars)):
         raise ArgumentError(
-            f"order: expected a permutation of 0 to {pc.circuit.num_vars - 1}, got {list(order)!r:.200}"
+            f"order: expected a permutation of 0 to {pc.circuit.num_vars - 1}, a list of integers, got {order!r:.200}"
         )
     renamed = {old: new for new, old in enumerate(order)}
     built: dict[Node, Node] = {}
@@ -66,6 +67,8 @@ def marginalize(pc: CompiledCircuit, variables: Iterable[int]) -> CompiledCircui
         ArgumentError: an unknown variable, or no variable would be left.
     """
     rebuild = Rebuild(pc)
+    if not isinstance(variables, Iterable):
+        raise ArgumentError(f"variables: expected integers in a list, got {variables!r}")
     removed = set(variables)
     if not removed <= set(range(pc.circuit.num_vars)):
         raise ArgumentError(

@@ -41,6 +41,12 @@ def test_a_weight_is_a_number_of_copies():
     assert torch.equal(weighted.repeat_interleave(counts), repeated)
 
 
+@pytest.mark.parametrize("offset", [1e6, -1e8])
+def test_clusters_do_not_depend_on_the_origin(offset):
+    x, _ = scattered(60)
+    assert torch.equal(kmeans(x.double() + offset, 3, seed=0), kmeans(x.double(), 3, seed=0))
+
+
 def test_fewer_distinct_samples_than_clusters():
     labels = kmeans(torch.tensor([[0], [1], [0], [1]]), 3)
     assert labels[0] == labels[2] != labels[1] == labels[3]
@@ -53,6 +59,13 @@ def test_arguments_are_checked():
         kmeans(torch.zeros(3, 2), 0)
     with pytest.raises(ct.ArgumentError, match="sample_weights"):
         kmeans(torch.zeros(3, 2), 2, sample_weights=torch.zeros(3))
+    with pytest.raises(ct.ArgumentError, match="sample_weights: expected finite"):
+        kmeans(torch.zeros(3, 2), 2, sample_weights=torch.full((3,), torch.inf))
+    with pytest.raises(ct.ArgumentError, match="num_steps"):
+        kmeans(torch.zeros(3, 2), 2, num_steps=-1)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ct.ArgumentError, match="data: expected finite numbers"):
+            kmeans(torch.tensor([[0.0], [bad], [1.0]]), 2)
 
 
 @pytest.mark.parametrize("seed", range(5))

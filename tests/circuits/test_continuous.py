@@ -122,3 +122,29 @@ def test_arguments_are_checked():
         fit_continuous_mixture(data, num_categories=CATEGORIES, blocks=[[0, 1], [2, 4]])
     with pytest.raises(ct.StructureError, match="expected 5 variables"):
         fit_continuous_mixture(data, num_categories=CATEGORIES, blocks=[[0, 1], [2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("latent_dim", 0),
+        ("hidden_units", 0),
+        ("num_hidden_layers", -1),
+        ("patience", -1),
+        ("seed", "1"),
+        ("dropout", 1.0),
+        ("pseudocount", -1.0),
+        ("learning_rate", -0.1),
+        ("weight_decay", float("nan")),
+        ("sample_weights", [1.0] * 10),
+    ],
+)
+def test_options_are_named_when_they_do_not_fit(option, value):
+    data = dependent_data(10)
+    with pytest.raises(ct.ArgumentError, match=f"{option}: expected"):
+        fit_continuous_mixture(data, num_categories=CATEGORIES, validation_data=data, **{option: value})
+
+
+def test_patience_needs_validation_data():
+    with pytest.raises(ct.ArgumentError, match=r"patience: .* give validation_data too"):
+        fit_continuous_mixture(dependent_data(10), num_categories=CATEGORIES, patience=3)

@@ -45,6 +45,21 @@ def test_zero_weights_survive():
     assert ct.testing.enumerate_joint(combined).tolist() == [0.0, -torch.inf]
 
 
+def test_members_with_classes_are_mixed_class_by_class():
+    def conditional(seed, num_classes=3):
+        leaves = [ct.inputs(var, 2, ct.Categorical(2)) for var in range(2)]
+        root = ct.sum(ct.product(*leaves), num_units=num_classes)
+        return ct.compile(ct.Circuit(root, num_classes=num_classes), dtype=torch.float64, seed=seed)
+
+    members = [conditional(seed) for seed in range(2)]
+    x = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    pc = convex_combination(members, torch.tensor([0.2, 0.8], dtype=torch.float64))
+    assert pc.circuit.num_classes == 3
+    torch.testing.assert_close(pc(x).exp(), 0.2 * members[0](x).exp() + 0.8 * members[1](x).exp(), **CLOSE)
+    with pytest.raises(ct.StructureError, match="equally many classes"):
+        convex_combination([members[0], conditional(0, num_classes=2)])
+
+
 def test_weights_are_where_the_gradient_of_the_likelihood_is_equal():
     log_likelihoods = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
     log_likelihoods[:, 3] -= 5
@@ -76,3 +91,11 @@ def test_arguments_are_checked():
         convex_weights(torch.zeros(3))
     with pytest.raises(ct.ArgumentError, match="got none"):
         convex_weights(torch.full((3, 2), -torch.inf))
+    with pytest.raises(ct.ArgumentError, match="members: expected one or more compiled circuits"):
+        convex_combination(hmm(0))
+    with pytest.raises(ct.ArgumentError, match="weights: expected a tensor"):
+        convex_combination([hmm(0)], [1.0])
+    with pytest.raises(ct.ArgumentError, match="log_likelihoods: expected a tensor"):
+        convex_weights([[0.0, 1.0]])
+    with pytest.raises(ct.ArgumentError, match="sample_weights: expected finite numbers"):
+        convex_weights(torch.zeros(2, 2), torch.tensor([1.0, torch.inf]))

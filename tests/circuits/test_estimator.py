@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
-from sklearn.base import clone
+from sklearn.base import clone, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -159,6 +159,39 @@ def test_sample_weights_count_samples():
         small().fit(data, sample_weight=np.zeros(30))
 
 
+@pytest.mark.parametrize("targets", [None, np.arange(40) % 2])
+def test_trees_are_learnt_from_weighted_and_incomplete_data(targets):
+    random = np.random.RandomState(0)
+    data = random.randint(3, size=(40, 5)).astype(float)
+    data[random.uniform(size=data.shape) < 0.2] = np.nan
+    counts = random.randint(3, size=40)
+    repeated_targets = None if targets is None else np.repeat(targets, counts)
+    weighted = small(structure="hclt", categories=3).fit(data, targets, sample_weight=counts)
+    repeated = small(structure="hclt", categories=3).fit(np.repeat(data, counts, axis=0), repeated_targets)
+    np.testing.assert_allclose(weighted.score_samples(data), repeated.score_samples(data), rtol=1e-6)
+
+
+def test_where_values_are_missing_does_not_decide_on_the_tree():
+    random = np.random.RandomState(0)
+    first, second = random.randint(2, size=(2, 500))
+    data = np.stack([first, second, first, second], axis=1).astype(float)
+    data[np.ix_(random.uniform(size=500) < 0.5, [0, 1])] = np.nan  # together: as if they were dependent
+    (pc,) = small(structure="hclt", categories=2, num_latents=2).fit(data).circuits_
+    pairs = {tuple(sorted(node.scope)) for node in pc.circuit.nodes if len(node.scope) == 2}
+    assert (0, 1) not in pairs
+    assert pairs & {(0, 2), (1, 3)}
+
+
+def test_with_targets_it_is_a_classifier():
+    random = np.random.RandomState(0)
+    targets = np.arange(60) % 2
+    data = random.normal(size=(60, 2)) + 5 * targets[:, None]
+    search = GridSearchCV(small(), {"num_latents": [1, 2]}, scoring="roc_auc", cv=2, error_score="raise")
+    assert search.fit(data, targets).best_score_ > 0.9
+    assert is_classifier(small().fit(data, targets))
+    assert not is_classifier(small().fit(data))
+
+
 def test_it_works_inside_scikit_learn():
     data = np.random.RandomState(0).normal(size=(60, 2))
     search = GridSearchCV(small(), {"num_latents": [1, 2], "num_bins": [4]}, cv=2).fit(data)
@@ -185,6 +218,8 @@ def test_a_function_builds_the_structure():
         ({"structure": "magic"}, "structure"),
         ({"categories": "some"}, "categories"),
         ({"categories": [2]}, "categories"),
+        ({"categories": None}, "categories"),
+        ({"categories": 2.0}, "categories"),
         ({"categories": 0}, "categories"),
         ({"num_bins": 0}, "num_bins"),
         ({"num_latents": 0}, ">= 1"),
@@ -194,6 +229,30 @@ def test_a_function_builds_the_structure():
 def test_bad_options_are_named(options, problem):
     with pytest.raises(ct.ArgumentError, match=problem):
         small(**options).fit(integers())
+
+
+def test_numpy_numbers_of_categories():
+    data = np.arange(12).reshape(6, 2) % 5
+    one, each = (small(categories=categories).fit(data) for categories in (np.int64(5), np.array([5, 5])))
+    assert one.score(data) == each.score(data)
+
+
+def test_integers_that_do_not_fit_into_64_bits_are_not_wrapped():
+    with pytest.raises(ct.ArgumentError, match=r"below 2\^63, got 18446744073709551615"):
+        small().fit(np.array([[2**64 - 1], [0]], dtype=np.uint64))
+
+
+def test_a_range_that_is_no_finite_number_is_refused():
+    with pytest.raises(ct.ArgumentError, match="range is a finite number"):
+        small().fit(np.array([[1e308], [-1e308]]))
+
+
+def test_a_circuit_with_classes_is_no_structure():
+    def conditional(data, num_categories):
+        return ct.structures.rat_spn(len(num_categories), 1, 1, 2, list(num_categories), num_classes=2)
+
+    with pytest.raises(ct.ArgumentError, match="without classes"):
+        small(structure=conditional).fit(integers())
 
 
 def test_without_scikit_learn_the_error_says_what_to_install():

@@ -29,7 +29,11 @@ def test_a_folder_holds_the_circuit_and_a_card(pc, tmp_path):
         ct.hub.save_pretrained(pc, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"structure.json", "weights.safetensors", "README.md"}
     assert (tmp_path / "notes.txt").read_text() == "keep me"
-    assert "probabilistic-circuit" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "probabilistic-circuit" in card
+    assert str(pc.circuit) in card
+    assert "ct.hub.from_pretrained(" in card
+    assert "Needed" not in card
     loaded = ct.hub.from_pretrained(tmp_path)
     assert same(loaded, pc)
     assert loaded.dtype == torch.float64

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import circuits as ct
 from circuits.interop import from_pyjuice, load_jpc, save_jpc, to_pyjuice
+from circuits.interop.backend import kernel_inputs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -340,6 +341,22 @@ def test_the_backend_says_what_it_needs():
             ct.compile(circuit, backend="pyjuice")
 
 
+def test_a_wrong_dtype_is_not_the_fault_of_the_file_and_folders_are_made(tmp_path):
+    path = tmp_path / "new" / "pc.jpc"
+    save_jpc(compiled(ct.structures.hmm(3, 2, 2)), path)
+    with pytest.raises(ct.ArgumentError, match="dtype: expected"):
+        load_jpc(path, dtype=torch.float16)
+
+
+def test_the_kernels_get_integers_in_whole_blocks():
+    x = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
+    values, options = kernel_inputs(ct.Evidence.observe(x))
+    assert (values.dtype, tuple(values.shape)) == (torch.int64, (32, 2))
+    assert values[:2].tolist() == [[1, 0], [2, 3]]
+    assert options["missing_mask"][:2].tolist() == [[False, True], [False, False]]
+    assert kernel_inputs(ct.Evidence.observe(torch.zeros(33, 2).long()))[1] == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyJuice's kernels need a CUDA device")
 def test_likelihoods_of_the_backend_are_ours():
@@ -353,6 +370,8 @@ def test_likelihoods_of_the_backend_are_ours():
     with torch.no_grad():
         for step in range(2):
             torch.testing.assert_close(theirs(x), ours(x), rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(theirs(x.float()), theirs(x))
+            assert theirs(x[:0]).shape == (0,)
             marginals = [ct.queries.log_marginal(pc, x, observed) for pc in (theirs, ours)]
             torch.testing.assert_close(*marginals, rtol=1e-2, atol=1e-2)
             for pc in (theirs, ours):

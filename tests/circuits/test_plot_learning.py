@@ -1,5 +1,7 @@
 """Pictures of learning show the numbers that they are given."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,42 @@ def test_learning_curves_are_drawn(tmp_path):
     assert b"<svg" in first
 
 
+def drawn_figure(results, monkeypatch):
+    """The figure of learning curves, laid out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures = []
+    monkeypatch.setattr(_charts, "save", lambda figure, path: figures.append(figure))
+    ct.plot.learning_curves(results, "curves.png")
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+@pytest.mark.parametrize("count", [1, 2, 14, 40])
+def test_the_legend_of_many_results_leaves_room_for_them(count, monkeypatch):
+    figure = drawn_figure({f"run {number}": RESULT for number in range(count)}, monkeypatch)
+    (axes,) = figure.axes
+    legend = axes.get_legend() or figure.legends[0]
+    bounds, box = figure.bbox, legend.get_window_extent()
+    assert bounds.x0 <= box.x0 <= box.x1 <= bounds.x1
+    assert bounds.y0 <= box.y0 <= box.y1 <= bounds.y1
+    assert axes.get_window_extent().height > 0.7 * bounds.height
+    assert axes.get_window_extent().width > 400
+
+
+def test_epochs_are_whole_numbers(monkeypatch):
+    one = ct.learning.fit(ct.compile(CIRCUIT, seed=0), torch.zeros(5, 3).long(), num_epochs=1, progress=False)
+    ticks = drawn_figure(one, monkeypatch).axes[0].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks)
+
+
+def test_infinite_pixels_do_not_hide_the_others(tmp_path):
+    images = torch.tensor([[[0.0, 1.0, 2.0, torch.inf, -torch.inf]]], dtype=torch.bfloat16)
+    ct.plot.samples(images, tmp_path / "grid.png", zoom=1)
+    assert pixels(tmp_path / "grid.png")[2, 2:7, 0] == pytest.approx([0, 0.5, 1, 1, 0], abs=0.01)
+
+
 def test_a_grid_shows_every_image(tmp_path):
     images = torch.tensor([[[0.0, 1.0]], [[2.0, torch.nan]], [[4.0, 4.0]]])
     ct.plot.samples(images, tmp_path / "grid.png", num_columns=2, zoom=3)
@@ -114,6 +152,8 @@ def test_grids_are_about_square():
         (lambda path: ct.plot.samples(torch.zeros(0, 4, 4), path / "a.png"), "images: expected"),
         (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", zoom=0), "zoom: expected"),
         (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", value_range=(1, 0)), "value_range"),
+        (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", value_range=3), "value_range"),
+        (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", value_range=(0, math.inf)), "value_range"),
         (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a"), "path: expected"),
         (lambda path: ct.plot.flows(CIRCUIT, torch.zeros(1, 3).long(), path / "a.png"), "pc: expected ct.compile"),
         (lambda path: ct.plot.flows(ct.compile(CIRCUIT), torch.zeros(1, 2).long(), path / "a.png"), "data: expected"),

@@ -226,6 +226,29 @@ def test_mutual_information_is_that_of_smoothed_counts(max_elements, weighted, m
     assert found[0, 0] == pytest.approx(float(torch.distributions.Categorical(own).entropy()))
 
 
+@pytest.mark.parametrize("max_elements", [1 << 24, 64])
+def test_mutual_information_of_incomplete_data_is_that_of_the_complete_pairs(max_elements, monkeypatch):
+    monkeypatch.setattr(chow_liu, "_MAX_ELEMENTS", max_elements)
+    x = data(num_rows=50)
+    generator = torch.Generator().manual_seed(0)
+    observed = torch.rand(x.shape, generator=generator) < 0.6
+    observed[:, 4] = False
+    weights = torch.rand(50, dtype=torch.float64, generator=generator)
+    garbage = x.masked_fill(~observed, 99)
+    found = structures.empirical_mutual_information(
+        garbage, num_categories=3, pseudocount=0.0, weights=weights, observed=observed
+    )
+    for i, j in itertools.combinations(range(4), 2):
+        rows = observed[:, i] & observed[:, j]
+        alone = structures.empirical_mutual_information(
+            x[rows], num_categories=3, pseudocount=0.0, weights=weights[rows]
+        )
+        assert found[i, j] == pytest.approx(float(alone[i, j]), rel=1e-9)
+    assert not bool(found[4].any())
+    with pytest.raises(ct.ArgumentError, match="observed: expected bool of the shape of data"):
+        structures.hclt(x, 2, 3, observed=observed[:3])
+
+
 def test_bins_merge_neighbouring_values():
     x = data(num_categories=8)
     found = structures.empirical_mutual_information(x, num_categories=8, num_bins=4)
@@ -333,6 +356,14 @@ def test_learn_spn_finds_a_mixture():
         for fitted in (circuit, structures.learn_spn(clustered(2000), min_rows=2001))
     )
     assert learned > independent + 0.5
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_learn_spn_tells_dependent_variables_apart_from_independent_ones_for_every_seed(seed):
+    """Rows repeat in discrete data: two equal ones are no start for two clusters."""
+    x = torch.tensor([[0, 0], [1, 1]]).repeat(100, 1)
+    pc = ct.compile(structures.learn_spn(x, seed=seed))
+    assert bool(pc(torch.tensor([[0, 1]])).exp() < 0.01)
 
 
 def test_learn_spn_splits_independent_groups():

@@ -82,6 +82,37 @@ def test_gradients_reach_weights_and_evidence():
     assert all(parameter.grad is not None for parameter in pc.parameters())
 
 
+@pytest.mark.parametrize(
+    ("families", "inside", "outside"),
+    [
+        ([ct.Gaussian(), ct.Gaussian()], [-0.5, 3.0], [torch.nan, 3.0]),
+        ([ct.Poisson(), ct.Poisson()], [0.0, 30.0], [-1.0, 30.0]),
+        ([ct.Gaussian(), ct.Categorical(3)], [-0.5, 2.0], [-0.5, 3.0]),
+        ([ct.Categorical(2), ct.Categorical(3)], [1.0, 2.0], [2.0, 1.0]),
+    ],
+)
+def test_the_support_is_one_of_whole_vectors(families, inside, outside):
+    dist = ct.CircuitDistribution(ct.compile(ct.structures.mixture(2, families, 2), seed=0))
+    assert dist.support.event_dim == 1
+    assert dist.support.check(torch.tensor([inside, outside, inside])).tolist() == [True, False, True]
+
+
+def test_a_batch_may_be_empty():
+    pc = ct.compile(ct.structures.hmm(3, 2, 2), seed=0)
+    dist = ct.CircuitDistribution(pc, ct.Evidence.nothing(0, 3))
+    assert dist.log_prob(torch.zeros(5, 0, 3, dtype=torch.int64)).shape == (5, 0)
+    assert ct.CircuitDistribution(pc).log_prob(torch.zeros(0, 3, dtype=torch.int64)).shape == (0,)
+    some = ct.CircuitDistribution(pc, ct.Evidence.nothing(2, 3))
+    assert some.log_prob(torch.zeros(0, 2, 3, dtype=torch.int64)).shape == (0, 2)
+
+
+def test_missing_values_are_no_values():
+    pc = ct.compile(ct.structures.hmm(3, 2, 2), seed=0)
+    for evidence in (None, ct.Evidence.nothing(1, 3)):
+        with pytest.raises(ct.ArgumentError, match="got NaN"):
+            ct.CircuitDistribution(pc, evidence).log_prob(torch.tensor([[0.0, torch.nan, 1.0]]))
+
+
 def test_bad_arguments_are_named():
     pc = ct.compile(ct.structures.hmm(3, 2, 2), seed=0)
     dist = ct.CircuitDistribution(pc, ct.Evidence.nothing(2, 3))

@@ -451,3 +451,21 @@ def test_tables_take_the_place_of_finite_families():
     families = {node.distribution for node in ct.transforms.condition(pc, soft).circuit.inputs}
     assert families == {ct.Categorical(3)}
     assert {node.distribution for node in ct.transforms.multiply(pc, pc).pc.circuit.inputs} == families
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda pc, x: ct.transforms.permute(pc, torch.tensor([0, 2, 1, 3])), "order: expected a permutation"),
+        (lambda pc, x: ct.transforms.permute(pc, [0.0, 1.0, 2.0, 3.0]), "order: expected a permutation"),
+        (lambda pc, x: ct.transforms.marginalize(pc, 1), "variables: expected integers in a list"),
+        (lambda pc, x: ct.transforms.grow(pc, noise="0.1"), "noise: expected a standard deviation"),
+        (lambda pc, x: ct.transforms.prune(pc, x[:0], max_loss=0.1), "data: expected at least one sample"),
+        (lambda pc, x: ct.transforms.prune(pc, x, fraction="0.1"), "fraction: expected a share"),
+        (lambda pc, x: ct.transforms.prune(pc, x, max_loss="0.1"), "max_loss: expected nats"),
+    ],
+)
+def test_nonsense_is_refused_by_name(transform, message):
+    pc = ct.compile(ct.structures.hmm(4, 2, 2), seed=0)
+    with pytest.raises(ct.ArgumentError, match=message):
+        transform(pc, torch.zeros(5, 4, dtype=torch.int64))
