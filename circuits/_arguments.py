@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from numbers import Real
 
+import torch
+
 from circuits.errors import ArgumentError
 
 
@@ -17,3 +19,21 @@ def checked_count(name: str, value: int, least: int = 1) -> int:
 def is_number(value: object) -> bool:
     """Whether a value is a real number, Python's or NumPy's, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def checked_device(name: str, value: torch.device | str) -> torch.device:
+    """Return an argument that names a device which is here; raise ArgumentError otherwise."""
+    try:
+        return torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch raises each of them
+        reason = str(error).split("\n")[0]
+        raise ArgumentError(
+            f"{name}: expected a device of this machine, for instance 'cpu', got {value!r}: {reason}"
+        ) from error
+
+
+def checked_seed(name: str, value: int | None) -> int | None:
+    """Return an argument that is an integer or None; raise ArgumentError otherwise."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ArgumentError(f"{name}: expected an integer or None, got {value!r}")
+    return value

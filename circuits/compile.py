@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits import passes
+from circuits._arguments import checked_device, checked_seed
 from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, external_weights
 from circuits.distributions import Categorical, Direct, Finite
 from circuits.errors import ArgumentError
@@ -334,7 +335,7 @@ def compile(
         backend: "torch", or "pyjuice": PyJuice's CUDA kernels, see :class:`~circuits.interop.backend.JuiceCircuit`.
 
     Raises:
-        ArgumentError: an argument has a wrong type or value, or the backend cannot run here.
+        ArgumentError: an argument has a wrong type or value, or device or backend are not here.
     """
     if not isinstance(circuit, Circuit):
         raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
@@ -342,15 +343,17 @@ def compile(
         raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     if seed is not None and generator is not None:
         raise ArgumentError("seed: give either seed or generator, not both")
+    checked_seed("seed", seed)
     if backend not in ("torch", "pyjuice"):
         raise ArgumentError(f"backend: expected 'torch' or 'pyjuice', got {backend!r}")
     if backend == "pyjuice":
         from circuits.interop.backend import compile_with_pyjuice
 
         return compile_with_pyjuice(circuit, device, dtype, seed, generator)
+    target = checked_device("device", device)
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)
-    return pc if torch.device(device) == pc.device else pc.to(device)
+    return pc if target == pc.device else pc.to(target)
 
 
 def _built_layer(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_device
 from circuits._structure import check_keys, circuit_of, records_of, short
 from circuits.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, CheckpointError
@@ -92,11 +93,12 @@ def load(
         dtype: torch.float32 or torch.float64; None: as they were saved.
 
     Raises:
-        ArgumentError: a wrong ``dtype``.
+        ArgumentError: a wrong ``dtype``, or a device that is not here.
         CheckpointError: the folder is missing, corrupt, hostile, or of a newer format version.
     """
     if dtype is not None and dtype not in _DTYPES.values():
         raise ArgumentError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype}")
+    target = checked_device("device", device)
     path = Path(path).resolve()
     attempt = 0
     while True:
@@ -104,7 +106,7 @@ def load(
         folder = path if path.exists() else _backup_of(path)
         version = _identity(folder)
         try:
-            return _loaded(folder).to(device=device, dtype=dtype)
+            return _loaded(folder).to(device=target, dtype=dtype)
         except CheckpointError as error:
             was_replaced_meanwhile = _identity(folder) != version
             if not was_replaced_meanwhile or attempt == _ATTEMPTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +79,12 @@ def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: i
     if Path(path).suffix != ".jpc":
         raise ArgumentError(f"path: expected a file name that ends in .jpc, got {os.fspath(path)!r}")
     nodes = to_pyjuice(pc, block_size=block_size)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    import_pyjuice().save(os.fspath(path), nodes)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # renamed when it is whole
+        whole = Path(folder) / target.name
+        import_pyjuice().save(os.fspath(whole), nodes)
+        os.replace(whole, target)
 
 
 def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:

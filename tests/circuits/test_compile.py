@@ -247,3 +247,19 @@ def test_importing_circuits_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", 1.5])
+def test_a_device_that_is_not_here_is_named(tmp_path, device):
+    circuit = ct.structures.hmm(3, 2, 2)
+    with pytest.raises(ct.ArgumentError, match="device: expected a device of this machine"):
+        ct.compile(circuit, device=device)
+    ct.save(ct.compile(circuit, seed=0), tmp_path / "pc")
+    with pytest.raises(ct.ArgumentError, match="device: expected a device of this machine"):
+        ct.load(tmp_path / "pc", device=device)
+
+
+@pytest.mark.parametrize("seed", [1.0, "0", True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ct.ArgumentError, match="seed: expected an integer"):
+        ct.compile(ct.structures.hmm(3, 2, 2), seed=seed)

@@ -175,6 +175,22 @@ def test_products_that_choose_units_get_selections():
     )
 
 
+def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "pc.jpc"
+    save_jpc(compiled(ct.structures.hmm(3, 2, 2)), path)
+    before = path.read_bytes()
+
+    def fail(target, nodes):
+        Path(target).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(juice, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_jpc(compiled(ct.structures.hmm(4, 2, 2)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_does_not_fit_says_so():
     with pytest.raises(ct.ArgumentError, match="nodes of PyJuice"):
         from_pyjuice("a circuit")
