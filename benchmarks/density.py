@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _memory import keep_freed_memory
 from torch import Tensor
 
 import circuits as ct
@@ -181,6 +182,7 @@ def fit_member(job: tuple[Path, str, Blocks | Trees, float, int, Path]) -> tuple
     """Learn one member, save it, and return (its validation log-likelihoods, CPU seconds)."""
     folder, name, recipe, seconds, seed, path = job
     torch.set_num_threads(1)
+    keep_freed_memory()
     start = time.process_time()
     train, valid = load(folder, name, "train"), load(folder, name, "valid")
     if isinstance(recipe, Blocks):
@@ -234,6 +236,7 @@ def main() -> None:
     if missing:
         parser.error(f"{missing[0]} is not there, nor gzipped; name the folder of the data sets with --data")
     torch.set_num_threads(arguments.workers)
+    keep_freed_memory()
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.processor() or platform.machine()}"
     )

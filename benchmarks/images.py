@@ -11,8 +11,6 @@ end of a run. A run that was interrupted goes on where its last checkpoint was; 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gzip
 import json
 import math
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _memory import keep_freed_memory
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -247,15 +246,6 @@ def save_grid(images: Tensor, path: Path) -> None:
     ct.plot.samples(
         images.unflatten(1, (SIDE, SIDE)), path, num_columns=COLUMNS, value_range=(0, NUM_VALUES - 1), zoom=ZOOM
     )
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: without, every large tensor is mapped, and its pages zeroed, again."""
-    trim_threshold, mmap_max = -1, -4
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
 
 
 def machine(device: str) -> str:

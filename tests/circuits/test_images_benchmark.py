@@ -4,11 +4,14 @@ import gzip
 import json
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import images as benchmark
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that import what lies beside them
+
+import images as benchmark  # noqa: E402
 
 NUM_TRAIN, NUM_TEST = 240, 24
 
