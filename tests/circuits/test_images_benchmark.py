@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that import what lies beside them
 
-import images as benchmark  # noqa: E402
+import images as benchmark
 
 NUM_TRAIN, NUM_TEST = 240, 24
 
