@@ -356,6 +356,12 @@ def compile(
     return pc if target == pc.device else pc.to(target)
 
 
+def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
+    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")
+
+
 def _built_layer(
     plan: Plan, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype
 ) -> InputLayer | ProductLayer | SumLayer:

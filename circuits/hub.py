@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from circuits.compile import CompiledCircuit
-from circuits.errors import ArgumentError, CheckpointError
+from circuits.compile import CompiledCircuit, check_compiled
+from circuits.errors import CheckpointError
 from circuits.io import STRUCTURE_FILE, WEIGHTS_FILE, load, save
 
 _FILES = (STRUCTURE_FILE, WEIGHTS_FILE)
@@ -98,8 +98,7 @@ def from_pretrained(
 
 
 def _checked(pc: CompiledCircuit) -> CompiledCircuit:
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    check_compiled(pc)
     return pc
 
 

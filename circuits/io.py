@@ -20,7 +20,7 @@ from torch import Tensor
 
 from circuits._arguments import checked_device
 from circuits._structure import check_keys, circuit_of, records_of, short
-from circuits.compile import CompiledCircuit, compile
+from circuits.compile import CompiledCircuit, check_compiled, compile
 from circuits.errors import ArgumentError, CheckpointError
 from circuits.graph import Circuit, Node, ParametricNode, parameter_owner
 
@@ -49,8 +49,7 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    check_compiled(pc)
     folder = Path(path).resolve()
     _check_replaceable(folder)
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}

@@ -13,7 +13,7 @@ from circuits._charts import checked_path, learning_curves, samples, save
 from circuits._edge_flows import edge_flows
 from circuits._files import replace_file
 from circuits._layout import Diagram, Vertex, placed
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, UnfactorError
 from circuits.graph import Circuit, Input, Node, Product
 from circuits.learning._samples import checked_samples
@@ -108,8 +108,7 @@ def flows(
             installed.
         UnfactorError: Graphviz failed.
     """
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    check_compiled(pc)
     checked_path(path)
     _check_size("pc", len(pc.circuit.nodes))
     samples_given = checked_samples(pc, "data", data, observed, None, labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from circuits import passes, queries
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Distribution as InputFamily
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
@@ -35,8 +35,7 @@ class CircuitDistribution(Distribution):
     has_enumerate_support = False
 
     def __init__(self, pc: CompiledCircuit, evidence: Evidence | None = None) -> None:
-        if not isinstance(pc, CompiledCircuit):
-            raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+        check_compiled(pc)
         if evidence is not None and not isinstance(evidence, Evidence):
             raise ArgumentError(f"evidence: expected ct.Evidence or None, got {type(evidence).__name__}")
         if evidence is not None:

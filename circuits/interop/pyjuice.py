@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, PropertyError
 from circuits.graph import Circuit
 from circuits.interop._nodes import JuiceNode, build_circuit, list_nodes
-from circuits.transforms._rebuild import check_compiled, check_is_table
+from circuits.transforms._rebuild import check_is_table
 
 
 def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -106,12 +106,6 @@ def checked_samples(
                 f"{sample_weights.dtype} {tuple(sample_weights.shape)}"
             )
     return Samples(x, observed, sample_weights, checked_labels(pc, name, labels, len(x)) if takes_labels else None)
-
-
-def check_compiled(pc: CompiledCircuit) -> None:
-    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
 def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.conditioning import LayerValues
 from circuits.distributions import Bernoulli, Categorical
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -19,7 +19,7 @@ from circuits.graph import Input, Node, Product, parameter_owner
 from circuits.learning import em
 from circuits.learning._arguments import check_em_options
 from circuits.learning._arrays import Table
-from circuits.learning._samples import Batch, check_compiled, checked_samples
+from circuits.learning._samples import Batch, checked_samples
 from circuits.learning.clusters import kmeans
 
 if TYPE_CHECKING:

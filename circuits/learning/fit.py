@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits._arguments import checked_count, is_number
 from circuits._progress import progress_bar
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import build_code
 from circuits.learning._arrays import Table
@@ -26,7 +26,7 @@ from circuits.learning._learners import (
     possible_mass,
     possible_total,
 )
-from circuits.learning._samples import Samples, check_compiled, checked_samples
+from circuits.learning._samples import Samples, checked_samples
 from circuits.learning.distributed import Processes, checked_processes
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Direct
 from circuits.errors import ArgumentError, PropertyError
 from circuits.passes import Banks
@@ -37,8 +37,7 @@ def roughness(
         ArgumentError: not a compiled circuit, or not a slice of step 1.
         PropertyError: no input has finitely many values.
     """
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
+    check_compiled(pc)
     if not isinstance(values, slice) or values.step not in (None, 1):
         raise ArgumentError(f"values: expected a slice of step 1, for instance slice(1, None), got {values!r}")
     names = [name for name, family in pc.families.items() if not isinstance(family, Direct)]

@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, compile
+from circuits.compile import CompiledCircuit, check_compiled, compile
 from circuits.distributions import Bernoulli, Categorical, Distribution, Finite
-from circuits.errors import ArgumentError, PropertyError
+from circuits.errors import PropertyError
 from circuits.graph import Circuit, Input, Node, ParametricNode, Sum, inputs, parameter_owner, sum
 
 AnyParametric = TypeVar("AnyParametric", Input, Sum)
@@ -150,12 +150,6 @@ class Rebuild:
             if old is not None:
                 self._heirs.setdefault(parameter_owner(old), []).append(node)
         return node
-
-
-def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
-    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
 def is_identity(units: Tensor, num_units: int) -> bool:
