@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 import torch
@@ -19,6 +20,20 @@ def checked_count(name: str, value: int, least: int = 1) -> int:
 def is_number(value: object) -> bool:
     """Whether a value is a real number, Python's or NumPy's, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def checked_number(name: str, value: float, what: str = "a number") -> float:
+    """Return an argument that is a finite number of at least 0; ``what`` says in the message what it counts."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ArgumentError(f"{name}: expected {what} >= 0, got {value!r}")
+    return value
+
+
+def checked_dtype(name: str, value: torch.dtype) -> torch.dtype:
+    """Return an argument that is a dtype of compiled circuits; raise ArgumentError otherwise."""
+    if value not in (torch.float32, torch.float64):
+        raise ArgumentError(f"{name}: expected torch.float32 or torch.float64, got {value}")
+    return value
 
 
 def checked_device(name: str, value: torch.device | str) -> torch.device:

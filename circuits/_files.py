@@ -11,10 +11,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it onto ``path`` if the block succeeds, else delete it."""
+    """Yield a temporary path beside ``path``; rename it onto ``path`` if the block succeeds, else delete it.
+
+    It ends like ``path``, for writers that go by the suffix.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits import passes
-from circuits._arguments import checked_device, checked_seed
+from circuits._arguments import checked_device, checked_dtype, checked_seed
 from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, external_weights
 from circuits.distributions import Categorical, Direct, Finite
 from circuits.errors import ArgumentError
@@ -339,8 +339,7 @@ def compile(
     """
     if not isinstance(circuit, Circuit):
         raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    checked_dtype("dtype", dtype)
     if seed is not None and generator is not None:
         raise ArgumentError("seed: give either seed or generator, not both")
     checked_seed("seed", seed)

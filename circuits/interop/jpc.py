@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits._arguments import checked_device, checked_dtype
+from circuits._files import replace_file
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, CheckpointError, StructureError
@@ -42,11 +43,11 @@ def load_jpc(
         seed: for weights that the file lacks; fresh entropy when omitted.
 
     Raises:
-        ArgumentError: a wrong ``dtype``.
+        ArgumentError: a wrong ``dtype``, or a device that is not here.
         CheckpointError: the file is missing, corrupt, hostile, or describes what this library's circuits do not have.
     """
-    if dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    checked_dtype("dtype", dtype)
+    checked_device("device", device)
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -79,12 +80,8 @@ def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: i
     if Path(path).suffix != ".jpc":
         raise ArgumentError(f"path: expected a file name that ends in .jpc, got {os.fspath(path)!r}")
     nodes = to_pyjuice(pc, block_size=block_size)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # renamed when it is whole
-        whole = Path(folder) / target.name
-        import_pyjuice().save(os.fspath(whole), nodes)
-        os.replace(whole, target)
+    with replace_file(path) as temporary:
+        import_pyjuice().save(os.fspath(temporary), nodes)
 
 
 def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:

@@ -175,6 +175,12 @@ def test_products_that_choose_units_get_selections():
     )
 
 
+def test_a_device_that_is_not_here_is_no_fault_of_the_checkpoint(tmp_path):
+    save_jpc(compiled(ct.structures.hmm(3, 2, 2)), tmp_path / "pc.jpc")
+    with pytest.raises(ct.ArgumentError, match="device: expected a device of this machine"):
+        load_jpc(tmp_path / "pc.jpc", device="nowhere")
+
+
 def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "pc.jpc"
     save_jpc(compiled(ct.structures.hmm(3, 2, 2)), path)
