@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from circuits._arguments import is_number
+from circuits._arguments import checked_number, is_number
 from circuits.errors import ArgumentError
 
 
@@ -14,9 +12,7 @@ def check_em_options(
     """Raise ArgumentError unless the options of the EM family are in range."""
     if not is_number(step_size) or not 0 < step_size <= 1:
         raise ArgumentError(f"step_size: expected 0 < step_size <= 1, got {step_size!r}")
-    if not is_number(pseudocount) or not 0 <= pseudocount < math.inf:
-        raise ArgumentError(f"pseudocount: expected a number >= 0, got {pseudocount!r}")
-    if not is_number(entropy) or not 0 <= entropy < math.inf:
-        raise ArgumentError(f"entropy: expected a number >= 0, got {entropy!r}")
+    checked_number("pseudocount", pseudocount)
+    checked_number("entropy", entropy)
     if not is_number(momentum) or not 0 <= momentum < 1:
         raise ArgumentError(f"momentum: expected 0 <= momentum < 1, got {momentum!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, is_number
+from circuits._arguments import checked_count, checked_number
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -283,7 +282,6 @@ def _check_options(
         checked_count(name, value, least)
     if patience is not None and not is_validated:
         raise ArgumentError("patience: early stopping compares validation likelihoods; give validation_data too")
-    if not is_number(min_improvement) or not 0 <= min_improvement < math.inf:
-        raise ArgumentError(f"min_improvement: expected a number >= 0 (nats per sample), got {min_improvement!r}")
+    checked_number("min_improvement", min_improvement, "a number of nats per sample")
     if not all(bool((parameter < torch.inf).all()) for parameter in pc.bank.values()):
         raise ArgumentError("pc: its weights have NaN or +inf among them; call pc.randomize(seed=...) first")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, is_number
+from circuits._arguments import checked_count, checked_number, is_number
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning.continuous import ContinuousMixture, normal_points, uniform_to_normal
+from circuits.learning.em import checked_sample_weights
 from circuits.region_graphs.chow_liu import empirical_mutual_information
 from circuits.structures.blocks import checked_categories, correlated_blocks
 
@@ -107,8 +108,7 @@ def fit_continuous_mixture(
         raise ArgumentError("patience: early stopping compares validation likelihoods; give validation_data too")
     numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay, "pseudocount": pseudocount}
     for name, number in numbers.items():
-        if not is_number(number) or not 0 <= number < math.inf:
-            raise ArgumentError(f"{name}: expected a finite number >= 0, got {number!r}")
+        checked_number(name, number)
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise ArgumentError(f"dropout: expected 0 <= dropout < 1, got {dropout!r}")
     if blocks is None:
@@ -233,12 +233,4 @@ def _checked(
             raise ArgumentError(f"{name}: expected values from 0 to {limits.tolist()} - 1, got others")
     if sample_weights is None:
         return None
-    if not isinstance(sample_weights, Tensor):
-        raise ArgumentError(
-            f"sample_weights: expected a tensor ({len(data)},) or None, got {type(sample_weights).__name__}"
-        )
-    if sample_weights.shape != data.shape[:1] or not bool(((sample_weights >= 0) & (sample_weights < torch.inf)).all()):
-        raise ArgumentError(
-            f"sample_weights: expected finite numbers >= 0 of shape ({len(data)},), got {tuple(sample_weights.shape)}"
-        )
-    return sample_weights.to(data.device, torch.float32)
+    return checked_sample_weights(sample_weights, torch.ones(len(data), device=data.device))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, is_number
+from circuits._arguments import checked_count, checked_number
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
@@ -135,5 +134,4 @@ def _check_options(by: str, samples_per_unit: int, bandwidth: float) -> None:
     if by not in get_args(InitializedBy):
         raise ArgumentError(f"by: expected {' or '.join(map(repr, get_args(InitializedBy)))}, got {by!r}")
     checked_count("samples_per_unit", samples_per_unit)
-    if not is_number(bandwidth) or not 0 <= bandwidth < math.inf:
-        raise ArgumentError(f"bandwidth: expected a number >= 0 (values), got {bandwidth!r}")
+    checked_number("bandwidth", bandwidth, "a number of values")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, is_number
+from circuits._arguments import checked_count, checked_number
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
@@ -51,8 +51,7 @@ def grow(
     """
     rebuild = Rebuild(pc)
     checked_count("num_copies", num_copies)
-    if not is_number(noise) or not 0 <= noise < math.inf:
-        raise ArgumentError(f"noise: expected a standard deviation >= 0, got {noise!r}")
+    checked_number("noise", noise, "a standard deviation")
     if seed is not None and generator is not None:
         raise ArgumentError("seed: give either seed or generator, not both")
     if generator is None:
