@@ -24,6 +24,7 @@ from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
 if TYPE_CHECKING:
     from circuits.compile import CompiledCircuit
+    from circuits.graph import Circuit
 
 _CHUNK = 1 << 24
 
@@ -139,6 +140,14 @@ def _mix_classes(semiring: Semiring, root: Tensor, class_factors: Tensor) -> Ten
     """Add up the root's units, (1, R, B, *E), times the classes' factors, (R, B): (1, 1, B, *E)."""
     weighted = semiring.times(root, semiring.lift(class_factors.unsqueeze(0)))
     return semiring.contract(class_factors.new_zeros(1, 1, len(class_factors)), weighted)
+
+
+def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
+    """Return the error of what takes circuits with one root unit only, for one that has a unit per class."""
+    return PropertyError(
+        f"{who} needs a circuit with one root unit, and {circuit} has one per class; "
+        "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
+    )
 
 
 class _LogRoot(torch.autograd.Function):

@@ -12,6 +12,7 @@ from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, PropertyError
 from circuits.graph import Circuit
 from circuits.interop._nodes import JuiceNode, build_circuit, list_nodes
+from circuits.passes import one_root_needed
 from circuits.transforms._rebuild import check_is_table
 
 
@@ -98,10 +99,7 @@ def from_pyjuice(
 def check_has_one_root(circuit: Circuit) -> None:
     """Raise PropertyError if the circuit has one root unit per class, which PyJuice does not know."""
     if circuit.num_classes is not None:
-        raise PropertyError(
-            f"PyJuice takes circuits with one root unit; {circuit} has one per class; "
-            "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
-        )
+        raise one_root_needed("PyJuice", circuit)
 
 
 def import_pyjuice() -> Any:

@@ -68,10 +68,7 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
     """
     require_finite_values(pc, query)
     if pc.circuit.num_classes is not None:
-        raise PropertyError(
-            f"{query} needs a circuit with one root unit, and {pc.circuit} has one per class; "
-            "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
-        )
+        raise passes.one_root_needed(query, pc.circuit)
     if evidence is not None and evidence.latents:
         raise PropertyError(
             f"{query} takes evidence on variables only, and this one is on latents too; leave that out, or fold it "
