@@ -25,6 +25,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CompiledCircuit
+from circuits._arguments import checked_device
 from circuits._files import replace_file
 from diffusion._json import read_json, write_json
 from diffusion.calibration import NoiseCalibration
@@ -58,7 +59,7 @@ class Workspace:
     ) -> None:
         self.path = Path(path)
         self.progress = progress
-        self.device = torch.device(device)
+        self.device = checked_device("device", device)
 
     @property
     def results(self) -> Path:
