@@ -43,7 +43,8 @@ def save_pretrained(pc: CompiledCircuit, folder: str | os.PathLike[str], **optio
     Raises:
         ArgumentError: ``pc`` is no compiled circuit, or cannot be saved.
     """
-    _hub_class()(_checked(pc)).save_pretrained(folder, **options)
+    check_compiled(pc)
+    _hub_class()(pc).save_pretrained(folder, **options)
 
 
 def push_to_hub(pc: CompiledCircuit, repo_id: str, **options: Any) -> str:
@@ -60,7 +61,8 @@ def push_to_hub(pc: CompiledCircuit, repo_id: str, **options: Any) -> str:
     Raises:
         ArgumentError: ``pc`` is no compiled circuit, or cannot be saved.
     """
-    return str(_hub_class()(_checked(pc)).push_to_hub(repo_id, **options))
+    check_compiled(pc)
+    return str(_hub_class()(pc).push_to_hub(repo_id, **options))
 
 
 def from_pretrained(
@@ -95,11 +97,6 @@ def from_pretrained(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{name}: neither a folder nor a repository that can be downloaded: {error}") from error
     return load(folder, device=device, dtype=dtype)
-
-
-def _checked(pc: CompiledCircuit) -> CompiledCircuit:
-    check_compiled(pc)
-    return pc
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_with_the_same_batches_weights_and_moments(mo
     (folder / "parts").mkdir()
     monkeypatch.setattr(benchmark, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     first = benchmark.Run(settings(counted(stop_after=30)), images, folder / "parts")
-    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+    with pytest.raises(KeyboardInterrupt):
         first.train()
     rest = counted()
     for _ in range(3):

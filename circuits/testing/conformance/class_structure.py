@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,16 +62,11 @@ class ClassStructureTestCase(TransformLaws):
         """Log Z, marginals, samples and the most probable explanation of p(x | class)."""
         tables = self.tables(case)
         for label, table in enumerate(tables):
-            log_z = enumerated_log_partition(table, case.evidence)
-            assert_close(queries.log_partition(case.pc, case.evidence.with_class(label)), log_z)
-            possible = case.evidence.rows(log_z > -torch.inf)
-            given = possible.with_class(label)
-            assert_close(queries.marginals(case.pc, given), enumerated_marginals(table, possible))
+            possible = self._assert_asks(case, table, partial(Evidence.with_class, labels=label))
             if possible.batch_size:
-                self._assert_sampled(case, table, possible, given)
                 scores = self.log_best_explanation(case.pc)[label].flatten()
                 best = (scores + scores_of(case, possible.dense(case.num_values, torch.float64))).amax(1)
-                assert_close(queries.mpe(case.pc, given).log_score, best)
+                assert_close(queries.mpe(case.pc, possible.with_class(label)).log_score, best)
 
     @law
     def test_evidence_with_a_prior_asks_the_mixture(self, case: Case) -> None:
@@ -77,13 +74,7 @@ class ClassStructureTestCase(TransformLaws):
         log_prior = self._log_prior(case)
         tables = self.tables(case)
         table = torch.logsumexp(tables + log_prior.reshape(-1, *[1] * case.circuit.num_vars), 0)
-        log_z = enumerated_log_partition(table, case.evidence)
-        assert_close(queries.log_partition(case.pc, case.evidence.with_class_prior(log_prior)), log_z)
-        possible = case.evidence.rows(log_z > -torch.inf)
-        given = possible.with_class_prior(log_prior)
-        assert_close(queries.marginals(case.pc, given), enumerated_marginals(table, possible))
-        if possible.batch_size:
-            self._assert_sampled(case, table, possible, given)
+        self._assert_asks(case, table, partial(Evidence.with_class_prior, log_prior=log_prior))
 
     @law
     def test_em_never_lowers_the_likelihood_of_the_samples_classes(self, case: Case) -> None:
@@ -114,8 +105,20 @@ class ClassStructureTestCase(TransformLaws):
         num_classes = len(self.tables(case))
         return torch.log_softmax(torch.randn(num_classes, generator=case.generator, dtype=torch.float64), 0)
 
-    def _assert_sampled(self, case: Case, table: Tensor, evidence: Evidence, given: Evidence) -> None:
-        """Assert that samples under ``given`` follow ``table`` under ``evidence``, by a chi-square test."""
-        scores = scores_of(case, evidence.dense(case.num_values, torch.float64))
+    def _assert_asks(self, case: Case, table: Tensor, on_classes: Callable[[Evidence], Evidence]) -> Evidence:
+        """Assert that log Z, marginals and samples (chi-square) are those of ``table``, given evidence ``on_classes``.
+
+        Returns:
+            The case's evidence, its possible queries only.
+        """
+        log_z = enumerated_log_partition(table, case.evidence)
+        assert_close(queries.log_partition(case.pc, on_classes(case.evidence)), log_z)
+        possible = case.evidence.rows(log_z > -torch.inf)
+        given = on_classes(possible)
+        assert_close(queries.marginals(case.pc, given), enumerated_marginals(table, possible))
+        if not possible.batch_size:
+            return possible
+        scores = scores_of(case, possible.dense(case.num_values, torch.float64))
         posterior = torch.log_softmax(table.flatten() + scores, 1).reshape(-1, *table.shape)
         assert_distributed(lambda count: queries.sample(case.pc, count, given, case.generator), posterior, _NUM_SAMPLES)
+        return possible
