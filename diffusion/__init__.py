@@ -1,15 +1,16 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation, masking
-from diffusion.calibration import NoiseCalibration
-from diffusion.circuit_training import CircuitTraining, fit_coupled
+from diffusion import evaluation
+from diffusion.conditioners import NoiseCalibration
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding import DecodeOptions
-from diffusion.denoiser_training import DenoiserTraining, train_denoiser
+from diffusion.decoding.generation import Generation, generate
+from diffusion.decoding.step import DecodeOptions
 from diffusion.denoisers import Denoiser, DenoiserSpec, TransformerConfig, TransformerDenoiser
-from diffusion.generation import Generation, generate
 from diffusion.head import CoupledHead
-from diffusion.logit_cache import LogitCache, cache_logits
+from diffusion.training import masking
+from diffusion.training.circuit import CircuitTraining, fit_coupled
+from diffusion.training.denoiser import DenoiserTraining, train_denoiser
+from diffusion.training.logit_cache import LogitCache, cache_logits
 
 __all__ = [
     "CircuitTraining",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits._files import replace_file
-from diffusion.calibration import NoiseCalibration
+from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.errors import ArgumentError, CheckpointError
 
@@ -33,8 +33,8 @@ class CoupledHead(nn.Module):
         normalization: "global" or "local", see :mod:`diffusion.coupling`; training and decoding share it.
         top_k: evidence on the k best tokens only; None: on all.
         calibration: what becomes of the prediction before the circuit multiplies it, see
-            :class:`~diffusion.calibration.NoiseCalibration`; its parameters are this module's too. None: the plain
-            product.
+            :class:`~diffusion.conditioners.noise_calibration.NoiseCalibration`; its parameters are this module's too.
+            None: the plain product.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.

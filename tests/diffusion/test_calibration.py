@@ -7,9 +7,9 @@ import torch
 
 import circuits as ct
 from diffusion import CoupledDistribution, CoupledHead, NoiseCalibration
-from diffusion.decoding import DecodeOptions, decode_step
+from diffusion.decoding.step import DecodeOptions, decode_step
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.logit_cache import CachedBatch
+from diffusion.training.logit_cache import CachedBatch
 
 V, L, B = 5, 4, 3
 

@@ -19,9 +19,9 @@ from diffusion import (
     cache_logits,
     fit_coupled,
 )
-from diffusion.circuit_training import coupled_loss
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.logit_cache import allowed_log_probs
+from diffusion.training.circuit import coupled_loss
+from diffusion.training.logit_cache import allowed_log_probs
 
 V, CONTEXT, L = 9, 4, 4
 
@@ -155,7 +155,7 @@ def test_a_killed_fit_ends_like_one_that_was_not(cache, tmp_path):
         import os
         import circuits as ct
         from diffusion import CircuitTraining, CoupledHead, LogitCache, fit_coupled
-        from diffusion import circuit_training
+        from diffusion.training import circuit as circuit_training
         original, calls = circuit_training._training_batch, []
         def killing(*arguments):
             calls.append(None)

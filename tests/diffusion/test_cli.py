@@ -4,15 +4,15 @@ import sys
 
 import pytest
 
-from diffusion import cli, pipeline
-from diffusion.circuit_training import CircuitTraining
-from diffusion.denoiser_training import DenoiserTraining
+from diffusion.app import cli, workspace
+from diffusion.training.circuit import CircuitTraining
+from diffusion.training.denoiser import DenoiserTraining
 
-SMALLEST = pipeline.Recipe(
-    denoiser=pipeline.DenoiserRecipe(
+SMALLEST = workspace.Recipe(
+    denoiser=workspace.DenoiserRecipe(
         width=16, num_layers=1, num_heads=2, max_length=128, training=DenoiserTraining(steps=4, batch_size=4)
     ),
-    circuit=pipeline.CircuitRecipe(
+    circuit=workspace.CircuitRecipe(
         num_states=3,
         likelihood_blocks=64,
         likelihood_epochs=1,
@@ -26,7 +26,7 @@ SMALLEST = pipeline.Recipe(
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    monkeypatch.setitem(pipeline.PRESETS, "tiny", SMALLEST)
+    monkeypatch.setitem(workspace.PRESETS, "tiny", SMALLEST)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
@@ -61,7 +61,7 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert run(*options)[1] == first
     assert run(*options, "--no-circuit")[0] == 0
     assert run("fit", "--out", out, "--no-calibration", "--quiet")[0] == 0
-    assert pipeline.Workspace(out).head().calibration is None
+    assert workspace.Workspace(out).head().calibration is None
 
 
 def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
@@ -72,8 +72,8 @@ def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
     lines = [line for line in text.splitlines() if line.split(":")[0] in ("Shown", "Files", "Next")]
     assert len(lines) == 3
     assert (out / "results" / "arithmetic.png").exists()
-    monkeypatch.setattr(pipeline, "train_denoiser", None)  # calling it would fail
-    monkeypatch.setattr(pipeline, "fit_coupled", None)
+    monkeypatch.setattr(workspace, "train_denoiser", None)  # calling it would fail
+    monkeypatch.setattr(workspace, "fit_coupled", None)
     assert run(*arguments)[0] == 0
     code, _, error = run("demo", "--corpus", "embedded", "--preset", "tiny", "--out", out)
     assert code == 2

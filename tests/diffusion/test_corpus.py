@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.corpus import (
+from diffusion.errors import ArgumentError, CorpusError
+from diffusion.text.corpus import (
     arithmetic_documents,
     check_arithmetic,
     join_documents,
@@ -17,7 +18,6 @@ from diffusion.corpus import (
     random_windows,
     windows,
 )
-from diffusion.errors import ArgumentError, CorpusError
 
 EOS = 99
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import denoiser_training
-from diffusion.denoiser_training import DenoiserTraining, TrainingCurve, held_out_loss, train_denoiser
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError, CorpusError
+from diffusion.training import denoiser as denoiser_training
+from diffusion.training.denoiser import DenoiserTraining, TrainingCurve, held_out_loss, train_denoiser
 
 PAD, MASK, EOS, FIRST = range(4)
 PERIOD = 5

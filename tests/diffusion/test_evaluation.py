@@ -9,9 +9,9 @@ import torch
 import circuits as ct
 from diffusion import CircuitTraining, CoupledHead, DenoiserSpec, cache_logits, fit_coupled
 from diffusion.errors import ArgumentError
-from diffusion.evaluation import misspecification_gap
-from diffusion.few_steps import few_step_quality
-from diffusion.plots import draw_few_steps, draw_gap
+from diffusion.evaluation.few_steps import few_step_quality
+from diffusion.evaluation.gap import misspecification_gap
+from diffusion.evaluation.plots import draw_few_steps, draw_gap
 
 L = 3
 STICKY = torch.tensor([[0.95, 0.05], [0.05, 0.95]], dtype=torch.float64)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import circuits as ct
 from diffusion import CoupledHead, DecodeOptions, DenoiserSpec, generate
-from diffusion.decoding import DecodeMode, decode_step
+from diffusion.decoding.remasking import Strategy, choose_positions, reliability
+from diffusion.decoding.step import DecodeMode, decode_step
 from diffusion.errors import ArgumentError
-from diffusion.remasking import Strategy, choose_positions, reliability
 
 V, L, MASK, PAD, EOS = 7, 4, 6, 5, 4
 MODES = typing.get_args(DecodeMode)

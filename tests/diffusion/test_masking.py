@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion.errors import ArgumentError
-from diffusion.masking import (
+from diffusion.training.masking import (
     CosineSchedule,
     GeometricSchedule,
     LinearSchedule,

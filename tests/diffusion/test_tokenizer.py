@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.tokenizer import TextTokenizer, train_tokenizer
+from diffusion.text.tokenizer import TextTokenizer, train_tokenizer
 
 DOCUMENTS = ["To be, or not to be:\n\tthat is the question.", "Ein Ärgernis — 日本語 🎈", "a  b <mask> c\r\n\n"]
 CHARACTERS = train_tokenizer(DOCUMENTS)

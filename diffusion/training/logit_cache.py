@@ -25,7 +25,7 @@ from diffusion.coupling import CoupledDistribution
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import CoupledHead
-from diffusion.masking import ScheduleName, mask_tokens, sample_times, schedule
+from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 FORMAT_VERSION = 2
 _LOWEST_LOG_Q = -6e4  # float16 holds it

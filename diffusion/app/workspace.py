@@ -28,21 +28,21 @@ from circuits import CompiledCircuit
 from circuits._arguments import checked_device
 from circuits._files import replace_file
 from diffusion._json import read_json, write_json
-from diffusion.calibration import NoiseCalibration
-from diffusion.circuit_training import fit_coupled
-from diffusion.corpus import Corpus, check_arithmetic, join_documents, load_corpus, random_windows, windows
-from diffusion.decoding import DecodeMode
-from diffusion.denoiser_training import train_denoiser
+from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
+from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.decoding.generation import generate
+from diffusion.decoding.remasking import Strategy
+from diffusion.decoding.step import DecodeMode
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.evaluation import GapTable, misspecification_gap
-from diffusion.few_steps import FewStepTable, few_step_quality
-from diffusion.generation import generate
+from diffusion.evaluation.few_steps import FewStepTable, few_step_quality
+from diffusion.evaluation.gap import GapTable, misspecification_gap
 from diffusion.head import CoupledHead
-from diffusion.logit_cache import LogitCache, cache_logits
-from diffusion.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
-from diffusion.remasking import Strategy
-from diffusion.tokenizer import TextTokenizer, train_tokenizer
+from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, load_corpus, random_windows, windows
+from diffusion.text.tokenizer import TextTokenizer, train_tokenizer
+from diffusion.training.circuit import fit_coupled
+from diffusion.training.denoiser import train_denoiser
+from diffusion.training.logit_cache import LogitCache, cache_logits
 
 
 class Workspace:
@@ -190,7 +190,7 @@ class Workspace:
 
     def evaluate_gap(self, recipe: Recipe) -> GapTable:
         """Measure the gap table on held-out windows, and draw it; results/gap.json, gap.txt and gap.png."""
-        from diffusion.plots import draw_gap
+        from diffusion.evaluation.plots import draw_gap
 
         denoiser = self.denoiser()
         data = windows(
@@ -221,7 +221,7 @@ class Workspace:
         Raises:
             ArgumentError: the folder's corpus is not the arithmetic one.
         """
-        from diffusion.plots import draw_few_steps
+        from diffusion.evaluation.plots import draw_few_steps
 
         if recipe.text.corpus != "arithmetic":
             raise ArgumentError(
@@ -269,7 +269,7 @@ class Workspace:
         """Continue each prompt by ``gen_length`` tokens in ``num_steps`` denoiser calls; return the new texts.
 
         Raises:
-            ArgumentError: as :func:`~diffusion.generation.generate`.
+            ArgumentError: as :func:`~diffusion.decoding.generation.generate`.
         """
         denoiser, tokenizer = self.denoiser(), self.tokenizer()
         out = generate(

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from circuits._files import replace_file
-from diffusion.evaluation import Estimate, GapTable
-from diffusion.few_steps import FewStepTable
+from diffusion.evaluation.few_steps import FewStepTable
+from diffusion.evaluation.gap import Estimate, GapTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

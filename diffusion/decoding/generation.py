@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count
-from diffusion.decoding import DecodeMode, DecodeOptions, decode_step
+from diffusion.decoding.remasking import Strategy
+from diffusion.decoding.step import DecodeMode, DecodeOptions, decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
-from diffusion.remasking import Strategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +70,9 @@ def generate(
         block_length: L; with a head, the number of variables of its circuit.
         num_steps: denoiser calls in all, a multiple of the number of blocks and at most ``gen_length``. The strategy
             "threshold" may need fewer.
-        strategy: which positions a step commits, see :mod:`diffusion.remasking`.
+        strategy: which positions a step commits, see :mod:`diffusion.decoding.remasking`.
         head: the circuit and its activation threshold; None: tokens are predicted independently.
-        decode: how the circuit is used, see :class:`~diffusion.decoding.DecodeOptions`; ignored without a head.
+        decode: how the circuit is used, see :class:`~diffusion.decoding.step.DecodeOptions`; ignored without a head.
         temperature: tau; by default the head's, or 1 without one; 0 is greedy.
         threshold: for the strategy "threshold".
         stop_at_eos: end a text at its first end-of-text token: the rest of it is padding.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from circuits import Evidence
 from diffusion.coupling import CoupledDistribution
+from diffusion.decoding.remasking import Strategy, check_strategy, choose_positions, reliability
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead, check_temperature
-from diffusion.remasking import Strategy, check_strategy, choose_positions, reliability
 
 DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
 
@@ -27,7 +27,7 @@ class DecodeOptions:
             every token from its exact posterior marginal; ``any_order``: commit the most reliable position, ask the
             circuit again without asking the denoiser, and so on; ``joint``: one exact joint sample, or at temperature
             0 the most probable explanation.
-        strategy: what makes a position reliable, see :mod:`diffusion.remasking`.
+        strategy: what makes a position reliable, see :mod:`diffusion.decoding.remasking`.
         temperature: tau >= 0; 0 takes the best token. ``joint`` takes 0 and 1 only: tempering the product is #P-hard.
         threshold: for the strategy ``threshold``: commit every position whose token has more than this probability.
     """

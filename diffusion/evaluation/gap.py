@@ -24,8 +24,8 @@ from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
-from diffusion.logit_cache import allowed_log_probs
-from diffusion.masking import mask_fixed_ratio
+from diffusion.training.logit_cache import allowed_log_probs
+from diffusion.training.masking import mask_fixed_ratio
 
 MODELS = ("one_step", "circuit_alone", "coupled", "sequential")
 

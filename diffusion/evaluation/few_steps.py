@@ -11,13 +11,13 @@ from torch import Tensor
 
 from circuits._progress import progress_bar
 from diffusion._json import write_json
-from diffusion.decoding import DecodeMode
+from diffusion.decoding.generation import generate
+from diffusion.decoding.remasking import Strategy
+from diffusion.decoding.step import DecodeMode
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
-from diffusion.evaluation import Estimate
-from diffusion.generation import generate
+from diffusion.evaluation.gap import Estimate
 from diffusion.head import CoupledHead
-from diffusion.remasking import Strategy
 
 Judge = Callable[[Tensor, Tensor], bool]
 """Says whether one generated text is good: (prompt, generated), int64 (P,) and (gen_length,)."""

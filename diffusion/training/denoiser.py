@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from circuits._progress import progress_bar
-from diffusion._training_state import TrainingCheckpoint, TrainingCurve, fingerprint
-from diffusion.corpus import random_windows, windows
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError
-from diffusion.masking import ScheduleName, mask_tokens, sample_times, schedule
+from diffusion.text.corpus import random_windows, windows
+from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve, fingerprint
+from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 __all__ = ["DenoiserTraining", "TrainingCurve", "held_out_loss", "train_denoiser"]
 

@@ -213,7 +213,7 @@ def _fail(message: str, code: int) -> None:
 def _workspace(out: Path, device: str, quiet: bool) -> Any:
     import torch
 
-    from diffusion.pipeline import Workspace
+    from diffusion.app.workspace import Workspace
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,7 +221,7 @@ def _workspace(out: Path, device: str, quiet: bool) -> Any:
 
 
 def _recipe(preset: str, corpus: str, field: str | None) -> Any:
-    from diffusion.recipe import PRESETS
+    from diffusion.app.recipe import PRESETS
 
     return PRESETS[_one_of("preset", preset, tuple(PRESETS))].with_text(corpus, field)
 
@@ -233,13 +233,13 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
 
 
 def _decode_modes() -> tuple[str, ...]:
-    from diffusion.decoding import DecodeMode
+    from diffusion.decoding.step import DecodeMode
 
     return get_args(DecodeMode)
 
 
 def _strategies() -> tuple[str, ...]:
-    from diffusion.remasking import Strategy
+    from diffusion.decoding.remasking import Strategy
 
     return get_args(Strategy)
 
@@ -254,7 +254,7 @@ def _print_gap(table: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from diffusion.evaluation import MODELS
+    from diffusion.evaluation.gap import MODELS
 
     shown = Table(
         title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)", title_justify="left"

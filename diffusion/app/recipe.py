@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion._json import read_json, write_json
-from diffusion.circuit_training import CircuitTraining
-from diffusion.denoiser_training import DenoiserTraining
 from diffusion.errors import CheckpointError
-from diffusion.tokenizer import TokenizerKind
+from diffusion.text.tokenizer import TokenizerKind
+from diffusion.training.circuit import CircuitTraining
+from diffusion.training.denoiser import DenoiserTraining
 
 FORMAT_VERSION = 1
 
@@ -20,7 +20,7 @@ class TextRecipe:
     """Which text, and how it becomes tokens.
 
     Attributes:
-        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.corpus.load_corpus`.
+        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.text.corpus.load_corpus`.
         field: the key of the text in a .jsonl corpus.
         tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
         vocab_size: of the "bpe" tokenizer.
@@ -54,7 +54,7 @@ class CircuitRecipe:
         likelihood_blocks: training blocks of the maximum-likelihood fit.
         likelihood_epochs: passes over them.
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
-        is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.calibration`.
+        is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.conditioners`.
         training: the coupled fit.
     """
 

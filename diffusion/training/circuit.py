@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from circuits._progress import progress_bar
-from diffusion._training_state import TrainingCheckpoint, TrainingCurve
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
-from diffusion.logit_cache import CachedBatch, LogitCache
+from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
+from diffusion.training.logit_cache import CachedBatch, LogitCache
 
 
 @dataclass(frozen=True, kw_only=True)

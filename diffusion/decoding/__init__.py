@@ -1,0 +1,1 @@
+"""Decoding: from a denoiser, with or without a circuit, to text."""

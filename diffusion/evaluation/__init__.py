@@ -1,0 +1,14 @@
+"""Evaluation: how much of the factorization barrier a circuit removes, and quality against denoiser calls."""
+
+from diffusion.evaluation.few_steps import FewStepRow, FewStepTable, few_step_quality
+from diffusion.evaluation.gap import Estimate, GapRow, GapTable, misspecification_gap
+
+__all__ = [
+    "Estimate",
+    "FewStepRow",
+    "FewStepTable",
+    "GapRow",
+    "GapTable",
+    "few_step_quality",
+    "misspecification_gap",
+]
