@@ -206,7 +206,7 @@ class Evidence:
         if one.otherwise is not None:
             other = cls.where(condition, one.otherwise, other)
         elif one.missing is not None:
-            other = other._silenced(condition)
+            other = other.without(condition)
         missing = ~condition if one.missing is None else one.missing | ~condition
         return replace(one, missing=missing, otherwise=other, latents=latents, classes=classes)
 
@@ -332,6 +332,24 @@ class Evidence:
             return torch.where((first < v) & (v <= second), 0.0, -torch.inf).to(stored.dtype)
         return -0.5 * ((v - first) / second).square() - second.log() - 0.5 * math.log(2 * math.pi)
 
+    def says_nothing(self, num_categories: Tensor) -> Tensor:
+        """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+        """
+        silent = torch.zeros(self.batch_size, self.num_vars, dtype=torch.bool, device=self.device)
+        if self.bounds is not None:
+            silent = (self.bounds[..., 0] == -torch.inf) & (self.bounds[..., 1] == torch.inf)
+        elif self.log_factors is not None and self.values is None:
+            values = torch.arange(self.log_factors.shape[-1], device=self.device)
+            is_other = values >= num_categories.to(self.device).unsqueeze(1)
+            silent = ((self.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
+        if self.missing is None:
+            return silent
+        rest = True if self.otherwise is None else self.otherwise.says_nothing(num_categories)
+        return torch.where(self.missing, rest, silent)
+
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
         return self._map(lambda tensor: tensor[index])
@@ -365,10 +383,10 @@ class Evidence:
         if self.otherwise is not None:
             self.otherwise.check(num_categories)
 
-    def _silenced(self, where: Tensor) -> Evidence:
-        """Return the evidence that says nothing on the variables ``where``, (B, D)."""
+    def without(self, where: Tensor) -> Evidence:
+        """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""
         missing = where if self.missing is None else self.missing | where
-        otherwise = None if self.otherwise is None else self.otherwise._silenced(where)
+        otherwise = None if self.otherwise is None else self.otherwise.without(where)
         return replace(self, missing=missing, otherwise=otherwise)
 
     def __repr__(self) -> str:

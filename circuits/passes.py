@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuits._precision import own_precision
 from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, conditions_of
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
@@ -52,7 +53,8 @@ class Banks(dict[str, Weights]):
         return Banks(banks, {layer: given.detached() for layer, given in self.external.items()})
 
 
-def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> list[Tensor]:
+@own_precision
+def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> LayerValues:
     """Evaluate the input layers: one value (F, K, B, *E) per input layer, and keep the conditions with them.
 
     Raises:
@@ -73,6 +75,52 @@ def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: B
     return LayerValues(values, pc.conditions(evidence))
 
 
+def silent_sums(pc: CompiledCircuit, is_silent: Sequence[Tensor], conditions: Conditions, banks: Banks) -> Conditions:
+    """Return the conditions with the sum nodes on whose whole scope nothing is known.
+
+    Their weights sum to 1, so each of their units is the constant 1, whatever its weights: nothing is learnt from it,
+    and in the max semiring no explanation of what nobody asked about is chosen. So learning counts no flow there
+    (without this, padding would be counted with the present weights as its expectation, and slow EM down).
+
+    Args:
+        pc: the circuit.
+        is_silent: of which nodes of each input layer nothing is known, bool (F, 1, B).
+        conditions: on latents and classes; a latent with factors is known.
+        banks: external weights that do not sum to 1 are no constant.
+    """
+    outputs: list[Tensor | None] = []
+    for position, silent in enumerate(is_silent):
+        external = banks.external.get(position)
+        outputs.append(silent if external is None or external.log_scale is None else _heard(silent, external.rows))
+    by_layer = {}
+    for position, layer in enumerate(pc.inner_layers, start=len(outputs)):
+        if isinstance(layer, ProductLayer):
+            outputs.append(layer.all_of(outputs))
+            continue
+        silent = layer.all_of(outputs)
+        external = banks.external.get(position)
+        if external is not None and external.log_scale is not None:
+            silent = _heard(silent, external.rows)
+        if position in conditions.latents:
+            silent = _heard(silent, conditions.latents[position].rows)
+        outputs.append(silent)
+        by_layer[position] = silent
+    return replace(conditions, silent=by_layer)
+
+
+def _heard(silent: Tensor, rows: Tensor) -> Tensor:
+    return silent.index_fill(0, rows, False)
+
+
+def _silenced(values: Tensor, silent: Tensor | None, semiring: Semiring) -> Tensor:
+    """Put the constant 1 of a semiring where sum nodes are silent; values are (F, K, B, *E), ``silent`` (F, 1, B)."""
+    if silent is None:
+        return values
+    one = semiring.lift(torch.zeros(1, 1, 1, dtype=values.dtype, device=values.device))
+    return torch.where(silent.reshape(silent.shape + (1,) * (values.dim() - 3)), one, values)
+
+
+@own_precision
 def upward(
     pc: CompiledCircuit,
     semiring: Semiring,
@@ -98,7 +146,8 @@ def upward(
             outputs[position] = layer(semiring, outputs)
         else:
             weights = banks[layer.parameter_rows.bank]
-            outputs[position] = layer(semiring, outputs, weights, banks.external.get(position))
+            values = layer(semiring, outputs, weights, banks.external.get(position))
+            outputs[position] = _silenced(values, conditions.silent.get(position), semiring)
         if not keep:
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
@@ -115,6 +164,7 @@ def class_needed(pc: CompiledCircuit) -> PropertyError:
     )
 
 
+@own_precision
 def log_root(pc: CompiledCircuit, leaf_values: Sequence[Tensor], banks: Banks) -> Tensor:
     """Return the root's log-value, differentiable in the leaves, the conditions, and the log-weights of all banks.
 
@@ -166,9 +216,8 @@ class _LogRoot(torch.autograd.Function):
             if isinstance(layer, ProductLayer):
                 outputs[position] = layer(LogSemiring(), outputs)
             else:
-                outputs[position], ctx.saved[position] = layer.forward_recorded(
-                    outputs, banks[layer.parameter_rows.bank]
-                )
+                values, ctx.saved[position] = layer.forward_recorded(outputs, banks[layer.parameter_rows.bank])
+                outputs[position] = _silenced(values, conditions.silent.get(position), LogSemiring())
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
         ctx.pc, ctx.num_leaves, ctx.banks, ctx.conditions = pc, num_leaves, banks, conditions
@@ -178,6 +227,7 @@ class _LogRoot(torch.autograd.Function):
         return root[0].clone() if root is tensors[0] else root[0]
 
     @staticmethod
+    @own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return None, None, None, *_LogRoot._differentiable_gradients(ctx, grad)
@@ -199,6 +249,8 @@ class _LogRoot(torch.autograd.Function):
             if isinstance(layer, ProductLayer):
                 layer.adjoint(incoming, gradients)
             else:
+                if position in ctx.conditions.silent:
+                    incoming = incoming.masked_fill(ctx.conditions.silent[position], 0.0)
                 bank = layer.parameter_rows.bank
                 grad_x = layer.adjoint(incoming, ctx.saved[position], ctx.banks[bank], gradients, flows[bank])
                 if position in latents:
@@ -221,7 +273,7 @@ class _LogRoot(torch.autograd.Function):
             position: replace(factors, log=log)
             for (position, factors), log in zip(ctx.conditions.latents.items(), others[len(logs) :], strict=True)
         }
-        values = LayerValues(leaf_values, Conditions(latents))
+        values = LayerValues(leaf_values, Conditions(latents, silent=ctx.conditions.silent))
         root = upward(ctx.pc, LogSemiring(), values, banks, per_class=True)[-1]
         assert root is not None
         wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True) if needed]
@@ -229,6 +281,7 @@ class _LogRoot(torch.autograd.Function):
         return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
+@own_precision
 def factor_gradients(
     log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tensor, banks: Banks, *, also: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -254,6 +307,7 @@ def factor_gradients(
     return gradient
 
 
+@own_precision
 def downward_choice(
     pc: CompiledCircuit,
     semiring: ChoosingSemiring,
@@ -343,6 +397,7 @@ def _chunks(length: int, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+@own_precision
 def draw_values(
     pc: CompiledCircuit,
     semiring: ChoosingSemiring,

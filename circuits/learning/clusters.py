@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count
+from circuits._precision import own_precision
 from circuits.errors import ArgumentError
 from circuits.learning.em import checked_sample_weights
 
 _MAX_ELEMENTS = 1 << 24
 
 
+@own_precision
 @torch.no_grad()
 def kmeans(
     data: Tensor,  # shape: (N, D)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number
+from circuits._precision import own_precision
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -48,6 +49,7 @@ class FitResult:
     """How many training samples had probability zero in the last epoch; nothing is learnt from them."""
 
 
+@own_precision
 def fit(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray | Table,  # shape: (N, D)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number, is_number
+from circuits._precision import own_precision
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
@@ -37,6 +38,7 @@ class ContinuousMixtureFit:
     """After how many steps the model was best in validation, and so is returned; without, all of them."""
 
 
+@own_precision
 def fit_continuous_mixture(
     data: Tensor,  # shape: (N, D)
     *,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
@@ -26,6 +27,7 @@ _BATCH_SIZE = 512
 _NUM_BATCHES: dict[InitializedBy, int] = {"random": 1, "quantiles": 16}
 
 
+@own_precision
 def initialize_inputs(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray,  # shape: (N, D)

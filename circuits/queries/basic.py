@@ -17,6 +17,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
 from circuits.passes import Banks
@@ -48,6 +49,7 @@ class MAP(MPE):
     """The most probable assignment: an :class:`MPE` of a deterministic circuit, where it also maximises p(x | e)."""
 
 
+@own_precision
 def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x)`` of complete assignments, (B, D): shape (B,), in nats; -inf where impossible.
 
@@ -56,6 +58,7 @@ def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = No
     return pc.log_partition(Evidence.observe(x), weights)
 
 
+@own_precision
 def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x_O)``, summing out what is not observed.
 
@@ -71,6 +74,7 @@ def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: B
     return pc.log_partition(Evidence.observe(x, observed), weights)
 
 
+@own_precision
 def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x_rest | x_O) = log p(x) - log p(x_O)``.
 
@@ -90,11 +94,13 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights
     return log_likelihood(pc, x, weights=weights) - log_evidence
 
 
+@own_precision
 def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
     return pc.log_partition(evidence, weights)
 
 
+@own_precision
 def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
 
@@ -121,6 +127,7 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
     return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
 
 
+@own_precision
 @torch.no_grad()
 def sample(
     pc: CompiledCircuit,
@@ -164,6 +171,7 @@ def sample(
     return samples.squeeze(1) if evidence is None and banks.batch_size == 1 else samples
 
 
+@own_precision
 @torch.no_grad()
 def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> MPE:
     """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.

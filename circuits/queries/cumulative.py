@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
@@ -14,6 +15,7 @@ from circuits.passes import Banks
 from circuits.queries._common import checked_possible, dense_evidence, given_evidence, has_infinite_values
 
 
+@own_precision
 def log_cdf(
     pc: CompiledCircuit, x: Tensor, evidence: Evidence | None = None, *, weights: Banks | None = None
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues
 from circuits.errors import ArgumentError
@@ -29,6 +30,7 @@ from circuits.semiring import LogSemiring
 from circuits.semirings import SignedSemiring
 
 
+@own_precision
 def expectation(
     pc: CompiledCircuit,
     functions: Tensor,
@@ -70,6 +72,7 @@ def expectation(
     return result if table.dim() == 3 else result.squeeze(1)
 
 
+@own_precision
 def moments(
     pc: CompiledCircuit,
     order: int,
@@ -112,16 +115,19 @@ def moments(
     return (posterior * centred**order).sum(2)
 
 
+@own_precision
 def mean(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
     """Return the posterior mean of every variable, ``E[x_i | e]``, (B, D): the first of :func:`moments`."""
     return moments(pc, 1, evidence, values=values)
 
 
+@own_precision
 def variance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
     """Return the posterior variance of every variable, (B, D): the second central one of :func:`moments`."""
     return moments(pc, 2, evidence, values=values, about="mean")
 
 
+@own_precision
 def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
     """Return the posterior covariance matrix of the variables, ``Cov[x_i, x_j | e]``.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import conditions_of
 from circuits.evidence import Evidence
@@ -43,6 +44,7 @@ class _Choices(NamedTuple):
     rank: Tensor
 
 
+@own_precision
 @torch.no_grad()
 def k_best(
     pc: CompiledCircuit, k: int, evidence: Evidence | None = None, *, weights: passes.Banks | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
@@ -17,6 +18,7 @@ from circuits.passes import Banks
 from circuits.queries._common import checked_possible, one_per_query
 
 
+@own_precision
 def latent_marginals(
     pc: CompiledCircuit,
     evidence: Evidence,
@@ -63,6 +65,7 @@ def latent_marginals(
     return dict(zip(wanted, posterior.split(sizes, 1), strict=True))
 
 
+@own_precision
 def class_posterior(
     pc: CompiledCircuit, evidence: Evidence, log_prior: Tensor | None = None, *, weights: Banks | None = None
 ) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import PropertyError
 from circuits.graph import Input, Node, Product, Sum
@@ -29,6 +30,7 @@ class Chain(NamedTuple):
     """p(x_t = v | z_t = i) at [i, v], (N_t, C)."""
 
 
+@own_precision
 @torch.no_grad()
 def to_chain(pc: CompiledCircuit) -> Chain:
     """Return the tables of the hidden Markov chain that a circuit is.

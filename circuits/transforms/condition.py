@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import conditions_of
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -18,6 +19,7 @@ from circuits.transforms.variables import compile_without
 Kept = Literal["remaining", "all"]
 
 
+@own_precision
 def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "remaining") -> CompiledCircuit:
     """Return the conditional distribution ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` as a circuit.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
@@ -23,6 +24,7 @@ class _Copies(NamedTuple):
     units: Tensor
 
 
+@own_precision
 def grow(
     pc: CompiledCircuit,
     *,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Gaussian
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
@@ -23,6 +24,7 @@ class NormalizedProduct(NamedTuple):
     """log Z = log sum_x p(x) q(x), float64, in nats: a scalar, or one per class, (R,)."""
 
 
+@own_precision
 def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
     """Multiply two compatible circuits over the same variables: ``p(x) q(x) / Z``, and log Z.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, is_number
+from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit, check_compiled, compile
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
@@ -32,6 +33,7 @@ class Pruned(NamedTuple):
     """How many sum weights of positive value became zero; tied ones are counted once."""
 
 
+@own_precision
 def prune(
     pc: CompiledCircuit,
     data: Tensor | Evidence,
