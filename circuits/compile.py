@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from circuits import passes
 from circuits._arguments import checked_device, checked_dtype, checked_seed
-from circuits._precision import own_precision
 from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, external_weights
 from circuits.distributions import Categorical, Direct, Finite
 from circuits.errors import ArgumentError
@@ -24,6 +23,7 @@ from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, p
 from circuits.input_layers import DirectLayer, InputLayer, TableLayer
 from circuits.layers import ProductLayer, SumLayer, Weights
 from circuits.plan import Plan, plan_layers
+from circuits.precision import own_precision
 from circuits.rows import Address, ParameterRows
 from circuits.semiring import LogSemiring
 

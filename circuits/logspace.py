@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
+from circuits.precision import own_precision
 
 _REPAIR_CHUNK = 1 << 22
 

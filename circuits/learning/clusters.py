@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count
-from circuits._precision import own_precision
 from circuits.errors import ArgumentError
 from circuits.learning.em import checked_sample_weights
+from circuits.precision import own_precision
 
 _MAX_ELEMENTS = 1 << 24
 

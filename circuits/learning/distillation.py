@@ -11,7 +11,6 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.conditioning import LayerValues
 from circuits.distributions import Bernoulli, Categorical
@@ -22,6 +21,7 @@ from circuits.learning._arguments import check_em_options
 from circuits.learning._arrays import Table
 from circuits.learning._samples import Batch, checked_samples
 from circuits.learning.clusters import kmeans
+from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from circuits import passes
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues, conditions_of
 from circuits.distributions import Direct, Distribution, Finite
@@ -28,6 +27,7 @@ from circuits.layers import Weights
 from circuits.learning._arguments import check_em_options
 from circuits.learning.entropy import entropic_maximum
 from circuits.passes import Banks
+from circuits.precision import own_precision
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number
-from circuits._precision import own_precision
 from circuits._progress import progress_bar
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -28,6 +27,7 @@ from circuits.learning._learners import (
 )
 from circuits.learning._samples import Samples, checked_samples
 from circuits.learning.distributed import Processes, checked_processes
+from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     import numpy as np

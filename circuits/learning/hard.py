@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from circuits import passes
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
 from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, heard_leaves, traced_weights
+from circuits.precision import own_precision
 from circuits.semiring import MaxSemiring
 
 

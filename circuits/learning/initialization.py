@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Categorical
 from circuits.errors import ArgumentError
@@ -16,6 +15,7 @@ from circuits.evidence import Evidence
 from circuits.learning import em
 from circuits.learning._arguments import check_em_options
 from circuits.learning._samples import checked_samples
+from circuits.precision import own_precision
 from circuits.semiring import LogSemiring
 
 if TYPE_CHECKING:

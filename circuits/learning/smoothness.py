@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Direct
 from circuits.errors import ArgumentError, PropertyError
 from circuits.passes import Banks
+from circuits.precision import own_precision
 
 
 @own_precision

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from circuits import logspace
-from circuits._precision import own_precision
 from circuits.alignment import Part
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.graph import Input, Node, Product, Sum
+from circuits.precision import own_precision
 from circuits.properties import chain_breaker, front_to_back, rank_of_scopes
 from circuits.queries._common import checked_possible, dense_factors
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.powers import Power, log_sum_of_powers
+from circuits.precision import own_precision
 from circuits.properties import is_deterministic, require_compatible, require_deterministic
 from circuits.queries._common import checked_possible, dense_factors
 from circuits.queries.entropy import latent_entropy

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from circuits import passes
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
+from circuits.precision import own_precision
 from circuits.properties import require_deterministic
 from circuits.queries._common import checked_possible, dense_evidence, dense_factors
 from circuits.queries._mixture_bounds import mixture_bounds, xlogx

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.conditioning import conditions_of
 from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import ProductLayer, SumLayer
+from circuits.precision import own_precision
 from circuits.queries._common import MAX_NUMBERS, checked_possible, dense_evidence, has_one_explanation
 from circuits.semirings import KBestSemiring
 

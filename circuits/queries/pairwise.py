@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from circuits import passes
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
 
 

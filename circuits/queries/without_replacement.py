@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
 
 

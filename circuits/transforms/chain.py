@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import PropertyError
 from circuits.graph import Input, Node, Product, Sum
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild
 
 

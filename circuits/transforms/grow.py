@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, checked_number
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import TABLES, Rebuild, normalise
 from circuits.transforms.units import unit_choices
 

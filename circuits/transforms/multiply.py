@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Gaussian
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.graph import Input, Node, Product, Sum, format_scope, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise, table_family
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count, is_number
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit, check_compiled, compile
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
 from circuits.learning._samples import checked_labels
 from circuits.learning.em import BankFlows, expected_flows
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import normalise
 from circuits.transforms.units import trim
 

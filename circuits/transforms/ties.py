@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import TABLES, Rebuild, normalise
 
 

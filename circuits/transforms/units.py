@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Finite
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, add_columns
 
 Groups = dict[Node, Tensor]

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._precision import own_precision
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, Product, Sum, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, add_columns
 
 
