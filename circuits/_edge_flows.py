@@ -10,7 +10,6 @@ from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues
 from circuits.evidence import Evidence
 from circuits.graph import Product, Sum
-from circuits.learning.em import heard_leaves
 from circuits.semiring import LogSemiring
 
 
@@ -23,7 +22,7 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     """
     banks = pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
-        heard = heard_leaves(pc, evidence, banks)
+        heard = passes.heard_leaves(pc, LogSemiring(), evidence, banks)
         silent = heard.conditions.silent
         values = LayerValues([value.detach().requires_grad_() for value in heard], heard.conditions)
         outputs = [value for value in passes.upward(pc, LogSemiring(), values, banks, keep=True) if value is not None]

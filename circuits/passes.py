@@ -20,6 +20,7 @@ from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import Flows, ProductLayer, SumLayer, Weights
 from circuits.precision import own_precision
+from circuits.randomness import RowGenerators
 from circuits.rows import Gradients
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
@@ -120,6 +121,24 @@ def silent_sums(pc: CompiledCircuit, is_silent: Sequence[Tensor], conditions: Co
         outputs.append(silent)
         by_layer[position] = silent
     return replace(conditions, silent=by_layer)
+
+
+@own_precision
+def heard_leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> LayerValues:
+    """Evaluate the input layers so that sum nodes on whose variables nothing is known are the constant 1.
+
+    See :func:`silent_sums`: no flow is counted there, and no choice there counts.
+    """
+    nothing = evidence.says_nothing(pc.num_categories)
+    if not bool(nothing.any()):
+        return leaves(pc, semiring, evidence, banks)
+    values = leaves(pc, semiring, evidence.without(nothing), banks)
+    return LayerValues(values, silent_sums(pc, silent_inputs(pc, nothing), values.conditions, banks))
+
+
+def silent_inputs(pc: CompiledCircuit, silent: Tensor) -> list[Tensor]:
+    """Return of which nodes of every input layer nothing is known, (F, 1, B), from that of the variables, (B, D)."""
+    return [silent.index_select(1, layer.variables).t().unsqueeze(1) for layer in pc.input_layers]
 
 
 def _heard(silent: Tensor, rows: Tensor) -> Tensor:
@@ -328,7 +347,7 @@ def downward_choice(
     outputs: Sequence[Tensor | None],
     banks: Banks,
     num_samples: int,
-    generator: torch.Generator | None,
+    generator: torch.Generator | RowGenerators | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Choose one child of every reached sum unit, from the root down, for ``num_samples`` copies of the batch.
 
@@ -353,7 +372,8 @@ def downward_choice(
     if class_factors is None:
         units[-1].zero_()
     else:
-        units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], generator)
+        source = _at(generator, num_layers, torch.zeros_like(query), torch.arange(len(query), device=query.device))
+        units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], source)
     for position in reversed(range(len(pc.input_layers), num_layers)):
         layer = pc.inner_layers[position - len(pc.input_layers)]
         node, column = (units[position] >= 0).nonzero(as_tuple=True)
@@ -361,7 +381,8 @@ def downward_choice(
         if isinstance(layer, ProductLayer):
             choices = layer.child_choices(unit)
         else:
-            choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], generator)
+            source = _at(generator, position, node, column)
+            choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)
         for slot, choice in enumerate(choices):
             layers, rows = layer.addresses[node, slot].unbind(-1)
             _mark(units, layers, rows, column, choice)
@@ -377,7 +398,7 @@ def _choose_children(
     node: Tensor,
     unit: Tensor,
     query: Tensor,
-    generator: torch.Generator | None,
+    generator: torch.Generator | RowGenerators | None,
 ) -> list[Tensor]:
     """Choose a child unit for n reached sum units; per child slot the chosen unit, -1 where another slot was chosen."""
     children = layer.gather(outputs)
@@ -389,12 +410,26 @@ def _choose_children(
         scores = log_weights[layer.parameter_rows.index[n], u]
         if external is not None:
             scores = external.replaced(scores, n, u, q)
-        chosen[part] = semiring.choose(scores.add_(children[n, :, q]), generator)
+        chosen[part] = semiring.choose(scores.add_(children[n, :, q]), _part(generator, part))
     choices = []
     for num_units in layer.child_units:
         choices.append(torch.where((chosen >= 0) & (chosen < num_units), chosen, -1))
         chosen = chosen - num_units
     return choices
+
+
+def _at(
+    generator: torch.Generator | RowGenerators | None, position: int, node: Tensor, column: Tensor
+) -> torch.Generator | RowGenerators | None:
+    """Return what draws for n units of a layer, given by node and column: for generators by row, one for each unit."""
+    if not isinstance(generator, RowGenerators):
+        return generator
+    batch_size = len(generator.seeds)
+    return generator.rows(column % batch_size).at(column // batch_size, position, node)
+
+
+def _part(generator: torch.Generator | RowGenerators | None, part: slice) -> torch.Generator | RowGenerators | None:
+    return RowGenerators(generator.seeds[part]) if isinstance(generator, RowGenerators) else generator
 
 
 def _mark(units: list[Tensor], layers: Tensor, rows: Tensor, columns: Tensor, choice: Tensor) -> None:
@@ -419,7 +454,7 @@ def draw_values(
     banks: Banks,
     units: Sequence[Tensor],
     query: Tensor,
-    generator: torch.Generator | None,
+    generator: torch.Generator | RowGenerators | None,
 ) -> Tensor:
     """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
     dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
@@ -431,11 +466,12 @@ def draw_values(
         for part in _chunks(len(node), banks[layer.parameter_rows.bank].log.shape[1]):
             n, c = node[part], column[part]
             weights, unit, of_query = banks[layer.parameter_rows.bank], reached[n, c], query[c]
+            source = _at(generator, position, n, c)
             if external is None:
-                chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, generator)
+                chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, source)
             else:
                 scores = layer.scores(evidence, weights, n, unit, of_query)
                 scores = external.input_scores(scores, evidence, layer.variables, n, unit, of_query)
-                chosen = semiring.choose(scores, generator)
+                chosen = semiring.choose(scores, source)
             values[c, layer.variables[n]] = chosen.to(dtype)
     return values

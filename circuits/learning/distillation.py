@@ -171,7 +171,7 @@ def _supervised_flows(pc: CompiledCircuit, batch: Batch, states: Mapping[Input, 
         banks, sources = em.traced_weights(pc)
         leaf_values = pc.leaves(batch.evidence, banks)
         others = [torch.zeros_like(value, requires_grad=False) for value in leaf_values]
-        is_silent = em.silent_inputs(pc, batch.evidence.says_nothing(pc.num_categories))
+        is_silent = passes.silent_inputs(pc, batch.evidence.says_nothing(pc.num_categories))
         for node, state in states.items():
             layer, row = pc.address(node)
             state = state.to(pc.device)

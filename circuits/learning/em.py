@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits.compile import CompiledCircuit
-from circuits.conditioning import LayerValues, conditions_of
+from circuits.conditioning import LayerValues
 from circuits.distributions import Direct, Distribution, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -28,6 +28,7 @@ from circuits.learning._arguments import check_em_options
 from circuits.learning.entropy import entropic_maximum
 from circuits.passes import Banks
 from circuits.precision import own_precision
+from circuits.semiring import LogSemiring
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""
@@ -75,7 +76,8 @@ def expected_flows(
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
-        log_z = passes.log_root(pc, heard_leaves(pc, given, banks), banks)
+        given.check(pc.num_categories)
+        log_z = passes.log_root(pc, passes.heard_leaves(pc, LogSemiring(), given, banks), banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)
@@ -212,7 +214,7 @@ def top_down_flows(
     nothing = Evidence.nothing(len(observed), pc.circuit.num_vars, pc.device)
     if pc.circuit.num_classes is not None:
         nothing = nothing.with_class_prior(torch.full((pc.circuit.num_classes,), -math.log(pc.circuit.num_classes)))
-    is_silent = silent_inputs(pc, ~observed)
+    is_silent = passes.silent_inputs(pc, ~observed)
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
@@ -248,24 +250,6 @@ def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Te
         counts = sample_weights.to(counts)
     shares = counts.new_zeros(len(observed)).index_add_(0, which, counts)
     return observed, shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
-
-
-def heard_leaves(pc: CompiledCircuit, evidence: Evidence, banks: Banks) -> LayerValues:
-    """Return the values of the input units, with which no pass counts flow where nothing is known.
-
-    See :func:`circuits.passes.silent_sums`.
-    """
-    nothing = evidence.says_nothing(pc.num_categories)
-    if not bool(nothing.any()):
-        return pc.leaves(evidence, banks)
-    leaf_values = pc.leaves(evidence.without(nothing), banks)
-    conditions = passes.silent_sums(pc, silent_inputs(pc, nothing), conditions_of(leaf_values), banks)
-    return LayerValues(leaf_values, conditions)
-
-
-def silent_inputs(pc: CompiledCircuit, silent: Tensor) -> list[Tensor]:
-    """Return of which nodes of every input layer nothing is known, (F, 1, B), from that of the variables, (B, D)."""
-    return [silent.index_select(1, layer.variables).t().unsqueeze(1) for layer in pc.input_layers]
 
 
 def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
-from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, heard_leaves, traced_weights
+from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
 from circuits.precision import own_precision
-from circuits.semiring import MaxSemiring
+from circuits.semiring import LogSemiring, MaxSemiring
 
 
 @own_precision
@@ -43,7 +43,7 @@ def viterbi_flows(
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc)
-        root = passes.upward(pc, MaxSemiring(), heard_leaves(pc, given, banks), banks)[-1]
+        root = passes.upward(pc, MaxSemiring(), passes.heard_leaves(pc, LogSemiring(), given, banks), banks)[-1]
         assert root is not None
         score = root[0, 0]
         counts = (score != -torch.inf).to(score.dtype)

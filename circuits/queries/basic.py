@@ -23,13 +23,16 @@ from circuits.evidence import Evidence
 from circuits.passes import Banks
 from circuits.precision import own_precision
 from circuits.queries._common import (
+    check_generator,
+    check_temperature,
     checked_possible,
     given_evidence,
     has_one_explanation,
     one_per_query,
     require_finite_values,
 )
-from circuits.semiring import LogSemiring, MaxSemiring
+from circuits.randomness import RowGenerators
+from circuits.semiring import MaxSemiring, choosing_semiring
 
 _MAX_REACHED = 1 << 25
 
@@ -161,17 +164,22 @@ def sample(
     pc: CompiledCircuit,
     num_samples: int,
     evidence: Evidence | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | RowGenerators | None = None,
     *,
+    temperature: float = 1.0,
     weights: Banks | None = None,
 ) -> Tensor:
-    """Draw exact, independent samples ``x ~ p(x | e)``.
+    """Draw exact, independent samples ``x ~ p(x | e)``, or of explanations at a temperature.
 
     Args:
         pc: the circuit.
         num_samples: S >= 1, samples per query.
         evidence: for B queries; None: the circuit's own distribution.
-        generator: on the circuit's device; the same state gives the same samples on one machine.
+        generator: on the circuit's device; the same state gives the same samples on one machine. Or
+            :class:`~circuits.randomness.RowGenerators`, one per query: then no query's samples depend on the others.
+        temperature: tau >= 0: draw explanations, latents and values together, from ``p(x, z | e)^(1 / tau)``,
+            normalised, and return their values; 0 takes the best. (The power of p(x | e) itself is #P-hard to sample.)
+            Variables and latents of which nothing is known are not tempered. Other than 1 for finitely many values.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
@@ -184,16 +192,22 @@ def sample(
     checked_count("num_samples", num_samples)
     banks = pc.weights() if weights is None else weights
     given = given_evidence(pc, evidence, banks)
-    semiring = LogSemiring()
-    outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
+    check_temperature(temperature)
+    check_generator(generator, given.batch_size)
+    semiring = choosing_semiring(temperature)
+    if temperature != 1:
+        require_finite_values(pc, "a temperature other than 1")
+    evaluate = passes.leaves if temperature == 1 else passes.heard_leaves
+    outputs = passes.upward(pc, semiring, evaluate(pc, semiring, given, banks), banks, keep=True)
     checked_possible(_root(outputs))
     num_nodes = sum(size for size, _ in pc.layer_sizes)
     per_pass = max(1, _MAX_REACHED // (num_nodes * given.batch_size))
     draws = []
     for start in range(0, num_samples, per_pass):
         count = min(per_pass, num_samples - start)
-        units, query = passes.downward_choice(pc, semiring, outputs, banks, count, generator)
-        values = passes.draw_values(pc, semiring, given, banks, units, query, generator)
+        source = generator.at(start) if isinstance(generator, RowGenerators) else generator
+        units, query = passes.downward_choice(pc, semiring, outputs, banks, count, source)
+        values = passes.draw_values(pc, semiring, given, banks, units, query, source)
         draws.append(values.unflatten(0, (count, given.batch_size)))
     samples = torch.cat(draws)
     return samples.squeeze(1) if evidence is None and banks.batch_size == 1 else samples
