@@ -119,6 +119,7 @@ class CoupledHead(nn.Module):
         masked: Tensor,  # shape: (B, L)
         *,
         include: Tensor | None = None,  # shape: (B, L)
+        absent: Tensor | None = None,  # shape: (B, L)
     ) -> CoupledDistribution:
         """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
@@ -127,6 +128,7 @@ class CoupledHead(nn.Module):
             tokens: int64; entries at masked positions are ignored.
             masked: bool, True where a token is to be predicted.
             include: int64, tokens that ``top_k`` must not drop, for instance the true ones in training.
+            absent: bool, positions that a shorter block does not have; they are summed out.
 
         Raises:
             ArgumentError: shapes or dtypes that do not fit, or a conditioner misses the denoiser's features.
@@ -146,6 +148,7 @@ class CoupledHead(nn.Module):
             normalization=self.normalization,
             latents=conditioned.latents,
             weights=weights,
+            absent=absent,
         )
 
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:

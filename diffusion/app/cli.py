@@ -233,13 +233,13 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
 
 
 def _decode_modes() -> tuple[str, ...]:
-    from diffusion.decoding.step import DecodeMode
+    from diffusion.decoding.config import DecodeMode
 
     return get_args(DecodeMode)
 
 
 def _strategies() -> tuple[str, ...]:
-    from diffusion.decoding.remasking import Strategy
+    from diffusion.decoding.config import Strategy
 
     return get_args(Strategy)
 
