@@ -97,7 +97,7 @@ def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
         (("train", "--corpus", corpus, "--out", folder), "was not made by unfactor"),
         (("fit", *new), "holds no model"),
         (("evaluate", "--out", models), "holds no circuit yet"),
-        (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "exceed the denoiser's 128 positions"),
+        (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "at most the denoiser's 128 positions"),
         (("generate", "--out", models, "--length", "7", "--no-circuit"), "gen_length: expected a multiple"),
         (("generate", "--out", models, "--decode", "magic"), "decode: expected one of"),
         (("generate", "--out", models, "--steps", "zero"), "steps"),
