@@ -1,6 +1,6 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation
+from diffusion import evaluation, testing
 from diffusion.conditioners import NoiseCalibration
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.generation import Generation, generate
@@ -30,5 +30,6 @@ __all__ = [
     "fit_coupled",
     "generate",
     "masking",
+    "testing",
     "train_denoiser",
 ]
