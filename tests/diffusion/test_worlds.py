@@ -142,20 +142,28 @@ def test_the_bayes_denoiser_gives_the_posterior_marginals(question):
             assert found[row, position].tolist() == pytest.approx(bayes(world, visible, position), abs=1e-6)
 
 
-@given(question=questions(), data=st.data())
-def test_a_padded_window_of_a_shorter_text_is_a_slice_of_the_posterior(question, data):
-    world, tokens = question
-    length = data.draw(st.integers(1, world.length), label="length of the canvas")
-    padding = data.draw(st.integers(0, length - 1), label="padding")
-    start = data.draw(st.integers(padding, length), label="start")
-    stop = data.draw(st.integers(start, length), label="stop")
-    visible = tokens[:, : length - padding]
-    canvas = torch.nn.functional.pad(visible, (padding, 0), value=world.spec.pad_id)
-    valid = torch.arange(length).expand(canvas.shape) >= padding
-    unseen = torch.nn.functional.pad(visible, (0, world.length - length + padding), value=world.mask_id)
-    whole = world.denoiser().logits(unseen)
-    found = world.denoiser().logits(canvas, valid=valid, t=torch.rand(len(tokens)), window=(start, stop))
-    assert torch.equal(found, whole[:, start - padding : stop - padding])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_padded_window_of_a_shorter_text_is_a_slice_of_the_posterior(padding, generator):
+    world = worlds.random(2, length=4)
+    denoiser = world.denoiser()
+    tokens = torch.randint(world.spec.vocab_size, (8, 4), generator=generator)
+    for length in range(padding + 1, 5):
+        visible = tokens[:, : length - padding]
+        canvas = torch.nn.functional.pad(visible, (padding, 0), value=world.spec.pad_id)
+        valid = torch.arange(length).expand(canvas.shape) >= padding
+        whole = denoiser.logits(torch.nn.functional.pad(visible, (0, 4 - visible.shape[1]), value=world.mask_id))
+        for start, stop in itertools.combinations(range(padding, length + 1), 2):
+            found = denoiser.logits(canvas, valid=valid, t=torch.rand(8), window=(start, stop))
+            assert torch.equal(found, whole[:, start - padding : stop - padding])
+
+
+def test_tokens_that_are_not_valid_are_unseen():
+    world = worlds.random(2, length=4)
+    tokens, valid = torch.tensor([[0, 1, 2, 0]]), torch.tensor([[True, False, True, False]])
+    expected = world.denoiser().logits(tokens.masked_fill(~valid, world.mask_id))
+    assert torch.equal(world.denoiser().logits(tokens, valid=valid), expected)
+    nothing = torch.zeros_like(valid)
+    assert torch.equal(world.denoiser().logits(tokens, valid=nothing)[0], world.denoiser().logits(world.blank[None])[0])
 
 
 def test_where_no_text_fits_those_with_the_fewest_misprints_count():

@@ -107,7 +107,7 @@ class World(Table):
         Args:
             tokens: int64 (L,), ``mask_id`` where nothing is known.
         """
-        mismatches = ((tokens != self.mask_id) & (tokens != self.support)).sum(1)
+        mismatches = (tokens != self.support).sum(1)  # a mask differs from all texts alike
         weights = torch.where(mismatches == mismatches.min(), self.probs, 0.0)
         return weights / weights.sum()
 
