@@ -1,6 +1,6 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation
+from diffusion import evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.config import DecodingConfig
@@ -41,5 +41,6 @@ __all__ = [
     "generate",
     "infill",
     "masking",
+    "testing",
     "train_denoiser",
 ]
