@@ -62,6 +62,8 @@ class Estimate:
 
 def rounded(value: float, decimals: int = 2) -> str:
     """Write a number with so many decimals, or up to four where fewer would make a 0 or a 1 of what is neither."""
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
     while decimals < 4 and value not in (0.0, 1.0) and float(f"{value:.{decimals}f}") in (0.0, 1.0):
         decimals += 1
     return f"{value:.{decimals}f}"
