@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits._files import replace_file
+from circuits.files import replace_file
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.errors import ArgumentError, CheckpointError

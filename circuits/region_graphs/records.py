@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits._files import replace_file
 from circuits._scopes import bits_of
 from circuits._structure import check_keys, short
 from circuits.errors import ArgumentError, CheckpointError, StructureError
+from circuits.files import replace_file
 from circuits.region_graphs.builder import Partition
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuits._files import replace_file
+from circuits.files import replace_file
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuits._files import replace_file
 from circuits._progress import progress_bar
+from circuits.files import replace_file
 from diffusion._json import read_json, write_json
 from diffusion.coupling import CoupledDistribution
 from diffusion.denoisers.base import Denoiser
