@@ -41,7 +41,9 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: str | os.PathLike[str], names: Collection[str], *, kind: str) -> Iterator[Path]:
+def replace_folder(
+    path: str | os.PathLike[str], names: Collection[str], *, kind: str, kept: Collection[str] = ()
+) -> Iterator[Path]:
     """Yield a new folder beside ``path``; rename it to ``path`` if the block succeeds, else delete it.
 
     Whoever reads with :func:`read_folder`, at any time, gets the version before or this one.
@@ -50,12 +52,13 @@ def replace_folder(path: str | os.PathLike[str], names: Collection[str], *, kind
         path: the folder to write; it may be absent, empty, or hold a version, which is replaced.
         names: the files and folders that a version consists of.
         kind: what such a folder is called.
+        kept: files that others may have put there, and that are copied into the new version.
 
     Raises:
         ArgumentError: ``path`` holds something else.
     """
     folder = Path(path).resolve()
-    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - set(names)):
+    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*names, *kept}):
         raise ArgumentError(
             f"path: {folder} is not {kind}, and saving would replace it; give a folder that does not exist yet"
         )
@@ -64,6 +67,9 @@ def replace_folder(path: str | os.PathLike[str], names: Collection[str], *, kind
     try:
         temporary.mkdir()
         yield temporary
+        for name in kept:
+            if (folder / name).exists():
+                shutil.copy2(folder / name, temporary / name)
         _swap_in(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -165,7 +171,7 @@ def read_tensors(
             # copies are aligned like all tensors: sums of others may be rounded differently
             tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; {way_out}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {way_out}") from error
     if texts.get("format") != format:
         raise CheckpointError(f"{path}: expected the format {format}, got {texts.get('format')!r:.80}; {way_out}")
     version = texts.get("format_version")
@@ -178,6 +184,11 @@ def read_tensors(
     if sha256 != _content_hash(texts, tensors) and not (sha256 is None and may_lack_it):
         raise CheckpointError(f"{path} is corrupt: its contents do not match their hash; {way_out}")
     return texts, tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that has NaN or infinite numbers, None if there is none."""
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
 def _content_hash(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits.files import replace_file
+from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.errors import ArgumentError, CheckpointError
 
 FORMAT = "unfactor-coupled-head"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no hash of what the file holds
+_FILE = "head.safetensors"
+_WAY_OUT = "save the head again"
 
 
 class CoupledHead(nn.Module):
@@ -110,22 +111,20 @@ class CoupledHead(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder: the circuit in ``circuit/``, settings and calibration in ``head.safetensors``; no pickle.
 
-        Raises:
-            ArgumentError: ``path`` holds something else, or a weight is NaN.
-        """
-        from safetensors.torch import save_file
+        The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
 
-        folder = Path(path)
-        ct.save(self.pc, folder / "circuit")
+        Raises:
+            ArgumentError: ``path`` holds something else, or a weight is NaN or infinite.
+        """
         tensors = {} if self.calibration is None else self.calibration.state_dict()
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
-            "circuit_sha256": _circuit_hash(folder),
-        }
-        with replace_file(folder / "head.safetensors") as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        bad = not_finite(tensors)
+        if bad is not None:
+            raise ArgumentError(f"head: {bad} has NaN or infinite numbers; such a head cannot be saved")
+        with replace_folder(path, ("circuit", _FILE), kind="a saved head") as folder:
+            ct.save(self.pc, folder / "circuit")
+            settings = {name: getattr(self, name) for name in _SETTINGS}
+            metadata = {"settings": json.dumps(settings), "circuit_sha256": _circuit_hash(folder)}
+            write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CoupledHead:
@@ -134,10 +133,16 @@ class CoupledHead(nn.Module):
         Raises:
             CheckpointError: a file is missing, corrupt, of a newer format, or does not belong to the others.
         """
-        folder = Path(path)
-        metadata, tensors = _read(folder / "head.safetensors")
+        return read_folder(path, cls._loaded).to(device)
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> CoupledHead:
+        metadata, tensors = read_tensors(folder / _FILE, format=FORMAT, versions=(1, FORMAT_VERSION), way_out=_WAY_OUT)
         if metadata.get("circuit_sha256") != _circuit_hash(folder):
-            raise CheckpointError(f"{folder}: head.safetensors belongs to another circuit; save the head again")
+            raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")
+        bad = not_finite(tensors)
+        if bad is not None:
+            raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
         try:
             settings = json.loads(metadata["settings"])
             calibration = None
@@ -145,40 +150,22 @@ class CoupledHead(nn.Module):
                 num_knots, num_tokens = tensors["bias"].shape
                 calibration = NoiseCalibration(num_tokens, num_knots)
                 calibration.load_state_dict(tensors)
-            return cls(ct.load(folder / "circuit"), **settings, calibration=calibration).to(device)
+            return cls(ct.load(folder / "circuit"), **settings, calibration=calibration)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{folder}/head.safetensors is corrupt: {error}; save the head again") from error
+            raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
 
 
 _SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k")
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} does not describe a coupled head")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise CheckpointError(
-            f"{path} has format version {metadata.get('format_version')}, this library reads {FORMAT_VERSION}"
-        )
-    return metadata, tensors
-
-
 def _circuit_hash(folder: Path) -> str:
     """Return a hash of the circuit's structure file, which holds the hash of the weights."""
     try:
-        return hashlib.sha256((folder / "circuit" / "structure.json").read_bytes()).hexdigest()
+        return file_hash(folder / "circuit" / "structure.json")
     except OSError as error:
-        raise CheckpointError(f"{folder} holds no circuit: {error}") from error
+        raise CheckpointError(f"{folder} holds no circuit: {error}; {_WAY_OUT}") from error
 
 
 def check_temperature(temperature: float) -> None:
