@@ -182,6 +182,7 @@ def cache_logits(
         "batch_size": batch_size,
         "windows": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest(),
         "denoiser": _fingerprint(denoiser, windows[:4], block_length, device),
+        "forbidden_ids": list(denoiser.spec.forbidden_ids),
     }
     folder = Path(path)
     meta = _continue_or_create(folder, meta)
@@ -258,7 +259,8 @@ def _continue_or_create(folder: Path, meta: dict) -> dict:
     """Return what the folder's meta.json says; where no examples are done yet, create the arrays that are not there."""
     if (folder / "meta.json").exists():
         found = _read_meta(folder)
-        different = [name for name, value in meta.items() if found.get(name) != value]
+        # what a cache of before does not say is taken for granted; its digest tells whether it is as it was written
+        different = [name for name, value in meta.items() if found.get(name, value) != value]
         if different:
             raise CheckpointError(
                 f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
