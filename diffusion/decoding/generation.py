@@ -65,7 +65,8 @@ def generate(
 
     Args:
         denoiser: the masked-token predictor.
-        prompt: int64 (B, P), or B sequences of token ids of different lengths, which are padded at the left.
+        prompt: int64 (B, P), or B sequences of token ids of different lengths, which are padded at the left;
+            moved to ``denoiser.device`` if the denoiser has one.
         gen_length: how many tokens to generate, a multiple of ``block_length``.
         block_length: L; with a head, the number of variables of its circuit.
         num_steps: denoiser calls in all, a multiple of the number of blocks and at most ``gen_length``. The strategy
@@ -89,7 +90,7 @@ def generate(
     if temperature is None:
         temperature = 1.0 if head is None else head.temperature
     options = DecodeOptions(decode=decode, strategy=strategy, temperature=temperature, threshold=threshold)
-    prompts, prompt_valid = _pad_left(prompt, spec)
+    prompts, prompt_valid = (part.to(getattr(denoiser, "device", part.device)) for part in _pad_left(prompt, spec))
     batch_size, prompt_length = prompts.shape
     if prompt_length + gen_length > spec.max_length:
         raise ArgumentError(

@@ -214,13 +214,13 @@ def _fill(
     )
     canvas = torch.cat([windows[:, :-block_length].cpu(), noisy], 1).to(device or windows.device)
     logits = denoiser.logits(canvas, window=(canvas.shape[1] - block_length, canvas.shape[1]))
-    log_q = allowed_log_probs(logits, denoiser).cpu()
-    if "values" in arrays:
-        log_q, values = list_best_and_true(log_q, block, arrays["values"].shape[-1] - 1)
-        arrays["values"][rows] = values.numpy()
+    log_q = allowed_log_probs(logits, denoiser)
+    if "values" in arrays:  # chosen where the logits are: all of them are many more than the best ones
+        log_q, values = list_best_and_true(log_q, block.to(log_q.device), arrays["values"].shape[-1] - 1)
+        arrays["values"][rows] = values.cpu().numpy()
     arrays["tokens"][rows] = block.numpy()
     arrays["masked"][rows] = masked.numpy()
-    arrays["log_q"][rows] = log_q.clamp_min(_LOWEST_LOG_Q).numpy()
+    arrays["log_q"][rows] = log_q.clamp_min(_LOWEST_LOG_Q).cpu().numpy()
 
 
 def allowed_log_probs(logits: Tensor, denoiser: Denoiser) -> Tensor:
