@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count
+from diffusion.decoding.prompts import Prompt, padded_prompts
 from diffusion.decoding.remasking import Strategy
 from diffusion.decoding.step import DecodeMode, DecodeOptions, decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
@@ -45,7 +45,7 @@ class Generation:
 @torch.no_grad()
 def generate(
     denoiser: Denoiser,
-    prompt: Tensor | Sequence[Sequence[int]] | Sequence[Tensor],
+    prompt: Prompt,
     *,
     gen_length: int,
     block_length: int,
@@ -66,7 +66,8 @@ def generate(
 
     Args:
         denoiser: the masked-token predictor.
-        prompt: int64 (B, P), or B sequences of token ids of different lengths, which are padded at the left.
+        prompt: int64 (B, P), or B sequences of token ids of different lengths, which are padded at the left. Padding
+            that is there already is seen, see :func:`~diffusion.decoding.prompts.padded_prompts`.
         gen_length: how many tokens to generate, a multiple of ``block_length``.
         block_length: L; with a head, the number of variables of its circuit.
         num_steps: denoiser calls in all, a multiple of the number of blocks and at most ``gen_length``. The strategy
@@ -90,7 +91,7 @@ def generate(
     if temperature is None:
         temperature = 1.0 if head is None else head.temperature
     options = DecodeOptions(decode=decode, strategy=strategy, temperature=temperature, threshold=threshold)
-    prompts, prompt_valid = _pad_left(prompt, spec)
+    prompts, prompt_valid = padded_prompts(prompt, spec)
     batch_size, prompt_length = prompts.shape
     if prompt_length + gen_length > spec.max_length:
         raise ArgumentError(
@@ -176,26 +177,3 @@ def _check_head(head: CoupledHead, spec: DenoiserSpec, block_length: int) -> Non
             "circuit "
             "on this denoiser's tokens"
         )
-
-
-def _pad_left(prompt: Tensor | Sequence[Sequence[int]] | Sequence[Tensor], spec: DenoiserSpec) -> tuple[Tensor, Tensor]:
-    """Return the prompts as int64 (B, P) and which of it is not padding, bool (B, P)."""
-    rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompt]
-    if not rows or any(row.dim() != 1 for row in rows):
-        raise ArgumentError(
-            "prompt: expected int64 (B, P) or a sequence of B >= 1 sequences of token ids, got "
-            f"{type(prompt).__name__} with "
-            f"{len(rows)} rows"
-        )
-    length = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), length), spec.pad_id, device=rows[0].device)
-    valid = torch.zeros(len(rows), length, dtype=torch.bool, device=rows[0].device)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        valid[i, length - len(row) :] = True
-    outside = (tokens < 0) | (tokens >= spec.vocab_size)
-    if bool(outside.any()):
-        raise ArgumentError(
-            f"prompt: expected token ids from 0 to {spec.vocab_size - 1}, got {int(tokens[outside][0])}"
-        )
-    return tokens, valid
