@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import circuits as ct
+from circuits.learning.hard import viterbi_flows
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 DOUBLE = torch.float64
@@ -20,7 +21,7 @@ def problems(draw, **options):
 
 
 def explained(pc, evidence, other, query, plus, latents=None, classes=None):
-    """Tabulate ``p(x) prod_i e_i(x_i)`` with input units divided by their values under ``other``; ``plus`` adds dim 1."""
+    """Tabulate ``p(x) prod_i e_i(x_i)``, input units divided by their values under ``other``; ``plus`` adds dim 1."""
     counts = pc.circuit.num_categories
     e = evidence.dense(max(counts), DOUBLE)[query]
     o = None if other is None else other.dense(max(counts), DOUBLE)[query]
@@ -255,6 +256,9 @@ def test_what_it_cannot_mean_is_refused(generator):
         ct.queries.log_partition(pc, soft.relative_to(ct.Evidence.soft(torch.zeros(1, 3, 2))))
     with pytest.raises(ct.PropertyError, match="relative to no other"):
         ct.queries.order_log_probability(pc, relative)
+    for flows in (ct.learning.expected_flows, viterbi_flows):
+        with pytest.raises(ct.PropertyError, match="relative to no other"):
+            flows(pc, relative)
     with pytest.raises(ct.ArgumentError, match="relative to no other"):
         ct.transforms.condition(pc, relative)
     with pytest.raises(ct.ArgumentError, match="no input units"):
