@@ -140,7 +140,7 @@ class CoupledHead(nn.Module):
         elif self.top_k is not None:
             prediction = prediction.listed(self.top_k, include)
         conditioned = self.condition(prediction, masked)
-        weights = self.pc.weights(external=dict(conditioned.weights.items())) if conditioned.weights else None
+        weights = self.pc.weights(external=conditioned.weights) if conditioned.weights else None
         return CoupledDistribution.of(
             self.pc,
             conditioned.prediction,

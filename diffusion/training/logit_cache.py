@@ -388,6 +388,11 @@ def _fingerprint(
     canvas = windows.clone().to(device or windows.device)
     canvas[:, -block_length:] = denoiser.spec.mask_id
     window = (canvas.shape[1] - block_length, canvas.shape[1])
-    said = Prediction.ask(denoiser, canvas, window=window, features=features)
-    digest = hashlib.sha256(said.log_q.cpu().numpy().round(3).tobytes()).hexdigest()
-    return digest, 0 if said.features is None else said.features.shape[2]
+    digests = []
+
+    def digest(logits: Tensor) -> Tensor:
+        digests.append(hashlib.sha256(logits.float().cpu().numpy().round(3).tobytes()).hexdigest())
+        return logits
+
+    said = Prediction.ask(denoiser, canvas, window=window, logits_hook=digest, features=features)
+    return digests[0], 0 if said.features is None else said.features.shape[2]
