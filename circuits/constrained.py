@@ -1,0 +1,352 @@
+"""A chain circuit given evidence and that a finite automaton accepts the sequence: exact, and again a distribution.
+
+The product of a hidden Markov model and its like with an automaton is a chain over pairs of states. Its normaliser,
+marginals, samples and mode cost as many times those of the circuit as the automaton has states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits import passes
+from circuits._arcs import Arcs, arcs_of, log_indicator
+from circuits._automaton_chain import Chain, Choices, downward, upward
+from circuits._class_leaves import class_leaves, explicit
+from circuits.compile import CompiledCircuit, check_compiled
+from circuits.conditioning import Conditions
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.evidence import Evidence
+from circuits.passes import Banks
+from circuits.queries._common import require_finite_values
+from circuits.queries.automata import Automaton, log_matmul, reading_order
+from circuits.queries.deterministic import DeterministicAutomaton
+from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.torch_distribution import CircuitDistribution, _factors_at
+
+
+class ConstrainedDistribution(CircuitDistribution):
+    """``p(x | e, A) = p(x) prod_i e_i(x_i) A(x) / Z`` for B queries, with A(x) = 1 if the automaton accepts x, else 0.
+
+    Of a weighted automaton, A(x) is the sum of the weights of its runs on x. Exact for *chain* circuits: hidden Markov
+    models, mixtures of independent variables, and all whose products split off the first or the last variable.
+    ``log_prob`` and ``log_partition`` are differentiable in weights and evidence.
+
+    Args:
+        pc: a chain circuit over D variables with finitely many values.
+        evidence: for B queries.
+        automaton: reads x_0, x_1, ..., x_D-1; over at least as many values as any variable has.
+        start: log-weights of the state before x_0, (B, S) or (S,), or bool: which states are possible; None: the
+            automaton's own start. Where several are possible, the weights of x from each of them add up.
+        accept: the same of the state after x_D-1; None: the automaton's own accepting states.
+        reads: bool (B, D) or (D,), which variables the automaton reads; the others may have any value. None: all.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+
+    Raises:
+        ArgumentError: an argument has a wrong type or shape, or the automaton reads too few values.
+        PropertyError: the circuit is not a chain in the order of its variables, or one has infinitely many values.
+    """
+
+    def __init__(
+        self,
+        pc: CompiledCircuit,
+        evidence: Evidence,
+        automaton: DeterministicAutomaton | Automaton,
+        *,
+        start: Tensor | None = None,
+        accept: Tensor | None = None,
+        reads: Tensor | None = None,
+        weights: Banks | None = None,
+    ) -> None:
+        check_compiled(pc)
+        if not isinstance(evidence, Evidence):
+            raise ArgumentError(f"evidence: expected ct.Evidence, got {type(evidence).__name__}")
+        if not isinstance(automaton, (Automaton, DeterministicAutomaton)):
+            raise ArgumentError(
+                f"automaton: expected ct.queries.DeterministicAutomaton or ct.queries.Automaton, got "
+                f"{type(automaton).__name__}"
+            )
+        require_finite_values(pc, "ConstrainedDistribution")
+        self._order = reading_order(pc, "ConstrainedDistribution")
+        arcs = arcs_of(automaton).to(pc.device, pc.dtype)
+        if len(arcs.classes) < max(pc.circuit.num_categories):
+            raise ArgumentError(
+                f"automaton: expected one over at least {max(pc.circuit.num_categories)} values, got "
+                f"{len(arcs.classes)}"
+            )
+        super().__init__(pc, evidence)
+        self.automaton = automaton
+        self._banks = pc.weights() if weights is None else weights
+        self._log_start = _ends("start", start, arcs.log_start, evidence.batch_size)
+        self._log_accept = _ends("accept", accept, arcs.log_accept, evidence.batch_size)
+        self._reads = _checked_reads(reads, evidence)
+        self._arcs = arcs if self._reads is None else arcs.with_idle()
+        self._explicit = explicit(evidence, max(pc.circuit.num_categories), pc.dtype, self._reads)
+
+    def given(self, evidence: Evidence) -> ConstrainedDistribution:
+        """Return the distribution under other evidence, such as this one's with more values observed."""
+        changed: ConstrainedDistribution = object.__new__(type(self))
+        vars(changed).update({name: value for name, value in vars(self).items() if name not in _CACHED})
+        evidence.check(self.pc.num_categories)
+        changed.evidence = evidence
+        changed._explicit = explicit(evidence, max(self.pc.circuit.num_categories), self.pc.dtype, self._reads)
+        return changed
+
+    @cached_property
+    def log_partition(self) -> Tensor:
+        """``log Z = log sum_x p(x) prod_i e_i(x_i) A(x)``, (B,); -inf where nothing that is accepted is possible."""
+        return self._log_z(self._explicit)
+
+    @cached_property
+    def log_acceptance(self) -> Tensor:
+        """``log P(accepted | e)``, (B,), in nats: how much the constraint takes; of weighted automata E[A(x) | e]."""
+        return self.log_partition - self._possible(self.pc.log_partition(self._evidence, self._banks))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return ``log p(value | e, A)``, in nats; -inf where the evidence or the automaton rules a value out.
+
+        Args:
+            value: int64 (*sample_shape, B, D).
+
+        Returns:
+            (*sample_shape, B).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
+            ImpossibleEvidenceError: Z = 0.
+        """
+        tail = self.batch_shape + self.event_shape
+        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape[-2:] != tail:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentError(f"value: expected int64 of shape (..., {', '.join(map(str, tail))}), got {got}")
+        log_z = self._possible(self.log_partition)
+        copies = value.shape[:-2].numel()
+        x = value.reshape(-1, *self.event_shape)
+        Evidence.observe(x).check(self.pc.num_categories)
+        index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
+        factors = _factors_at(x, self._explicit.rows(index), self.pc.dtype)
+        scored = self._explicit.rows(index).with_factors(factors.unsqueeze(-1), x.unsqueeze(-1))
+        banks = _repeated(self._banks, copies)
+        return self._log_z(scored, index, banks).reshape(value.shape[:-1]) - log_z
+
+    @cached_property
+    def marginal_probs(self) -> Tensor:
+        """``p(x_i = v | e, A)``, (B, D, C); rows sum to 1, values that a variable does not have are 0."""
+        evidence, num_values = self._explicit, max(self.pc.circuit.num_categories)
+        if evidence.missing is not None:
+            evidence = evidence.with_factors(evidence.dense(num_values, self.pc.dtype))
+        gradient = self._gradient(evidence)
+        if evidence.values is None:
+            return gradient[..., :num_values]
+        return gradient.new_zeros(*gradient.shape[:2], num_values).scatter_add(2, evidence.values, gradient)
+
+    @cached_property
+    def listed_marginal_probs(self) -> Tensor:
+        """``p(x_i = v | e, A)`` of the values that the evidence lists, (B, D, k); dense evidence lists all.
+
+        Raises:
+            ArgumentError: the evidence says nothing on some variable that is read.
+        """
+        return self._gradient(self._explicit)
+
+    def _gradient(self, evidence: Evidence) -> Tensor:
+        assert evidence.log_factors is not None
+        return passes.factor_gradients(
+            lambda factors, banks: self._possible(
+                self._log_z(evidence.with_factors(factors, evidence.values, evidence.missing), banks=banks)
+            ),
+            evidence.log_factors.to(self.pc.dtype),
+            self._banks,
+        )
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw exact, independent samples, all of them accepted: int64 (*sample_shape, B, D).
+
+        Raises:
+            ImpossibleEvidenceError: Z = 0.
+        """
+        shape = torch.Size(sample_shape)
+        values = self._draw(LogSemiring(), shape.numel(), generator)
+        return values.reshape(*shape, *self.batch_shape, *self.event_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The values of the most probable explanation that is accepted, int64 (B, D): over latents and values together.
+
+        Raises:
+            ImpossibleEvidenceError: Z = 0.
+        """
+        return self._draw(MaxSemiring(), 1, None)
+
+    @torch.no_grad()
+    def sample_latents(self, num_samples: int = 1, *, generator: torch.Generator | None = None) -> Choices:
+        """Draw the circuit's latents and the automaton's path; given both, the variables are independent.
+
+        Args:
+            num_samples: how many draws per query, in columns that are copies of the batch of B.
+            generator: on the circuit's device.
+        """
+        return self._choose(LogSemiring(), num_samples, generator)
+
+    def given_labels(self, choices: Choices) -> Evidence:
+        """Return the evidence of every column without the values that its path does not read: any others may follow.
+
+        Whatever is drawn from it, variable by variable, is accepted.
+        """
+        evidence, arcs = self._explicit.rows(choices.query), self._arcs
+        assert evidence.log_factors is not None
+        log_label = torch.cat([arcs.log_label, torch.zeros_like(arcs.log_label[:1])])  # the last: not read
+        num_values = evidence.log_factors.shape[-1]
+        values = torch.arange(num_values, device=self.pc.device) if evidence.values is None else evidence.values
+        classes = arcs.classes[values.clamp_max(len(arcs.classes) - 1)]
+        allowed = log_label[choices.labels.unsqueeze(-1), classes]
+        factors = evidence.log_factors.to(self.pc.dtype) + allowed
+        return evidence.with_factors(factors, evidence.values, evidence.missing)
+
+    def entropy(self) -> Tensor:
+        """Refuse: the entropy of what a constraint leaves is intractable in general.
+
+        Raises:
+            PropertyError: always; names an estimate.
+        """
+        raise PropertyError(
+            "the entropy under a constraint is intractable in general; estimate it with "
+            "-dist.log_prob(dist.sample([1000])).mean(0)"
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of every variable's value, taken as a number: (B, D)."""
+        return self.marginal_probs @ self._numbers
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of every variable's value, taken as a number: (B, D)."""
+        return self.marginal_probs @ self._numbers.square() - self.mean.square()
+
+    @property
+    def _numbers(self) -> Tensor:
+        return torch.arange(max(self.pc.circuit.num_categories), dtype=self.pc.dtype, device=self.pc.device)
+
+    @property
+    def _evidence(self) -> Evidence:
+        assert self.evidence is not None
+        return self.evidence
+
+    def _chain(self, index: Tensor | None, banks: Banks, conditions: Conditions) -> Chain:
+        """Set up the pass, for the queries ``index``; backwards where the circuit splits off the last variable."""
+        start, accept, arcs = self._log_start, self._log_accept, self._arcs
+        if index is not None:
+            start, accept = start[index], accept[index]
+        if self._order[0] > self._order[-1]:
+            start, accept, arcs = accept, start, arcs.reversed()
+        return Chain(self.pc, self._order, arcs, banks, conditions, start, accept)
+
+    def _log_z(self, evidence: Evidence, index: Tensor | None = None, banks: Banks | None = None) -> Tensor:
+        banks = self._banks if banks is None else banks
+        chain = self._chain(index, banks, self._conditions(evidence))
+        return upward(chain, LogSemiring(), self._leaves(LogSemiring(), evidence, index, banks))[0]
+
+    def _conditions(self, evidence: Evidence) -> Conditions:
+        conditions = self.pc.conditions(evidence)
+        if self.pc.circuit.num_classes is not None and conditions.class_factors is None:
+            raise passes.class_needed(self.pc)
+        return conditions
+
+    def _leaves(
+        self, semiring: ChoosingSemiring, evidence: Evidence, index: Tensor | None, banks: Banks
+    ) -> list[Tensor]:
+        """Return the log-values of all input units by label, per input layer (F, K, B, M)."""
+        arcs: Arcs = self._arcs
+        num_classes = arcs.log_label.shape[1]
+        by_class = class_leaves(self.pc, semiring, evidence, arcs.classes, num_classes, banks)
+        leaves = [_by_label(arcs.log_label, values, semiring) for values in by_class]
+        if self._reads is not None:
+            reads = self._reads if index is None else self._reads[index]
+            plain = passes.leaves(self.pc, semiring, replace(evidence, latents=None, classes=None), banks)
+            for position, layer in enumerate(self.pc.input_layers):
+                is_read = reads[:, layer.variables].t()[:, None, :, None]  # (F, 1, B, 1)
+                idle = plain[position].expand(leaves[position].shape[:3]).unsqueeze(-1)
+                both = leaves[position].masked_fill(~is_read, -torch.inf), idle.masked_fill(is_read, -torch.inf)
+                leaves[position] = torch.cat(both, -1)
+        return leaves
+
+    def _choose(self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None) -> Choices:
+        chain = self._chain(None, self._banks, self._conditions(self._explicit))
+        log_score, values = upward(chain, semiring, self._leaves(semiring, self._explicit, None, self._banks))
+        self._possible(log_score)
+        return downward(chain, values, num_samples, generator)
+
+    @torch.no_grad()
+    def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        choices = self._choose(semiring, num_samples, generator)
+        columns = torch.arange(len(choices.query), device=self.pc.device)
+        banks = _repeated(self._banks, num_samples)
+        given = self.given_labels(choices)
+        return passes.draw_values(self.pc, semiring, given, banks, choices.units, columns, generator)
+
+    @staticmethod
+    def _possible(log_z: Tensor) -> Tensor:
+        impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
+        if impossible:
+            raise ImpossibleEvidenceError(
+                f"evidence, automaton: nothing that the automaton accepts is possible for {len(impossible)} of "
+                f"{len(log_z)} queries (the first is query {impossible[0]}); allow more values, or another start or end"
+            )
+        return log_z
+
+    def __repr__(self) -> str:
+        return f"ConstrainedDistribution({self.pc.circuit}, {self.automaton}, batch_shape={tuple(self.batch_shape)})"
+
+
+_CACHED = ("log_partition", "log_acceptance", "marginal_probs", "listed_marginal_probs")
+
+
+def _by_label(log_label: Tensor, by_class: Tensor, semiring: ChoosingSemiring) -> Tensor:
+    """Add up the classes that labels (M, K) read: (F, K, B, classes) to (F, K, B, M)."""
+    columns = by_class.flatten(0, 2).t().unsqueeze(0)
+    if isinstance(semiring, MaxSemiring):
+        summed = semiring.contract(log_label.unsqueeze(0), columns)[0]
+    else:
+        summed = log_matmul(log_label.unsqueeze(0), columns)[0]
+    return summed.t().unflatten(0, by_class.shape[:3])
+
+
+def _ends(name: str, given: Tensor | None, own: Tensor, batch_size: int) -> Tensor:
+    """Return log-weights of the automaton's states, (B, S)."""
+    if given is None:
+        return own.expand(batch_size, -1)
+    shape = (batch_size, len(own))
+    if not isinstance(given, Tensor) or tuple(given.shape) not in (shape, shape[1:]):
+        got: Any = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ArgumentError(f"{name}: expected a tensor of shape {shape} or {shape[1:]}, got {got}")
+    if given.dtype == torch.bool:
+        given = log_indicator(given, own.dtype)
+    if not given.is_floating_point() or not bool((given < torch.inf).all()):
+        raise ArgumentError(f"{name}: expected bool, or log-weights below +inf, got {given.dtype} with NaN or +inf")
+    return given.to(own.device, own.dtype).expand(shape)
+
+
+def _repeated(banks: Banks, num_copies: int) -> Banks:
+    """Return the weights for copies of the batch that follow each other."""
+    external = {}
+    for layer, given in banks.external.items():
+        tables = {"log": given.log} if given.log_scale is None else {"log": given.log, "log_scale": given.log_scale}
+        repeated = {name: table.repeat(1, num_copies, *[1] * (table.dim() - 2)) for name, table in tables.items()}
+        external[layer] = replace(given, **repeated) if given.log.shape[1] > 1 else given
+    return Banks(banks, external)
+
+
+def _checked_reads(reads: Tensor | None, evidence: Evidence) -> Tensor | None:
+    if reads is None:
+        return None
+    shape = (evidence.batch_size, evidence.num_vars)
+    if not isinstance(reads, Tensor) or reads.dtype != torch.bool or tuple(reads.shape) not in (shape, shape[1:]):
+        got: Any = f"{reads.dtype} {tuple(reads.shape)}" if isinstance(reads, Tensor) else type(reads).__name__
+        raise ArgumentError(f"reads: expected bool of shape {shape} or {shape[1:]}, got {got}")
+    return None if bool(reads.all()) else reads.expand(shape)
