@@ -3,6 +3,7 @@
 from diffusion import evaluation
 from diffusion.conditioners import NoiseCalibration
 from diffusion.coupling import CoupledDistribution
+from diffusion.decoding import constraints
 from diffusion.decoding.generation import Generation, generate
 from diffusion.decoding.step import DecodeOptions
 from diffusion.denoisers import Denoiser, DenoiserSpec, TransformerConfig, TransformerDenoiser
@@ -26,6 +27,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerDenoiser",
     "cache_logits",
+    "constraints",
     "evaluation",
     "fit_coupled",
     "generate",
