@@ -70,6 +70,12 @@ class ExternalWeights:
         scores[given] = self.log[slot, owner, :, unit[given]] + factors[:, 0, :num_categories]
         return scores
 
+    def replaced_inputs(self, log_weights: Tensor, values: Tensor, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Put the given log-weights of some values over the own ones, both (m, k), of m input units, in place."""
+        given, slot, owner = self._given(node, query)
+        log_weights[given] = self.log[slot.unsqueeze(1), owner.unsqueeze(1), values[given], unit[given].unsqueeze(1)]
+        return log_weights
+
     def _given(self, node: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return which of m reached units have given weights, and where those are in ``log``."""
         slot = self.slot[node]

@@ -26,6 +26,7 @@ from circuits._evidence_checks import (
     check_range,
     checked_pair,
 )
+from circuits._evidence_where import joined
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Evidence:
         otherwise: evidence on the variables that are missing here; None: none.
         latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
         classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
+        reference: evidence that every input unit's value is divided by its value under; see :meth:`relative_to`.
     """
 
     log_factors: Tensor | None
@@ -55,6 +57,7 @@ class Evidence:
     otherwise: Evidence | None = None
     latents: Mapping[Sum | str, Tensor] | None = None
     classes: Tensor | None = None
+    reference: Evidence | None = None
 
     @classmethod
     def observe(cls, x: Tensor, observed: Tensor | None = None) -> Evidence:
@@ -180,6 +183,7 @@ class Evidence:
         """Evidence ``one`` on the variables where ``condition`` is True, evidence ``other`` elsewhere.
 
         Evidence on latents and on the class is that of both; of a latent that both have factors on, ``one``'s count.
+        Each variable stays relative to what it was relative to.
 
         Args:
             condition: bool (B, D) or (D,).
@@ -189,26 +193,7 @@ class Evidence:
         Raises:
             ArgumentError: shapes that do not fit, or both name the class.
         """
-        shape = torch.Size((one.batch_size, one.num_vars))
-        if (other.batch_size, other.num_vars) != shape:
-            raise ArgumentError(
-                f"other: expected evidence for {tuple(shape)} queries and variables like `one`, got "
-                f"{(other.batch_size, other.num_vars)}"
-            )
-        if isinstance(condition, Tensor) and condition.dim() == 1:
-            condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
-        check_mask("condition", condition, shape)
-        if one.classes is not None and other.classes is not None:
-            raise ArgumentError("other: it names the class, as `one` does; give it once")
-        latents = {**(other.latents or {}), **(one.latents or {})} or None
-        classes = other.classes if one.classes is None else one.classes
-        other = replace(other, latents=None, classes=None)
-        if one.otherwise is not None:
-            other = cls.where(condition, one.otherwise, other)
-        elif one.missing is not None:
-            other = other._silenced(condition)
-        missing = ~condition if one.missing is None else one.missing | ~condition
-        return replace(one, missing=missing, otherwise=other, latents=latents, classes=classes)
+        return joined(condition, one, other)
 
     @classmethod
     def nothing(cls, batch_size: int, num_vars: int, device: torch.device | str | None = None) -> Evidence:
@@ -264,17 +249,40 @@ class Evidence:
         check_factors("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", dim=2, batch_size=self.batch_size)
         return replace(self, classes=log_prior)
 
+    def relative_to(self, other: Evidence) -> Evidence:
+        """Return the same evidence with every input unit's value divided by its value under ``other``.
+
+        An input unit n on variable i then is ``sum_v e_i(v) p(v | n) / sum_v o_i(v) p(v | n)``, with o the factors of
+        ``other``, and divided by 1 where the divisor is 0. Soft evidence q on unobserved variables, relative to itself,
+        gives the circuit with leaves ``p(v | n) q_i(v) / Z_n``: q does not move the posterior of the latents then.
+
+        Args:
+            other: for the same queries and variables; what it says on latents and the class does not matter.
+
+        Raises:
+            ArgumentError: ``other`` is no evidence or for other queries, or one of the two is relative already.
+        """
+        if not isinstance(other, Evidence) or (other.batch_size, other.num_vars) != (self.batch_size, self.num_vars):
+            got = f"{other.batch_size, other.num_vars}" if isinstance(other, Evidence) else type(other).__name__
+            raise ArgumentError(
+                f"other: expected evidence for {self.batch_size, self.num_vars} queries and variables, got {got}"
+            )
+        if self.reference is not None or other.reference is not None:
+            raise ArgumentError("other: expected evidence that is not relative yet, relative to such; got it twice")
+        return replace(self, reference=replace(other, latents=None, classes=None))
+
     def with_factors(
         self, log_factors: Tensor, values: Tensor | None = None, missing: Tensor | None = None
     ) -> Evidence:
-        """Return evidence with the same latents and class, and other factors on the variables: (B, D, C) if dense.
+        """Return evidence with the same latents, class and reference, and other factors: (B, D, C) if dense.
 
         Args:
             log_factors: dense, or of the listed values.
             values: the listed values, int64 (B, D, k); None: dense.
             missing: where every value has log-factor 0, bool (B, D); None: nowhere.
         """
-        return replace(Evidence(log_factors, values, missing), latents=self.latents, classes=self.classes)
+        kept = replace(self, bounds=None, normal=None, otherwise=None)
+        return replace(kept, log_factors=log_factors, values=values, missing=missing)
 
     @property
     def is_dense(self) -> bool:
@@ -338,7 +346,7 @@ class Evidence:
 
     def pick(self, query: Tensor, variable: Tensor) -> Evidence:
         """Return the evidence on n single variables of given queries, (n,) each, as n queries over one variable."""
-        variables_only = replace(self, latents=None, classes=None)
+        variables_only = replace(self, latents=None, classes=None, reference=None)
         return variables_only._map(lambda tensor: tensor[query, variable].unsqueeze(1))
 
     def to(self, device: torch.device | str) -> Evidence:
@@ -362,14 +370,9 @@ class Evidence:
                 f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
                 f"{self.log_factors.shape[-1]} (shape {tuple(self.log_factors.shape)})"
             )
-        if self.otherwise is not None:
-            self.otherwise.check(num_categories)
-
-    def _silenced(self, where: Tensor) -> Evidence:
-        """Return the evidence that says nothing on the variables ``where``, (B, D)."""
-        missing = where if self.missing is None else self.missing | where
-        otherwise = None if self.otherwise is None else self.otherwise._silenced(where)
-        return replace(self, missing=missing, otherwise=otherwise)
+        for part in (self.otherwise, self.reference):
+            if part is not None:
+                part.check(num_categories)
 
     def __repr__(self) -> str:
         """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""

@@ -63,14 +63,28 @@ def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: B
             f"weights: they are for a batch of {banks.batch_size} queries, the evidence has {evidence.batch_size}; "
             "repeat the evidence or give weights without a batch dimension"
         )
-    values = []
+    values: list[Any] = []
     for position, layer in enumerate(pc.input_layers):
         external = banks.external.get(position)
         own = None
         if external is None or not external.is_everywhere:
             own = layer(semiring, evidence, banks[layer.parameter_rows.bank])
         values.append(own if external is None else external.of_inputs(semiring, evidence, layer.variables, own))
+    if evidence.reference is not None:
+        divisors = leaves(pc, LogSemiring(), evidence.reference, banks)
+        values = [_divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
     return LayerValues(values, pc.conditions(evidence))
+
+
+def _divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
+    """Divide values of input units, (F, K, B, *E), by exp(log_divisor), (F, K, B or less); by 1 where that is 0.
+
+    Copies of a batch that follow each other share its divisors.
+    """
+    log_divisor = log_divisor.masked_fill(log_divisor == -torch.inf, 0.0)
+    if log_divisor.shape[2] < value.shape[2]:
+        log_divisor = log_divisor.repeat(1, 1, value.shape[2] // log_divisor.shape[2])
+    return semiring.times(value, semiring.lift(-log_divisor))
 
 
 def upward(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from circuits._files import replace_file
+from circuits.files import replace_file
 from diffusion.errors import CheckpointError
 
 

@@ -64,17 +64,24 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
     """Return the log-factors of :func:`dense_evidence`, for a query that takes evidence on variables only.
 
     Raises:
-        PropertyError: the circuit has classes or infinitely many values, or the evidence is on latents.
+        PropertyError: the circuit has classes or infinitely many values, or the evidence is on latents or relative.
     """
     require_finite_values(pc, query)
     if pc.circuit.num_classes is not None:
         raise passes.one_root_needed(query, pc.circuit)
+    refuse_relative(evidence, query)
     if evidence is not None and evidence.latents:
         raise PropertyError(
             f"{query} takes evidence on variables only, and this one is on latents too; leave that out, or fold it "
             "into the circuit's weights"
         )
     return dense_evidence(pc, evidence)[1]
+
+
+def refuse_relative(evidence: Evidence | None, query: str) -> None:
+    """Raise PropertyError, for a query that has no use for it, if the evidence is relative to other evidence."""
+    if evidence is not None and evidence.reference is not None:
+        raise PropertyError(f"{query} takes evidence that is relative to no other; leave relative_to out")
 
 
 def has_one_explanation(pc: CompiledCircuit, evidence: Evidence) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits import passes
 from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
+from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
 from circuits.queries._common import (
@@ -117,6 +118,32 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
 
     def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
         return checked_possible(one_per_query(pc, pc.log_partition(evidence.with_factors(factors), banks)))
+
+    return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
+
+
+def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
+    """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`), nothing missing.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+
+    Returns:
+        (B, D, k), rows sum to 1: values that are not listed are impossible. Differentiable like :func:`marginals`.
+
+    Raises:
+        ArgumentError: the evidence lists no values, or a variable is missing.
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    factors, values = evidence.log_factors, evidence.values
+    if factors is None or values is None or (evidence.missing is not None and bool(evidence.missing.any())):
+        raise ArgumentError("evidence: expected listed values with factors and no missing variables; see marginals")
+
+    def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
+        listed = evidence.with_factors(factors, values)
+        return checked_possible(one_per_query(pc, pc.log_partition(listed, banks)))
 
     return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
 

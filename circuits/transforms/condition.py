@@ -51,6 +51,8 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         )
     if evidence.latents:
         raise ArgumentError("evidence: expected evidence on variables only, got some on latents")
+    if evidence.reference is not None:
+        raise ArgumentError("evidence: expected evidence that is relative to no other; leave relative_to out")
     with torch.no_grad():
         leaves = pc.leaves(evidence)
         class_factors = conditions_of(leaves).class_factors

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits._arguments import checked_device
-from circuits._files import replace_file
+from circuits.arguments import checked_device
+from circuits.files import replace_file
 from diffusion._json import read_json, write_json
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
 from diffusion.conditioners.noise_calibration import NoiseCalibration

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits.arguments import checked_count
 from diffusion.decoding.remasking import Strategy
 from diffusion.decoding.step import DecodeMode, DecodeOptions, decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
+from diffusion.prediction import Prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,8 @@ def generate(
         )
     canvas = torch.cat([prompts, torch.full((batch_size, gen_length), spec.mask_id, device=prompts.device)], 1)
     valid = torch.cat([prompt_valid, torch.ones_like(canvas[:, prompt_length:], dtype=torch.bool)], 1)
-    forbidden = torch.tensor(spec.forbidden_ids, device=canvas.device)
+    uses_list_only = head is not None and decode != "independent" and head.activation_threshold >= 1
+    top_k = head.top_k if head is not None and uses_list_only else None
     ended = torch.zeros(batch_size, dtype=torch.bool, device=canvas.device)
     history = [canvas.clone()] if record else []
     num_calls = 0
@@ -111,12 +113,18 @@ def generate(
         for steps_left in range(num_steps // num_blocks, 0, -1):
             if not bool(masked.any()):
                 break
-            logits = denoiser.logits(canvas, valid=valid, window=(window.start, window.stop))
+            prediction = Prediction.ask(
+                denoiser,
+                canvas,
+                valid=valid,
+                window=(window.start, window.stop),
+                top_k=top_k,
+                features=head is not None and head.needs_features,
+            )
             num_calls += 1
-            logits = logits.index_fill(-1, forbidden, -torch.inf)
             counts = -(-masked.sum(-1) // steps_left)
             step = decode_step(
-                logits, canvas[:, window], masked, counts, head=head, options=options, generator=generator
+                prediction, canvas[:, window], masked, counts, head=head, options=options, generator=generator
             )
             canvas[:, window] = step.tokens
             masked = masked & ~step.committed

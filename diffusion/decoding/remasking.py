@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
 
 Strategy = Literal["low_confidence", "margin", "entropy", "random", "top_prob", "threshold"]
 
 
 def reliability(
     strategy: Strategy,
-    log_probs: Tensor,  # shape: (B, L, V)
+    prediction: Prediction | Tensor,  # shape: (B, L, V)
     tokens: Tensor,  # shape: (B, L)
     *,
     generator: torch.Generator | None = None,
@@ -30,7 +31,7 @@ def reliability(
         strategy: ``low_confidence`` and ``threshold``: probability of the chosen token; ``top_prob``: probability of
             the best token, whichever was chosen; ``margin``: best minus second best probability; ``entropy``: negative
             entropy, in nats; ``random``: uniform.
-        log_probs: normalised log-probabilities per position, (B, L, V).
+        prediction: normalised log-probabilities per position: a prediction, or a tensor (B, L, V).
         tokens: the chosen tokens, int64 (B, L).
         generator: for ``random``.
 
@@ -41,8 +42,11 @@ def reliability(
         ArgumentError: an unknown strategy.
     """
     check_strategy(strategy)
+    if isinstance(prediction, Tensor):
+        prediction = Prediction(log_q=prediction, vocab_size=prediction.shape[-1])
+    log_probs = prediction.log_q
     if strategy in ("low_confidence", "threshold"):
-        return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).exp()
+        return prediction.log_prob_of(tokens).exp()
     if strategy == "top_prob":
         return log_probs.amax(-1).exp()
     if strategy == "margin":

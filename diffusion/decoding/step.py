@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from circuits import Evidence
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.remasking import Strategy, check_strategy, choose_positions, reliability
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead, check_temperature
+from diffusion.prediction import Prediction
 
 DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
 
@@ -68,11 +68,11 @@ class Step(NamedTuple):
 
 class _Proposal(NamedTuple):
     tokens: Tensor  # shape: (B, L)
-    log_probs: Tensor  # shape: (B, L, V), what reliability is judged by
+    prediction: Prediction  # normalised, what reliability is judged by
 
 
 def decode_step(
-    logits: Tensor,  # shape: (B, L, V)
+    prediction: Prediction | Tensor,
     tokens: Tensor,  # shape: (B, L)
     masked: Tensor,  # shape: (B, L)
     counts: Tensor,  # shape: (B,)
@@ -87,24 +87,26 @@ def decode_step(
     independently.
 
     Args:
-        logits: the denoiser's, with forbidden tokens at -inf, (B, L, V).
+        prediction: what the denoiser says about the block, or its logits with forbidden tokens at -inf, (B, L, V).
         tokens: the block so far, int64 (B, L).
         masked: open positions, bool (B, L).
         counts: how many to commit, int64 (B,).
         head: the circuit; None: the factorized baseline.
         options: how to choose.
-        generator: for all draws, on the device of ``logits``.
+        generator: for all draws, on the device of ``tokens``.
     """
+    if isinstance(prediction, Tensor):
+        prediction = Prediction.from_logits(prediction, masked)
     if head is None or options.decode == "independent":
-        return _independent_step(logits, tokens, masked, counts, options, generator)
+        return _independent_step(prediction, tokens, masked, counts, options, generator)
     active = head.is_active(masked) & masked.any(-1)
     if not bool(active.any()):
-        return _independent_step(logits, tokens, masked, counts, options, generator)
+        return _independent_step(prediction, tokens, masked, counts, options, generator)
     if bool(active.all()):
-        return _coupled_step(head.distribution(logits, tokens, masked), counts, options, generator)
+        return _coupled_step(head.distribution(prediction, tokens, masked), counts, options, generator)
     new_tokens, committed = tokens.clone(), torch.zeros_like(masked)
     for rows, is_coupled in ((active, True), (~active, False)):
-        part = logits[rows], tokens[rows], masked[rows]
+        part = prediction.rows(rows), tokens[rows], masked[rows]
         if is_coupled:
             step = _coupled_step(head.distribution(*part), counts[rows], options, generator)
         else:
@@ -114,14 +116,14 @@ def decode_step(
 
 
 def _independent_step(
-    logits: Tensor,
+    prediction: Prediction,
     tokens: Tensor,
     masked: Tensor,
     counts: Tensor,
     options: DecodeOptions,
     generator: torch.Generator | None,
 ) -> Step:
-    proposal = _propose(logits / (options.temperature or 1.0), options, generator)
+    proposal = _propose(prediction, options, generator)
     return _commit(proposal, tokens, masked, counts, options, generator)
 
 
@@ -131,43 +133,43 @@ def _coupled_step(
     options: DecodeOptions,
     generator: torch.Generator | None,
 ) -> Step:
-    tau = options.temperature or 1.0
     if options.decode == "any_order":
         return _any_order_step(dist, counts, options, generator)
     if options.decode == "latent":
-        latent = dist.sample_latent_log_weights(generator)
-        proposal = _propose(dist.log_prediction / tau + latent, options, generator)
+        latent = dist.given_latents(generator)
+        proposal = _propose(dist.prediction, options, generator, factors=latent.log_q)
     elif options.decode == "marginal":
-        proposal = _propose(dist.marginal_probs.log() / tau, options, generator)
+        proposal = _propose(dist.posterior(), options, generator)
     else:
         chosen = dist.mode if options.temperature == 0 else dist.sample(generator=generator)
-        proposal = _Proposal(chosen, dist.marginal_probs.log())
+        proposal = _Proposal(chosen, dist.posterior())
     return _commit(proposal, dist.tokens, dist.masked, counts, options, generator)
 
 
 def _any_order_step(
     dist: CoupledDistribution, counts: Tensor, options: DecodeOptions, generator: torch.Generator | None
 ) -> Step:
-    """Commit one position after the other; the evidence of the next question holds the tokens committed before."""
-    tokens, masked, evidence = dist.tokens, dist.masked, dist.evidence
-    tau = options.temperature or 1.0
+    """Commit one position after the other; the next question is asked given the tokens committed before."""
+    masked = dist.masked
     for done in range(int(counts.max())):
-        proposal = _propose(dist.marginals_given(evidence).log() / tau, options, generator)
+        proposal = _propose(dist.posterior(), options, generator)
         one_more = (counts > done).long()
-        tokens, committed = _commit(proposal, tokens, masked, one_more, options, generator)
-        masked = masked & ~committed
-        evidence = _with_observed(evidence, tokens, dist.masked & ~masked)
-    return Step(tokens, dist.masked & ~masked)
+        tokens, committed = _commit(proposal, dist.tokens, dist.masked, one_more, options, generator)
+        dist = dist.given(tokens, committed)
+    return Step(dist.tokens, masked & ~dist.masked)
 
 
-def _propose(scores: Tensor, options: DecodeOptions, generator: torch.Generator | None) -> _Proposal:
-    """Choose each token on its own from unnormalised log-probabilities (B, L, V)."""
-    log_probs = torch.log_softmax(scores, -1)
-    if options.temperature == 0:
-        return _Proposal(log_probs.argmax(-1), log_probs)
-    clocks = torch.empty_like(log_probs).exponential_(generator=generator)
-    rung_first = (log_probs - clocks.clamp_min_(torch.finfo(clocks.dtype).tiny).log_()).argmax(-1)
-    return _Proposal(rung_first, log_probs)
+def _propose(
+    prediction: Prediction,
+    options: DecodeOptions,
+    generator: torch.Generator | None,
+    *,
+    factors: Tensor | None = None,
+) -> _Proposal:
+    """Choose each token on its own from the tempered prediction, times ``factors``, which are not tempered."""
+    scores = prediction.log_q / (options.temperature or 1.0)
+    prediction = replace(prediction, log_q=torch.log_softmax(scores if factors is None else scores + factors, -1))
+    return _Proposal(prediction.best() if options.temperature == 0 else prediction.draw(generator), prediction)
 
 
 def _commit(
@@ -178,16 +180,6 @@ def _commit(
     options: DecodeOptions,
     generator: torch.Generator | None,
 ) -> Step:
-    scores = reliability(options.strategy, proposal.log_probs, proposal.tokens, generator=generator)
+    scores = reliability(options.strategy, proposal.prediction, proposal.tokens, generator=generator)
     committed = choose_positions(scores, masked, counts, threshold=options.commit_above)
     return Step(torch.where(committed, proposal.tokens, tokens), committed)
-
-
-def _with_observed(evidence: Evidence, tokens: Tensor, observed: Tensor) -> Evidence:
-    """Rule out every value but the committed tokens; these keep their factors, which no conditional depends on."""
-    assert evidence.log_factors is not None
-    num_values = evidence.log_factors.shape[-1]
-    values = torch.arange(num_values, device=tokens.device) if evidence.values is None else evidence.values
-    ruled_out = observed.unsqueeze(-1) & (values != tokens.unsqueeze(-1))
-    factors = evidence.log_factors.masked_fill(ruled_out, -torch.inf)
-    return evidence.with_factors(factors, evidence.values, evidence.missing)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from circuits._progress import progress_bar
+from circuits.progress import progress_bar
 from diffusion._json import write_json
 from diffusion.decoding.generation import generate
 from diffusion.decoding.remasking import Strategy

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits import CompiledCircuit, queries
-from circuits._progress import progress_bar
+from circuits.progress import progress_bar
 from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
-from diffusion.training.logit_cache import allowed_log_probs
+from diffusion.prediction import Prediction
 from diffusion.training.masking import mask_fixed_ratio
 
 MODELS = ("one_step", "circuit_alone", "coupled", "sequential")
@@ -149,7 +149,8 @@ def misspecification_gap(
                 masked = mask_fixed_ratio(maskable, ratio, generator=generator)
                 order = torch.rand(masked.shape, generator=generator).masked_fill(~masked, 2.0).argsort(1)[:, :count]
                 masked, order = masked.to(data.device), order.to(data.device)
-                one_step, block = _block_log_probs(denoiser, windows, masked), windows[:, -length:]
+                block = windows[:, -length:]
+                one_step = _ask_block(denoiser, windows, masked, features=head.needs_features)
                 losses["one_step"].append(-(_at(one_step, block) * masked).sum(1))
                 losses["coupled"].append(-head.conditional_log_likelihood(one_step, block, masked))
                 alone = circuit_alone or head.pc
@@ -161,13 +162,12 @@ def misspecification_gap(
     return GapTable(tuple(rows), len(data), seed)
 
 
-def _block_log_probs(denoiser: Denoiser, windows: Tensor, masked: Tensor) -> Tensor:
-    """Return the denoiser's log-probabilities for the last block, (B, L, V), with ``masked`` (B, L) masked."""
+def _ask_block(denoiser: Denoiser, windows: Tensor, masked: Tensor, *, features: bool = False) -> Prediction:
+    """Ask the denoiser about the last block with ``masked`` (B, L) masked."""
     length = masked.shape[1]
     canvas = windows.clone()
     canvas[:, -length:] = canvas[:, -length:].masked_fill(masked, denoiser.spec.mask_id)
-    logits = denoiser.logits(canvas, window=(canvas.shape[1] - length, canvas.shape[1]))
-    return allowed_log_probs(logits, denoiser)
+    return Prediction.ask(denoiser, canvas, window=(canvas.shape[1] - length, canvas.shape[1]), features=features)
 
 
 def _sequential_loss(denoiser: Denoiser, windows: Tensor, masked: Tensor, order: Tensor, advance: Any) -> Tensor:
@@ -176,15 +176,15 @@ def _sequential_loss(denoiser: Denoiser, windows: Tensor, masked: Tensor, order:
     loss = torch.zeros(len(windows), device=windows.device)
     masked = masked.clone()
     for position in order.unbind(1):
-        log_probs = _at(_block_log_probs(denoiser, windows, masked), block)
+        log_probs = _at(_ask_block(denoiser, windows, masked), block)
         loss -= log_probs.gather(1, position.unsqueeze(1)).squeeze(1)
         masked.scatter_(1, position.unsqueeze(1), False)
         advance()
     return loss
 
 
-def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+def _at(prediction: Prediction, tokens: Tensor) -> Tensor:
+    return prediction.log_prob_of(tokens)
 
 
 def _summarise(

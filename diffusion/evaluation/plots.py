@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from circuits._files import replace_file
+from circuits.files import replace_file
 from diffusion.evaluation.few_steps import FewStepTable
 from diffusion.evaluation.gap import Estimate, GapTable
 

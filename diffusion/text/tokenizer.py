@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from circuits._files import replace_file
+from circuits.files import replace_file
 from diffusion.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from circuits._files import replace_file
+from circuits.files import replace_file
 from diffusion.errors import CheckpointError
 
 FORMAT = "unfactor-denoiser-training"

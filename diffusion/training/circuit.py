@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits._progress import progress_bar
+from circuits.progress import progress_bar
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from circuits._progress import progress_bar
+from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError

@@ -1,0 +1,5 @@
+"""Writing files so that a reader never sees half of one."""
+
+from circuits._files import replace_file
+
+__all__ = ["replace_file"]
