@@ -63,7 +63,7 @@ class Values:
     """Of the root's units and the automaton's states before everything, (B, R * S)."""
 
 
-class _Vectors(Semiring):
+class Vectors(Semiring):
     """Sums of vectors: another semiring on every entry of the last dimension."""
 
     def __init__(self, entries: ChoosingSemiring) -> None:
@@ -89,7 +89,7 @@ def upward(chain: Chain, semiring: ChoosingSemiring, layers: Sequence[Tensor]) -
         layers: of every input layer the log-values of its units by label, (F, K, B, M).
     """
     values, rank = Values(semiring), rank_of_scopes(chain.order)
-    vectors = _Vectors(semiring)
+    vectors = Vectors(semiring)
     for node in chain.pc.circuit.nodes:
         if isinstance(node, Input):
             layer, row = chain.pc.address(node)
@@ -115,7 +115,7 @@ def upward(chain: Chain, semiring: ChoosingSemiring, layers: Sequence[Tensor]) -
     return _plus(semiring, scores), replace(values, root_scores=scores)
 
 
-def _mixed(chain: Chain, vectors: _Vectors, node: Sum, children: Tensor) -> Tensor:
+def _mixed(chain: Chain, vectors: Vectors, node: Sum, children: Tensor) -> Tensor:
     """Return the mixtures of a sum node, (1, K, B, *), of its children (1, I, B, *)."""
     layer, row = chain.pc.address(node)
     latents = chain.conditions.latents.get(layer)

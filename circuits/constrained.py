@@ -6,17 +6,17 @@ marginals, samples and mode cost as many times those of the circuit as the autom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from circuits import passes
 from circuits._arcs import Arcs, arcs_of, log_indicator
-from circuits._automaton_chain import Chain, Choices, downward, upward
+from circuits._automaton_chain import Chain, Vectors, downward, upward
 from circuits._class_leaves import class_leaves, explicit
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.conditioning import Conditions
@@ -26,8 +26,11 @@ from circuits.passes import Banks
 from circuits.queries._common import require_finite_values
 from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.deterministic import DeterministicAutomaton
+from circuits.queries.latents import LatentChoice
 from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring
 from circuits.torch_distribution import CircuitDistribution, _factors_at
+
+T = TypeVar("T")
 
 
 class ConstrainedDistribution(CircuitDistribution):
@@ -79,7 +82,7 @@ class ConstrainedDistribution(CircuitDistribution):
                 f"automaton: expected one over at least {max(pc.circuit.num_categories)} values, got "
                 f"{len(arcs.classes)}"
             )
-        super().__init__(pc, evidence)
+        super().__init__(pc, evidence, weights=weights)
         self.automaton = automaton
         self._banks = pc.weights() if weights is None else weights
         self._log_start = _ends("start", start, arcs.log_start, evidence.batch_size)
@@ -107,32 +110,27 @@ class ConstrainedDistribution(CircuitDistribution):
         """``log P(accepted | e)``, (B,), in nats: how much the constraint takes; of weighted automata E[A(x) | e]."""
         return self.log_partition - self._possible(self.pc.log_partition(self._evidence, self._banks))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return ``log p(value | e, A)``, in nats; -inf where the evidence or the automaton rules a value out.
+    def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
+        """Return ``log p(x) prod_i e_i(x_i) A(x)``, (S, B), of values x, (S, B, D)."""
+        if self._banks.batch_size > 1 and len(x) > 1:
+            return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
+        index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
+        factors = _factors_at(x, self._explicit, self.pc.dtype)
+        conditions = replace(self._explicit, reference=None).rows(index)
+        scored = conditions.with_factors(factors.flatten(0, 1).unsqueeze(-1), x.long().flatten(0, 1).unsqueeze(-1))
+        scored = replace(scored, reference=evidence.reference)  # copies share what they are relative to
+        return self._log_z(scored, index).reshape(x.shape[:2])
 
-        Args:
-            value: int64 (*sample_shape, B, D).
-
-        Returns:
-            (*sample_shape, B).
+    def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Refuse: queries of :mod:`circuits.queries` know nothing of automata.
 
         Raises:
-            ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
-            ImpossibleEvidenceError: Z = 0.
+            PropertyError: always.
         """
-        tail = self.batch_shape + self.event_shape
-        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape[-2:] != tail:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ArgumentError(f"value: expected int64 of shape (..., {', '.join(map(str, tail))}), got {got}")
-        log_z = self._possible(self.log_partition)
-        copies = value.shape[:-2].numel()
-        x = value.reshape(-1, *self.event_shape)
-        Evidence.observe(x).check(self.pc.num_categories)
-        index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
-        factors = _factors_at(x, self._explicit.rows(index), self.pc.dtype)
-        scored = self._explicit.rows(index).with_factors(factors.unsqueeze(-1), x.unsqueeze(-1))
-        banks = _repeated(self._banks, copies)
-        return self._log_z(scored, index, banks).reshape(value.shape[:-1]) - log_z
+        raise PropertyError(
+            f"{getattr(function, '__name__', function)} knows nothing of the automaton; a constrained distribution has "
+            "log_partition, log_prob, marginal_probs, sample, mode, sample_latents"
+        )
 
     @cached_property
     def marginal_probs(self) -> Tensor:
@@ -184,29 +182,30 @@ class ConstrainedDistribution(CircuitDistribution):
         return self._draw(MaxSemiring(), 1, None)
 
     @torch.no_grad()
-    def sample_latents(self, num_samples: int = 1, *, generator: torch.Generator | None = None) -> Choices:
-        """Draw the circuit's latents and the automaton's path; given both, the variables are independent.
+    def sample_latents(
+        self, num_samples: int = 1, *, generator: torch.Generator | None = None
+    ) -> ConstrainedLatentChoice:
+        """Draw the circuit's latents and the automaton's path from their posterior, with the variables summed out.
+
+        Given both, the variables are independent, and whatever the path allows is accepted.
 
         Args:
-            num_samples: how many draws per query, in columns that are copies of the batch of B.
+            num_samples: S >= 1, draws per query: S * B columns, all queries of the first draw first.
             generator: on the circuit's device.
-        """
-        return self._choose(LogSemiring(), num_samples, generator)
 
-    def given_labels(self, choices: Choices) -> Evidence:
-        """Return the evidence of every column without the values that its path does not read: any others may follow.
-
-        Whatever is drawn from it, variable by variable, is accepted.
+        Raises:
+            ImpossibleEvidenceError: Z = 0.
         """
-        evidence, arcs = self._explicit.rows(choices.query), self._arcs
-        assert evidence.log_factors is not None
-        log_label = torch.cat([arcs.log_label, torch.zeros_like(arcs.log_label[:1])])  # the last: not read
-        num_values = evidence.log_factors.shape[-1]
-        values = torch.arange(num_values, device=self.pc.device) if evidence.values is None else evidence.values
-        classes = arcs.classes[values.clamp_max(len(arcs.classes) - 1)]
-        allowed = log_label[choices.labels.unsqueeze(-1), classes]
-        factors = evidence.log_factors.to(self.pc.dtype) + allowed
-        return evidence.with_factors(factors, evidence.values, evidence.missing)
+        return self._choose(LogSemiring(), LogSemiring(), num_samples, generator)
+
+    @torch.no_grad()
+    def best_latents(self) -> ConstrainedLatentChoice:
+        """Return the most probable latents and path, with the variables summed out, as B columns.
+
+        Raises:
+            ImpossibleEvidenceError: Z = 0.
+        """
+        return self._choose(LogSemiring(), MaxSemiring(), 1, None)
 
     def entropy(self) -> Tensor:
         """Refuse: the entropy of what a constraint leaves is intractable in general.
@@ -249,14 +248,8 @@ class ConstrainedDistribution(CircuitDistribution):
 
     def _log_z(self, evidence: Evidence, index: Tensor | None = None, banks: Banks | None = None) -> Tensor:
         banks = self._banks if banks is None else banks
-        chain = self._chain(index, banks, self._conditions(evidence))
+        chain = self._chain(index, banks, self.pc.conditions(evidence))
         return upward(chain, LogSemiring(), self._leaves(LogSemiring(), evidence, index, banks))[0]
-
-    def _conditions(self, evidence: Evidence) -> Conditions:
-        conditions = self.pc.conditions(evidence)
-        if self.pc.circuit.num_classes is not None and conditions.class_factors is None:
-            raise passes.class_needed(self.pc)
-        return conditions
 
     def _leaves(
         self, semiring: ChoosingSemiring, evidence: Evidence, index: Tensor | None, banks: Banks
@@ -268,27 +261,52 @@ class ConstrainedDistribution(CircuitDistribution):
         leaves = [_by_label(arcs.log_label, values, semiring) for values in by_class]
         if self._reads is not None:
             reads = self._reads if index is None else self._reads[index]
-            plain = passes.leaves(self.pc, semiring, replace(evidence, latents=None, classes=None), banks)
+            plain = passes.leaves(self.pc, semiring, replace(evidence, reference=None), banks)
             for position, layer in enumerate(self.pc.input_layers):
                 is_read = reads[:, layer.variables].t()[:, None, :, None]  # (F, 1, B, 1)
                 idle = plain[position].expand(leaves[position].shape[:3]).unsqueeze(-1)
                 both = leaves[position].masked_fill(~is_read, -torch.inf), idle.masked_fill(is_read, -torch.inf)
                 leaves[position] = torch.cat(both, -1)
-        return leaves
+        if evidence.reference is None:
+            return leaves
+        divisors = passes.leaves(self.pc, LogSemiring(), evidence.reference, banks)
+        return [passes.divided(Vectors(semiring), *pair) for pair in zip(leaves, divisors, strict=True)]
 
-    def _choose(self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None) -> Choices:
-        chain = self._chain(None, self._banks, self._conditions(self._explicit))
-        log_score, values = upward(chain, semiring, self._leaves(semiring, self._explicit, None, self._banks))
+    def _choose(
+        self,
+        of_values: ChoosingSemiring,
+        semiring: ChoosingSemiring,
+        num_samples: int,
+        generator: torch.Generator | None,
+    ) -> ConstrainedLatentChoice:
+        """Choose latents and paths; ``of_values`` says whether the variables are summed or maximised out."""
+        chain = self._chain(None, self._banks, self.pc.conditions(self._explicit))
+        leaves = self._leaves(of_values, self._explicit, None, self._banks)
+        log_score, values = upward(chain, semiring, leaves)
         self._possible(log_score)
-        return downward(chain, values, num_samples, generator)
+        choices = downward(chain, values, num_samples, generator)
+        return ConstrainedLatentChoice(
+            self.pc, choices.units, choices.query, self._banks, choices.labels, self._arcs.classes, self._arcs.log_label
+        )
 
     @torch.no_grad()
     def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        choices = self._choose(semiring, num_samples, generator)
-        columns = torch.arange(len(choices.query), device=self.pc.device)
-        banks = _repeated(self._banks, num_samples)
-        given = self.given_labels(choices)
-        return passes.draw_values(self.pc, semiring, given, banks, choices.units, columns, generator)
+        choice = self._choose(semiring, semiring, num_samples, generator)
+        num_columns = len(choice.query)
+        per_pass = self._evidence.batch_size if self._banks.batch_size > 1 else max(1, num_columns)
+        drawn = []
+        for columns in torch.arange(num_columns, device=self.pc.device).split(per_pass):
+            given = replace(self._explicit, reference=None).rows(choice.query[columns])
+            assert given.log_factors is not None
+            factors = given.log_factors.to(self.pc.dtype)
+            factors = factors + choice.log_path(given.values, columns, factors.shape[-1])
+            given = given.with_factors(factors, given.values, given.missing)
+            units, query = (
+                [reached[:, columns] for reached in choice.units],
+                torch.arange(len(columns), device=self.pc.device),
+            )
+            drawn.append(passes.draw_values(self.pc, semiring, given, self._banks, units, query, generator))
+        return torch.cat(drawn)
 
     @staticmethod
     def _possible(log_z: Tensor) -> Tensor:
@@ -302,6 +320,41 @@ class ConstrainedDistribution(CircuitDistribution):
 
     def __repr__(self) -> str:
         return f"ConstrainedDistribution({self.pc.circuit}, {self.automaton}, batch_shape={tuple(self.batch_shape)})"
+
+
+@dataclass(frozen=True, eq=False)
+class ConstrainedLatentChoice(LatentChoice):
+    """Latents together with a path of the automaton, n columns; given both the variables are independent.
+
+    Attributes:
+        labels: which set of values the path reads every variable with, int64 (n, D).
+        classes: int64 (V,), the class of every value.
+        log_label: (M, K), the log-weight with which a set reads a class of values; the set M reads everything.
+    """
+
+    labels: Tensor
+    classes: Tensor
+    log_label: Tensor
+
+    def log_weights(self, values: Tensor | None = None) -> Tensor:
+        """Return ``log p(x_i = v | z)`` where the path allows v, else -inf, of all values or of some.
+
+        Args:
+            values: int64 (n, D, k); None: all.
+
+        Returns:
+            (n, D, C) or (n, D, k).
+        """
+        log_weights = super().log_weights(values)
+        return log_weights + self.log_path(values, slice(None), log_weights.shape[-1])
+
+    def log_path(self, values: Tensor | None, columns: Tensor | slice, num_values: int) -> Tensor:
+        """Return the log-weights with which some columns' paths read values (n, D, k), or all: (n, D, num_values)."""
+        if values is None:
+            values = torch.arange(num_values, device=self.classes.device)
+        read = torch.cat([self.log_label, torch.zeros_like(self.log_label[:1])])
+        classes = self.classes[values.clamp_max(len(self.classes) - 1)]
+        return read[self.labels[columns].unsqueeze(-1), classes]
 
 
 _CACHED = ("log_partition", "log_acceptance", "marginal_probs", "listed_marginal_probs")
@@ -330,16 +383,6 @@ def _ends(name: str, given: Tensor | None, own: Tensor, batch_size: int) -> Tens
     if not given.is_floating_point() or not bool((given < torch.inf).all()):
         raise ArgumentError(f"{name}: expected bool, or log-weights below +inf, got {given.dtype} with NaN or +inf")
     return given.to(own.device, own.dtype).expand(shape)
-
-
-def _repeated(banks: Banks, num_copies: int) -> Banks:
-    """Return the weights for copies of the batch that follow each other."""
-    external = {}
-    for layer, given in banks.external.items():
-        tables = {"log": given.log} if given.log_scale is None else {"log": given.log, "log_scale": given.log_scale}
-        repeated = {name: table.repeat(1, num_copies, *[1] * (table.dim() - 2)) for name, table in tables.items()}
-        external[layer] = replace(given, **repeated) if given.log.shape[1] > 1 else given
-    return Banks(banks, external)
 
 
 def _checked_reads(reads: Tensor | None, evidence: Evidence) -> Tensor | None:

@@ -72,11 +72,11 @@ def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: B
         values.append(own if external is None else external.of_inputs(semiring, evidence, layer.variables, own))
     if evidence.reference is not None:
         divisors = leaves(pc, LogSemiring(), evidence.reference, banks)
-        values = [_divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
+        values = [divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
     return LayerValues(values, pc.conditions(evidence))
 
 
-def _divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
+def divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
     """Divide values of input units, (F, K, B, *E), by exp(log_divisor), (F, K, B or less); by 1 where that is 0.
 
     Copies of a batch that follow each other share its divisors.
