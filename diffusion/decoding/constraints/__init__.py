@@ -5,6 +5,7 @@ chain circuit, or none, the distribution under a constraint is exact: :class:`ci
 """
 
 from diffusion.decoding.constraints.canvas import Constraint, Reach
+from diffusion.decoding.constraints.coupled import ConstrainedCoupledDistribution
 from diffusion.decoding.constraints.languages import (
     any_tokens,
     automaton,
@@ -18,6 +19,7 @@ from diffusion.decoding.constraints.languages import (
 from diffusion.decoding.constraints.vocabulary import Vocabulary, token_texts, vocabulary
 
 __all__ = [
+    "ConstrainedCoupledDistribution",
     "Constraint",
     "Reach",
     "Vocabulary",

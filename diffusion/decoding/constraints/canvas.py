@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.queries import DeterministicAutomaton
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
 
 
 class Reach(NamedTuple):
@@ -215,6 +216,24 @@ class Constraint:
             if len(members) and bool((self.automaton.transition[:, c] >= 0).any()):
                 columns.append(members[log_q[..., members].argmax(-1)])
         return torch.stack(columns, -1)
+
+    def listed(self, prediction: Prediction, top_k: int) -> Prediction:
+        """List the k most probable tokens of each position, and the best of every class that the automaton tells apart.
+
+        Args:
+            prediction: of all V tokens.
+            top_k: k, see :meth:`~diffusion.prediction.Prediction.listed`.
+        """
+        if prediction.values is not None:
+            raise ArgumentError("prediction: expected one of all tokens, got a list; leave top_k out when asking")
+        best = self.best_of_classes(prediction.log_q)
+        kept = prediction.listed(top_k)
+        if kept.values is None:
+            return kept
+        ordered = kept.values.sort().values
+        place = torch.searchsorted(ordered, best).clamp_max(top_k - 1)
+        extra = prediction.log_q.gather(2, best).masked_fill(ordered.gather(2, place) == best, -torch.inf)
+        return replace(prediction, log_q=torch.cat([kept.log_q, extra], -1), values=torch.cat([kept.values, best], -1))
 
     @cached_property
     def _reaches(self) -> Tensor:
