@@ -201,9 +201,7 @@ def test_weights_given_at_run_time(normalize, generator):
 
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_classes(is_mixed, generator):
-    leaves = [ct.inputs(var, 2, ct.Categorical(3)) for var in range(3)]
-    rest = ct.sum(ct.product(leaves[1], leaves[2]), num_units=2)
-    circuit = ct.Circuit(ct.sum(ct.product(leaves[0], rest), num_units=2), num_classes=2)
+    circuit = classes()
     pc = ct.compile(circuit, dtype=torch.float64, seed=4)
     evidence = soft((2, 3, 3), generator)
     if is_mixed:
@@ -218,13 +216,29 @@ def test_classes(is_mixed, generator):
     )
 
 
-@pytest.mark.parametrize("is_listed", [False, True])
-def test_samples_have_the_law(is_listed, generator):
-    pc = ct.compile(ct.structures.hmm(3, 2, 3), dtype=torch.float64, seed=5)
-    evidence = EVIDENCE["listed"](generator) if is_listed else soft((2, 3, 3), generator)
-    dist = ct.ConstrainedDistribution(pc, evidence, even_number_of_ones(3))
+def classes():
+    leaves = [ct.inputs(var, 2, ct.Categorical(3)) for var in range(3)]
+    rest = ct.sum(ct.product(leaves[1], leaves[2]), num_units=2)
+    return ct.Circuit(ct.sum(ct.product(leaves[0], rest), num_units=2), num_classes=2)
+
+
+@pytest.mark.parametrize("kind", ["soft", "class", "run-time weights", "unread", *list(EVIDENCE)[1:]])
+def test_samples_have_the_law(kind, generator):
+    circuit = classes() if kind == "class" else ct.structures.hmm(3, 2, 3)
+    pc, options = ct.compile(circuit, dtype=torch.float64, seed=5), {}
+    evidence = EVIDENCE.get(kind, lambda g: soft((2, 3, 3), g))(generator)
+    if kind == "class":
+        evidence = evidence.with_class_prior(torch.tensor([0.3, 0.7], dtype=torch.float64).log())
+    if kind == "run-time weights":
+        shapes = {"transition1": (2, 2, 2), "emission0": (2, 3, 2)}
+        external = {n: 6 * torch.randn(s, dtype=torch.float64, generator=generator) for n, s in shapes.items()}
+        options["weights"] = pc.weights(external=external)
+    if kind == "unread":
+        options["reads"] = torch.tensor([[True, False, True], [False, True, True]])
+    dist = ct.ConstrainedDistribution(pc, evidence, even_number_of_ones(3), **options)
     table = law(dist).detach().t().reshape(2, 3, 3, 3)
-    assert_distributed(lambda n: dist.sample((n,), generator=generator), table, 4000)
+    num_samples = 500 if kind == "run-time weights" else 2000
+    assert_distributed(lambda n: dist.sample((n,), generator=generator), table, num_samples)
 
 
 @pytest.mark.parametrize("is_listed", [False, True])

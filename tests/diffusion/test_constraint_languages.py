@@ -73,6 +73,26 @@ def test_regular_expressions_match_what_python_matches(pattern, rows):
         assert not accepts(automaton, [*ids, EOS, 3])
 
 
+@pytest.mark.parametrize("pattern", [*SETS, ".", r"[^\W\d]", r"[\S\n]", r"[\t\r\f\v\a\b\0\\-]"])
+def test_sets_of_characters(pattern):
+    every = [chr(code) for code in (*range(0x180), 0x20AC, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF)]
+    automaton = df.constraints.regex(pattern, df.constraints.Vocabulary(tuple(c.encode() for c in every)))
+    accepted = automaton.accepts(torch.arange(len(every)).unsqueeze(1)).tolist()
+    assert accepted == [re.fullmatch(pattern, c, re.ASCII) is not None for c in every]
+
+
+@pytest.mark.parametrize("word", ["a", "aa", "ab", "aab", "aba", "aabaa", "ababb", "abaab"])
+def test_a_word_with_itself_inside(word):
+    """Every text over two letters up to length 9."""
+    letters = df.constraints.Vocabulary((b"a", b"b"))
+    found, not_found = df.constraints.keywords([word], letters), df.constraints.forbid([word], letters)
+    for length in range(1, 10):
+        x = torch.cartesian_prod(*[torch.arange(2)] * length).reshape(-1, length)
+        expected = [word in "".join("ab"[i] for i in row) for row in x.tolist()]
+        assert found.accepts(x).tolist() == expected
+        assert not_found.accepts(x).tolist() == [not e for e in expected]
+
+
 @given(st.text("ab1 é€\n", max_size=6), st.text("ab1 é€\n", max_size=6))
 def test_a_text_as_its_own_pattern(one, other):
     characters = train_tokenizer(["ab1 é€\n"])
