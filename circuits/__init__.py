@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuits import hub, interop, learning, plot, properties, queries, structures, testing, transforms
 from circuits.compile import CompiledCircuit, compile
+from circuits.constrained import ConstrainedDistribution
 from circuits.distributions import (
     Bernoulli,
     Binomial,
@@ -43,6 +44,7 @@ __all__ = [
     "CircuitDensity",
     "CircuitDistribution",
     "CompiledCircuit",
+    "ConstrainedDistribution",
     "DiscretizedLogistic",
     "Distribution",
     "EmbeddingCategorical",

@@ -16,7 +16,7 @@ from circuits.distributions import Direct
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
-from circuits.randomness import RowGenerators
+from circuits.randomness import RowGenerators, Source
 from circuits.rows import ParameterRows
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
@@ -57,7 +57,7 @@ class InputLayer(nn.Module, ABC):
         node: Tensor,
         unit: Tensor,
         query: Tensor,
-        generator: torch.Generator | RowGenerators | None,
+        generator: Source,
     ) -> Tensor:
         """Choose a value of n reached units, given by ``node``, ``unit`` and ``query`` (n,): shape (n,).
 
@@ -117,7 +117,7 @@ class TableLayer(InputLayer):
         node: Tensor,
         unit: Tensor,
         query: Tensor,
-        generator: torch.Generator | RowGenerators | None,
+        generator: Source,
     ) -> Tensor:
         """Choose a value of n reached units, int64 (n,); among listed ones without looking at the others."""
         if evidence.values is None or evidence.log_factors is None or evidence.missing is not None:
@@ -202,7 +202,7 @@ class DirectLayer(InputLayer):
         node: Tensor,
         unit: Tensor,
         query: Tensor,
-        generator: torch.Generator | RowGenerators | None,
+        generator: Source,
     ) -> Tensor:
         """Choose a value of n reached units, (n,), in the circuit's dtype."""
         if isinstance(generator, RowGenerators):

@@ -20,7 +20,7 @@ from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import Flows, ProductLayer, SumLayer, Weights
 from circuits.precision import own_precision
-from circuits.randomness import RowGenerators
+from circuits.randomness import RowGenerators, Source
 from circuits.rows import Gradients
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
@@ -75,11 +75,11 @@ def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: B
         values.append(own if external is None else external.of_inputs(semiring, evidence, layer.variables, own))
     if evidence.reference is not None:
         divisors = leaves(pc, LogSemiring(), evidence.reference, banks)
-        values = [_divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
+        values = [divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
     return LayerValues(values, pc.conditions(evidence))
 
 
-def _divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
+def divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
     """Divide values of input units, (F, K, B, *E), by exp(log_divisor), (F, K, B or less); by 1 where that is 0.
 
     Copies of a batch that follow each other share its divisors.
@@ -347,7 +347,7 @@ def downward_choice(
     outputs: Sequence[Tensor | None],
     banks: Banks,
     num_samples: int,
-    generator: torch.Generator | RowGenerators | None,
+    generator: Source,
 ) -> tuple[list[Tensor], Tensor]:
     """Choose one child of every reached sum unit, from the root down, for ``num_samples`` copies of the batch.
 
@@ -372,7 +372,9 @@ def downward_choice(
     if class_factors is None:
         units[-1].zero_()
     else:
-        source = _at(generator, num_layers, torch.zeros_like(query), torch.arange(len(query), device=query.device))
+        source = source_at(
+            generator, num_layers, torch.zeros_like(query), torch.arange(len(query), device=query.device)
+        )
         units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], source)
     for position in reversed(range(len(pc.input_layers), num_layers)):
         layer = pc.inner_layers[position - len(pc.input_layers)]
@@ -381,7 +383,7 @@ def downward_choice(
         if isinstance(layer, ProductLayer):
             choices = layer.child_choices(unit)
         else:
-            source = _at(generator, position, node, column)
+            source = source_at(generator, position, node, column)
             choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)
         for slot, choice in enumerate(choices):
             layers, rows = layer.addresses[node, slot].unbind(-1)
@@ -398,7 +400,7 @@ def _choose_children(
     node: Tensor,
     unit: Tensor,
     query: Tensor,
-    generator: torch.Generator | RowGenerators | None,
+    generator: Source,
 ) -> list[Tensor]:
     """Choose a child unit for n reached sum units; per child slot the chosen unit, -1 where another slot was chosen."""
     children = layer.gather(outputs)
@@ -418,9 +420,7 @@ def _choose_children(
     return choices
 
 
-def _at(
-    generator: torch.Generator | RowGenerators | None, position: int, node: Tensor, column: Tensor
-) -> torch.Generator | RowGenerators | None:
+def source_at(generator: Source, position: int, node: Tensor, column: Tensor) -> Source:
     """Return what draws for n units of a layer, given by node and column: for generators by row, one for each unit."""
     if not isinstance(generator, RowGenerators):
         return generator
@@ -428,7 +428,7 @@ def _at(
     return generator.rows(column % batch_size).at(column // batch_size, position, node)
 
 
-def _part(generator: torch.Generator | RowGenerators | None, part: slice) -> torch.Generator | RowGenerators | None:
+def _part(generator: Source, part: slice) -> Source:
     return RowGenerators(generator.seeds[part]) if isinstance(generator, RowGenerators) else generator
 
 
@@ -454,7 +454,7 @@ def draw_values(
     banks: Banks,
     units: Sequence[Tensor],
     query: Tensor,
-    generator: torch.Generator | RowGenerators | None,
+    generator: Source,
 ) -> Tensor:
     """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
     dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
@@ -466,7 +466,7 @@ def draw_values(
         for part in _chunks(len(node), banks[layer.parameter_rows.bank].log.shape[1]):
             n, c = node[part], column[part]
             weights, unit, of_query = banks[layer.parameter_rows.bank], reached[n, c], query[c]
-            source = _at(generator, position, n, c)
+            source = source_at(generator, position, n, c)
             if external is None:
                 chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, source)
             else:

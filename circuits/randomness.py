@@ -78,3 +78,7 @@ def _mixed(bits: Tensor) -> Tensor:
 def _shifted(bits: Tensor, places: int) -> Tensor:
     """Shift to the right, with zeros from the left."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+Source = torch.Generator | RowGenerators | None
+"""Where random numbers come from: a generator for all of a batch, one per row, or PyTorch's own."""

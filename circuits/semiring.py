@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from circuits import logspace
-from circuits.randomness import RowGenerators
+from circuits.randomness import RowGenerators, Source
 
 _MAX_CHUNK = 1 << 24
 
@@ -84,7 +84,7 @@ class LogSemiring(Semiring):
         """Log-sum-exp over the listed rows, reading those rows only."""
         return logspace.log_mix(log_table, values, log_factors, table=table)
 
-    def choose(self, scores: Tensor, generator: torch.Generator | RowGenerators | None) -> Tensor:
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Draw one index per row of ``scores`` (n, I) with probability proportional to exp(score): shape (n,).
 
         A race of exponential clocks (the Gumbel-max trick): the first of I clocks with rates exp(score) to ring wins.
@@ -115,7 +115,7 @@ class MaxSemiring(Semiring):
         pieces = [(part.unsqueeze(-1) + x.unsqueeze(1)).amax(2) for part in log_weights.split(chunk, 1)]
         return torch.cat(pieces, 1)
 
-    def choose(self, scores: Tensor, generator: torch.Generator | RowGenerators | None) -> Tensor:
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Return the index of the largest score of each row, (n, I) to (n,)."""
         return scores.argmax(-1)
 
@@ -157,7 +157,7 @@ class TemperedSemiring(Semiring):
         listed, index = torch.unique(values, return_inverse=True)
         return logspace.log_mix(log_table[listed] / tau, index, log_factors / tau) * tau
 
-    def choose(self, scores: Tensor, generator: torch.Generator | RowGenerators | None) -> Tensor:
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Draw one index per row of ``scores`` (n, I) with probability proportional to exp(score / tau): (n,)."""
         peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
         return LogSemiring().choose((scores - peak) / self.temperature, generator)

@@ -121,6 +121,7 @@ class CoupledHead(nn.Module):
         *,
         include: Tensor | None = None,  # shape: (B, L)
         absent: Tensor | None = None,  # shape: (B, L)
+        keeps_list: bool = False,
     ) -> CoupledDistribution:
         """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
@@ -130,6 +131,7 @@ class CoupledHead(nn.Module):
             masked: bool, True where a token is to be predicted.
             include: int64, tokens that ``top_k`` must not drop, for instance the true ones in training.
             absent: bool, positions that a shorter block does not have; they are summed out.
+            keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
 
         Raises:
             ArgumentError: shapes or dtypes that do not fit, or a conditioner misses the denoiser's features.
@@ -137,7 +139,7 @@ class CoupledHead(nn.Module):
         if isinstance(prediction, Tensor):
             logits = prediction.to(self.pc.dtype)
             prediction = Prediction.from_logits(logits, masked, top_k=self.top_k, include=include)
-        elif self.top_k is not None:
+        elif self.top_k is not None and not keeps_list:
             prediction = prediction.listed(self.top_k, include)
         conditioned = self.condition(prediction, masked)
         weights = self.pc.weights(external=conditioned.weights) if conditioned.weights else None

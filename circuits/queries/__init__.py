@@ -14,6 +14,7 @@ from circuits.queries.basic import (
     sample,
 )
 from circuits.queries.cumulative import log_cdf
+from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.queries.divergences import (
     cauchy_schwarz_divergence,
     cross_entropy,
@@ -32,6 +33,7 @@ __all__ = [
     "MAP",
     "MPE",
     "Automaton",
+    "DeterministicAutomaton",
     "DistinctSamples",
     "EntropyBounds",
     "KBestAssignments",

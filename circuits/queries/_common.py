@@ -11,7 +11,7 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
-from circuits.randomness import RowGenerators
+from circuits.randomness import RowGenerators, Source
 
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
@@ -33,7 +33,7 @@ def given_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: Bank
     return evidence
 
 
-def check_generator(generator: torch.Generator | RowGenerators | None, batch_size: int) -> None:
+def check_generator(generator: Source, batch_size: int) -> None:
     """Raise ArgumentError if generators by row are not as many as there are queries."""
     if isinstance(generator, RowGenerators) and len(generator.seeds) != batch_size:
         raise ArgumentError(f"generator: expected {batch_size} seeds, one per query, got {len(generator.seeds)}")

@@ -110,7 +110,7 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
         raise ArgumentError(
             f"automaton: expected one over at least {num_values} values, got {automaton.log_transition.shape[1]}"
         )
-    order = _reading_order(pc, "automaton_log_probability")
+    order = reading_order(pc, "automaton_log_probability")
     read = automaton if order[0] <= order[-1] else automaton.reversed()
     tables = (read.log_transition, read.log_start, read.log_accept)
     transition, start, accept = (table.to(pc.device, pc.dtype) for table in tables)
@@ -119,7 +119,7 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
     def step(leaf: Tensor, after: Tensor) -> Tensor:
         num_read = leaf.shape[1]
         arcs = transition[:, :num_read].transpose(1, 2).reshape(1, num_states * num_states, num_read)
-        summed = _log_matmul(arcs, leaf.transpose(0, 1).reshape(1, num_read, -1))[0]
+        summed = log_matmul(arcs, leaf.transpose(0, 1).reshape(1, num_read, -1))[0]
         summed = summed.reshape(num_states, num_states, *leaf.shape[::2])  # (S, S', K, B)
         return _log_sum_exp(summed + after.transpose(0, 1).unsqueeze(0), 1).transpose(0, 1)
 
@@ -149,7 +149,7 @@ def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None,
         PropertyError: the circuit is not a chain in this order; names the product.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    order = _reading_order(pc, "order_log_probability")
+    order = reading_order(pc, "order_log_probability")
     is_forward = order[0] <= order[-1]
     num_values = int(pc.num_categories.max())
 
@@ -169,7 +169,7 @@ def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None,
     return states[0 if is_forward else -1] - log_z
 
 
-def _reading_order(pc: CompiledCircuit, query: str) -> Sequence[int]:
+def reading_order(pc: CompiledCircuit, query: str) -> Sequence[int]:
     """Return the variables in the order in which the circuit's products split them off."""
     forwards = range(pc.circuit.num_vars)
     node = chain_breaker(pc.circuit, forwards)
@@ -227,7 +227,7 @@ def _product(
     return after
 
 
-def _log_matmul(log_weights: Tensor, x: Tensor) -> Tensor:
+def log_matmul(log_weights: Tensor, x: Tensor) -> Tensor:
     """Multiply in log space by weights that may exceed 1."""
     peak = log_weights.detach().amax(2, keepdim=True)
     peak = torch.where(peak > -torch.inf, peak, 0.0)

@@ -31,7 +31,7 @@ from circuits.queries._common import (
     one_per_query,
     require_finite_values,
 )
-from circuits.randomness import RowGenerators
+from circuits.randomness import RowGenerators, Source
 from circuits.semiring import MaxSemiring, choosing_semiring
 
 _MAX_REACHED = 1 << 25
@@ -164,7 +164,7 @@ def sample(
     pc: CompiledCircuit,
     num_samples: int,
     evidence: Evidence | None = None,
-    generator: torch.Generator | RowGenerators | None = None,
+    generator: Source = None,
     *,
     temperature: float = 1.0,
     weights: Banks | None = None,

@@ -24,7 +24,7 @@ from circuits.queries._common import (
     one_per_query,
     require_finite_values,
 )
-from circuits.randomness import RowGenerators
+from circuits.randomness import Source
 from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 
 
@@ -135,7 +135,7 @@ def sample_latents(
     pc: CompiledCircuit,
     num_samples: int,
     evidence: Evidence | None = None,
-    generator: torch.Generator | RowGenerators | None = None,
+    generator: Source = None,
     *,
     temperature: float = 1.0,
     weights: Banks | None = None,
@@ -191,7 +191,7 @@ def _chosen(
     semiring: ChoosingSemiring,
     num_samples: int,
     evidence: Evidence | None,
-    generator: torch.Generator | RowGenerators | None,
+    generator: Source,
     weights: Banks | None,
 ) -> LatentChoice:
     require_finite_values(pc, "choosing latents")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
+from diffusion.decoding.constraints import Constraint, Reach
 from diffusion.denoisers.base import DenoiserSpec
 
 
@@ -27,6 +28,8 @@ class Canvas:
         num_calls: how many denoiser calls each row took part in, int64 (B,).
         num_windows: how many windows of each row were decoded, int64 (B,).
         num_coupled: in how many of them the circuit was used, int64 (B,).
+        constraint: what the finished text must satisfy, or None.
+        reads: bool (B, T), the positions that the constraint is about.
     """
 
     tokens: Tensor
@@ -35,11 +38,16 @@ class Canvas:
     first: int
     seeds: Tensor
     spec: DenoiserSpec
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.writable = self.masked.clone()
         self.ended = torch.zeros_like(self.masked[:, 0]) if self.length else self.masked.new_zeros(len(self.masked))
         self.confidence = torch.ones(self.masked.shape, device=self.masked.device)
+        self.reads = self.valid.clone()
+        self.reads[:, : self.first] = False
+        if self.constraint is not None:
+            self.constraint.check(self.tokens, self.masked, self.reads)
         self.num_calls, self.num_windows, self.num_coupled = (torch.zeros_like(self.seeds) for _ in range(3))
 
     @property
@@ -76,6 +84,11 @@ class Canvas:
         self.tokens[row, position] = tokens[committed]
         self.confidence[row, position] = confidence[committed].to(self.confidence.dtype)
         self.masked[row, position] = False
+
+    def reach(self) -> Reach:
+        """Return in which states the constraint's automaton can be at every place of the canvas as it is now."""
+        assert self.constraint is not None
+        return self.constraint.reach(self.tokens, self.masked, self.reads)
 
     def take_back(self, positions: Tensor) -> None:
         """Mask tokens again, where bool (B, T) ``positions`` is True."""

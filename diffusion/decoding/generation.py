@@ -110,7 +110,7 @@ def generate(
         temperature: tau >= 0; by default the head's if that is not 1, else 0, which is greedy.
         config: all options of a step at once; those above replace its own.
         stop_at_eos: end a text at its first end-of-text token: the rest of it is padding.
-        options: ``valid``, ``plan``, ``seeds``, ``generator``, ``on_step``, ``record`` and the options of
+        options: ``valid``, ``plan``, ``constraint``, ``seeds``, ``generator``, ``on_step``, ``record`` and those of
             :class:`~diffusion.decoding.config.DecodingConfig`, as for :func:`infill`.
 
     Raises:
@@ -129,7 +129,8 @@ def generate(
     )
     rows = token_rows("prompt", prompt, denoiser.spec)
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
-    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds)
+    constraint = options.pop("constraint", None)
+    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds, constraint)
     plan = plan or Blocks(block_length, num_steps)
     return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
 
@@ -165,10 +166,12 @@ def infill(
         stop_at_eos: make padding of what follows an end-of-text token that was written.
         options: ``valid``: bool (B, T), False at padding, which is never filled (an attention mask). ``plan``: the
             order, :class:`~diffusion.decoding.plans.Blocks`, ``Anywhere`` or ``DynamicWindows``, which is the default
-            with a head. ``seeds``: an integer per row: with it a row's text depends on its tokens and its seed, not on
-            the batch, its mates or padding. ``generator``: draws the seeds where none are given. ``on_step``: called
-            with a :class:`Step` after every denoiser call. ``record``: keep the tokens of every step. And the options
-            of :class:`~diffusion.decoding.config.DecodingConfig`.
+            with a head. ``constraint``: what the text satisfies in the end, see
+            :mod:`diffusion.decoding.constraints`; of ``generate`` the new text, else the whole canvas. ``seeds``: an
+            integer per row: with it a row's text depends on its tokens and its seed, not on the batch, its mates or
+            padding. ``generator``: draws the seeds where none are given. ``on_step``: called with a :class:`Step` after
+            every denoiser call. ``record``: keep the tokens of every step. And the options of
+            :class:`~diffusion.decoding.config.DecodingConfig`.
 
     Raises:
         ArgumentError: an argument has a wrong type, shape or value, or the denoiser's logits are broken.
@@ -181,7 +184,8 @@ def infill(
     )
     rows = token_rows("tokens", tokens, denoiser.spec)
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
-    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds)
+    constraint = options.pop("constraint", None)
+    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds, constraint)
     if plan is None:
         uses_windows = head is not None and chosen.decode != "independent"
         plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
@@ -223,7 +227,7 @@ def fill(
             canvas.tokens,
             valid=canvas.valid,
             window=look.span,
-            top_k=None if head is None else head.top_k,
+            top_k=None if head is None or canvas.constraint is not None else head.top_k,
             features=head is not None and head.needs_features,
         )
         decode_step(canvas, look, prediction, plan, head, config)
@@ -260,7 +264,7 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a decoding configuration out of others."""
     names = [name for name in options if name in DecodingConfig.__dataclass_fields__]
     taken = {name: options.pop(name) for name in names}
-    unknown = sorted(set(options) - {"seeds", "generator", "on_step", "record"})
+    unknown = sorted(set(options) - {"seeds", "generator", "on_step", "record", "constraint"})
     if unknown:
         raise ArgumentError(f"{unknown[0]}: no such option; see df.infill and df.DecodingConfig for those there are")
     return taken

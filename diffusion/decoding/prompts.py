@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.queries import DeterministicAutomaton
 from diffusion.decoding.canvas import Canvas
+from diffusion.decoding.constraints import Constraint
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
 
@@ -16,18 +18,29 @@ Rows = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 def prompted_canvas(
-    prompt: Sequence[Tensor], valid: Tensor | None, gen_length: int, spec: DenoiserSpec, seeds: Tensor
+    prompt: Sequence[Tensor],
+    valid: Tensor | None,
+    gen_length: int,
+    spec: DenoiserSpec,
+    seeds: Tensor,
+    constraint: DeterministicAutomaton | None,
 ) -> Canvas:
     """Return a canvas of prompts, padded at the left, and ``gen_length`` masks; masks in a prompt are holes to fill."""
     tokens, is_valid = padded_rows("prompt", prompt, valid, spec, at_left=True)
     check_length("prompt", tokens.shape[1] + gen_length, spec)
     new = torch.full((len(tokens), gen_length), spec.mask_id, device=tokens.device)
     tokens, is_valid = torch.cat([tokens, new], 1), torch.cat([is_valid, torch.ones_like(new, dtype=torch.bool)], 1)
-    return Canvas(tokens, is_valid, (tokens == spec.mask_id) & is_valid, tokens.shape[1] - gen_length, seeds, spec)
+    masked, first = (tokens == spec.mask_id) & is_valid, tokens.shape[1] - gen_length
+    return Canvas(tokens, is_valid, masked, first, seeds, spec, _constraint(constraint, spec, tokens.device))
 
 
 def holed_canvas(
-    rows: Sequence[Tensor], masked: Tensor | None, valid: Tensor | None, spec: DenoiserSpec, seeds: Tensor
+    rows: Sequence[Tensor],
+    masked: Tensor | None,
+    valid: Tensor | None,
+    spec: DenoiserSpec,
+    seeds: Tensor,
+    constraint: DeterministicAutomaton | None,
 ) -> Canvas:
     """Return a canvas whose positions ``masked``, or those that hold the mask token, are to be filled."""
     tokens, is_valid = padded_rows("tokens", rows, valid, spec, at_left=False)
@@ -41,7 +54,14 @@ def holed_canvas(
             "masked: expected True at every mask token, got False at one; mark it, or put a token there"
         )
     masked = masked & is_valid
-    return Canvas(tokens.masked_fill(masked, spec.mask_id), is_valid, masked, 0, seeds, spec)
+    tokens, limits = tokens.masked_fill(masked, spec.mask_id), _constraint(constraint, spec, tokens.device)
+    return Canvas(tokens, is_valid, masked, 0, seeds, spec, limits)
+
+
+def _constraint(
+    automaton: DeterministicAutomaton | None, spec: DenoiserSpec, device: torch.device
+) -> Constraint | None:
+    return None if automaton is None else Constraint.of(automaton, spec, device)
 
 
 def checked_seeds(seeds: Any, generator: torch.Generator | None, rows: Sequence[Tensor]) -> Tensor:

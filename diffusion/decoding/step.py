@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
 from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.constraints import ConstrainedCoupledDistribution
 from diffusion.decoding.plans import Look, Plan, Windows
 from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, independent
 from diffusion.head import CoupledHead
@@ -74,11 +76,21 @@ def decode_step(
     uses = _uses_circuit(part, head, config)
     canvas.num_windows.index_add_(0, part.windows.rows, torch.ones_like(part.windows.rows))
     canvas.num_coupled.index_add_(0, part.windows.rows, uses.long())
-    for index, coupled_head in ((uses.nonzero().flatten(), head), ((~uses).nonzero().flatten(), None)):
-        if len(index):
-            _decode_part(canvas, part if len(index) == len(uses) else part.select(index), coupled_head, config)
+    for turn in _turns(part.windows.rows, is_free=canvas.constraint is None):
+        for chosen, coupled_head in ((turn & uses, head), (turn & ~uses, None)):
+            if bool(chosen.any()):
+                one = part if bool(chosen.all()) else part.select(chosen.nonzero().flatten())
+                _decode_part(canvas, one, coupled_head, config)
     if config.remask and not look.is_last:
         _take_back(canvas, look, config.remask)
+
+
+def _turns(rows: Tensor, *, is_free: bool) -> list[Tensor]:
+    """Return which windows are decoded together: all of them, or, under a constraint, one of each row at a time."""
+    if is_free:
+        return [torch.ones_like(rows, dtype=torch.bool)]
+    earlier = (rows.unsqueeze(1) == rows).tril(-1).sum(1)
+    return [earlier == turn for turn in range(int(earlier.max()) + 1)]
 
 
 def _windows_of(
@@ -123,17 +135,34 @@ def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) 
 
 def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: DecodingConfig) -> None:
     generators = canvas.generators(part.windows.rows, part.windows.starts)
-    if head is None:
+    if head is None and canvas.constraint is None:
         _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
         return
-    dist = head.distribution(
-        part.prediction, part.tokens, part.masked, absent=part.absent if bool(part.absent.any()) else None
-    )
-    if config.decode == "any_order":
+    dist = _distribution(canvas, part, head)
+    mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
+    if mode == "any_order":
         _any_order(canvas, part, dist, config, generators)
         return
-    proposal = PROPOSERS[config.decode](dist, config, generators)
-    _write(canvas, part, proposal, dist, config, generators)
+    _write(canvas, part, PROPOSERS[mode](dist, config, generators), dist, config, generators)
+
+
+def _distribution(canvas: Canvas, part: Part, head: CoupledHead | None) -> CoupledDistribution:
+    """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
+    absent = part.absent if bool(part.absent.any()) else None
+    constraint = canvas.constraint
+    if constraint is None:
+        assert head is not None
+        return head.distribution(part.prediction, part.tokens, part.masked, absent=absent)
+    rows, windows = part.windows.rows, part.windows
+    start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
+    reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
+    options: dict[str, Any] = {"start": start, "accept": accept, "reads": reads}
+    if head is None:
+        told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
+        return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
+    prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
+    dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
+    return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
 
 
 def _write(
@@ -146,8 +175,23 @@ def _write(
 ) -> Tensor:
     """Commit the most reliable proposals; return where, bool (W, n)."""
     committed, scores = _committed(part, proposal, dist, config, generators)
+    if canvas.constraint is not None and config.decode in ("marginal", "any_order"):
+        committed = _compatible(canvas, part, proposal, committed, scores)
     canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
     return committed
+
+
+def _compatible(canvas: Canvas, part: Part, proposal: Proposal, committed: Tensor, scores: Tensor) -> Tensor:
+    """Leave out what was drawn on its own and cannot be written together with the more reliable ones."""
+    assert canvas.constraint is not None
+    rows, windows = part.windows.rows, part.windows
+    start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
+    order = scores.masked_fill(~committed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    ranked = torch.where(committed.gather(1, order), order, -1)
+    reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
+    return canvas.constraint.commit(
+        proposal.tokens, part.tokens, part.masked, ranked, reads=reads, start=start, accept=accept
+    )
 
 
 def _committed(

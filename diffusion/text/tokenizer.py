@@ -61,6 +61,18 @@ class TextTokenizer:
             raise ArgumentError(f"ids must lie in 0..{self.vocab_size - 1}, got {min(ids)} to {max(ids)}")
         return str(self._tokenizer.decode(ids, skip_special_tokens=not keep_special))
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Return what every token writes, in bytes of UTF-8; None for the special tokens, which write nothing."""
+        from tokenizers import decoders
+
+        alphabet = byte_alphabet() if isinstance(self._tokenizer.decoder, decoders.ByteLevel) else None
+        special = {self.pad_id, self.mask_id, self.eos_id, self.unk_id}
+        texts: list[bytes | None] = [None] * self.vocab_size
+        for token, id in self._tokenizer.get_vocab().items():
+            if id not in special:
+                texts[id] = token.encode() if alphabet is None else bytes(alphabet[c] for c in token)
+        return texts
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer as JSON, to this file or, if ``path`` is not named ``*.json``, into this folder."""
         with replace_file(_file(path)) as temporary:
@@ -92,6 +104,13 @@ class TextTokenizer:
         if id is None:
             raise CheckpointError(f"the tokenizer has no {token} token: train it with train_tokenizer")
         return id
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the printable character that byte-level tokenizers write for every byte (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def train_tokenizer(

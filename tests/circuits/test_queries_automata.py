@@ -4,45 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from query_cases import RELATIVE, all_assignments, log_posterior, posterior_or_error, soft_function
+from query_cases import (
+    RELATIVE,
+    all_assignments,
+    chains,
+    log_posterior,
+    posterior_or_error,
+    run_weight,
+    soft_function,
+)
 
 import circuits as ct
-
-
-@st.composite
-def chains(draw):
-    """Draw a chain: each node pairs one or two single variables with the rest; sums, outer products, shared leaves."""
-    num_vars = draw(st.integers(1, 4))
-    categories = [draw(st.integers(1, 3)) for _ in range(num_vars)]
-
-    def leaf(var, num_units):
-        node = ct.inputs(var, num_units, ct.Categorical(categories[var]))
-        return ct.sum(node, num_units=num_units) if draw(st.booleans()) else node
-
-    order = list(range(num_vars))
-    if draw(st.booleans()):
-        order.reverse()
-    units = draw(st.integers(1, 3))
-    rest = leaf(order.pop(), units)
-    while order:
-        outer = draw(st.booleans())
-        count = draw(st.integers(1, 2)) if outer else rest.num_units
-        front = [leaf(order.pop(), count) for _ in range(min(len(order), draw(st.integers(1, 2))))]
-        parts = draw(st.permutations([*front, rest]))
-        rest = ct.product(*parts, mode="outer" if outer else "elementwise")
-        if draw(st.booleans()):
-            rest = ct.sum(rest, num_units=draw(st.integers(1, 3)))
-    circuit = ct.Circuit(ct.sum(rest, num_units=1))
-    pc = ct.compile(circuit, dtype=torch.float64, seed=draw(st.integers(0, 1000)))
-    return pc, draw(ct.testing.evidence(circuit))
-
-
-def run_weight(automaton, sequence):
-    """Return the log-weight of all runs of the automaton on a sequence."""
-    weights = automaton.log_start.double().exp()
-    for value in sequence:
-        weights = weights @ automaton.log_transition[:, value].double().exp()
-    return (weights @ automaton.log_accept.double().exp()).log()
 
 
 @given(chains(), st.integers(1, 3), st.integers(0, 1000))
