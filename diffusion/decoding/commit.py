@@ -112,16 +112,18 @@ def commit(ranking: Ranking, config: DecodingConfig) -> Tensor:
 def _within_bound(ranking: Ranking, bound: float) -> Tensor:
     """Return how many of the most certain positions fit: their entropies but the largest sum to at most ``bound``.
 
+    At least as many as are needed to end in time.
+
     That sum bounds what independent draws lose against joint ones (Ben-Hamu et al. 2025, arXiv 2505.24857).
     """
     ordered = entropies(ranking.beliefs()).gather(1, ranking.order)
     before = ordered.cumsum(1) - ordered  # ascending: the largest of the first k is the k-th
     fits = (before <= bound) & ranking.candidates.gather(1, ranking.order)
-    return torch.maximum(fits.long().cumprod(1).sum(1), ranking.counts.clamp_max(1))
+    return torch.maximum(fits.long().cumprod(1).sum(1), ranking.counts)
 
 
 def _jointly_certain(ranking: Ranking, bound: float) -> Tensor:
-    """Return positions whose joint entropy is at most ``bound``, greedily; at least one.
+    """Return positions whose joint entropy is at most ``bound``, greedily, and as many as are needed in any case.
 
     By the chain rule, each position adds its entropy given those before, which is at most ``H_i - max_j I(i; j)``. So
     a position that is coupled to a committed one costs little and goes with it.
@@ -136,7 +138,7 @@ def _jointly_certain(ranking: Ranking, bound: float) -> Tensor:
     for number in range(own.shape[1]):
         cost, index = added.masked_fill(~left, torch.inf).min(1, keepdim=True)
         total = total + cost[:, 0]
-        takes = left.any(1) & ((total <= bound) | ((number == 0) & (ranking.counts > 0)))
+        takes = left.any(1) & ((total <= bound) | (number < ranking.counts))
         if not bool(takes.any()):
             break
         here = torch.zeros_like(left).scatter(1, index, takes.unsqueeze(1))

@@ -22,13 +22,13 @@ class Look:
         span: ``(start, stop)``, the positions that the denoiser is asked about.
         open: bool (B, T), the positions that may be committed.
         counts: how many of them each row should commit, int64 (B,); 0: the row waits.
-        is_last: whether no later step of this plan comes to these positions.
+        is_last: which rows have no later step at these positions, bool (B,).
     """
 
     span: tuple[int, int]
     open: Tensor
     counts: Tensor
-    is_last: bool = False
+    is_last: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,29 +69,33 @@ class Plan(ABC):
     def looks(self, canvas: Canvas) -> Iterator[Look]:
         """Yield what each denoiser call is about, as the canvas fills; ends when nothing is left to do."""
 
-    def cover(self, look: Look, wanted: Tensor, longest: int | None) -> Windows:
-        """Return the windows of a look: for every row that does not wait, all of the span.
+    def cover(self, look: Look, wanted: Tensor, valid: Tensor, longest: int | None) -> Windows:
+        """Return the windows of a look: for every row that does not wait, what it has of the span.
 
         Args:
             look: what was asked.
             wanted: bool (B, T), the positions that are to be committed, where ``chooses_first``.
+            valid: bool (B, T), False at padding, which no window begins or ends with.
             longest: the greatest length of a window, the circuit's; None: there is no circuit.
         """
         rows = (look.counts > 0).nonzero().flatten()
-        start, stop = look.span
-        if longest is not None and stop - start > longest:
+        first, last = _extents(valid)
+        starts, stops = first[rows].clamp(min=look.span[0]), last[rows].clamp(max=look.span[1])
+        most = int((stops - starts).max()) if len(rows) else 0
+        if longest is not None and most > longest:
             raise ArgumentError(
-                f"window_length: expected windows of at most the circuit's {longest} positions, got {stop - start}; "
-                "use a shorter block or window, or plan=df.DynamicWindows()"
+                f"window_length: expected windows of at most the circuit's {longest} positions, got {most}; use a "
+                "shorter block or window, or plan=df.DynamicWindows()"
             )
-        return Windows(rows, torch.full_like(rows, start), torch.full_like(rows, stop - start))
+        return Windows(rows, starts, stops - starts)
 
 
 @dataclass(frozen=True)
 class Blocks(Plan):
     """Semi-autoregressive: one block after the other, from left to right, each in some steps; the last may be shorter.
 
-    Positions before the canvas's ``first`` that are masked, holes in prompts, belong to blocks of their own before it.
+    Positions before the canvas's ``first`` that are masked, holes in prompts, belong to blocks of their own before it;
+    a row with such holes shares its steps among these blocks too.
 
     Args:
         length: positions of a block.
@@ -107,22 +111,26 @@ class Blocks(Plan):
             checked_count("num_steps", self.num_steps)
 
     def looks(self, canvas: Canvas) -> Iterator[Look]:
-        """Yield block by block; within one, as many positions a step as are needed for it to end in time."""
-        starts = [*_holes_before(canvas, self.length), *range(canvas.first, canvas.length, self.length)]
-        blocks = [(start, min(start + self.length, canvas.length)) for start in starts]
-        blocks = [block for block in blocks if bool(canvas.masked[:, slice(*block)].any())]
-        if self.num_steps is not None and self.num_steps < len(blocks):
+        """Yield block by block; within one, as many positions a step as are needed for each row to end in time."""
+        before = -(-canvas.first // self.length)
+        starts = range(canvas.first - before * self.length, canvas.length, self.length)
+        blocks = [(max(0, start), min(start + self.length, canvas.length)) for start in starts]
+        is_masked = torch.stack([canvas.masked[:, slice(*block)].any(1) for block in blocks], 1)  # (B, blocks)
+        num_blocks, done = is_masked.sum(1), is_masked.cumsum(1) - is_masked.long()
+        if self.num_steps is not None and self.num_steps < int(num_blocks.max()):
             raise ArgumentError(
-                f"num_steps: expected at least one for each of the {len(blocks)} blocks, got {self.num_steps}; take "
-                "more steps or longer blocks"
+                f"num_steps: expected at least one for each of the {int(num_blocks.max())} blocks, got "
+                f"{self.num_steps}; take more steps or longer blocks"
             )
         for number, block in enumerate(blocks):
-            num_steps = block[1] - block[0]
-            if self.num_steps is not None:
-                num_steps = (number + 1) * self.num_steps // len(blocks) - number * self.num_steps // len(blocks)
+            steps = torch.full_like(num_blocks, self.length)
+            if self.num_steps is not None:  # each row shares its steps among its own blocks
+                share = done[:, number] * self.num_steps, (done[:, number] + 1) * self.num_steps
+                of_row = num_blocks.clamp_min(1)
+                steps = share[1] // of_row - share[0] // of_row
             inside = torch.zeros_like(canvas.masked)
             inside[:, slice(*block)] = True
-            yield from _steps(canvas, block, inside, num_steps)
+            yield from _steps(canvas, block, inside, steps)
 
 
 @dataclass(frozen=True)
@@ -141,9 +149,9 @@ class Anywhere(Plan):
 
     def looks(self, canvas: Canvas) -> Iterator[Look]:
         """Yield all masked positions, until none is left."""
-        most = int(canvas.masked.sum(1).max()) if canvas.batch_size else 0
-        num_steps = min(self.num_steps or most, most)
-        yield from _steps(canvas, _span(canvas), torch.ones_like(canvas.masked), num_steps)
+        most = canvas.masked.sum(1)
+        steps = most if self.num_steps is None else most.clamp(max=self.num_steps)
+        yield from _steps(canvas, (0, canvas.length), torch.ones_like(canvas.masked), steps)
 
 
 @dataclass(frozen=True)
@@ -171,50 +179,47 @@ class DynamicWindows(Plan):
         """Yield all masked positions, until none is left."""
         yield from Anywhere(self.num_steps).looks(canvas)
 
-    def cover(self, look: Look, wanted: Tensor, longest: int | None) -> Windows:
+    def cover(self, look: Look, wanted: Tensor, valid: Tensor, longest: int | None) -> Windows:
         """Return the fewest windows that cover the wanted positions: each begins at the first that is not covered.
 
-        A window is as long as it can be, for what is visible in it tells the circuit more: at the end of the canvas it
-        begins earlier instead, but not within the window before it.
+        A window is as long as it can be, for what is visible in it tells the circuit more: at the end of a row it
+        begins earlier instead, but not within the window before it, nor in padding.
         """
-        num_positions = wanted.shape[1]
-        most = min(length for length in (self.length, longest, num_positions) if length is not None)
-        place = torch.arange(num_positions, device=wanted.device)
-        left, found = wanted.clone(), []
-        taken = torch.zeros(len(wanted), dtype=torch.int64, device=wanted.device)  # up to where each row has windows
+        first, last = _extents(valid)
+        limits = [length for length in (self.length, longest) if length is not None]
+        most = (last - first).clamp(max=min(limits)) if limits else last - first
+        place = torch.arange(wanted.shape[1], device=wanted.device)
+        left, found, taken = wanted.clone(), [], first
         while bool(left.any()):
             rows = left.any(1).nonzero().flatten()
-            starts = left[rows].long().argmax(1).clamp(max=num_positions - most).maximum(taken[rows])
-            stops = (starts + most).clamp(max=num_positions)
+            starts = left[rows].long().argmax(1).minimum((last - most)[rows]).maximum(taken[rows])
+            stops = (starts + most[rows]).minimum(last[rows])
             found.append(Windows(rows, starts, stops - starts))
             left[rows] &= place >= stops.unsqueeze(1)
-            taken[rows] = stops
+            taken = taken.index_put((rows,), stops)
         if not found:
             empty = torch.zeros(0, dtype=torch.int64, device=wanted.device)
             return Windows(empty, empty, empty)
         parts = [torch.cat([getattr(w, name) for w in found]) for name in ("rows", "starts", "lengths")]
-        order = (parts[0] * num_positions + parts[1]).argsort()
+        order = (parts[0] * wanted.shape[1] + parts[1]).argsort()
         return Windows(*(part[order] for part in parts))
 
 
-def _holes_before(canvas: Canvas, length: int) -> list[int]:
-    """Return where the blocks begin that cover the masks before ``canvas.first``; they end there, as all blocks do."""
-    head = canvas.masked[:, : canvas.first]
-    if not bool(head.any()):
-        return []
-    first = int(head.any(0).long().argmax())
-    count = -(-(canvas.first - first) // length)
-    return [start for number in range(count, 0, -1) if (start := canvas.first - number * length) >= 0] or [0]
+def _extents(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first position of every row that is no padding, and the one after its last, int64 (B,) each."""
+    length = valid.shape[1]
+    first = valid.long().argmax(1)
+    last = length - valid.flip(1).long().argmax(1)
+    return first, torch.where(valid.any(1), last, first)
 
 
-def _span(canvas: Canvas) -> tuple[int, int]:
-    return (0, canvas.length)
-
-
-def _steps(canvas: Canvas, span: tuple[int, int], inside: Tensor, num_steps: int) -> Iterator[Look]:
-    for steps_left in range(num_steps, 0, -1):
+def _steps(canvas: Canvas, span: tuple[int, int], inside: Tensor, steps: Tensor) -> Iterator[Look]:
+    """Yield looks at the same positions until every row has done its steps, int64 (B,), or has nothing left to do."""
+    most = int(steps.max()) if len(steps) else 0
+    for number in range(most):
         open_positions = canvas.masked & inside & ~canvas.ended.unsqueeze(1)
         num_open = open_positions.sum(1)
         if not bool((num_open > 0).any()):
             return
+        steps_left = (steps - number).clamp(min=1)
         yield Look(span, open_positions, -(-num_open // steps_left), is_last=steps_left == 1)

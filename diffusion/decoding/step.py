@@ -20,6 +20,8 @@ from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, ind
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
+_BEFORE_WINDOWS = 1 << 40
+"""A place for random numbers that no window begins at."""
 _OF_WINDOWS = ("positions", "absent", "tokens", "masked", "candidates", "counts")
 
 
@@ -81,7 +83,7 @@ def decode_step(
             if bool(chosen.any()):
                 one = part if bool(chosen.all()) else part.select(chosen.nonzero().flatten())
                 _decode_part(canvas, one, coupled_head, config)
-    if config.remask and not look.is_last:
+    if config.remask:
         _take_back(canvas, look, config.remask)
 
 
@@ -102,7 +104,7 @@ def _windows_of(
     if plan.chooses_first:
         wanted = torch.zeros_like(look.open)
         wanted[:, slice(*look.span)] = _chosen_by_prediction(canvas, look, prediction, config)
-    windows = plan.cover(look, wanted, longest)
+    windows = plan.cover(look, wanted, canvas.valid, longest)
     width = longest or (int(windows.lengths.max()) if len(windows.rows) else 0)
     rows, positions = windows.rows.unsqueeze(1), windows.positions(width)
     absent = windows.absent(width) | ~canvas.valid[rows, positions]
@@ -116,7 +118,10 @@ def _windows_of(
 def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, config: DecodingConfig) -> Tensor:
     """Choose positions by the denoiser's own prediction, before the circuit is asked: bool (B, stop - start)."""
     rows = torch.arange(canvas.batch_size, device=canvas.tokens.device)
-    generators = canvas.generators(rows, torch.full_like(rows, -1))
+    seeds = canvas.generators(rows, torch.full_like(rows, _BEFORE_WINDOWS)).seeds
+    generators = RowGenerators(
+        seeds, offset=look.span[0] - canvas.first
+    )  # a position's number, wherever the row begins
     tokens = prediction.best()
     scores = SCORES[config.chosen_strategy](prediction, tokens, generators)
     candidates = look.open[:, slice(*look.span)]
@@ -134,7 +139,7 @@ def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) 
 
 
 def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: DecodingConfig) -> None:
-    generators = canvas.generators(part.windows.rows, part.windows.starts)
+    generators = canvas.generators(part.windows.rows, part.windows.starts - canvas.first)
     if head is None and canvas.constraint is None:
         _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
         return
@@ -238,7 +243,8 @@ def _take_back(canvas: Canvas, look: Look, share: float) -> None:
     """Mask the least certain tokens of the span again, a share of those written (ReMDM, Wang et al. 2025)."""
     inside = torch.zeros_like(canvas.masked)
     inside[:, slice(*look.span)] = True
-    written = canvas.writable & ~canvas.masked & canvas.valid & inside & (look.counts > 0).unsqueeze(1)
+    goes_on = (look.counts > 0) & ~look.is_last
+    written = canvas.writable & ~canvas.masked & canvas.valid & inside & goes_on.unsqueeze(1)
     counts = (written.sum(1).double() * share).floor().long()
     scores = -canvas.confidence
     nothing = Prediction(log_q=canvas.confidence.unsqueeze(-1), vocab_size=1)
