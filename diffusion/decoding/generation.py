@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def generate(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
     seeds = _seeds("prompt", prompt, options)
-    canvas = prompted_canvas(prompt, valid, gen_length, denoiser.spec, seeds)
+    canvas = _placed(prompted_canvas(prompt, valid, gen_length, denoiser.spec, seeds), denoiser)
     plan = plan or Blocks(block_length, num_steps)
     return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
 
@@ -179,6 +179,7 @@ def infill(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
     canvas = holed_canvas(tokens, masked, valid, denoiser.spec, _seeds("tokens", tokens, options))
+    canvas = _placed(canvas, denoiser)
     if plan is None:
         uses_windows = head is not None and chosen.decode != "independent"
         plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
@@ -261,6 +262,14 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ArgumentError(f"{unknown[0]}: no such option; see df.infill and df.DecodingConfig for those there are")
     return taken
+
+
+def _placed(canvas: Canvas, denoiser: Denoiser) -> Canvas:
+    """Return a canvas that nothing was written to where the denoiser is, if it says where."""
+    device = getattr(denoiser, "device", canvas.tokens.device)
+    return replace(
+        canvas, **{name: getattr(canvas, name).to(device) for name in ("tokens", "valid", "masked", "seeds")}
+    )
 
 
 def _seeds(name: str, rows: Any, options: dict[str, Any]) -> Tensor:

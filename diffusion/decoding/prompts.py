@@ -30,6 +30,7 @@ def holed_canvas(
     """Return a canvas whose positions ``masked``, or those that hold the mask token, are to be filled."""
     tokens, is_valid = padded_rows("tokens", tokens, valid, spec, at_left=False)
     check_length("tokens", tokens.shape[1], spec)
+    masked = masked.to(tokens.device) if isinstance(masked, Tensor) else masked
     if masked is None:
         masked = tokens == spec.mask_id
     elif not isinstance(masked, Tensor) or masked.shape != tokens.shape or masked.dtype != torch.bool:
@@ -91,7 +92,8 @@ def padded_rows(
         is_mask = valid.dtype == torch.bool or bool(((valid == 0) | (valid == 1)).all())
         if not is_mask:
             raise ArgumentError(f"valid: expected bool, or zeros and ones, got {_kind(valid)}")
-        return tokens.masked_fill(~valid.bool(), spec.pad_id), valid.bool().to(tokens.device)
+        is_valid = valid.bool().to(tokens.device)
+        return tokens.masked_fill(~is_valid, spec.pad_id), is_valid
     if valid is not None:
         raise ArgumentError(f"valid: rows of different lengths know what is padding; give {name} as a tensor with it")
     rows = [_checked_ids(name, torch.as_tensor(row), spec) for row in given]
