@@ -119,8 +119,13 @@ class TableLayer(InputLayer):
         query: Tensor,
         generator: torch.Generator | RowGenerators | None,
     ) -> Tensor:
-        """Choose a value of n reached units, int64 (n,)."""
-        return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
+        """Choose a value of n reached units, int64 (n,); among listed ones without looking at the others."""
+        if evidence.values is None or evidence.log_factors is None or evidence.missing is not None:
+            return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
+        values = evidence.values[query, self.variables[node]].long()  # (n, k)
+        scores = weights.log[self.parameter_rows.index[node].unsqueeze(1), values, unit.unsqueeze(1)]
+        scores = scores + evidence.log_factors[query, self.variables[node]].to(scores.dtype)
+        return values.gather(1, semiring.choose(scores, generator).unsqueeze(1)).squeeze(1)
 
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
         """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""

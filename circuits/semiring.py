@@ -57,8 +57,12 @@ class Semiring(ABC):
         table: Tensor | None = None,  # shape: (V, K), exp(log_table)
     ) -> Tensor:  # shape: (n, K, *E)
         """Add up over j the products of factor (n, j) and table row ``values[n, j]``."""
-        rows = log_table[values].transpose(1, 2)  # (n, K, k)
-        return self.contract(rows, self.lift(log_factors.unsqueeze(-1))).squeeze(2)
+        chunk = max(1, _MAX_CHUNK // max(1, values.shape[1] * log_table.shape[1]))
+        pieces = []
+        for listed, factors in zip(values.split(chunk), log_factors.split(chunk), strict=True):
+            rows = log_table[listed].transpose(1, 2)  # (n, K, k)
+            pieces.append(self.contract(rows, self.lift(factors.unsqueeze(-1))).squeeze(2))
+        return torch.cat(pieces)
 
 
 class LogSemiring(Semiring):

@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
+
+if TYPE_CHECKING:
+    from circuits import Sum
+    from circuits.passes import Banks
 
 Normalization = Literal["global", "local"]
 T = TypeVar("T")
@@ -94,8 +98,8 @@ class CoupledDistribution(CircuitDistribution):
         masked: Tensor,  # shape: (B, L)
         *,
         normalization: Normalization = "global",
-        latents: Mapping[Any, Tensor] | None = None,
-        weights: Any = None,
+        latents: Mapping[Sum | str, Tensor] | None = None,
+        weights: Banks | None = None,
         absent: Tensor | None = None,  # shape: (B, L)
     ) -> CoupledDistribution:
         """Couple a circuit to a prediction of all tokens or of listed ones; nothing else is made dense.
@@ -150,8 +154,8 @@ class CoupledDistribution(CircuitDistribution):
         tokens: Tensor,
         masked: Tensor,
         normalization: Normalization,
-        latents: Mapping[Any, Tensor] | None,
-        weights: Any,
+        latents: Mapping[Sum | str, Tensor] | None,
+        weights: Banks | None,
         absent: Tensor | None = None,
     ) -> None:
         _check_circuit(pc)
@@ -187,7 +191,7 @@ class CoupledDistribution(CircuitDistribution):
         tokens: Tensor,
         masked: Tensor,
         normalization: Normalization,
-        weights: Any,
+        weights: Banks | None,
     ) -> None:
         super().__init__(pc, evidence, weights=weights)
         self.prediction = prediction

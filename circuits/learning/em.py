@@ -28,6 +28,7 @@ from circuits.learning._arguments import check_em_options
 from circuits.learning.entropy import entropic_maximum
 from circuits.passes import Banks
 from circuits.precision import own_precision
+from circuits.queries._common import refuse_relative
 from circuits.semiring import LogSemiring
 
 BankFlows = dict[str, Tensor]
@@ -67,9 +68,10 @@ def expected_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
-        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which; or it is relative.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    refuse_relative(given, "counting flows")  # those of what it is relative to would be subtracted
     if pc.circuit.num_classes is not None and given.classes is None:
         raise passes.class_needed(pc)
     if not given.batch_size:

@@ -10,6 +10,7 @@ from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
 from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
 from circuits.precision import own_precision
+from circuits.queries._common import refuse_relative
 from circuits.semiring import LogSemiring, MaxSemiring
 
 
@@ -36,8 +37,10 @@ def viterbi_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
+        PropertyError: the evidence is relative to other evidence.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    refuse_relative(given, "counting flows")
     given.check(pc.num_categories)
     if not given.batch_size:
         return flows_of_nothing(pc)

@@ -201,7 +201,7 @@ def sample(
     outputs = passes.upward(pc, semiring, evaluate(pc, semiring, given, banks), banks, keep=True)
     checked_possible(_root(outputs))
     num_nodes = sum(size for size, _ in pc.layer_sizes)
-    per_pass = max(1, _MAX_REACHED // (num_nodes * given.batch_size))
+    per_pass = max(1, _MAX_REACHED // max(1, num_nodes * given.batch_size))
     draws = []
     for start in range(0, num_samples, per_pass):
         count = min(per_pass, num_samples - start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Plan
-from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, num_rows, prompted_canvas
+from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
@@ -127,8 +127,9 @@ def generate(
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
-    seeds = _seeds("prompt", prompt, options)
-    canvas = _placed(prompted_canvas(prompt, valid, gen_length, denoiser.spec, seeds), denoiser)
+    rows = _rows("prompt", prompt, denoiser)
+    seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
+    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds)
     plan = plan or Blocks(block_length, num_steps)
     return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
 
@@ -178,8 +179,9 @@ def infill(
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
-    canvas = holed_canvas(tokens, masked, valid, denoiser.spec, _seeds("tokens", tokens, options))
-    canvas = _placed(canvas, denoiser)
+    rows = _rows("tokens", tokens, denoiser)
+    seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
+    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds)
     if plan is None:
         uses_windows = head is not None and chosen.decode != "independent"
         plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
@@ -264,19 +266,11 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
-def _placed(canvas: Canvas, denoiser: Denoiser) -> Canvas:
-    """Return a canvas that nothing was written to where the denoiser is, if it says where."""
-    device = getattr(denoiser, "device", canvas.tokens.device)
-    return replace(
-        canvas, **{name: getattr(canvas, name).to(device) for name in ("tokens", "valid", "masked", "seeds")}
-    )
-
-
-def _seeds(name: str, rows: Any, options: dict[str, Any]) -> Tensor:
-    count = num_rows(name, rows)
-    first = rows if isinstance(rows, Tensor) else rows[0]
-    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
-    return checked_seeds(options.pop("seeds", None), options.pop("generator", None), count, device)
+def _rows(name: str, rows: Rows, denoiser: Denoiser) -> list[Tensor]:
+    """Return rows of token ids, int64 (P,) each, where the denoiser is, if it says where."""
+    parts = token_rows(name, rows, denoiser.spec)
+    device = getattr(denoiser, "device", parts[0].device)
+    return [part.to(device) for part in parts]
 
 
 def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:

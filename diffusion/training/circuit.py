@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
@@ -70,8 +71,8 @@ def fit_coupled(
     These are the circuit's weights and, where the head has one, its calibration.
 
     The gradient with respect to the log-weights is the flows at the true tokens minus the flows under the evidence (Li
-    et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated with the same arguments continues,
-    and ends like one that was not interrupted.
+    et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated from the same weights with the same
+    arguments continues, and ends like one that was not interrupted.
 
     Args:
         head: whose circuit and calibration are trained, with the head's normalisation.
@@ -86,7 +87,7 @@ def fit_coupled(
 
     Raises:
         ArgumentError: cache and circuit do not fit together, or the loss is not finite.
-        CheckpointError: the checkpoint is corrupt or of another run.
+        CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
     """
     config = config or CircuitTraining()
     if cache.block_length != head.block_length or {cache.vocab_size} != set(head.pc.circuit.num_categories):
@@ -99,7 +100,7 @@ def fit_coupled(
         Path(checkpoint_path) if checkpoint_path is not None else None,
         {
             "configuration": json.dumps(asdict(config)),
-            "circuit": repr([(name, tuple(p.shape)) for name, p in head.named_parameters()]) + head.normalization,
+            "head": _description(head),
             "cache": cache.digest,
             "held-out cache": "none" if held_out is None else held_out.digest,
         },
@@ -153,6 +154,23 @@ def coupled_loss(
         total += float(losses.double().sum())
         num_blocks += len(losses)
     return total / num_blocks if num_blocks else math.nan
+
+
+def _description(head: CoupledHead) -> str:
+    """Return a hash of what a head is but for its weights: structure, parts, their settings, and what is fitted."""
+    told = [repr(head.pc.circuit)]
+    for name, part in head.named_modules():
+        settings = {key: value for key, value in sorted(vars(part).items()) if _is_setting(key, value)}
+        told.append(f"{name}: {type(part).__qualname__} {settings}")
+    told += [
+        f"{name}: {tuple(parameter.shape)} {parameter.requires_grad}" for name, parameter in head.named_parameters()
+    ]
+    return digest(*told)
+
+
+def _is_setting(name: str, value: object) -> bool:
+    is_used = name not in ("training", "activation_threshold", "temperature") and not name.startswith("_")
+    return is_used and (value is None or isinstance(value, (bool, int, float, str)))
 
 
 def _loss(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:

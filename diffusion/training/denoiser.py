@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError
 from diffusion.text.corpus import random_windows, windows
-from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve, fingerprint
+from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 __all__ = ["DenoiserTraining", "TrainingCurve", "held_out_loss", "train_denoiser"]
@@ -96,7 +97,8 @@ def train_denoiser(
     block tokens at random and lowers the cross-entropy at the masked ones with AdamW.
 
     All randomness of an update derives from the seed and the update's number. So a run that was interrupted anywhere
-    and is started again with the same arguments and ``checkpoint_path`` ends like one that was not, on one machine.
+    and is started again from the same weights, with the same arguments and ``checkpoint_path``, ends like one that was
+    not, on one machine. A model with other weights, but for those in the checkpoint, is refused.
 
     Args:
         model: the denoiser, on the device to train on.
@@ -110,7 +112,8 @@ def train_denoiser(
         The learning curve, from the first update on, also when the run was continued.
 
     Raises:
-        CheckpointError: the checkpoint is corrupt, or of another model, configuration or text.
+        CheckpointError: the checkpoint is corrupt, or of another model, configuration or text, or of a run that started
+            from other weights.
         CorpusError: a token stream is shorter than a window.
         ArgumentError: a token is outside the model's vocabulary.
     """
@@ -121,8 +124,8 @@ def train_denoiser(
         {
             "configuration": json.dumps(asdict(config)),
             "model": json.dumps(asdict(model.config)),
-            "training text": fingerprint(train_tokens),
-            "held-out text": fingerprint(held_out_tokens),
+            "training text": digest(train_tokens),
+            "held-out text": digest(held_out_tokens),
         },
     )
     state = checkpoint.restore(model, optimizer)
