@@ -14,7 +14,6 @@ from torch import Tensor
 
 import circuits as ct
 import diffusion as df
-from diffusion.decoding.step import DecodeOptions, decode_step
 
 LENGTH, NUM_STATES, TOP_K = 32, 1024, 1024
 MODELS = {"LLaDA": 126_464, "Dream": 152_064}
@@ -162,24 +161,48 @@ def bare_coupling(pc: ct.CompiledCircuit, batch_size: int, top_k: int | None, dt
     return lambda: (bag(listed, table, mode="sum", per_sample_weights=shares), transitions())
 
 
+class FixedDenoiser:
+    """A denoiser that costs nothing: the same logits whatever is visible."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.fixed = logits[0]
+        self.device = logits.device
+        num_positions, num_tokens = self.fixed.shape
+        last = num_tokens - 1
+        self.spec = df.DenoiserSpec(
+            vocab_size=num_tokens,
+            mask_id=last,
+            pad_id=last,
+            eos_ids=(),
+            forbidden_ids=(last,),
+            max_length=num_positions,
+        )
+
+    def logits(self, tokens: Tensor, *, window: tuple[int, int] | None = None, **_: object) -> Tensor:
+        """Return the logits of a window, (B, L, V)."""
+        return self.fixed[slice(*(window or (0, tokens.shape[1])))].expand(len(tokens), -1, -1)
+
+
 def decoding(section: Section) -> None:
-    """One decoding step of one block, and what a CUDA graph of it would save."""
+    """One block decoded in every mode, and what a CUDA graph of the circuit's part would save."""
     pc = coupled_circuit(section, section.size(MODELS["LLaDA"], 50))
-    top_k = section.size(TOP_K, 5)
-    logits, tokens, masked = problem(pc, 1)
-    counts = torch.full((1,), section.size(8, 2), device=pc.device)
-    head = df.CoupledHead(pc, activation_threshold=1.0, top_k=top_k)
-    generator = torch.Generator(pc.device).manual_seed(0)
-    floor = "bare, float32"
+    top_k, num_steps = section.size(TOP_K, 5), section.size(4, 2)
+    logits, _, _ = problem(pc, 1)
+    denoiser, head = FixedDenoiser(logits), df.CoupledHead(pc, top_k=top_k)
+    canvas = torch.full(logits.shape[:2], denoiser.spec.mask_id, device=pc.device)
+    floor = f"{num_steps} x bare, float32"
 
-    def step(decode: str) -> Built:
-        options = DecodeOptions(decode=decode)
-        arguments = {"head": head, "options": options, "generator": generator}
-        return lambda: no_grad(lambda: decode_step(logits, tokens, masked, counts, **arguments))
+    def block(decode: df.decoding.config.DecodeMode) -> Built:
+        options = {"head": head, "decode": decode, "temperature": 1.0, "seeds": [0]}
+        return lambda: lambda: df.infill(denoiser, canvas, plan=df.Anywhere(num_steps), **options)
 
-    steps: dict[str, Built] = {floor: lambda: bare_coupling(pc, 1, top_k, torch.float32)}
-    steps |= {f"decode={name!r}": step(name) for name in ("independent", "latent", "marginal", "any_order", "joint")}
-    section.compare(f"a step, B=1, top-k {top_k}, {int(counts)} of {int(masked.sum())} masked", steps, floor=floor)
+    def bare() -> Timed:
+        once = bare_coupling(pc, 1, top_k, torch.float32)
+        return lambda: [once() for _ in range(num_steps)]
+
+    steps: dict[str, Built] = {floor: bare}
+    steps |= {f"decode={name!r}": block(name) for name in df.decoding.config.MODES}
+    section.compare(f"a block of {canvas.shape[1]} in {num_steps} steps, B=1, top-k {top_k}", steps, floor=floor)
 
     log_z, marginals = evidence_to_answers(pc, logits, top_k)
     eager: dict[str, Built] = {"eager, log Z": lambda: no_grad(log_z), "eager, marginals": lambda: marginals}
@@ -190,7 +213,7 @@ def decoding(section: Section) -> None:
     section.compare("CUDA graphs of the traced path", eager | graphs, floor="eager, log Z")
     checked: dict[str, Built] = {  # last: a capture that fails may leave the process unfit for anything else
         "CUDA graph of the eager path, log Z": lambda: captured(no_grad(log_z), pc.device),
-        "CUDA graph of a latent step": lambda: captured(step("latent")(), pc.device),
+        "CUDA graph of a block": lambda: captured(block("joint")(), pc.device),
     }
     section.compare("CUDA graphs of the eager path", eager | checked, floor="eager, log Z")
 

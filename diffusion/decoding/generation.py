@@ -127,7 +127,7 @@ def generate(
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
-    rows = token_rows("prompt", prompt, denoiser.spec)
+    rows = _rows("prompt", prompt, denoiser)
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
     constraint = options.pop("constraint", None)
     canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds, constraint)
@@ -182,7 +182,7 @@ def infill(
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
-    rows = token_rows("tokens", tokens, denoiser.spec)
+    rows = _rows("tokens", tokens, denoiser)
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
     constraint = options.pop("constraint", None)
     canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds, constraint)
@@ -268,6 +268,13 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ArgumentError(f"{unknown[0]}: no such option; see df.infill and df.DecodingConfig for those there are")
     return taken
+
+
+def _rows(name: str, rows: Rows, denoiser: Denoiser) -> list[Tensor]:
+    """Return rows of token ids, int64 (P,) each, where the denoiser is, if it says where."""
+    parts = token_rows(name, rows, denoiser.spec)
+    device = getattr(denoiser, "device", parts[0].device)
+    return [part.to(device) for part in parts]
 
 
 def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:

@@ -45,6 +45,7 @@ def holed_canvas(
     """Return a canvas whose positions ``masked``, or those that hold the mask token, are to be filled."""
     tokens, is_valid = padded_rows("tokens", rows, valid, spec, at_left=False)
     check_length("tokens", tokens.shape[1], spec)
+    masked = masked.to(tokens.device) if isinstance(masked, Tensor) else masked
     if masked is None:
         masked = tokens == spec.mask_id
     elif not isinstance(masked, Tensor) or masked.shape != tokens.shape or masked.dtype != torch.bool:

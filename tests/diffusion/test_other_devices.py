@@ -20,8 +20,9 @@ from diffusion import (
     cache_logits,
     fit_coupled,
     generate,
+    infill,
 )
-from diffusion.decoding.config import DecodeMode
+from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.evaluation.few_steps import few_step_quality
 from diffusion.evaluation.gap import misspecification_gap
 from diffusion.training.denoiser import DenoiserTraining, held_out_loss, train_denoiser
@@ -36,7 +37,7 @@ def circuit(device="cpu", dtype=torch.float32):
 
 
 def head(device="cpu", **options):
-    return CoupledHead(circuit(device), activation_threshold=1.0, **options)
+    return CoupledHead(circuit(device), **options)
 
 
 def transformer(device="cpu"):
@@ -76,8 +77,8 @@ def problem(device="cpu"):
     return logits.to(device), tokens.to(device), masked.to(device)
 
 
-def greedy(device, decode, prompt):
-    options = {"gen_length": 2 * L, "block_length": L, "num_steps": 4, "decode": decode, "temperature": 0.0}
+def greedy(device, decode, prompt, **options):
+    options = {"gen_length": 2 * L, "block_length": L, "num_steps": 4, "decode": decode, **options}
     return generate(TableDenoiser(device), prompt, head=head(device), **options)
 
 
@@ -107,7 +108,7 @@ def test_coupled_samples_follow_their_marginals(elsewhere):
     torch.testing.assert_close(frequencies, dist.marginal_probs.detach().cpu(), rtol=0, atol=0.04)
 
 
-@pytest.mark.parametrize("decode", ["independent", "marginal", "any_order", "joint"])
+@pytest.mark.parametrize("decode", typing.get_args(DecodeMode))
 def test_greedy_text(decode, elsewhere):
     prompt = torch.tensor([[0, 1, 2], [3, 4, 5]])
     there = greedy(elsewhere.device, decode, prompt.to(elsewhere.device))
@@ -122,20 +123,40 @@ def test_prompts_go_where_the_denoiser_is(prompt, elsewhere):
     assert torch.equal(there.tokens.cpu(), greedy("cpu", "marginal", prompt).tokens)
 
 
-@pytest.mark.parametrize("decode", typing.get_args(DecodeMode))
-@pytest.mark.parametrize("strategy", ["random", "threshold"])
-def test_drawn_text(decode, strategy, elsewhere):
-    options = {"gen_length": 2 * L, "block_length": L, "num_steps": 4, "decode": decode, "strategy": strategy}
-    with_head = CoupledHead(
-        circuit(elsewhere.device), 0.9, top_k=4, calibration=NoiseCalibration(V).to(elsewhere.device)
-    )
-    prompt = torch.tensor([[0, 1, 2]] * 3, device=elsewhere.device)
+def test_holes_go_where_the_denoiser_is(elsewhere):
+    tokens, masked = torch.tensor([[0, 8, 2, 3, 8, 1, 7]]), torch.tensor([[0, 1, 0, 1, 1, 0, 0]]).bool()
     texts = [
-        generate(TableDenoiser(elsewhere.device), prompt, head=with_head, generator=elsewhere.generator(), **options)
-        for _ in range(2)
+        infill(TableDenoiser(device), given, masked, valid=(tokens != 7), head=head(device)).tokens.cpu()
+        for device, given in (
+            ("cpu", tokens),
+            (elsewhere.device, tokens),
+            (elsewhere.device, tokens.to(elsewhere.device)),
+        )
     ]
-    assert torch.equal(texts[0].tokens.cpu(), texts[1].tokens.cpu())
-    assert bool((texts[0].generated < 7).all())
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+
+
+MIXED = [(mode, "entropy") for mode in typing.get_args(DecodeMode)]
+MIXED += [("latent", strategy) for strategy in typing.get_args(Strategy)]
+
+
+@pytest.mark.parametrize(("decode", "strategy"), MIXED)
+def test_drawn_text_is_that_of_its_seeds(decode, strategy, elsewhere):
+    options = {"strategy": strategy, "temperature": 1.0, "seeds": [3, 4], "gen_length": L, "num_steps": 2}
+    prompt = [[0, 1, 2], [3]]
+    there = greedy(elsewhere.device, decode, prompt, **options)
+    assert torch.equal(there.tokens.cpu(), greedy("cpu", decode, prompt, **options).tokens)
+
+
+def test_conditioned_text(elsewhere):
+    calibration = NoiseCalibration(V).to(elsewhere.device)
+    with_head = CoupledHead(circuit(elsewhere.device), 0.9, top_k=4, calibration=calibration)
+    out = generate(
+        TableDenoiser(elsewhere.device), [[0, 1, 2]], gen_length=2 * L, block_length=L, num_steps=4, head=with_head,
+        temperature=1.0, generator=elsewhere.generator(),
+    )  # fmt: skip
+    assert bool((out.generated < 7).all())
 
 
 def test_saved_heads(elsewhere, tmp_path):
