@@ -88,7 +88,7 @@ def load_corpus(
     train, held_out = _split(documents, held_out_fraction, seed)
     if not train or (held_out_fraction > 0 and not held_out):
         raise CorpusError(
-            f"{name} has {len(documents)} document(s), too few to hold out {held_out_fraction:.0%}: "
+            f"{name} has {len(documents)} document(s), too few to hold out a share of {held_out_fraction:g}: "
             "separate documents by blank lines, or pass held_out_fraction=0"
         )
     return Corpus(name, train, held_out)
