@@ -386,6 +386,11 @@ class Evidence:
                 f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
                 f"(shape {tuple(self._stored.shape)})"
             )
+        if self.device != num_categories.device:
+            raise ArgumentError(
+                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
+                "with evidence.to(pc.device), or x.to(pc.device)"
+            )
         if self.values is not None:
             check_range(self.values, num_categories.unsqueeze(-1), "x")
         elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):

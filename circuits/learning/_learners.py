@@ -242,7 +242,8 @@ def build_learner(
         raise ArgumentError(
             f"optimizer: none of the parameters of {type(built).__name__} takes a gradient; call pc.requires_grad_()"
         )
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in built.param_groups]
+    names = {id(p): f"{name}{'' if p.requires_grad else ' (fixed)'}" for name, p in pc.named_parameters()}
+    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in built.param_groups]
     return GradientLearner(pc, built), f"{type(built).__name__} {groups}"
 
 

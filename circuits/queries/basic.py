@@ -137,22 +137,22 @@ def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks 
 
     Args:
         pc: the circuit.
-        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`), nothing missing.
+        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`).
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
-        (B, D, k), rows sum to 1: values that are not listed are impossible. Differentiable like :func:`marginals`.
+        (B, D, k), rows sum to 1, those of missing variables to 0. Differentiable like :func:`marginals`.
 
     Raises:
-        ArgumentError: the evidence lists no values, or a variable is missing.
+        ArgumentError: the evidence lists no values.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     factors, values = evidence.log_factors, evidence.values
-    if factors is None or values is None or (evidence.missing is not None and bool(evidence.missing.any())):
-        raise ArgumentError("evidence: expected listed values with factors and no missing variables; see marginals")
+    if factors is None or values is None:
+        raise ArgumentError("evidence: expected listed values with factors; see marginals for other kinds")
 
     def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-        listed = evidence.with_factors(factors, values)
+        listed = evidence.with_factors(factors, values, evidence.missing)
         return checked_possible(one_per_query(pc, pc.log_partition(listed, banks)))
 
     return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.digests import digest
 from diffusion.errors import ArgumentError, CorpusError
 
 ARITHMETIC_DOCUMENTS = 2_000
@@ -31,6 +32,11 @@ class Corpus:
     name: str
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all documents, and of which of them are held out."""
+        return digest("train", *self.train, "held out", *self.held_out)
 
 
 def load_corpus(
