@@ -13,7 +13,7 @@ from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Plan
-from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, num_rows, prompted_canvas
+from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
@@ -127,8 +127,9 @@ def generate(
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
-    seeds = _seeds("prompt", prompt, options)
-    canvas = prompted_canvas(prompt, valid, gen_length, denoiser.spec, seeds)
+    rows = token_rows("prompt", prompt, denoiser.spec)
+    seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
+    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds)
     plan = plan or Blocks(block_length, num_steps)
     return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
 
@@ -178,7 +179,9 @@ def infill(
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
-    canvas = holed_canvas(tokens, masked, valid, denoiser.spec, _seeds("tokens", tokens, options))
+    rows = token_rows("tokens", tokens, denoiser.spec)
+    seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
+    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds)
     if plan is None:
         uses_windows = head is not None and chosen.decode != "independent"
         plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
@@ -261,13 +264,6 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ArgumentError(f"{unknown[0]}: no such option; see df.infill and df.DecodingConfig for those there are")
     return taken
-
-
-def _seeds(name: str, rows: Any, options: dict[str, Any]) -> Tensor:
-    count = num_rows(name, rows)
-    first = rows if isinstance(rows, Tensor) else rows[0]
-    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
-    return checked_seeds(options.pop("seeds", None), options.pop("generator", None), count, device)
 
 
 def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:

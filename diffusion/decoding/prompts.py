@@ -15,7 +15,9 @@ from diffusion.errors import ArgumentError
 Rows = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
-def prompted_canvas(prompt: Rows, valid: Tensor | None, gen_length: int, spec: DenoiserSpec, seeds: Tensor) -> Canvas:
+def prompted_canvas(
+    prompt: Sequence[Tensor], valid: Tensor | None, gen_length: int, spec: DenoiserSpec, seeds: Tensor
+) -> Canvas:
     """Return a canvas of prompts, padded at the left, and ``gen_length`` masks; masks in a prompt are holes to fill."""
     tokens, is_valid = padded_rows("prompt", prompt, valid, spec, at_left=True)
     check_length("prompt", tokens.shape[1] + gen_length, spec)
@@ -25,10 +27,10 @@ def prompted_canvas(prompt: Rows, valid: Tensor | None, gen_length: int, spec: D
 
 
 def holed_canvas(
-    tokens: Rows, masked: Tensor | None, valid: Tensor | None, spec: DenoiserSpec, seeds: Tensor
+    rows: Sequence[Tensor], masked: Tensor | None, valid: Tensor | None, spec: DenoiserSpec, seeds: Tensor
 ) -> Canvas:
     """Return a canvas whose positions ``masked``, or those that hold the mask token, are to be filled."""
-    tokens, is_valid = padded_rows("tokens", tokens, valid, spec, at_left=False)
+    tokens, is_valid = padded_rows("tokens", rows, valid, spec, at_left=False)
     check_length("tokens", tokens.shape[1], spec)
     if masked is None:
         masked = tokens == spec.mask_id
@@ -42,8 +44,9 @@ def holed_canvas(
     return Canvas(tokens.masked_fill(masked, spec.mask_id), is_valid, masked, 0, seeds, spec)
 
 
-def checked_seeds(seeds: Any, generator: torch.Generator | None, batch_size: int, device: torch.device) -> Tensor:
+def checked_seeds(seeds: Any, generator: torch.Generator | None, rows: Sequence[Tensor]) -> Tensor:
     """Return one seed per row, int64 (B,): those given, or drawn from the generator, or from fresh entropy."""
+    batch_size, device = len(rows), rows[0].device
     if seeds is None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ArgumentError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
@@ -60,50 +63,83 @@ def checked_seeds(seeds: Any, generator: torch.Generator | None, batch_size: int
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def num_rows(name: str, rows: Any) -> int:
-    """Return how many rows were given; raise ArgumentError if it is none, or no sequence of rows."""
-    is_sequence = isinstance(rows, (Tensor, Sequence)) and not isinstance(rows, (str, bytes))
-    if not is_sequence or (isinstance(rows, Tensor) and rows.dim() != 2) or not len(rows):
-        raise ArgumentError(
-            f"{name}: expected int64 (B, P), or B >= 1 sequences of token ids, got {_kind(rows)}; encode text with the "
-            "tokenizer first"
-        )
-    return len(rows)
+def token_rows(name: str, rows: Rows, spec: DenoiserSpec) -> list[Tensor]:
+    """Return rows of token ids as int64 tensors (P,) of perhaps different lengths.
+
+    Raises:
+        ArgumentError: no rows, or rows of anything but ids of the denoiser's tokens.
+    """
+    expected = f"{name}: expected int64 (B, P) or a sequence of B >= 1 sequences of token ids"
+    if isinstance(rows, str) or (isinstance(rows, Sequence) and any(isinstance(row, str) for row in rows)):
+        raise ArgumentError(f"{expected}, got text; encode it with the denoiser's tokenizer")
+    try:
+        parts = [torch.as_tensor(row) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{expected}, got {type(rows).__name__}: {error}") from error
+    if not parts or any(part.dim() != 1 for part in parts):
+        raise ArgumentError(f"{expected}, got {type(rows).__name__} with {len(parts)} rows; one prompt is a row too")
+    for part in parts:
+        if part.numel() and (part.is_floating_point() or part.is_complex() or part.dtype == torch.bool):
+            raise ArgumentError(f"{expected}, got {part.dtype}; token ids are whole numbers")
+        outside = (part < 0) | (part >= spec.vocab_size)
+        if bool(outside.any()):
+            raise ArgumentError(
+                f"{name}: expected token ids from 0 to {spec.vocab_size - 1}, got {int(part[outside][0])}"
+            )
+    return [part.long() for part in parts]
 
 
 def padded_rows(
-    name: str, given: Rows, valid: Tensor | None, spec: DenoiserSpec, *, at_left: bool
+    name: str, rows: Sequence[Tensor], valid: Tensor | None, spec: DenoiserSpec, *, at_left: bool
 ) -> tuple[Tensor, Tensor]:
     """Return token rows as int64 (B, P), padded to the longest, and which of it is no padding, bool (B, P).
 
-    In a tensor without ``valid``, padding tokens in front of a row are padding, where padding is no text.
+    Args:
+        name: the argument's, for messages.
+        rows: int64 tensors of perhaps different lengths.
+        valid: bool (B, P), or zeros and ones, for rows of one length. None: padding tokens at the left of a row (or, of
+            canvases, at either end) are padding, as tokenizers write it, where ``spec.pad_id`` is no token that can be
+            generated.
+        spec: of the denoiser.
+        at_left: where shorter rows are padded.
+
+    Raises:
+        ArgumentError: ``valid`` does not fit, or padding tokens stand among the others.
     """
-    num_rows(name, given)
-    if isinstance(given, Tensor):
-        tokens = _checked_ids(name, given, spec)
-        if valid is None:
-            is_pad = tokens == spec.pad_id
-            if spec.pad_id in spec.forbidden_ids and spec.pad_id != spec.mask_id and bool(is_pad.any()):
-                return tokens, ~(is_pad.long().cumprod(1) > 0)
-            return tokens, torch.ones_like(tokens, dtype=torch.bool)
-        if not isinstance(valid, Tensor) or valid.shape != tokens.shape:
-            raise ArgumentError(f"valid: expected bool of shape {tuple(tokens.shape)}, got {_kind(valid)}")
-        is_mask = valid.dtype == torch.bool or bool(((valid == 0) | (valid == 1)).all())
-        if not is_mask:
-            raise ArgumentError(f"valid: expected bool, or zeros and ones, got {_kind(valid)}")
-        return tokens.masked_fill(~valid.bool(), spec.pad_id), valid.bool().to(tokens.device)
-    if valid is not None:
-        raise ArgumentError(f"valid: rows of different lengths know what is padding; give {name} as a tensor with it")
-    rows = [_checked_ids(name, torch.as_tensor(row), spec) for row in given]
-    if any(row.dim() != 1 for row in rows):
-        raise ArgumentError(f"{name}: expected sequences of token ids, got one of shape {tuple(rows[0].shape)}")
     length = max(map(len, rows))
     tokens = torch.full((len(rows), length), spec.pad_id, device=rows[0].device)
     is_valid = torch.zeros(len(rows), length, dtype=torch.bool, device=rows[0].device)
     for i, row in enumerate(rows):
         place = slice(length - len(row), length) if at_left else slice(0, len(row))
         tokens[i, place], is_valid[i, place] = row, True
+    if valid is not None:
+        return _with_valid(tokens, valid, spec, is_ragged=not bool(is_valid.all()))
+    if spec.pad_id in spec.forbidden_ids and spec.pad_id != spec.mask_id:
+        is_pad = tokens == spec.pad_id
+        outer = is_pad.long().cumprod(1).bool()
+        if not at_left:
+            outer |= is_pad.flip(1).long().cumprod(1).bool().flip(1)
+        if bool((is_pad & ~outer).any()):
+            row, position = (is_pad & ~outer).nonzero()[0].tolist()
+            where = "at the left only" if at_left else "at the ends only"
+            raise ArgumentError(
+                f"{name}: expected padding ({spec.pad_id}) {where}, got one at position {position} of row {row}; give "
+                "each row its tokens alone, or say what is padding with valid="
+            )
+        is_valid &= ~outer
     return tokens, is_valid
+
+
+def _with_valid(tokens: Tensor, valid: Any, spec: DenoiserSpec, *, is_ragged: bool) -> tuple[Tensor, Tensor]:
+    is_mask = isinstance(valid, Tensor) and valid.shape == tokens.shape
+    if not is_mask or not (valid.dtype == torch.bool or bool(((valid == 0) | (valid == 1)).all())):
+        raise ArgumentError(
+            f"valid: expected bool, or zeros and ones, of shape {tuple(tokens.shape)}, got {_kind(valid)}"
+        )
+    if is_ragged:
+        raise ArgumentError("valid: rows of different lengths know what is padding; give either them or valid")
+    is_valid = valid.bool().to(tokens.device)
+    return tokens.masked_fill(~is_valid, spec.pad_id), is_valid
 
 
 def check_length(name: str, length: int, spec: DenoiserSpec) -> None:
@@ -113,18 +149,6 @@ def check_length(name: str, length: int, spec: DenoiserSpec) -> None:
             f"{name}: expected at most the denoiser's {spec.max_length} positions in all, got {length}; shorten the "
             "text, or generate less"
         )
-
-
-def _checked_ids(name: str, ids: Tensor, spec: DenoiserSpec) -> Tensor:
-    if not ids.numel():
-        return ids.long()
-    if ids.dtype in (torch.bool,) or ids.is_floating_point() or ids.is_complex():
-        raise ArgumentError(f"{name}: expected integers, the ids of tokens, got {_kind(ids)}")
-    ids = ids.long().clone()
-    outside = (ids < 0) | (ids >= spec.vocab_size)
-    if bool(outside.any()):
-        raise ArgumentError(f"{name}: expected token ids from 0 to {spec.vocab_size - 1}, got {int(ids[outside][0])}")
-    return ids
 
 
 def _kind(value: Any) -> str:

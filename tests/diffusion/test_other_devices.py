@@ -21,7 +21,7 @@ from diffusion import (
     fit_coupled,
     generate,
 )
-from diffusion.decoding.step import DecodeMode
+from diffusion.decoding.config import DecodeMode
 from diffusion.evaluation.few_steps import few_step_quality
 from diffusion.evaluation.gap import misspecification_gap
 from diffusion.training.denoiser import DenoiserTraining, held_out_loss, train_denoiser

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import circuits as ct
 import diffusion
-from diffusion import CoupledDistribution, CoupledHead, DenoiserSpec, Prediction, generate
-from diffusion.decoding.step import DecodeOptions, decode_step
+from diffusion import Anywhere, CoupledDistribution, CoupledHead, DecodingConfig, DenoiserSpec, Prediction, generate
+from diffusion.decoding.prompts import holed_canvas
+from diffusion.decoding.step import decode_step
 from diffusion.errors import ArgumentError
 
 V, MASK, PAD = 6, 5, 4
@@ -266,13 +267,14 @@ def test_nothing_as_large_as_the_logits_is_made_once_the_best_tokens_are_listed(
     head = CoupledHead(pc, normalization=normalization, top_k=5)
     spec = {"vocab_size": num_tokens, "mask_id": 0, "pad_id": 0, "forbidden_ids": (0,)}
     told = Table(torch.randn(length, num_tokens, generator=torch.Generator().manual_seed(0)), **spec)
-    tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+    tokens = torch.full((batch_size, length), told.spec.mask_id)
+    canvas = holed_canvas(list(tokens), None, None, told.spec, torch.arange(batch_size))
+    look = next(Anywhere(-(-length // 3)).looks(canvas))
     said = Prediction.ask(told, tokens, top_k=head.top_k)
-    options = DecodeOptions(decode=decode, temperature=temperature, strategy="entropy")
+    config = DecodingConfig(decode=decode, temperature=temperature, strategy="entropy")
     with torch.no_grad(), Largest() as largest:
-        step = decode_step(said, tokens, tokens == 0, torch.full((batch_size,), 3), head=head, options=options)
-    assert step.committed.sum() == 3 * batch_size
-    assert (step.tokens[step.committed] != 0).all()
+        decode_step(canvas, look, said, Anywhere(), head, config)
+    assert (~canvas.masked).sum() == 3 * batch_size
     assert largest.numel < batch_size * length * num_tokens / 4
 
 

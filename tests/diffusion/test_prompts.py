@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion import DenoiserSpec, generate
-from diffusion.decoding.prompts import padded_prompts
+from diffusion.decoding.prompts import padded_rows, token_rows
 from diffusion.errors import ArgumentError
 
 V, MASK, PAD, EOS = 7, 6, 5, 4
@@ -13,6 +13,10 @@ SPEC = {"vocab_size": V, "mask_id": MASK, "eos_ids": (EOS,), "pad_id": PAD, "for
 
 def spec(**change):
     return DenoiserSpec(**{**SPEC, "max_length": 20, **change})
+
+
+def padded_prompts(prompt, spec):
+    return padded_rows("prompt", token_rows("prompt", prompt, spec), None, spec, at_left=True)
 
 
 class NextToken:
@@ -72,7 +76,6 @@ def test_a_pad_id_that_can_be_generated_is_text():
         (3, "got int"),
         ([[[1], [2, 3]]], "got list: "),
         ([], "with 0 rows"),
-        ([[0, MASK, 1]], r"expected no mask tokens \(6\), got one at position 1 of row 0"),
         ([[0, 1], [2, PAD]], r"expected padding \(5\) at the left only, got one at position 1 of row 1"),
         ([[PAD, 1, PAD, 2]], "got one at position 2 of row 0"),
         ([[V]], "expected token ids from 0 to 6, got 7"),
@@ -84,9 +87,9 @@ def test_what_is_no_prompt_is_named(prompt, message):
         generate(NextToken(), prompt, gen_length=2, block_length=2, num_steps=1)
 
 
-def test_a_mask_that_is_the_pad_id_too_is_refused_in_a_prompt():
-    with pytest.raises(ArgumentError, match="expected no mask tokens"):
-        padded_prompts([[MASK, 1]], spec(pad_id=MASK, forbidden_ids=(MASK,)))
+def test_a_mask_that_is_the_pad_id_too_is_a_mask_where_it_was_given():
+    tokens, valid = padded_prompts([[MASK, 1]], spec(pad_id=MASK, forbidden_ids=(MASK,)))
+    assert valid.all()
     tokens, valid = padded_prompts([[1], [1, 2]], spec(pad_id=MASK, forbidden_ids=(MASK,)))
     assert tokens.tolist() == [[MASK, 1], [1, 2]]
     assert valid.tolist() == [[False, True], [True, True]]
