@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
+from circuits._evidence_checks import check_integers, check_range
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
@@ -109,7 +110,8 @@ class LatentChoice:
         if values is None:
             shape: tuple[int, ...] = (num_columns, pc.circuit.num_vars, int(pc.num_categories.max()))
         else:
-            Evidence(None, values, None).check(pc.num_categories)
+            check_integers("values", values, f"int64 ({num_columns}, {pc.circuit.num_vars}, k)", dim=3)
+            check_range(values, pc.num_categories.unsqueeze(-1), "values")
             shape = tuple(values.shape)
         result = torch.full(shape, -torch.inf, dtype=pc.dtype, device=pc.device)
         for position, (layer, reached) in enumerate(zip(pc.input_layers, self.units, strict=True)):
