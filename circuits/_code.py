@@ -23,12 +23,13 @@ def tensor_code(tensor: Tensor) -> str:
 
 def evidence_code(evidence: Evidence) -> str:
     """Return code that builds evidence with the same factors, perhaps stored otherwise; a summary if it is long."""
-    return _variables_code(replace(evidence, latents=None, classes=None)) + _conditions_code(evidence)
+    on_variables = replace(evidence, latents=None, classes=None, reference=None)
+    return _variables_code(on_variables) + _conditions_code(evidence)
 
 
 def _conditions_code(evidence: Evidence) -> str:
-    """Return code that adds the evidence on latents and on the class."""
-    code = ""
+    """Return code that adds what the evidence is relative to, and the evidence on latents and on the class."""
+    code = "" if evidence.reference is None else f".relative_to({evidence_code(evidence.reference)})"
     if evidence.latents:
         if sum(factors.numel() for factors in evidence.latents.values()) > _MAX_SHOWN:
             code += f".with_latents({len(evidence.latents)} nodes)"

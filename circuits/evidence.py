@@ -26,6 +26,7 @@ from circuits._evidence_checks import (
     check_range,
     checked_pair,
 )
+from circuits._evidence_where import joined
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Evidence:
         otherwise: evidence on the variables that are missing here; None: none.
         latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
         classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
+        reference: evidence that every input unit's value is divided by its value under; see :meth:`relative_to`.
     """
 
     log_factors: Tensor | None
@@ -55,6 +57,7 @@ class Evidence:
     otherwise: Evidence | None = None
     latents: Mapping[Sum | str, Tensor] | None = None
     classes: Tensor | None = None
+    reference: Evidence | None = None
 
     @classmethod
     def observe(cls, x: Tensor, observed: Tensor | None = None) -> Evidence:
@@ -180,6 +183,7 @@ class Evidence:
         """Evidence ``one`` on the variables where ``condition`` is True, evidence ``other`` elsewhere.
 
         Evidence on latents and on the class is that of both; of a latent that both have factors on, ``one``'s count.
+        Each variable stays relative to what it was relative to.
 
         Args:
             condition: bool (B, D) or (D,).
@@ -189,26 +193,7 @@ class Evidence:
         Raises:
             ArgumentError: shapes that do not fit, or both name the class.
         """
-        shape = torch.Size((one.batch_size, one.num_vars))
-        if (other.batch_size, other.num_vars) != shape:
-            raise ArgumentError(
-                f"other: expected evidence for {tuple(shape)} queries and variables like `one`, got "
-                f"{(other.batch_size, other.num_vars)}"
-            )
-        if isinstance(condition, Tensor) and condition.dim() == 1:
-            condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
-        check_mask("condition", condition, shape)
-        if one.classes is not None and other.classes is not None:
-            raise ArgumentError("other: it names the class, as `one` does; give it once")
-        latents = {**(other.latents or {}), **(one.latents or {})} or None
-        classes = other.classes if one.classes is None else one.classes
-        other = replace(other, latents=None, classes=None)
-        if one.otherwise is not None:
-            other = cls.where(condition, one.otherwise, other)
-        elif one.missing is not None:
-            other = other._silenced(condition)
-        missing = ~condition if one.missing is None else one.missing | ~condition
-        return replace(one, missing=missing, otherwise=other, latents=latents, classes=classes)
+        return joined(condition, one, other)
 
     @classmethod
     def nothing(cls, batch_size: int, num_vars: int, device: torch.device | str | None = None) -> Evidence:
@@ -264,17 +249,40 @@ class Evidence:
         check_factors("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", dim=2, batch_size=self.batch_size)
         return replace(self, classes=log_prior)
 
+    def relative_to(self, other: Evidence) -> Evidence:
+        """Return the same evidence with every input unit's value divided by its value under ``other``.
+
+        An input unit n on variable i then is ``sum_v e_i(v) p(v | n) / sum_v o_i(v) p(v | n)``, with o the factors of
+        ``other``, and divided by 1 where the divisor is 0. Soft evidence q on unobserved variables, relative to itself,
+        gives the circuit with leaves ``p(v | n) q_i(v) / Z_n``: q does not move the posterior of the latents then.
+
+        Args:
+            other: for the same queries and variables; what it says on latents and the class does not matter.
+
+        Raises:
+            ArgumentError: ``other`` is no evidence or for other queries, or one of the two is relative already.
+        """
+        if not isinstance(other, Evidence) or (other.batch_size, other.num_vars) != (self.batch_size, self.num_vars):
+            got = f"{other.batch_size, other.num_vars}" if isinstance(other, Evidence) else type(other).__name__
+            raise ArgumentError(
+                f"other: expected evidence for {self.batch_size, self.num_vars} queries and variables, got {got}"
+            )
+        if self.reference is not None or other.reference is not None:
+            raise ArgumentError("other: expected evidence that is not relative yet, relative to such; got it twice")
+        return replace(self, reference=replace(other, latents=None, classes=None))
+
     def with_factors(
         self, log_factors: Tensor, values: Tensor | None = None, missing: Tensor | None = None
     ) -> Evidence:
-        """Return evidence with the same latents and class, and other factors on the variables: (B, D, C) if dense.
+        """Return evidence with the same latents, class and reference, and other factors: (B, D, C) if dense.
 
         Args:
             log_factors: dense, or of the listed values.
             values: the listed values, int64 (B, D, k); None: dense.
             missing: where every value has log-factor 0, bool (B, D); None: nowhere.
         """
-        return replace(Evidence(log_factors, values, missing), latents=self.latents, classes=self.classes)
+        kept = replace(self, bounds=None, normal=None, otherwise=None)
+        return replace(kept, log_factors=log_factors, values=values, missing=missing)
 
     @property
     def is_dense(self) -> bool:
@@ -332,13 +340,36 @@ class Evidence:
             return torch.where((first < v) & (v <= second), 0.0, -torch.inf).to(stored.dtype)
         return -0.5 * ((v - first) / second).square() - second.log() - 0.5 * math.log(2 * math.pi)
 
+    def says_nothing(self, num_categories: Tensor) -> Tensor:
+        """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
+
+        Evidence that is relative to other evidence says nothing only where that does not either.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+        """
+        silent = torch.zeros(self.batch_size, self.num_vars, dtype=torch.bool, device=self.device)
+        if self.bounds is not None:
+            silent = (self.bounds[..., 0] == -torch.inf) & (self.bounds[..., 1] == torch.inf)
+        elif self.log_factors is not None and self.values is None:
+            values = torch.arange(self.log_factors.shape[-1], device=self.device)
+            is_other = values >= num_categories.to(self.device).unsqueeze(1)
+            silent = ((self.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
+        if self.reference is not None:
+            here = replace(self, reference=None).says_nothing(num_categories)
+            return here & self.reference.says_nothing(num_categories)
+        if self.missing is None:
+            return silent
+        rest = True if self.otherwise is None else self.otherwise.says_nothing(num_categories)
+        return torch.where(self.missing, rest, silent)
+
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
         return self._map(lambda tensor: tensor[index])
 
     def pick(self, query: Tensor, variable: Tensor) -> Evidence:
         """Return the evidence on n single variables of given queries, (n,) each, as n queries over one variable."""
-        variables_only = replace(self, latents=None, classes=None)
+        variables_only = replace(self, latents=None, classes=None, reference=None)
         return variables_only._map(lambda tensor: tensor[query, variable].unsqueeze(1))
 
     def to(self, device: torch.device | str) -> Evidence:
@@ -355,6 +386,11 @@ class Evidence:
                 f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
                 f"(shape {tuple(self._stored.shape)})"
             )
+        if self.device != num_categories.device:
+            raise ArgumentError(
+                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
+                "with evidence.to(pc.device), or x.to(pc.device)"
+            )
         if self.values is not None:
             check_range(self.values, num_categories.unsqueeze(-1), "x")
         elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
@@ -362,13 +398,14 @@ class Evidence:
                 f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
                 f"{self.log_factors.shape[-1]} (shape {tuple(self.log_factors.shape)})"
             )
-        if self.otherwise is not None:
-            self.otherwise.check(num_categories)
+        for part in (self.otherwise, self.reference):
+            if part is not None:
+                part.check(num_categories)
 
-    def _silenced(self, where: Tensor) -> Evidence:
-        """Return the evidence that says nothing on the variables ``where``, (B, D)."""
+    def without(self, where: Tensor) -> Evidence:
+        """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""
         missing = where if self.missing is None else self.missing | where
-        otherwise = None if self.otherwise is None else self.otherwise._silenced(where)
+        otherwise = None if self.otherwise is None else self.otherwise.without(where)
         return replace(self, missing=missing, otherwise=otherwise)
 
     def __repr__(self) -> str:

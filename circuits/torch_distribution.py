@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from circuits.distributions import Distribution as InputFamily
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 
+T = TypeVar("T")
+
 
 class CircuitDistribution(Distribution):
     """The distribution ``p(x)`` of a circuit, or ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` for B queries of evidence.
@@ -26,24 +30,39 @@ class CircuitDistribution(Distribution):
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own; with a batch dimension they are for B
+            queries. By default the circuit's own are read when a question is asked.
 
     Raises:
-        ArgumentError: an argument has a wrong type, or the evidence does not fit the circuit.
+        ArgumentError: an argument has a wrong type, or evidence or weights do not fit the circuit or each other.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  - as the base class declares it
     has_enumerate_support = False
+    summed_out: Tensor | None = None
+    """Variables that the distribution is not over, bool (B, D); what values say of them is ignored."""
 
-    def __init__(self, pc: CompiledCircuit, evidence: Evidence | None = None) -> None:
+    def __init__(
+        self, pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: passes.Banks | None = None
+    ) -> None:
         check_compiled(pc)
         if evidence is not None and not isinstance(evidence, Evidence):
             raise ArgumentError(f"evidence: expected ct.Evidence or None, got {type(evidence).__name__}")
+        num_queries = 1 if weights is None else weights.batch_size
+        if evidence is None and num_queries > 1:
+            evidence = Evidence.nothing(num_queries, pc.circuit.num_vars, pc.device)
         if evidence is not None:
             evidence.check(pc.num_categories)
+            if num_queries not in (1, evidence.batch_size):
+                raise ArgumentError(
+                    f"weights: expected weights for {evidence.batch_size} queries like the evidence, or for all, got "
+                    f"{num_queries}"
+                )
         if pc.circuit.num_classes is not None and (evidence is None or evidence.classes is None):
             raise passes.class_needed(pc)
         self.pc = pc
         self.evidence = evidence
+        self.weights = weights
         batch_shape = torch.Size() if evidence is None else torch.Size([evidence.batch_size])
         super().__init__(batch_shape, torch.Size([pc.circuit.num_vars]), validate_args=False)
 
@@ -67,7 +86,7 @@ class CircuitDistribution(Distribution):
         """``log Z(e)``, of ``batch_shape``; 0 without evidence."""
         if self.evidence is None:
             return torch.zeros((), dtype=self.pc.dtype, device=self.pc.device)
-        return self.pc.log_partition(self.evidence)
+        return self.pc.log_partition(self.evidence, self.weights)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return ``log p(value | e)``, in nats; -inf where the circuit or the evidence rules a value out.
@@ -88,19 +107,31 @@ class CircuitDistribution(Distribution):
             raise ArgumentError(f"value: expected a tensor of shape (..., {', '.join(map(str, tail))}), got {got}")
         if value.is_floating_point() and bool(value.isnan().any()):
             raise ArgumentError("value: expected complete values, got NaN; ct.queries.log_marginal sums variables out")
-        x = value.reshape(-1, *self.event_shape)
+        num_samples = value.shape[: value.dim() - len(tail)].numel()
+        x = value.reshape(num_samples, *tail)
         if self.evidence is None:
-            return self.pc(x).reshape(value.shape[:-1])
+            return self.pc.log_partition(Evidence.observe(x), self.weights).reshape(value.shape[:-1])
         if bool((self.log_partition == -torch.inf).any()):
             raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
-        Evidence.observe(x).check(self.pc.num_categories)
-        copies = value.shape[: -len(tail)].numel()
-        index = torch.arange(self.batch_shape[0], device=x.device).repeat(copies)
-        given = self.evidence.rows(index)
-        factors = _factors_at(x, given, self.pc.dtype)
-        scored = given.with_factors(factors.unsqueeze(-1), x.unsqueeze(-1))
-        log_joint = self.pc.log_partition(scored).reshape(copies, *self.batch_shape)
+        Evidence.observe(x.flatten(0, 1)).check(self.pc.num_categories)
+        log_joint = self._log_joint(self.evidence, x)
         return (log_joint - self.log_partition).reshape(value.shape[:-1])
+
+    def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
+        """Return ``log p(x) prod_i e_i(x_i)``, (S, B), of values x, (S, B, D)."""
+        is_per_query = self.weights is not None and self.weights.batch_size > 1
+        if is_per_query and len(x) > 1:
+            return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
+        factors = _factors_at(x, evidence, self.pc.dtype)
+        observed = x.flatten(0, 1).unsqueeze(-1)
+        scored = evidence
+        if len(x) != 1:  # copies share what they are relative to
+            index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
+            conditions = replace(evidence.with_factors(factors.new_zeros(*x.shape[1:], 1)), reference=None)
+            scored = replace(conditions.rows(index), reference=evidence.reference)
+        summed_out = None if self.summed_out is None else self.summed_out.repeat(len(x), 1)
+        scored = scored.with_factors(factors.flatten(0, 1).unsqueeze(-1), observed, summed_out)
+        return self.pc.log_partition(scored, self.weights).reshape(x.shape[:2])
 
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Draw exact, independent samples: int64 (*sample_shape, *batch_shape, D).
@@ -109,27 +140,40 @@ class CircuitDistribution(Distribution):
             ImpossibleEvidenceError: Z(e) = 0.
         """
         shape = torch.Size(sample_shape)
-        draws = queries.sample(self.pc, max(1, shape.numel()), self.evidence, generator)[: shape.numel()]
+        draws = self.query(queries.sample, max(1, shape.numel()), generator=generator)[: shape.numel()]
         return draws.reshape(*shape, *self.batch_shape, *self.event_shape)
 
     @cached_property
     def marginal_probs(self) -> Tensor:
         """``p(x_i = v | e)``, (*batch_shape, D, C); rows sum to 1, values that a variable does not have are 0."""
-        given = self.evidence
-        if given is None:
-            given = Evidence.nothing(1, self.pc.circuit.num_vars, self.pc.device)
-        probabilities = queries.marginals(self.pc, given)
-        return probabilities[0] if self.evidence is None else probabilities
+        if self.evidence is not None:
+            return self.query(queries.marginals)
+        nothing = Evidence.nothing(1, self.pc.circuit.num_vars, self.pc.device)
+        return queries.marginals(self.pc, nothing, weights=self.weights)[0]
+
+    def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Put a query of :mod:`circuits.queries` about this distribution: with its circuit, evidence and weights.
+
+        ``dist.query(ct.queries.latent_marginals, nodes=["transition3"])`` is one.
+
+        Args:
+            function: takes the circuit first, then ``arguments``, and ``evidence`` and perhaps ``weights`` by name.
+            arguments: what follows the circuit.
+            options: further arguments by name.
+        """
+        if self.weights is not None:
+            options["weights"] = self.weights
+        return function(self.pc, *arguments, evidence=self.evidence, **options)
 
     @property
     def mean(self) -> Tensor:
         """The mean of every variable's value, taken as a number: (*batch_shape, D)."""
-        return queries.mean(self.pc, self.evidence).reshape(*self.batch_shape, *self.event_shape)
+        return self.query(queries.mean).reshape(*self.batch_shape, *self.event_shape)
 
     @property
     def variance(self) -> Tensor:
         """The variance of every variable's value, taken as a number: (*batch_shape, D)."""
-        return queries.variance(self.pc, self.evidence).reshape(*self.batch_shape, *self.event_shape)
+        return self.query(queries.variance).reshape(*self.batch_shape, *self.event_shape)
 
     @property
     def mode(self) -> Tensor:
@@ -137,7 +181,7 @@ class CircuitDistribution(Distribution):
 
         It is the most probable x itself only if the circuit is deterministic; that maximum is NP-hard in general.
         """
-        return queries.mpe(self.pc, self.evidence).assignment.reshape(*self.batch_shape, *self.event_shape)
+        return self.query(queries.mpe).assignment.reshape(*self.batch_shape, *self.event_shape)
 
     def entropy(self) -> Tensor:
         """Return the entropy, in nats, of ``batch_shape``, where it is exact: independent variables, or a single one.
@@ -173,11 +217,11 @@ def _support_of(family: InputFamily) -> constraints.Constraint:
 
 
 def _factors_at(
-    x: Tensor,  # shape: (N, D)
+    x: Tensor,  # shape: (S, B, D)
     evidence: Evidence,
     dtype: torch.dtype,
-) -> Tensor:  # shape: (N, D)
-    """Return the log-factors ``log e_i(x_i)`` of one value per query and variable."""
+) -> Tensor:  # shape: (S, B, D)
+    """Return the log-factors ``log e_i(x_i)`` of S values per query and variable."""
     if evidence.values is not None:
         factors = torch.zeros_like(evidence.values, dtype=dtype)
         factors = factors if evidence.log_factors is None else evidence.log_factors.to(dtype)
@@ -198,7 +242,8 @@ def _factors_at(
 
 
 def _picked(log_factors: Tensor, x: Tensor) -> Tensor:
-    """Return the factors of the values x (N, D), -inf for values that have none."""
+    """Return the factors of the values x, (S, B, D), -inf for values that have none."""
     exists = (x >= 0) & (x < log_factors.shape[2])
-    picked = log_factors.gather(2, x.masked_fill(~exists, 0).unsqueeze(-1)).squeeze(-1)
+    index = x.masked_fill(~exists, 0).unsqueeze(-1)
+    picked = log_factors.expand(len(x), -1, -1, -1).gather(3, index).squeeze(-1)
     return picked.masked_fill(~exists, -torch.inf)

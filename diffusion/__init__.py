@@ -1,34 +1,46 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation
-from diffusion.conditioners import NoiseCalibration
+from diffusion import evaluation, testing
+from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding.generation import Generation, generate
-from diffusion.decoding.step import DecodeOptions
-from diffusion.denoisers import Denoiser, DenoiserSpec, TransformerConfig, TransformerDenoiser
+from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.generation import Generation, generate, infill
+from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
+from diffusion.denoisers import Denoiser, DenoiserSpec, FeatureDenoiser, TransformerConfig, TransformerDenoiser
 from diffusion.head import CoupledHead
+from diffusion.prediction import Prediction
 from diffusion.training import masking
 from diffusion.training.circuit import CircuitTraining, fit_coupled
 from diffusion.training.denoiser import DenoiserTraining, train_denoiser
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
 __all__ = [
+    "Anywhere",
+    "Blocks",
     "CircuitTraining",
+    "Conditioned",
+    "Conditioner",
     "CoupledDistribution",
     "CoupledHead",
-    "DecodeOptions",
+    "DecodingConfig",
     "Denoiser",
     "DenoiserSpec",
     "DenoiserTraining",
+    "DynamicWindows",
+    "FeatureDenoiser",
     "Generation",
+    "LatentPotentials",
     "LogitCache",
     "NoiseCalibration",
+    "Prediction",
     "TransformerConfig",
     "TransformerDenoiser",
     "cache_logits",
     "evaluation",
     "fit_coupled",
     "generate",
+    "infill",
     "masking",
+    "testing",
     "train_denoiser",
 ]

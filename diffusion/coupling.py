@@ -17,27 +17,37 @@ exactly q.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
 
-from circuits import CompiledCircuit, Evidence, passes
-from circuits.conditioning import LayerValues, conditions_of
-from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring
+import circuits as ct
+from circuits import CircuitDistribution, CompiledCircuit, Evidence
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
+from diffusion.prediction import Prediction
+
+if TYPE_CHECKING:
+    from circuits import Sum
+    from circuits.passes import Banks
 
 Normalization = Literal["global", "local"]
+T = TypeVar("T")
+
+IGNORED_LABEL = -100
+"""What training code puts where a label does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
-class CoupledDistribution(Distribution):
+class CoupledDistribution(CircuitDistribution):
     """The joint distribution of B blocks of tokens: a circuit times a factorized prediction, given what is observed.
 
-    ``batch_shape`` is (B,), ``event_shape`` is (L,). Everything is exact and batched, and differentiable in the logits
-    and in the circuit's weights.
+    ``batch_shape`` is (B,), ``event_shape`` is (L,). It is the circuit under evidence: the observed tokens, and the
+    prediction as soft evidence on the others; with local normalisation the evidence is relative to the prediction.
+    Everything is exact and batched, and differentiable in the logits and in the circuit's weights.
 
     Args:
         pc: a circuit over L variables of V categories each.
@@ -51,12 +61,17 @@ class CoupledDistribution(Distribution):
             others: the evidence then costs k instead of V. None keeps all.
         include: int64 (B, L), tokens that ``top_k`` must not drop, for instance the true ones in training.
 
+    Attributes:
+        prediction: what the circuit is multiplied with, sure of the tokens that are observed.
+        tokens: int64 (B, L).
+        masked: bool (B, L).
+        normalization: "global" or "local".
+
     Raises:
         ArgumentError: shapes or dtypes that do not fit, or logits with NaN or rows that forbid every token.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  - as the base class declares it
-    has_enumerate_support = False
+    evidence: Evidence
 
     def __init__(
         self,
@@ -69,12 +84,43 @@ class CoupledDistribution(Distribution):
         top_k: int | None = None,
         include: Tensor | None = None,  # shape: (B, L)
     ) -> None:
-        _check_arguments(pc, logits, tokens, masked, normalization, top_k, include)
-        log_q = torch.log_softmax(logits.to(pc.dtype).masked_fill(~masked.unsqueeze(-1), 0.0), -1)
-        if top_k is not None and top_k < log_q.shape[-1]:
-            self._set_up(pc, *_list_best(log_q, top_k, include), tokens, masked, normalization)
-        else:
-            self._set_up(pc, None, log_q, tokens, masked, normalization)
+        _check_logits(pc, logits)
+        _check_blocks(tokens, masked, logits.shape[:2])
+        prediction = Prediction.from_logits(logits.to(pc.dtype), masked, top_k=top_k, include=include)
+        self._couple(pc, prediction, tokens, masked, normalization, None, None)
+
+    @classmethod
+    def of(
+        cls,
+        pc: CompiledCircuit,
+        prediction: Prediction,
+        tokens: Tensor,  # shape: (B, L)
+        masked: Tensor,  # shape: (B, L)
+        *,
+        normalization: Normalization = "global",
+        latents: Mapping[Sum | str, Tensor] | None = None,
+        weights: Banks | None = None,
+        absent: Tensor | None = None,  # shape: (B, L)
+    ) -> CoupledDistribution:
+        """Couple a circuit to a prediction of all tokens or of listed ones; nothing else is made dense.
+
+        Args:
+            pc: a circuit over L variables of V categories each.
+            prediction: for B sequences and L positions; tokens that it does not list are ruled out.
+            tokens: int64 (B, L); entries at masked positions are ignored.
+            masked: bool (B, L).
+            normalization: "global" or "local".
+            latents: log-factors on latents, by sum node or name, see :meth:`circuits.Evidence.with_latents`.
+            weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+            absent: bool (B, L), positions that a sequence does not have, which are summed out: whatever is said of
+                them is ignored, and what is answered means nothing. None: every sequence has all L.
+
+        Raises:
+            ArgumentError: shapes, dtypes or names that do not fit.
+        """
+        dist = cls.__new__(cls)
+        dist._couple(pc, prediction, tokens, masked, normalization, latents, weights, absent)
+        return dist
 
     @classmethod
     def from_listed(
@@ -97,54 +143,93 @@ class CoupledDistribution(Distribution):
             masked: bool (B, L).
             normalization: "global" or "local".
         """
-        dist = cls.__new__(cls)
-        dist._set_up(pc, values, log_q.to(pc.dtype), tokens, masked, normalization)
-        return dist
+        _check_circuit(pc)
+        prediction = Prediction(log_q=log_q, vocab_size=max(pc.circuit.num_categories), values=values)
+        return cls.of(pc, prediction, tokens, masked, normalization=normalization)
 
-    def _set_up(
+    def _couple(
         self,
         pc: CompiledCircuit,
-        values: Tensor | None,
-        log_q: Tensor,
+        prediction: Prediction,
         tokens: Tensor,
         masked: Tensor,
         normalization: Normalization,
+        latents: Mapping[Sum | str, Tensor] | None,
+        weights: Banks | None,
+        absent: Tensor | None = None,
     ) -> None:
-        self.pc = pc
+        _check_circuit(pc)
+        _check_blocks(tokens, masked, prediction.shape)
+        if absent is not None:
+            _check_blocks(tokens, absent, prediction.shape, "absent")
+            tokens, masked = tokens.masked_fill(absent, 0), masked & ~absent
+        num_vars, categories = pc.circuit.num_vars, set(pc.circuit.num_categories)
+        if prediction.shape[1] != num_vars or {prediction.vocab_size} != categories:
+            raise ArgumentError(
+                f"prediction: the circuit has {num_vars} variables of {sorted(categories)} categories, got "
+                f"{prediction.shape[1]} positions of {prediction.vocab_size} tokens"
+            )
+        if normalization not in get_args(Normalization):
+            raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
+        _check_tokens("tokens", tokens.masked_fill(masked, 0), prediction.vocab_size)
+        sure = replace(prediction, log_q=prediction.log_q.to(pc.dtype)).with_observed(tokens, ~masked)
+        evidence = Evidence.soft(sure.log_q) if sure.values is None else Evidence.sparse(sure.values, sure.log_q)
+        if normalization == "local":
+            evidence = evidence.relative_to(Evidence(sure.log_q, sure.values, ~masked))
+        if absent is not None:
+            evidence = evidence.without(absent)
+        if latents:
+            evidence = evidence.with_latents(latents)
+        self._condition(pc, evidence, sure, tokens, masked, normalization, pc.weights() if weights is None else weights)
+        self.summed_out = absent
+
+    def _condition(
+        self,
+        pc: CompiledCircuit,
+        evidence: Evidence,
+        prediction: Prediction,
+        tokens: Tensor,
+        masked: Tensor,
+        normalization: Normalization,
+        weights: Banks | None,
+    ) -> None:
+        super().__init__(pc, evidence, weights=weights)
+        self.prediction = prediction
         self.tokens = tokens
         self.masked = masked
         self.normalization = normalization
-        self.num_tokens = pc.circuit.num_categories[0]
-        self._banks = pc.weights()
-        if values is None:
-            self.evidence = Evidence.mixed(tokens, ~masked, log_q)
-            self._prediction = Evidence(log_q.masked_fill(~masked.unsqueeze(-1), 0.0), None, ~masked)
-        else:
-            self.evidence = _listed_evidence(values, log_q, tokens, masked)
-            self._prediction = Evidence(self.evidence.log_factors, self.evidence.values, ~masked)
-        super().__init__(masked.shape[:1], masked.shape[1:], validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:
-        """Tokens from 0 to V - 1."""
-        return constraints.independent(constraints.integer_interval(0, self.num_tokens - 1), 1)
+    def num_tokens(self) -> int:
+        """V."""
+        return self.prediction.vocab_size
 
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CoupledDistribution:
-        """Not supported: repeat the logits and tokens instead, so that the cost is visible."""
-        raise ArgumentError(
-            f"batch_shape: cannot expand to {tuple(batch_shape)}; repeat logits, tokens and masked instead"
-        )
+    def given(self, tokens: Tensor, observed: Tensor) -> CoupledDistribution:
+        """Return this distribution conditioned on more tokens, without asking the denoiser again.
 
-    @cached_property
-    def log_partition(self) -> Tensor:
-        """The normaliser, (B,): log Z of the module's text (global), or log p(x_O) (local)."""
-        return passes.log_root(self.pc, self._leaves(self.evidence), self._banks)
+        Args:
+            tokens: int64 (B, L); entries that are not observed are ignored.
+            observed: bool (B, L), which further positions are known.
+
+        Raises:
+            ArgumentError: shapes or dtypes that do not fit, or an observed token outside the vocabulary.
+        """
+        _check_blocks(tokens, observed, self.prediction.shape, "observed")
+        _check_tokens("tokens", tokens.masked_fill(~observed, 0), self.num_tokens)
+        observed = observed & self.masked
+        sure = self.prediction.with_observed(tokens, observed)
+        dist = type(self).__new__(type(self))
+        evidence = self.evidence.with_factors(sure.log_q, sure.values, self.evidence.missing)
+        all_tokens = torch.where(observed, tokens, self.tokens)
+        dist._condition(self.pc, evidence, sure, all_tokens, self.masked & ~observed, self.normalization, self.weights)
+        dist.summed_out = self.summed_out
+        return dist
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return ``log p_hat(value | observed tokens)``; -inf where ``value`` differs from an observed token.
 
         Args:
-            value: int64 (*sample_shape, B, L) or (B, L).
+            value: int64 (*sample_shape, B, L) or (B, L); labels of -100 at observed positions are ignored.
 
         Returns:
             (*sample_shape, B), in nats. For masked positions with the true tokens as value this is the conditional
@@ -154,81 +239,75 @@ class CoupledDistribution(Distribution):
             ArgumentError: a wrong shape, or a token outside the vocabulary.
             ImpossibleEvidenceError: the normaliser is zero.
         """
-        if value.shape[-2:] != self.masked.shape:
+        if not isinstance(value, Tensor) or value.shape[-2:] != self.masked.shape or value.dtype != torch.int64:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(
-                f"value: expected int64 tokens of shape (..., {self.masked.shape[0]}, {self.masked.shape[1]}), got "
-                f"{tuple(value.shape)}"
+                f"value: expected int64 of shape (..., {self.masked.shape[0]}, {self.masked.shape[1]}), got {got}"
             )
-        _check_tokens(value, self.num_tokens)
-        log_z = self._checked(self.log_partition)
-        blocks = value.reshape(-1, *self.masked.shape)  # (S, B, L)
-        factors = self._log_q_of(blocks).masked_fill(~self.masked & (blocks != self.tokens), -torch.inf)
-        scored = Evidence(factors.flatten(0, 1).unsqueeze(-1), blocks.flatten(0, 1).unsqueeze(-1), None)
-        log_joint = passes.log_root(self.pc, self._leaves(scored, num_copies=len(blocks)), self._banks)
-        return (log_joint.reshape(blocks.shape[:2]) - log_z).reshape(value.shape[:-1])
-
-    @cached_property
-    def log_prediction(self) -> Tensor:
-        """``log q_i(v)`` as it enters the product, (B, L, V): 0 at observed positions, -inf at tokens not listed."""
-        return self._prediction.dense(self.num_tokens, self.pc.dtype)
+        value = torch.where((value == IGNORED_LABEL) & ~self.masked, self.tokens, value)
+        _check_tokens("value", value, self.num_tokens)
+        with _explained():
+            return super().log_prob(value)
 
     @cached_property
     def marginal_probs(self) -> Tensor:
         """``p_hat(x_i = v | observed tokens)`` of every position and token, (B, L, V); rows sum to 1."""
-        return self.marginals_given(self.evidence)
+        if self.evidence.values is None:
+            return self.query(ct.queries.marginals)
+        probs = self.query(ct.queries.listed_marginals)
+        return probs.new_zeros(*probs.shape[:2], self.num_tokens).scatter_add(2, self.evidence.values, probs)
 
-    def marginals_given(self, evidence: Evidence) -> Tensor:
-        """Return the marginals (B, L, V) under other evidence, such as this one's with more tokens observed."""
-        assert evidence.log_factors is not None
+    def posterior(self) -> Prediction:
+        """Return the exact marginals of every position, as a prediction of the tokens that this one's lists."""
+        if self.evidence.values is None:
+            return replace(self.prediction, log_q=self.marginal_probs.log())
+        return replace(self.prediction, log_q=self.query(ct.queries.listed_marginals).log())
 
-        def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-            traced = evidence.with_factors(factors, evidence.values, evidence.missing)
-            return self._checked(passes.log_root(self.pc, self._leaves(traced, banks=banks), banks))
+    def given_latents(
+        self, generator: torch.Generator | ct.RowGenerators | None = None, *, temperature: float = 1.0
+    ) -> Prediction:
+        """Choose the circuit's latents; return ``log p(x_i = v | z_i)`` of the tokens that the prediction lists.
 
-        grad = passes.factor_gradients(log_z_of, evidence.log_factors, self._banks)
-        if evidence.values is None:
-            return grad
-        return grad.new_zeros(*grad.shape[:2], self.num_tokens).scatter_add(2, evidence.values, grad)
+        Given the latents the tokens are independent: ``p_hat(x | z) = prod_i p(x_i | z_i) q_i(x_i) / Z_i``.
 
-    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw exact joint samples: int64 (*sample_shape, B, L); observed positions hold their tokens.
+        Args:
+            generator: of the draw.
+            temperature: tau >= 0: the latents are drawn from ``p(z | e)^(1 / tau)``; 0 takes the best.
 
         Raises:
             ImpossibleEvidenceError: the normaliser is zero.
         """
-        shape = torch.Size(sample_shape)
-        with torch.no_grad():
-            units, query = self._choose_units(LogSemiring(), shape.numel(), generator)
-            values = passes.draw_values(self.pc, LogSemiring(), self.evidence, self._banks, units, query, generator)
-        return values.reshape(*shape, *self.masked.shape)
+        latents = self.query(ct.queries.sample_latents, 1, generator=generator, temperature=temperature)
+        return replace(self.prediction, log_q=latents.log_weights(self.prediction.values))
 
-    @property
-    def mode(self) -> Tensor:
-        """The tokens of the most probable explanation, int64 (B, L): the maximum over latents and tokens together.
+    def draw(self, temperature: float = 1.0, generator: torch.Generator | ct.RowGenerators | None = None) -> Tensor:
+        """Draw all tokens together at a temperature, int64 (B, L): at 1 an exact joint sample, at 0 the :attr:`mode`.
 
-        It is the most probable x itself only if the circuit is deterministic; that maximum is NP-hard in general.
+        Explanations, latents and tokens together, are drawn from their joint distribution to the power 1 / tau, see
+        :func:`circuits.queries.sample`.
+
+        Raises:
+            ImpossibleEvidenceError: the normaliser is zero.
         """
-        with torch.no_grad():
-            units, query = self._choose_units(MaxSemiring(), 1, None)
-            return passes.draw_values(self.pc, MaxSemiring(), self.evidence, self._banks, units, query, None)
+        return self.query(ct.queries.sample, 1, generator=generator, temperature=temperature)[0]
 
     def sample_latent_log_weights(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw the circuit's latents from their posterior; return log p(x_i = v | z_i) for all v: (B, L, V).
 
-        Given the latents the tokens are independent: ``p_hat(x | z) = prod_i p(x_i | z_i) q_i(x_i) / Z_i``.
-
         Raises:
             ImpossibleEvidenceError: the normaliser is zero.
         """
-        with torch.no_grad():
-            units, _ = self._choose_units(LogSemiring(), 1, generator)
-            result = torch.empty(*self.masked.shape, self.num_tokens, dtype=self.pc.dtype, device=self.pc.device)
-            for layer, reached in zip(self.pc.input_layers, units, strict=True):
-                node, block = (reached >= 0).nonzero(as_tuple=True)
-                table = self._banks[layer.parameter_rows.bank].log
-                rows = table[layer.parameter_rows.index[node], :, reached[node, block]]
-                result[block, layer.variables[node]] = rows
-        return result
+        return self.query(ct.queries.sample_latents, 1, generator=generator).log_weights()
+
+    @cached_property
+    def log_prediction(self) -> Tensor:
+        """``log q_i(v)`` as it enters the product, (B, L, V): 0 at observed positions, -inf at tokens not listed."""
+        return self.prediction.dense().masked_fill(~self.masked.unsqueeze(-1), 0.0)
+
+    def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Put a query of :mod:`circuits.queries` about this distribution, see the base class."""
+        with _explained():
+            return super().query(function, *arguments, **options)
 
     def __repr__(self) -> str:
         return (
@@ -236,124 +315,46 @@ class CoupledDistribution(Distribution):
             f"event_shape={tuple(self.event_shape)}, normalization={self.normalization!r})"
         )
 
-    @cached_property
-    def _leaf_normalisers(self) -> list[Tensor]:
-        """log Z_{i,n} at masked positions, 0 at observed ones: per input layer (F, K, B)."""
-        return self.pc.leaves(self._prediction, self._banks)
 
-    def _leaves(
-        self,
-        evidence: Evidence,
-        semiring: ChoosingSemiring | None = None,
-        banks: passes.Banks | None = None,
-        num_copies: int = 1,
-    ) -> list[Tensor]:
-        """Evaluate the input units under evidence on ``num_copies`` of the batch; local: divided by Z_{i,n}."""
-        evidence.check(self.pc.num_categories)
-        values = passes.leaves(self.pc, semiring or LogSemiring(), evidence, banks or self._banks)
-        if self.normalization == "global":
-            return values
-        normalised = [
-            value - normaliser.masked_fill(normaliser == -torch.inf, 0.0).repeat(1, 1, num_copies)
-            for value, normaliser in zip(values, self._leaf_normalisers, strict=True)
-        ]
-        return LayerValues(normalised, conditions_of(values))
-
-    def _log_q_of(self, blocks: Tensor) -> Tensor:
-        """Return log q_i at the tokens of ``blocks``, (S, B, L); 0 at observed positions, -inf at tokens not listed."""
-        log_q, values = self._prediction.log_factors, self._prediction.values
-        assert log_q is not None
-        if values is None:
-            chosen = log_q.expand(len(blocks), -1, -1, -1).gather(3, blocks.unsqueeze(-1)).squeeze(-1)
-        else:
-            chosen = log_q.masked_fill(values != blocks.unsqueeze(-1), -torch.inf).amax(-1)
-        return chosen.masked_fill(~self.masked, 0.0)
-
-    def _choose_units(
-        self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None
-    ) -> tuple[list[Tensor], Tensor]:
-        leaf_values = self._leaves(self.evidence, semiring)
-        outputs = passes.upward(self.pc, semiring, leaf_values, self._banks, keep=True)
-        root = outputs[-1]
-        assert root is not None
-        self._checked(root[0, 0])
-        return passes.downward_choice(self.pc, semiring, outputs, self._banks, num_samples, generator)
-
-    @staticmethod
-    def _checked(log_z: Tensor) -> Tensor:
-        impossible = (log_z == -torch.inf).nonzero().flatten().tolist()
-        if impossible:
-            raise ImpossibleEvidenceError(
-                f"circuit and denoiser rule out every text for {len(impossible)} of {len(log_z)} blocks (the first "
-                "is block "
-                f"{impossible[0]}): allow more tokens, raise top_k, or give the circuit no zero weights"
-            )
-        return log_z
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say in the words of this package why a query is impossible."""
+    try:
+        yield
+    except ImpossibleEvidenceError as error:
+        raise ImpossibleEvidenceError(
+            "circuit and denoiser rule out every text for some blocks: allow more tokens, raise top_k, or give the "
+            f"circuit no zero weights ({error})"
+        ) from error
 
 
-def _list_best(log_q: Tensor, top_k: int, include: Tensor | None) -> tuple[Tensor, Tensor]:
-    """List the k best tokens of each position, and the one of ``include``: tokens and log-probabilities (B, L, k)."""
-    factors, values = log_q.topk(top_k, -1)
-    if include is None:
-        return values, factors
-    is_listed = (values == include.unsqueeze(-1)).any(-1, keepdim=True)
-    extra = log_q.gather(2, include.unsqueeze(-1)).masked_fill(is_listed, -torch.inf)
-    return torch.cat([values, include.unsqueeze(-1)], -1), torch.cat([factors, extra], -1)
-
-
-def _listed_evidence(values: Tensor, log_q: Tensor, tokens: Tensor, masked: Tensor) -> Evidence:
-    """Replace the list of each observed position by its one token."""
-    observed = ~masked.unsqueeze(-1)
-    is_first = torch.arange(values.shape[-1], device=values.device) == 0
-    factors = torch.where(observed, torch.where(is_first, 0.0, -torch.inf).to(log_q.dtype), log_q)
-    return Evidence.sparse(torch.where(observed, tokens.unsqueeze(-1), values), factors)
-
-
-def _check_arguments(
-    pc: CompiledCircuit,
-    logits: Tensor,
-    tokens: Tensor,
-    masked: Tensor,
-    normalization: str,
-    top_k: int | None,
-    include: Tensor | None,
-) -> None:
+def _check_circuit(pc: CompiledCircuit) -> None:
     if not isinstance(pc, CompiledCircuit):
         raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
+
+
+def _check_logits(pc: CompiledCircuit, logits: Tensor) -> None:
+    _check_circuit(pc)
     num_vars, categories = pc.circuit.num_vars, set(pc.circuit.num_categories)
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise ArgumentError(f"logits: expected floating point (B, L, V), got {logits.dtype} {tuple(logits.shape)}")
-    shape = logits.shape[:2]
-    if shape[1] != num_vars or categories != {logits.shape[2]}:
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
+        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ArgumentError(f"logits: expected floating point (B, L, V), got {got}")
+    if logits.shape[1] != num_vars or categories != {logits.shape[2]}:
         raise ArgumentError(
             f"logits: the circuit has {num_vars} variables of {sorted(categories)} categories, so expected (B, "
-            f"{num_vars}, "
-            f"{max(categories)}), got {tuple(logits.shape)}"
-        )
-    if tokens.shape != shape or tokens.dtype != torch.int64:
-        raise ArgumentError(f"tokens: expected int64 of shape {tuple(shape)}, got {tokens.dtype} {tuple(tokens.shape)}")
-    if masked.shape != shape or masked.dtype != torch.bool:
-        raise ArgumentError(f"masked: expected bool of shape {tuple(shape)}, got {masked.dtype} {tuple(masked.shape)}")
-    if include is not None and (include.shape != shape or include.dtype != torch.int64):
-        raise ArgumentError(
-            f"include: expected int64 of shape {tuple(shape)}, got {include.dtype} {tuple(include.shape)}"
-        )
-    if normalization not in get_args(Normalization):
-        raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ArgumentError(f"top_k: expected an integer >= 1 or None, got {top_k!r}")
-    best = logits.detach().amax(-1).masked_fill(~masked, 0.0)
-    if not bool(best.isfinite().all()):
-        raise ArgumentError(
-            "logits: expected rows with at least one finite entry and no NaN or +inf at masked positions; row maxima "
-            "are "
-            f"{best[~best.isfinite()][:3].tolist()}"
+            f"{num_vars}, {max(categories)}), got {tuple(logits.shape)}"
         )
 
 
-def _check_tokens(tokens: Tensor, num_tokens: int) -> None:
-    if bool(((tokens < 0) | (tokens >= num_tokens)).any()):
-        raise ArgumentError(
-            f"value: expected tokens from 0 to {num_tokens - 1}, got values from {int(tokens.min())} to "
-            f"{int(tokens.max())}"
-        )
+def _check_blocks(tokens: Tensor, masked: Tensor, shape: torch.Size, name: str = "masked") -> None:
+    for argument, value, dtype in (("tokens", tokens, torch.int64), (name, masked, torch.bool)):
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            kind = str(dtype).removeprefix("torch.")
+            raise ArgumentError(f"{argument}: expected {kind} of shape {tuple(shape)}, got {got}")
+
+
+def _check_tokens(name: str, tokens: Tensor, num_tokens: int) -> None:
+    outside = (tokens < 0) | (tokens >= num_tokens)
+    if bool(outside.any()):
+        raise ArgumentError(f"{name}: expected tokens from 0 to {num_tokens - 1}, got {int(tokens[outside][0])}")

@@ -4,51 +4,63 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
+from circuits.arguments import checked_count, is_number
 from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
-from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
+from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.prediction import Prediction, check_token_ids
 
 FORMAT = "unfactor-coupled-head"
-FORMAT_VERSION = 2  # 1 had no hash of what the file holds
+FORMAT_VERSION = 2  # 1 had no hash of what the file holds, and a calibration at most
 _FILE = "head.safetensors"
 _WAY_OUT = "save the head again"
 
 
 class CoupledHead(nn.Module):
-    """A compiled circuit as the output layer of a masked-token predictor.
+    """A compiled circuit as the output layer of a masked-token predictor: a circuit and what conditions it.
+
+    Training, scoring and decoding build their distributions with :meth:`distribution`, so that whatever the head is set
+    to holds in all three.
 
     Args:
         pc: a circuit over the L positions of a block, V categories each; its parameters are this module's.
-        activation_threshold: gamma; the circuit is used for sequences whose share of masked positions in the block is
-            below it (at very high noise a static circuit can hurt), for all sequences when it is 1 or more.
+        activation_threshold: gamma, for decoding; the circuit is used for sequences whose share of masked positions in
+            the block is below it (at very high noise a static circuit can hurt), for all sequences when it is 1 or
+            more, as by default.
         temperature: tau >= 0 of the tokens' distribution in decoding: log q / tau; 0 takes the best token.
-        normalization: "global" or "local", see :mod:`diffusion.coupling`; training and decoding share it.
+        normalization: "global" or "local", see :mod:`diffusion.coupling`.
         top_k: evidence on the k best tokens only; None: on all.
-        calibration: what becomes of the prediction before the circuit multiplies it, see
-            :class:`~diffusion.conditioners.noise_calibration.NoiseCalibration`; its parameters are this module's too.
-            None: the plain product.
+        conditioners: what makes the product depend on the noise level and the context, applied in this order, see
+            :class:`~diffusion.conditioners.base.Conditioner`; their parameters are this module's too. None of them: the
+            plain product.
+        calibration: a :class:`~diffusion.conditioners.noise_calibration.NoiseCalibration` to go before the
+            conditioners; the same as naming it there.
 
     Raises:
-        ArgumentError: an argument has a wrong type or value.
+        ArgumentError: an argument has a wrong type or value, or a conditioner does not fit the circuit.
     """
 
     def __init__(
         self,
         pc: CompiledCircuit,
-        activation_threshold: float = 0.7,
+        activation_threshold: float = 1.0,
         temperature: float = 1.0,
         *,
         normalization: Normalization = "global",
         top_k: int | None = None,
+        conditioners: Sequence[Conditioner] = (),
         calibration: NoiseCalibration | None = None,
     ) -> None:
         super().__init__()
@@ -59,71 +71,137 @@ class CoupledHead(nn.Module):
         if normalization not in get_args(Normalization):
             raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
         check_temperature(temperature)
-        if calibration is not None and {calibration.bias.shape[1]} != set(pc.circuit.num_categories):
-            raise ArgumentError(
-                f"calibration: it is for {calibration.bias.shape[1]} tokens, and the circuit has "
-                f"{sorted(set(pc.circuit.num_categories))} categories"
-            )
+        if top_k is not None:
+            checked_count("top_k", top_k)
+            if top_k > max(pc.circuit.num_categories):
+                raise ArgumentError(
+                    f"top_k: expected at most the circuit's {max(pc.circuit.num_categories)} categories, got {top_k}"
+                )
+        chosen = [*([] if calibration is None else [calibration]), *conditioners]
+        for conditioner in chosen:
+            if not isinstance(conditioner, Conditioner):
+                raise ArgumentError(f"conditioners: expected df.Conditioner modules, got {type(conditioner).__name__}")
+            conditioner.check(pc)
         self.pc = pc
         self.activation_threshold = activation_threshold
         self.temperature = temperature
         self.normalization = normalization
         self.top_k = top_k
-        self.calibration = calibration
+        self.conditioners: Iterable[Conditioner] = cast(Any, nn.ModuleList(chosen))
+
+    @property
+    def calibration(self) -> NoiseCalibration | None:
+        """The first calibration among the conditioners, or None."""
+        return next((made for made in self.conditioners if isinstance(made, NoiseCalibration)), None)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a conditioner looks at the denoiser's hidden states."""
+        return any(conditioner.needs_features for conditioner in self.conditioners)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return max(self.pc.circuit.num_categories)
 
     @property
     def block_length(self) -> int:
         """L, the number of positions the circuit is over."""
         return self.pc.circuit.num_vars
 
-    def forward(self, logits: Tensor, tokens: Tensor, masked: Tensor) -> CoupledDistribution:
-        """Return the joint distribution of a block; see :class:`~diffusion.coupling.CoupledDistribution`."""
-        return self.distribution(logits, tokens, masked)
+    def forward(self, prediction: Prediction | Tensor, tokens: Tensor, masked: Tensor) -> CoupledDistribution:
+        """Return the joint distribution of a block; see :meth:`distribution`."""
+        return self.distribution(prediction, tokens, masked)
 
     def distribution(
-        self, logits: Tensor, tokens: Tensor, masked: Tensor, *, include: Tensor | None = None
+        self,
+        prediction: Prediction | Tensor,
+        tokens: Tensor,  # shape: (B, L)
+        masked: Tensor,  # shape: (B, L)
+        *,
+        include: Tensor | None = None,  # shape: (B, L)
+        absent: Tensor | None = None,  # shape: (B, L)
     ) -> CoupledDistribution:
-        """Return the joint distribution of a block: logits (B, L, V), tokens (B, L), masked (B, L)."""
-        factors = self.calibrated(logits, masked)
-        return CoupledDistribution(
-            self.pc, factors, tokens, masked, normalization=self.normalization, top_k=self.top_k, include=include
-        )
-
-    def calibrated(self, logits: Tensor, masked: Tensor, values: Tensor | None = None) -> Tensor:
-        """Return the log-factors that the circuit is multiplied with, in the shape of ``logits``.
+        """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
         Args:
-            logits: of all tokens, (B, L, V), or of the listed ``values``, (B, L, k).
-            masked: bool (B, L).
-            values: int64 (B, L, k); None: all tokens.
-        """
-        return logits if self.calibration is None else self.calibration(logits, masked, values)
+            prediction: what the denoiser says about the blocks, or its logits, (B, L, V).
+            tokens: int64; entries at masked positions are ignored.
+            masked: bool, True where a token is to be predicted.
+            include: int64, tokens that ``top_k`` must not drop, for instance the true ones in training.
+            absent: bool, positions that a shorter block does not have; they are summed out.
 
-    def conditional_log_likelihood(self, logits: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
-        """Return ``CLL = log p_hat(x_M | x_O)`` of the true tokens ``targets``, int64 (B, L): (B,), in nats."""
-        return self.distribution(logits, targets, masked, include=targets).log_prob(targets)
+        Raises:
+            ArgumentError: shapes or dtypes that do not fit, or a conditioner misses the denoiser's features.
+        """
+        if isinstance(prediction, Tensor):
+            logits = prediction.to(self.pc.dtype)
+            prediction = Prediction.from_logits(logits, masked, top_k=self.top_k, include=include)
+        elif self.top_k is not None:
+            prediction = prediction.listed(self.top_k, include)
+        conditioned = self.condition(prediction, masked)
+        weights = self.pc.weights(external=conditioned.weights) if conditioned.weights else None
+        return CoupledDistribution.of(
+            self.pc,
+            conditioned.prediction,
+            tokens,
+            masked,
+            normalization=self.normalization,
+            latents=conditioned.latents,
+            weights=weights,
+            absent=absent,
+        )
+
+    def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
+        """Apply the conditioners in order; factors of a changed prediction are normalised, which no result depends on.
+
+        Args:
+            prediction: of all tokens, or of listed ones.
+            masked: bool (B, L).
+        """
+        conditioned = Conditioned(prediction)
+        for conditioner in self.conditioners:
+            conditioned = conditioned.then(conditioner.condition(conditioned.prediction, masked))
+        if conditioned.prediction is prediction:
+            return conditioned
+        return replace(conditioned, prediction=conditioned.prediction.normalised())
+
+    def conditional_log_likelihood(self, prediction: Prediction | Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        """Return ``CLL = log p_hat(x_M | x_O)`` of the true tokens ``targets``, int64 (B, L): (B,), in nats.
+
+        Raises:
+            ArgumentError: shapes that do not fit, or a target that is no token: the observed ones are conditioned on.
+        """
+        check_token_ids("targets", targets, masked.shape, self.vocab_size)
+        return self.distribution(prediction, targets, masked, include=targets).log_prob(targets)
 
     def is_active(self, masked: Tensor) -> Tensor:
         """Return which sequences the circuit is used for, by their own mask ratio: bool (B, L) to bool (B,)."""
-        ratio = masked.float().mean(-1)
-        return (ratio < self.activation_threshold) | (self.activation_threshold >= 1)
+        # Counted: a ratio equal to the threshold is then on the same side of it in every precision, on every device.
+        length = masked.shape[-1]
+        first_inactive = sum(n / length < self.activation_threshold for n in range(length + 1))
+        return (masked.sum(-1) < first_inactive) | (self.activation_threshold >= 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder: the circuit in ``circuit/``, settings and calibration in ``head.safetensors``; no pickle.
+        """Write a folder: the circuit in ``circuit/``, settings and conditioners in ``head.safetensors``; no pickle.
 
         The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
 
         Raises:
-            ArgumentError: ``path`` holds something else, or a weight is NaN or infinite.
+            ArgumentError: ``path`` holds something else, a weight is NaN or infinite, or a conditioner is not
+                registered.
         """
-        tensors = {} if self.calibration is None else self.calibration.state_dict()
+        tensors = cast(nn.Module, self.conditioners).state_dict()
         bad = not_finite(tensors)
         if bad is not None:
             raise ArgumentError(f"head: {bad} has NaN or infinite numbers; such a head cannot be saved")
         with replace_folder(path, ("circuit", _FILE), kind="a saved head") as folder:
             ct.save(self.pc, folder / "circuit")
-            settings = {name: getattr(self, name) for name in _SETTINGS}
-            metadata = {"settings": json.dumps(settings), "circuit_sha256": _circuit_hash(folder)}
+            metadata = {
+                "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
+                "conditioners": json.dumps([_described(conditioner) for conditioner in self.conditioners]),
+                "circuit_sha256": _circuit_hash(folder),
+            }
             write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
     @classmethod
@@ -145,16 +223,32 @@ class CoupledHead(nn.Module):
             raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
         try:
             settings = json.loads(metadata["settings"])
-            calibration = None
-            if tensors:
-                num_knots, num_tokens = tensors["bias"].shape
-                calibration = NoiseCalibration(num_tokens, num_knots)
-                calibration.load_state_dict(tensors)
-            return cls(ct.load(folder / "circuit"), **settings, calibration=calibration)
+            return cls(ct.load(folder / "circuit"), **settings, conditioners=_built(metadata, tensors))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
+
+
+def _described(conditioner: Conditioner) -> dict[str, Any]:
+    """Return the name and settings that build a conditioner again."""
+    conditioner_class(conditioner.name)
+    return {"name": conditioner.name, "settings": conditioner.settings()}
+
+
+def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditioner]:
+    """Build the conditioners of a file; the first format knew a calibration only."""
+    if "conditioners" in metadata:
+        described = json.loads(metadata["conditioners"])
+    elif tensors:
+        num_knots, num_tokens = tensors["bias"].shape
+        described = [{"name": "noise_calibration", "settings": {"num_tokens": num_tokens, "num_knots": num_knots}}]
+        tensors = {f"0.{name}": tensor for name, tensor in tensors.items()}
+    else:
+        described = []
+    made = [conditioner_class(one["name"])(**one["settings"]) for one in described]
+    nn.ModuleList(made).load_state_dict(tensors)
+    return made
 
 
 _SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k")
@@ -169,6 +263,6 @@ def _circuit_hash(folder: Path) -> str:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ArgumentError unless ``temperature`` is a finite number >= 0."""
-    if not 0 <= temperature < float("inf"):
-        raise ArgumentError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    """Raise ArgumentError unless ``temperature`` is 0 or a number whose inverse float32 can hold."""
+    if not is_number(temperature) or not (temperature == 0 or 1e-37 <= temperature <= 1e38):
+        raise ArgumentError(f"temperature: expected a finite number, 0 or from 1e-37 to 1e38, got {temperature!r}")

@@ -27,6 +27,7 @@ from circuits.learning._learners import (
 )
 from circuits.learning._samples import Samples, checked_samples
 from circuits.learning.distributed import Processes, checked_processes
+from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,7 @@ class FitResult:
     """How many training samples had probability zero in the last epoch; nothing is learnt from them."""
 
 
+@own_precision
 def fit(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray | Table,  # shape: (N, D)

@@ -4,6 +4,7 @@ from circuits.queries.automata import Automaton, automaton_log_probability, orde
 from circuits.queries.basic import (
     MAP,
     MPE,
+    listed_marginals,
     log_conditional,
     log_likelihood,
     log_marginal,
@@ -23,7 +24,7 @@ from circuits.queries.divergences import (
 from circuits.queries.entropy import EntropyBounds, entropy, entropy_bounds, latent_entropy
 from circuits.queries.expectations import covariance, expectation, mean, moments, variance
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
-from circuits.queries.latents import class_posterior, latent_marginals
+from circuits.queries.latents import LatentChoice, best_latents, class_posterior, latent_marginals, sample_latents
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
 from circuits.queries.without_replacement import DistinctSamples, sample_without_replacement
 
@@ -35,7 +36,9 @@ __all__ = [
     "EntropyBounds",
     "KBestAssignments",
     "KBestExplanations",
+    "LatentChoice",
     "automaton_log_probability",
+    "best_latents",
     "cauchy_schwarz_divergence",
     "class_posterior",
     "covariance",
@@ -47,6 +50,7 @@ __all__ = [
     "kl_divergence",
     "latent_entropy",
     "latent_marginals",
+    "listed_marginals",
     "log_cdf",
     "log_conditional",
     "log_inner_product",
@@ -62,6 +66,7 @@ __all__ = [
     "pairwise_marginals",
     "renyi_divergence",
     "sample",
+    "sample_latents",
     "sample_without_replacement",
     "variance",
 ]

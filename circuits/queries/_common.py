@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import is_number
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
+from circuits.randomness import RowGenerators
 
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
@@ -29,6 +31,18 @@ def given_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: Bank
     if pc.circuit.num_classes is not None and evidence.classes is None:
         raise passes.class_needed(pc)
     return evidence
+
+
+def check_generator(generator: torch.Generator | RowGenerators | None, batch_size: int) -> None:
+    """Raise ArgumentError if generators by row are not as many as there are queries."""
+    if isinstance(generator, RowGenerators) and len(generator.seeds) != batch_size:
+        raise ArgumentError(f"generator: expected {batch_size} seeds, one per query, got {len(generator.seeds)}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ArgumentError unless a temperature is 0, or a number whose inverse float32 holds."""
+    if not is_number(temperature) or not (temperature == 0 or 1e-37 <= temperature <= 1e38):
+        raise ArgumentError(f"temperature: expected 0 or a number from 1e-37 to 1e38, got {temperature!r}")
 
 
 def has_infinite_values(pc: CompiledCircuit) -> bool:
@@ -64,17 +78,24 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
     """Return the log-factors of :func:`dense_evidence`, for a query that takes evidence on variables only.
 
     Raises:
-        PropertyError: the circuit has classes or infinitely many values, or the evidence is on latents.
+        PropertyError: the circuit has classes or infinitely many values, or the evidence is on latents or relative.
     """
     require_finite_values(pc, query)
     if pc.circuit.num_classes is not None:
         raise passes.one_root_needed(query, pc.circuit)
+    refuse_relative(evidence, query)
     if evidence is not None and evidence.latents:
         raise PropertyError(
             f"{query} takes evidence on variables only, and this one is on latents too; leave that out, or fold it "
             "into the circuit's weights"
         )
     return dense_evidence(pc, evidence)[1]
+
+
+def refuse_relative(evidence: Evidence | None, query: str) -> None:
+    """Raise PropertyError, for a query that has no use for it, if the evidence is relative to other evidence."""
+    if evidence is not None and evidence.reference is not None:
+        raise PropertyError(f"{query} takes evidence that is relative to no other; leave relative_to out")
 
 
 def has_one_explanation(pc: CompiledCircuit, evidence: Evidence) -> bool:

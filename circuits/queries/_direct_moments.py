@@ -14,7 +14,7 @@ from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
 from circuits.input_layers import DirectLayer
-from circuits.queries._common import checked_possible, given_evidence, queries_per_pass
+from circuits.queries._common import checked_possible, given_evidence, queries_per_pass, refuse_relative
 from circuits.semiring import LogSemiring
 
 
@@ -32,6 +32,7 @@ def direct_moments(
         numbers: what the values of variables with finitely many values stand for, (D, C).
         centre: c, (B, D); None: 0.
     """
+    refuse_relative(evidence, "moments of variables with infinitely many values")
     is_recorded = torch.is_grad_enabled()
     given, banks = given_evidence(pc, evidence), pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
@@ -68,6 +69,7 @@ def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: T
         numbers: what the values of variables with finitely many values stand for, (D, C).
         centre: (B, D), the means: any numbers would do, but these leave small ones to subtract.
     """
+    refuse_relative(evidence, "moments of variables with infinitely many values")
     is_recorded = torch.is_grad_enabled()
     given, banks = given_evidence(pc, evidence), pc.weights()
     batch_size, num_vars = given.batch_size, given.num_vars

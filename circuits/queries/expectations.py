@@ -14,6 +14,7 @@ from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 from circuits.queries._common import (
     checked_possible,
     dense_evidence,
@@ -29,6 +30,7 @@ from circuits.semiring import LogSemiring
 from circuits.semirings import SignedSemiring
 
 
+@own_precision
 def expectation(
     pc: CompiledCircuit,
     functions: Tensor,
@@ -70,6 +72,7 @@ def expectation(
     return result if table.dim() == 3 else result.squeeze(1)
 
 
+@own_precision
 def moments(
     pc: CompiledCircuit,
     order: int,
@@ -77,6 +80,7 @@ def moments(
     *,
     values: Tensor | None = None,
     about: Literal["zero", "mean"] = "zero",
+    weights: passes.Banks | None = None,
 ) -> Tensor:
     """Return a posterior moment of every variable: ``E[x_i^order | e]``, or ``E[(x_i - E[x_i | e])^order | e]``.
 
@@ -90,6 +94,7 @@ def moments(
         values: the number that each value stands for, (D, C); None: v stands for the number v. Variables with
             infinitely many values always stand for themselves.
         about: "zero" for raw moments, "mean" for central ones.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own, where all values are finitely many.
 
     Returns:
         (B, D).
@@ -97,31 +102,49 @@ def moments(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
         ImpossibleEvidenceError: log Z = -inf for some query.
+        PropertyError: run-time weights where a variable has infinitely many values.
     """
     checked_count("order", order)
     if about not in ("zero", "mean"):
         raise ArgumentError(f"about: expected 'zero' or 'mean', got {about!r}")
     numbers = value_table(pc, "values", values)
     if has_infinite_values(pc):
+        if weights is not None:
+            require_finite_values(pc, "moments with weights at run time")
         centre = None if about == "zero" else direct_moments(pc, 1, evidence, numbers, None)
         return direct_moments(pc, order, evidence, numbers, centre)
-    posterior = marginals(pc, dense_evidence(pc, evidence)[0])
+    posterior = marginals(pc, dense_evidence(pc, evidence, weights)[0], weights=weights)
     if about == "zero":
         return (posterior * numbers**order).sum(2)
     centred = numbers - (posterior * numbers).sum(2, keepdim=True)
     return (posterior * centred**order).sum(2)
 
 
-def mean(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
+@own_precision
+def mean(
+    pc: CompiledCircuit,
+    evidence: Evidence | None = None,
+    *,
+    values: Tensor | None = None,
+    weights: passes.Banks | None = None,
+) -> Tensor:
     """Return the posterior mean of every variable, ``E[x_i | e]``, (B, D): the first of :func:`moments`."""
-    return moments(pc, 1, evidence, values=values)
+    return moments(pc, 1, evidence, values=values, weights=weights)
 
 
-def variance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
+@own_precision
+def variance(
+    pc: CompiledCircuit,
+    evidence: Evidence | None = None,
+    *,
+    values: Tensor | None = None,
+    weights: passes.Banks | None = None,
+) -> Tensor:
     """Return the posterior variance of every variable, (B, D): the second central one of :func:`moments`."""
-    return moments(pc, 2, evidence, values=values, about="mean")
+    return moments(pc, 2, evidence, values=values, about="mean", weights=weights)
 
 
+@own_precision
 def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
     """Return the posterior covariance matrix of the variables, ``Cov[x_i, x_j | e]``.
 

@@ -1,22 +1,34 @@
-"""Posteriors of latent variables: which child a sum node uses, and which class a query belongs to."""
+"""Latent variables: posteriors of which child a sum node uses, draws of them, and which class a query belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from circuits import passes
+from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.graph import Sum
 from circuits.passes import Banks
-from circuits.queries._common import checked_possible, one_per_query
+from circuits.precision import own_precision
+from circuits.queries._common import (
+    check_generator,
+    check_temperature,
+    checked_possible,
+    given_evidence,
+    one_per_query,
+    require_finite_values,
+)
+from circuits.randomness import RowGenerators
+from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 
 
+@own_precision
 def latent_marginals(
     pc: CompiledCircuit,
     evidence: Evidence,
@@ -63,6 +75,141 @@ def latent_marginals(
     return dict(zip(wanted, posterior.split(sizes, 1), strict=True))
 
 
+@dataclass(frozen=True, eq=False)
+class LatentChoice:
+    """One configuration of the latents for each of n columns: which child every reached sum unit uses.
+
+    Given the latents the variables are independent, each distributed as the input unit that was reached.
+
+    Attributes:
+        pc: the circuit.
+        units: the unit that was reached of every node of each input layer, -1 where none was, a list of (F, n).
+        query: which of the B queries each column belongs to, int64 (n,).
+        weights: that the choice was made with.
+    """
+
+    pc: CompiledCircuit
+    units: Sequence[Tensor]
+    query: Tensor
+    weights: Banks
+
+    def log_weights(self, values: Tensor | None = None) -> Tensor:
+        """Return ``log p(x_i = v | z)``, of all values or of some.
+
+        Args:
+            values: int64 (n, D, k), values of every variable; None: all, 0 .. C - 1.
+
+        Returns:
+            (n, D, C), -inf at values that a variable does not have, or (n, D, k).
+
+        Raises:
+            ArgumentError: ``values`` has a wrong shape, dtype or value.
+        """
+        pc, num_columns = self.pc, len(self.query)
+        if values is None:
+            shape: tuple[int, ...] = (num_columns, pc.circuit.num_vars, int(pc.num_categories.max()))
+        else:
+            Evidence(None, values, None).check(pc.num_categories)
+            shape = tuple(values.shape)
+        result = torch.full(shape, -torch.inf, dtype=pc.dtype, device=pc.device)
+        for position, (layer, reached) in enumerate(zip(pc.input_layers, self.units, strict=True)):
+            node, column = (reached >= 0).nonzero(as_tuple=True)
+            unit, variable = reached[node, column], layer.variables[node]
+            bank = self.weights[layer.parameter_rows.bank].log  # (P, C, K)
+            wanted = torch.arange(bank.shape[1], device=pc.device) if values is None else values[column, variable]
+            wanted = wanted.expand(len(node), -1)
+            rows = bank[layer.parameter_rows.index[node].unsqueeze(1), wanted, unit.unsqueeze(1)]
+            if position in self.weights.external:
+                given = self.weights.external[position]
+                rows = given.replaced_inputs(rows, wanted, node, unit, self.query[column])
+            if values is None:
+                result[column, variable, : rows.shape[1]] = rows
+            else:
+                result[column, variable] = rows
+        return result
+
+
+@own_precision
+@torch.no_grad()
+def sample_latents(
+    pc: CompiledCircuit,
+    num_samples: int,
+    evidence: Evidence | None = None,
+    generator: torch.Generator | RowGenerators | None = None,
+    *,
+    temperature: float = 1.0,
+    weights: Banks | None = None,
+) -> LatentChoice:
+    """Draw the latents from their posterior ``p(z | e)``, or from its power 1 / tau, with the variables summed out.
+
+    Args:
+        pc: a circuit with finitely many values per variable.
+        num_samples: S >= 1, draws per query.
+        evidence: for B queries; None: no evidence, B = 1.
+        generator: on the circuit's device; the same state gives the same draws on one machine. Or
+            :class:`~circuits.randomness.RowGenerators`, one per query.
+        temperature: tau >= 0: draw from ``p(z | e)^(1 / tau)``, normalised; 0 takes the best, see :func:`best_latents`.
+            Latents of which nothing is known are not tempered.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+
+    Returns:
+        The draws as S * B columns, all queries of the first draw before those of the second.
+
+    Raises:
+        ImpossibleEvidenceError: log Z = -inf for some query.
+        PropertyError: a variable has infinitely many values.
+    """
+    checked_count("num_samples", num_samples)
+    check_temperature(temperature)
+    return _chosen(pc, choosing_semiring(temperature), num_samples, evidence, generator, weights)
+
+
+@own_precision
+@torch.no_grad()
+def best_latents(
+    pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None
+) -> LatentChoice:
+    """Return the most probable latents ``argmax_z p(z | e)``, with the variables summed out (the Viterbi path).
+
+    Args:
+        pc: a circuit with finitely many values per variable.
+        evidence: for B queries; None: no evidence, B = 1.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+
+    Returns:
+        The best configuration of every query as B columns.
+
+    Raises:
+        ImpossibleEvidenceError: log Z = -inf for some query.
+        PropertyError: a variable has infinitely many values.
+    """
+    return _chosen(pc, MaxSemiring(), 1, evidence, None, weights)
+
+
+def _chosen(
+    pc: CompiledCircuit,
+    semiring: ChoosingSemiring,
+    num_samples: int,
+    evidence: Evidence | None,
+    generator: torch.Generator | RowGenerators | None,
+    weights: Banks | None,
+) -> LatentChoice:
+    require_finite_values(pc, "choosing latents")
+    banks = pc.weights() if weights is None else weights
+    given = given_evidence(pc, evidence, banks)
+    check_generator(generator, given.batch_size)
+    # the values are summed out, whatever chooses the latents
+    is_plain = isinstance(semiring, LogSemiring)
+    leaf_values = (passes.leaves if is_plain else passes.heard_leaves)(pc, LogSemiring(), given, banks)
+    outputs = passes.upward(pc, semiring, leaf_values, banks, keep=True)
+    root = outputs[-1]
+    assert root is not None
+    checked_possible(root[0, 0])
+    units, query = passes.downward_choice(pc, semiring, outputs, banks, num_samples, generator)
+    return LatentChoice(pc, units, query, banks)
+
+
+@own_precision
 def class_posterior(
     pc: CompiledCircuit, evidence: Evidence, log_prior: Tensor | None = None, *, weights: Banks | None = None
 ) -> Tensor:

@@ -101,6 +101,8 @@ def _log_probability(pc: CompiledCircuit, node: Input, x: Tensor) -> Tensor:
 
 
 def _with_evidence(joint: Tensor, evidence: Evidence) -> Tensor:
+    if evidence.reference is not None:
+        raise ArgumentError("evidence: a table of assignments has no input units to divide; leave relative_to out")
     factors = evidence.dense(max(joint.shape), torch.float64)
     total = joint.unsqueeze(0)
     for var, count in enumerate(joint.shape):

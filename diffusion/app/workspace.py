@@ -25,15 +25,14 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits._arguments import checked_device
+from circuits.arguments import checked_device
 from circuits.files import file_hash, replace_file
 from diffusion._json import read_json, write_json
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
 from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, encoded_prompts, load_tokenizer, read_digests
 from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.decoding.generation import generate
-from diffusion.decoding.remasking import Strategy
-from diffusion.decoding.step import DecodeMode
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.evaluation.few_steps import FewStepTable, few_step_quality

@@ -13,14 +13,21 @@ Evidence may be any log-factor, so everything stays exact; it is the simplest wa
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from circuits._arguments import checked_count
+from circuits import CompiledCircuit
+from circuits.arguments import checked_count
+from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
 
 
-class NoiseCalibration(nn.Module):
+@register("noise_calibration")
+class NoiseCalibration(Conditioner):
     """Log-factors ``beta(r) log q_i(v) + b_v(r)`` from log-probabilities and the mask ratio r of their block.
 
     Args:
@@ -82,3 +89,21 @@ class NoiseCalibration(nn.Module):
         is_possible = log_q > -torch.inf
         factors = scale[:, None, None] * log_q.masked_fill(~is_possible, 0.0).to(scale.dtype) + bias
         return factors.masked_fill(~is_possible, -torch.inf)
+
+    def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
+        """Return the prediction with the calibrated log-factors."""
+        return Conditioned(replace(prediction, log_q=self(prediction.log_q, masked, prediction.values)))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        num_knots, num_tokens = self.bias.shape
+        return {"num_tokens": num_tokens, "num_knots": num_knots}
+
+    def check(self, pc: CompiledCircuit) -> None:
+        """Raise ArgumentError unless it is for as many tokens as the circuit has categories."""
+        categories = set(pc.circuit.num_categories)
+        if {self.bias.shape[1]} != categories:
+            raise ArgumentError(
+                f"calibration: it is for {self.bias.shape[1]} tokens, and the circuit has {sorted(categories)} "
+                "categories"
+            )

@@ -1,193 +1,202 @@
-"""One decoding step: choose tokens for the masked positions of a block, and which of them to commit."""
+"""One step: from a denoiser's prediction to tokens on the canvas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from circuits import Evidence
+from circuits import RowGenerators
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding.remasking import Strategy, check_strategy, choose_positions, reliability
-from diffusion.errors import ArgumentError
-from diffusion.head import CoupledHead, check_temperature
+from diffusion.decoding.canvas import Canvas
+from diffusion.decoding.commit import SCORES, Ranking, commit
+from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.plans import Look, Plan, Windows
+from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, independent
+from diffusion.head import CoupledHead
+from diffusion.prediction import Prediction
 
-DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
+_OF_WINDOWS = ("positions", "absent", "tokens", "masked", "candidates", "counts")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
-    """How a step chooses.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Windows of one step, with what the denoiser says about them and what may be committed.
 
     Attributes:
-        decode: ``independent``: every token on its own, without the circuit; ``latent``: draw the circuit's latents
-            from their posterior, then every token on its own given them, with log q / tau + log p(v | z); ``marginal``:
-            every token from its exact posterior marginal; ``any_order``: commit the most reliable position, ask the
-            circuit again without asking the denoiser, and so on; ``joint``: one exact joint sample, or at temperature
-            0 the most probable explanation.
-        strategy: what makes a position reliable, see :mod:`diffusion.decoding.remasking`.
-        temperature: tau >= 0; 0 takes the best token. ``joint`` takes 0 and 1 only: tempering the product is #P-hard.
-        threshold: for the strategy ``threshold``: commit every position whose token has more than this probability.
+        windows: W windows of up to n positions.
+        positions: where they are on the canvas, int64 (W, n).
+        absent: bool (W, n), what is beyond the end of a shorter window, or padding.
+        tokens: int64 (W, n).
+        masked: bool (W, n), what is to be predicted.
+        candidates: bool (W, n), what may be committed.
+        counts: how many of these at least, int64 (W,).
+        prediction: of the windows' positions, (W, n).
     """
 
-    decode: DecodeMode = "latent"
-    strategy: Strategy = "low_confidence"
-    temperature: float = 1.0
-    threshold: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.decode not in get_args(DecodeMode):
-            raise ArgumentError(f"decode: expected one of {', '.join(get_args(DecodeMode))}, got {self.decode!r}")
-        check_strategy(self.strategy)
-        check_temperature(self.temperature)
-        if not 0 <= self.threshold <= 1:
-            raise ArgumentError(f"threshold: expected a probability, got {self.threshold!r}")
-        if self.decode == "joint" and self.temperature not in (0.0, 1.0):
-            raise ArgumentError(
-                f"temperature: decode='joint' takes 1 (exact sample) or 0 (most probable explanation), got "
-                f"{self.temperature}; tempering a mixture is #P-hard, decode='latent' tempers the tokens given the "
-                "latents"
-            )
-
-    @property
-    def commit_above(self) -> float | None:
-        """The probability above which a position is committed in any case; None: none is."""
-        return self.threshold if self.strategy == "threshold" else None
-
-
-class Step(NamedTuple):
-    """What one decoding step did to a block."""
-
+    windows: Windows
+    positions: Tensor
+    absent: Tensor
     tokens: Tensor
-    """int64 (B, L); positions that were not committed are as before."""
-    committed: Tensor
-    """bool (B, L), the positions decoded in this step."""
+    masked: Tensor
+    candidates: Tensor
+    counts: Tensor
+    prediction: Prediction
 
-
-class _Proposal(NamedTuple):
-    tokens: Tensor  # shape: (B, L)
-    log_probs: Tensor  # shape: (B, L, V), what reliability is judged by
+    def select(self, index: Tensor) -> Part:
+        """Return some of the windows."""
+        parts = {name: getattr(self, name)[index] for name in _OF_WINDOWS}
+        return Part(windows=self.windows.select(index), prediction=self.prediction.rows(index), **parts)
 
 
 def decode_step(
-    logits: Tensor,  # shape: (B, L, V)
-    tokens: Tensor,  # shape: (B, L)
-    masked: Tensor,  # shape: (B, L)
-    counts: Tensor,  # shape: (B,)
-    *,
-    head: CoupledHead | None,
-    options: DecodeOptions,
-    generator: torch.Generator | None = None,
-) -> Step:
-    """Decode the ``counts`` most reliable masked positions of each sequence.
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+) -> None:
+    """Commit tokens of one look to the canvas.
 
-    The circuit is asked only for sequences where ``head`` is active, by their own mask ratio; the others are decoded
+    The circuit is asked for the windows whose own mask ratio is below the activation threshold; the others are decoded
     independently.
 
     Args:
-        logits: the denoiser's, with forbidden tokens at -inf, (B, L, V).
-        tokens: the block so far, int64 (B, L).
-        masked: open positions, bool (B, L).
-        counts: how many to commit, int64 (B,).
+        canvas: written to.
+        look: what the denoiser was asked about, and how many tokens each row should commit.
+        prediction: of the span's positions, (B, stop - start).
+        plan: lays the windows.
         head: the circuit; None: the factorized baseline.
-        options: how to choose.
-        generator: for all draws, on the device of ``logits``.
+        config: how to choose.
     """
-    if head is None or options.decode == "independent":
-        return _independent_step(logits, tokens, masked, counts, options, generator)
-    active = head.is_active(masked) & masked.any(-1)
-    if not bool(active.any()):
-        return _independent_step(logits, tokens, masked, counts, options, generator)
-    if bool(active.all()):
-        return _coupled_step(head.distribution(logits, tokens, masked), counts, options, generator)
-    new_tokens, committed = tokens.clone(), torch.zeros_like(masked)
-    for rows, is_coupled in ((active, True), (~active, False)):
-        part = logits[rows], tokens[rows], masked[rows]
-        if is_coupled:
-            step = _coupled_step(head.distribution(*part), counts[rows], options, generator)
-        else:
-            step = _independent_step(*part, counts[rows], options, generator)
-        new_tokens[rows], committed[rows] = step.tokens, step.committed
-    return Step(new_tokens, committed)
+    canvas.num_calls += (look.counts > 0).long()
+    part = _windows_of(canvas, look, prediction, plan, head, config)
+    if not len(part.windows.rows):
+        return
+    uses = _uses_circuit(part, head, config)
+    canvas.num_windows.index_add_(0, part.windows.rows, torch.ones_like(part.windows.rows))
+    canvas.num_coupled.index_add_(0, part.windows.rows, uses.long())
+    for index, coupled_head in ((uses.nonzero().flatten(), head), ((~uses).nonzero().flatten(), None)):
+        if len(index):
+            _decode_part(canvas, part if len(index) == len(uses) else part.select(index), coupled_head, config)
+    if config.remask and not look.is_last:
+        _take_back(canvas, look, config.remask)
 
 
-def _independent_step(
-    logits: Tensor,
-    tokens: Tensor,
-    masked: Tensor,
-    counts: Tensor,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-) -> Step:
-    proposal = _propose(logits / (options.temperature or 1.0), options, generator)
-    return _commit(proposal, tokens, masked, counts, options, generator)
+def _windows_of(
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+) -> Part:
+    longest = None if head is None or config.decode == "independent" else head.block_length
+    start = look.span[0]
+    wanted, counts = look.open, look.counts
+    if plan.chooses_first:
+        wanted = torch.zeros_like(look.open)
+        wanted[:, slice(*look.span)] = _chosen_by_prediction(canvas, look, prediction, config)
+    windows = plan.cover(look, wanted, longest)
+    width = longest or (int(windows.lengths.max()) if len(windows.rows) else 0)
+    rows, positions = windows.rows.unsqueeze(1), windows.positions(width)
+    absent = windows.absent(width) | ~canvas.valid[rows, positions]
+    candidates = (wanted[rows, positions]) & ~absent
+    counts = candidates.sum(1) if plan.chooses_first else counts[windows.rows]
+    asked = prediction.rows(windows.rows).at(positions - start)
+    masked = canvas.masked[rows, positions] & ~absent
+    return Part(windows, positions, absent, canvas.tokens[rows, positions], masked, candidates, counts, asked)
 
 
-def _coupled_step(
-    dist: CoupledDistribution,
-    counts: Tensor,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-) -> Step:
-    tau = options.temperature or 1.0
-    if options.decode == "any_order":
-        return _any_order_step(dist, counts, options, generator)
-    if options.decode == "latent":
-        latent = dist.sample_latent_log_weights(generator)
-        proposal = _propose(dist.log_prediction / tau + latent, options, generator)
-    elif options.decode == "marginal":
-        proposal = _propose(dist.marginal_probs.log() / tau, options, generator)
-    else:
-        chosen = dist.mode if options.temperature == 0 else dist.sample(generator=generator)
-        proposal = _Proposal(chosen, dist.marginal_probs.log())
-    return _commit(proposal, dist.tokens, dist.masked, counts, options, generator)
+def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, config: DecodingConfig) -> Tensor:
+    """Choose positions by the denoiser's own prediction, before the circuit is asked: bool (B, stop - start)."""
+    rows = torch.arange(canvas.batch_size, device=canvas.tokens.device)
+    generators = canvas.generators(rows, torch.full_like(rows, -1))
+    tokens = prediction.best()
+    scores = SCORES[config.chosen_strategy](prediction, tokens, generators)
+    candidates = look.open[:, slice(*look.span)]
+    ranking = Ranking(scores, candidates, look.counts, lambda: prediction)
+    return commit(ranking, config) & (look.counts > 0).unsqueeze(1)
 
 
-def _any_order_step(
-    dist: CoupledDistribution, counts: Tensor, options: DecodeOptions, generator: torch.Generator | None
-) -> Step:
-    """Commit one position after the other; the evidence of the next question holds the tokens committed before."""
-    tokens, masked, evidence = dist.tokens, dist.masked, dist.evidence
-    tau = options.temperature or 1.0
-    for done in range(int(counts.max())):
-        proposal = _propose(dist.marginals_given(evidence).log() / tau, options, generator)
-        one_more = (counts > done).long()
-        tokens, committed = _commit(proposal, tokens, masked, one_more, options, generator)
-        masked = masked & ~committed
-        evidence = _with_observed(evidence, tokens, dist.masked & ~masked)
-    return Step(tokens, dist.masked & ~masked)
+def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) -> Tensor:
+    if head is None or config.decode == "independent":
+        return torch.zeros_like(part.windows.rows, dtype=torch.bool)
+    threshold = head.activation_threshold if config.activation_threshold is None else config.activation_threshold
+    present = (~part.absent).sum(1)
+    is_below = part.masked.sum(1) < threshold * present.double()
+    return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
-def _propose(scores: Tensor, options: DecodeOptions, generator: torch.Generator | None) -> _Proposal:
-    """Choose each token on its own from unnormalised log-probabilities (B, L, V)."""
-    log_probs = torch.log_softmax(scores, -1)
-    if options.temperature == 0:
-        return _Proposal(log_probs.argmax(-1), log_probs)
-    clocks = torch.empty_like(log_probs).exponential_(generator=generator)
-    rung_first = (log_probs - clocks.clamp_min_(torch.finfo(clocks.dtype).tiny).log_()).argmax(-1)
-    return _Proposal(rung_first, log_probs)
+def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: DecodingConfig) -> None:
+    generators = canvas.generators(part.windows.rows, part.windows.starts)
+    if head is None:
+        _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
+        return
+    dist = head.distribution(
+        part.prediction, part.tokens, part.masked, absent=part.absent if bool(part.absent.any()) else None
+    )
+    if config.decode == "any_order":
+        _any_order(canvas, part, dist, config, generators)
+        return
+    proposal = PROPOSERS[config.decode](dist, config, generators)
+    _write(canvas, part, proposal, dist, config, generators)
 
 
-def _commit(
-    proposal: _Proposal,
-    tokens: Tensor,
-    masked: Tensor,
-    counts: Tensor,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-) -> Step:
-    scores = reliability(options.strategy, proposal.log_probs, proposal.tokens, generator=generator)
-    committed = choose_positions(scores, masked, counts, threshold=options.commit_above)
-    return Step(torch.where(committed, proposal.tokens, tokens), committed)
+def _write(
+    canvas: Canvas,
+    part: Part,
+    proposal: Proposal,
+    dist: CoupledDistribution | None,
+    config: DecodingConfig,
+    generators: RowGenerators,
+) -> Tensor:
+    """Commit the most reliable proposals; return where, bool (W, n)."""
+    committed, scores = _committed(part, proposal, dist, config, generators)
+    canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
+    return committed
 
 
-def _with_observed(evidence: Evidence, tokens: Tensor, observed: Tensor) -> Evidence:
-    """Rule out every value but the committed tokens; these keep their factors, which no conditional depends on."""
-    assert evidence.log_factors is not None
-    num_values = evidence.log_factors.shape[-1]
-    values = torch.arange(num_values, device=tokens.device) if evidence.values is None else evidence.values
-    ruled_out = observed.unsqueeze(-1) & (values != tokens.unsqueeze(-1))
-    factors = evidence.log_factors.masked_fill(ruled_out, -torch.inf)
-    return evidence.with_factors(factors, evidence.values, evidence.missing)
+def _committed(
+    part: Part,
+    proposal: Proposal,
+    dist: CoupledDistribution | None,
+    config: DecodingConfig,
+    generators: RowGenerators,
+) -> tuple[Tensor, Tensor]:
+    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all()) and config.decode != "any_order"
+    if nothing_to_rank and not config.remask:
+        return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
+    beliefs = proposal.beliefs()
+    scores = SCORES[config.chosen_strategy](beliefs, proposal.tokens, generators.at(2))
+    dependence = None if dist is None else partial(dependence_of, dist)
+    committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+    confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
+    return committed, confidence
+
+
+def _any_order(
+    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
+) -> None:
+    """Commit one position after the other; each is given those before, without asking the denoiser again.
+
+    With a threshold or a bound, all positions that these allow go together. A window is done when its own count is.
+    """
+    left, rounds = part.counts, 0
+    while True:
+        waits = (left <= 0).unsqueeze(1)
+        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(max=1))
+        source = generators.at(3, rounds)
+        proposal = PROPOSERS["any_order"](dist, config, source)
+        committed = _write(canvas, one, proposal, dist, config, source)
+        left = left - committed.sum(1)
+        if not bool((left > 0).any()):
+            return
+        dist = dist.given(proposal.tokens, committed)
+        part = replace(part, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        rounds += 1
+
+
+def _take_back(canvas: Canvas, look: Look, share: float) -> None:
+    """Mask the least certain tokens of the span again, a share of those written (ReMDM, Wang et al. 2025)."""
+    inside = torch.zeros_like(canvas.masked)
+    inside[:, slice(*look.span)] = True
+    written = canvas.writable & ~canvas.masked & canvas.valid & inside & (look.counts > 0).unsqueeze(1)
+    counts = (written.sum(1).double() * share).floor().long()
+    scores = -canvas.confidence
+    nothing = Prediction(log_q=canvas.confidence.unsqueeze(-1), vocab_size=1)
+    ranking = Ranking(scores, written, counts, lambda: nothing)
+    canvas.take_back(ranking.best(counts))

@@ -80,3 +80,25 @@ class Denoiser(Protocol):
             where the values mean nothing. Differentiable in the denoiser's parameters.
         """
         ...
+
+
+@runtime_checkable
+class FeatureDenoiser(Denoiser, Protocol):
+    """A denoiser that also gives its last hidden states, for conditioners that depend on the context."""
+
+    def logits_and_features(
+        self,
+        tokens: Tensor,  # shape: (B, L)
+        *,
+        valid: Tensor | None = None,  # shape: (B, L)
+        t: Tensor | None = None,  # shape: (B,)
+        window: tuple[int, int] | None = None,
+        cache: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`Denoiser.logits` does, and beside it the last hidden states that they were read from.
+
+        Returns:
+            The logits, (B, L, V) or (B, stop - start, V), and floating-point features of the same positions, (B, L, H)
+            or (B, stop - start, H).
+        """
+        ...

@@ -136,14 +136,34 @@ class TransformerDenoiser(nn.Module):
         Raises:
             ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
+        return self.logits_and_features(tokens, valid=valid, t=t, window=window, cache=cache)[0]
+
+    def logits_and_features(
+        self,
+        tokens: Tensor,  # shape: (B, L)
+        *,
+        valid: Tensor | None = None,  # shape: (B, L)
+        t: Tensor | None = None,
+        window: tuple[int, int] | None = None,
+        cache: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits as :meth:`logits` does, and the normalised features of the last layer.
+
+        Returns:
+            float32 (B, L, V) and (B, L, width), or those of the window's positions.
+
+        Raises:
+            ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
+        """
         self._check(tokens, valid, window)
         start, stop = window if window is not None else (0, tokens.shape[1])
         first = min(start, max(0, stop - self.config.span)) if window is not None else 0
         tokens = tokens[:, first:stop]
         valid = valid[:, first:stop] if valid is not None else None
-        return self._forward(tokens, valid, wanted_from=start - first)
+        features = self._features(tokens, valid, wanted_from=start - first)
+        return F.linear(features, self.embedding.weight, self.output_bias).float(), features.float()
 
-    def _forward(self, tokens: Tensor, valid: Tensor | None, *, wanted_from: int) -> Tensor:
+    def _features(self, tokens: Tensor, valid: Tensor | None, *, wanted_from: int) -> Tensor:
         length = tokens.shape[1]
         rotation = _rotation(length, self.config.width // self.config.num_heads, tokens.device)
         attended = None
@@ -155,7 +175,7 @@ class TransformerDenoiser(nn.Module):
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, attended, wanted_from=wanted_from if index == last else 0)
-        return F.linear(self.norm(x), self.embedding.weight, self.output_bias).float()
+        return self.norm(x)
 
     def _check(self, tokens: Tensor, valid: Tensor | None, window: tuple[int, int] | None) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64:

@@ -1,8 +1,8 @@
 """A denoiser's predictions on disk, so that a circuit can train on them for many epochs without the denoiser.
 
 A cache is a folder of plain arrays that are memory-mapped when read: ``tokens.npy`` (N, L), ``masked.npy`` (N, L),
-``log_q.npy`` (N, L, k) and, unless k = V, ``values.npy`` (N, L, k); and ``meta.json``: how the cache is made, how far
-it has been filled, and a digest of both.
+``log_q.npy`` (N, L, k), ``values.npy`` (N, L, k) unless k = V, and ``features.npy`` (N, L, H) if they were asked for;
+and ``meta.json``: how the cache is made, how far it has been filled, and a digest of both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuits._progress import progress_bar
+from circuits.arguments import checked_count
 from circuits.files import regular_size, replace_file
+from circuits.progress import progress_bar
 from diffusion._json import read_json, write_json
 from diffusion.coupling import CoupledDistribution
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import CoupledHead
+from diffusion.prediction import Prediction
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 FORMAT_VERSION = 2
@@ -43,21 +45,28 @@ class CachedBatch:
         masked: bool (B, L).
         log_q: the denoiser's log-probabilities, (B, L, k); k = V when all tokens are kept.
         values: the tokens that ``log_q`` is about, int64 (B, L, k); None: all.
+        vocab_size: V; None: k.
+        features: the denoiser's last hidden states, (B, L, H), or None.
     """
 
     tokens: Tensor
     masked: Tensor
     log_q: Tensor
     values: Tensor | None
+    vocab_size: int | None = None
+    features: Tensor | None = None
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the denoiser said; of all tokens it is normalised again, for the cache rounds."""
+        vocab_size = self.vocab_size or self.log_q.shape[2]
+        if self.values is None:
+            return Prediction.from_logits(self.log_q, features=self.features)
+        return Prediction(log_q=self.log_q, vocab_size=vocab_size, values=self.values, features=self.features)
 
     def distribution(self, head: CoupledHead) -> CoupledDistribution:
-        """Couple a head's circuit to the cached predictions."""
-        factors = head.calibrated(self.log_q, self.masked, self.values)
-        if self.values is None:
-            return CoupledDistribution(head.pc, factors, self.tokens, self.masked, normalization=head.normalization)
-        return CoupledDistribution.from_listed(
-            head.pc, self.values, factors, self.tokens, self.masked, normalization=head.normalization
-        )
+        """Couple a head's circuit to the cached predictions, as :meth:`CoupledHead.distribution` couples any."""
+        return head.distribution(self.prediction, self.tokens, self.masked, include=self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +80,7 @@ class LogitCache:
         values: the tokens that ``log_q`` is about, (N, L, k); None: all V.
         vocab_size: V.
         digest: of how the cache was made and of every array in it, taken as they were written.
+        features: the denoiser's last hidden states, (N, L, H), or None.
     """
 
     tokens: NDArray[np.int64]
@@ -79,6 +89,7 @@ class LogitCache:
     values: NDArray[np.int64] | None
     vocab_size: int
     digest: str
+    features: NDArray[np.floating] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -110,6 +121,7 @@ class LogitCache:
             arrays.get("values"),
             meta["vocab_size"],
             meta["digest"],
+            arrays.get("features"),
         )
 
     def batch(self, index: NDArray[np.int64] | slice, device: torch.device | str = "cpu") -> CachedBatch:
@@ -123,6 +135,8 @@ class LogitCache:
             read(self.masked),
             read(self.log_q).float(),
             None if self.values is None else read(self.values).long(),
+            self.vocab_size,
+            None if self.features is None else read(self.features).float(),
         )
 
 
@@ -134,6 +148,7 @@ def cache_logits(
     *,
     block_length: int,
     top_k: int | None = None,
+    features: bool = False,
     masks_per_window: int = 1,
     schedule_name: ScheduleName = "linear",
     seed: int = 0,
@@ -152,6 +167,7 @@ def cache_logits(
         path: the folder; created, or continued.
         block_length: L.
         top_k: keep the k most probable tokens of every position and the true one, k + 1 in all; None: all V.
+        features: keep the denoiser's last hidden states too, for conditioners that look at them, in float16.
         masks_per_window: how many noisy versions of every window, each with its own noise level.
         schedule_name: the noise schedule; times are uniform on (0, 1).
         seed: of noise levels and masks.
@@ -160,7 +176,7 @@ def cache_logits(
         device: of the denoiser; by default that of ``windows``.
 
     Raises:
-        ArgumentError: no windows, or windows shorter than a block.
+        ArgumentError: no windows, windows shorter than a block, or a denoiser without the features asked for.
         CheckpointError: the folder holds something else, or a cache made with other arguments, or what was written
             before is damaged.
     """
@@ -169,7 +185,10 @@ def cache_logits(
             f"windows: expected int64 (N >= 1, at least block_length={block_length}), got {tuple(windows.shape)}"
         )
     vocab_size = denoiser.spec.vocab_size
+    if top_k is not None:
+        checked_count("top_k", top_k)
     listed = vocab_size if top_k is None or top_k + 1 >= vocab_size else top_k + 1
+    fingerprint, num_features = _fingerprint(denoiser, windows[:4], block_length, device, features)
     meta: dict[str, Any] = {
         "format": "unfactor-logit-cache",
         "format_version": FORMAT_VERSION,
@@ -181,9 +200,11 @@ def cache_logits(
         "seed": seed,
         "batch_size": batch_size,
         "windows": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "denoiser": _fingerprint(denoiser, windows[:4], block_length, device),
+        "denoiser": fingerprint,
         "forbidden_ids": list(denoiser.spec.forbidden_ids),
     }
+    if features:
+        meta["num_features"] = num_features
     folder = Path(path)
     meta = _continue_or_create(folder, meta)
     done, digest = meta["done"], meta["digest"]
@@ -220,27 +241,32 @@ def _fill(
         block, t, mask_id=denoiser.spec.mask_id, schedule=schedule(schedule_name), generator=generator
     )
     canvas = torch.cat([windows[:, :-block_length].cpu(), noisy], 1).to(device or windows.device)
-    logits = denoiser.logits(canvas, window=(canvas.shape[1] - block_length, canvas.shape[1]))
-    log_q = allowed_log_probs(logits, denoiser).cpu()
-    if "values" in arrays:
-        log_q, values = list_best_and_true(log_q, block, arrays["values"].shape[-1] - 1)
-        arrays["values"][rows] = values.numpy()
-    arrays["tokens"][rows] = block.numpy()
-    arrays["masked"][rows] = masked.numpy()
-    arrays["log_q"][rows] = log_q.clamp_min(_LOWEST_LOG_Q).numpy()
+    num_listed = arrays["values"].shape[-1] if "values" in arrays else None
+    prediction = Prediction.ask(
+        denoiser,
+        canvas,
+        window=(canvas.shape[1] - block_length, canvas.shape[1]),
+        top_k=num_listed,
+        include=None if num_listed is None else block.to(canvas.device),
+        features="features" in arrays,
+    )
+    if num_listed is not None:
+        prediction = _true_first(prediction, block.to(canvas.device))
+    written: dict[str, Any] = {"tokens": block, "masked": masked, "log_q": prediction.log_q.clamp_min(_LOWEST_LOG_Q)}
+    written |= {"values": prediction.values, "features": prediction.features}
+    for name, array in arrays.items():
+        array[rows] = written[name].cpu().numpy()
 
 
-def allowed_log_probs(logits: Tensor, denoiser: Denoiser) -> Tensor:
-    """Return normalised log-probabilities with the denoiser's forbidden tokens ruled out, in the logits' shape."""
-    forbidden = torch.tensor(denoiser.spec.forbidden_ids, device=logits.device)
-    return torch.log_softmax(logits.index_fill(-1, forbidden, -torch.inf), -1)
-
-
-def list_best_and_true(log_q: Tensor, true: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return (log_q, tokens) of the true token and the best ``top_k`` others, each (B, L, top_k + 1)."""
-    true = true.unsqueeze(-1)
-    others, values = log_q.scatter(2, true, -torch.inf).topk(top_k, -1)
-    return torch.cat([log_q.gather(2, true), others], -1), torch.cat([true, values], -1)
+def _true_first(prediction: Prediction, true: Tensor) -> Prediction:
+    """Reorder lists of the best tokens and of the true one: the true one first, then the best others, one fewer."""
+    assert prediction.values is not None
+    is_true = prediction.values == true.unsqueeze(-1)
+    is_true[..., -1] &= ~is_true[..., :-1].any(-1)  # the last entry repeats a token that was listed
+    rank = torch.arange(prediction.num_listed, device=true.device).expand_as(is_true)
+    order = rank.masked_fill(is_true, -1).argsort(-1)[..., :-1]
+    values, log_q = prediction.values.gather(2, order), prediction.log_q.gather(2, order)
+    return replace(prediction, values=values, log_q=log_q)
 
 
 def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -252,6 +278,8 @@ def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
     }
     if meta["num_listed"] < meta["vocab_size"]:
         layout["values"] = ((*blocks, meta["num_listed"]), np.int32)
+    if "num_features" in meta:
+        layout["features"] = ((*blocks, meta["num_features"]), np.float16)
     return layout
 
 
@@ -353,9 +381,18 @@ def _seed_of(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
 
 
-def _fingerprint(denoiser: Denoiser, windows: Tensor, block_length: int, device: torch.device | str | None) -> str:
-    """Digest the denoiser's predictions on a few fully masked blocks: another denoiser predicts something else."""
+def _fingerprint(
+    denoiser: Denoiser, windows: Tensor, block_length: int, device: torch.device | str | None, features: bool
+) -> tuple[str, int]:
+    """Digest the predictions on a few fully masked blocks: another denoiser says something else; count its features."""
     canvas = windows.clone().to(device or windows.device)
     canvas[:, -block_length:] = denoiser.spec.mask_id
-    logits = denoiser.logits(canvas, window=(canvas.shape[1] - block_length, canvas.shape[1]))
-    return hashlib.sha256(logits.float().cpu().numpy().round(3).tobytes()).hexdigest()
+    window = (canvas.shape[1] - block_length, canvas.shape[1])
+    digests = []
+
+    def digest(logits: Tensor) -> Tensor:
+        digests.append(hashlib.sha256(logits.float().cpu().numpy().round(3).tobytes()).hexdigest())
+        return logits
+
+    said = Prediction.ask(denoiser, canvas, window=window, logits_hook=digest, features=features)
+    return digests[0], 0 if said.features is None else said.features.shape[2]

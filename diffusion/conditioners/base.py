@@ -1,0 +1,107 @@
+"""What a head asks of a conditioner: whatever makes a circuit depend on the noise level and on the context."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from circuits import CompiledCircuit
+from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """What conditioners make of a prediction.
+
+    Attributes:
+        prediction: what the circuit is multiplied with; its factors need not sum to 1.
+        latents: log-factors on latents, by sum node or its name, (B, I) each, see
+            :meth:`circuits.Evidence.with_latents`.
+        weights: log-weights at run time, by node or its name, (B, K, I) for sums, see
+            :meth:`circuits.CompiledCircuit.weights`.
+    """
+
+    prediction: Prediction
+    latents: Mapping[Any, Tensor] = field(default_factory=dict)
+    weights: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    def then(self, other: Conditioned) -> Conditioned:
+        """Return this followed by what another conditioner made: its prediction, and the factors of both.
+
+        Raises:
+            ArgumentError: both give weights to one node.
+        """
+        twice = sorted(set(self.weights) & set(other.weights))
+        if twice:
+            raise ArgumentError(f"conditioners: two of them give weights to {twice[0]!r}; leave one of them out")
+        latents = {**self.latents, **other.latents}
+        for name in set(self.latents) & set(other.latents):
+            latents[name] = self.latents[name] + other.latents[name]
+        return Conditioned(other.prediction, latents, {**self.weights, **other.weights})
+
+
+class Conditioner(nn.Module, ABC):
+    """A module from a prediction and the mask of its block to what a circuit is conditioned on.
+
+    A subclass that heads are to be saved with is registered under a name, :func:`register`, and says what builds it
+    again, :meth:`settings`.
+    """
+
+    name: ClassVar[str] = ""
+    needs_features: ClassVar[bool] = False
+    """Whether it looks at the denoiser's hidden states, ``prediction.features``."""
+
+    @abstractmethod
+    def condition(
+        self,
+        prediction: Prediction,
+        masked: Tensor,  # shape: (B, L)
+    ) -> Conditioned:
+        """Return the prediction, changed or not, with log-factors on latents or weights at run time.
+
+        Args:
+            prediction: of all tokens, or of listed ones.
+            masked: bool, True where a token is to be predicted.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that build a module of the same shapes, as JSON can hold them."""
+
+    def check(self, pc: CompiledCircuit) -> None:
+        """Raise ArgumentError unless the module fits a circuit; any does by default."""
+
+
+C = TypeVar("C", bound=type[Conditioner])
+_registry: dict[str, type[Conditioner]] = {}
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Return a class decorator: files of heads name the class so."""
+
+    def registered(cls: C) -> C:
+        if _registry.get(name, cls) is not cls:
+            raise ArgumentError(f"name: {name!r} names {_registry[name].__name__} already; choose another")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return registered
+
+
+def conditioner_class(name: str) -> type[Conditioner]:
+    """Return the class that is registered under a name.
+
+    Raises:
+        ArgumentError: none is.
+    """
+    if name not in _registry:
+        raise ArgumentError(
+            f"name: expected one of {', '.join(sorted(_registry))}, got {name!r}; import the module that registers it"
+        )
+    return _registry[name]

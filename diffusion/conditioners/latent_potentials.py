@@ -1,0 +1,111 @@
+"""Potentials on the circuit's latents that depend on the context, read from the denoiser's hidden states.
+
+The evidence that a prediction gives is about tokens. What the denoiser knows about the plan behind them, and a static
+circuit has as latents, is in its hidden states h. So the coupled product gets factors on named latents too,
+
+    log f_n(z_n) = (A h_i(n) + a r + c)_{z_n},
+
+with i(n) the position of latent n and r the share of the block that is masked: soft evidence on latent variables,
+linear in the denoiser's last layer like its own output. At A = a = c = 0, as at first, it is the plain product.
+(Latent-space conditioning of Li et al. 2026, arXiv 2603.00045, appendix E.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits import CompiledCircuit
+from circuits.arguments import checked_count
+from diffusion.conditioners.base import Conditioned, Conditioner, register
+from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
+
+
+@register("latent_potentials")
+class LatentPotentials(Conditioner):
+    """Log-factors on named latents, linear in the features of a position and in the mask ratio; one map for all.
+
+    Args:
+        positions: by the name of each sum node: the position whose features its factors are read from, from 0.
+        num_units: N, the child units of each of these nodes: the states of the latents.
+        num_features: H.
+
+    Attributes:
+        linear: A, a and c: from features and mask ratio, (H + 1), to factors, (N); zero at first.
+    """
+
+    needs_features = True
+
+    def __init__(self, positions: Mapping[str, int], num_units: int, num_features: int) -> None:
+        super().__init__()
+        if not positions:
+            raise ArgumentError("positions: expected at least one named sum node, got none")
+        for name, position in positions.items():
+            checked_count(f"positions[{name!r}]", position, 0)
+        checked_count("num_units", num_units)
+        checked_count("num_features", num_features)
+        self.positions = dict(positions)
+        self.linear = nn.Linear(num_features + 1, num_units)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @classmethod
+    def for_hmm(cls, pc: CompiledCircuit, num_features: int) -> LatentPotentials:
+        """Build the potentials on the hidden state of every step of a circuit of :func:`circuits.structures.hmm`.
+
+        Its root ``initial`` mixes the states of step 0, and ``transition{t}`` those of step t + 1.
+
+        Args:
+            pc: the circuit.
+            num_features: H.
+
+        Raises:
+            ArgumentError: the circuit has no nodes of these names.
+        """
+        steps = range(pc.circuit.num_vars - 1)
+        positions = {"initial": 0, **{f"transition{step}": step + 1 for step in steps}}
+        made = cls(positions, pc.sum_node("initial").parameter_shape[1], num_features)
+        made.check(pc)
+        return made
+
+    def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
+        """Return the prediction as it is, with the log-factors (B, N) of every latent.
+
+        Raises:
+            ArgumentError: the prediction has no features, or of another number.
+        """
+        expected = self.linear.in_features - 1
+        if prediction.features is None or prediction.features.shape[2] != expected:
+            got = "none" if prediction.features is None else f"{prediction.features.shape[2]}"
+            raise ArgumentError(
+                f"prediction: expected {expected} features per position, got {got}; ask with features=True, and cache "
+                "with cache_logits(..., features=True)"
+            )
+        weight = self.linear.weight
+        index = torch.tensor(list(self.positions.values()), device=weight.device)
+        features = prediction.features.to(weight).index_select(1, index)  # (B, n, H)
+        ratio = masked.to(weight.dtype).mean(-1)[:, None, None].expand(-1, len(index), 1)
+        factors = self.linear(torch.cat([features, ratio], -1))  # (B, n, N)
+        return Conditioned(prediction, dict(zip(self.positions, factors.unbind(1), strict=True)))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "positions": self.positions,
+            "num_units": self.linear.out_features,
+            "num_features": self.linear.in_features - 1,
+        }
+
+    def check(self, pc: CompiledCircuit) -> None:
+        """Raise ArgumentError unless the circuit has these nodes, with as many child units, and these positions."""
+        for name, position in self.positions.items():
+            num_children = pc.sum_node(name).parameter_shape[1]
+            if num_children != self.linear.out_features or position >= pc.circuit.num_vars:
+                raise ArgumentError(
+                    f"conditioners: the potentials of {name!r} are for {self.linear.out_features} units at position "
+                    f"{position}, and in {pc.circuit} it has {num_children} child units"
+                )
