@@ -44,6 +44,8 @@ from diffusion.training.circuit import fit_coupled
 from diffusion.training.denoiser import train_denoiser
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
+_LEARNT = ("denoiser", "likelihood", "head", "circuit.json", "checkpoints", "cache")
+
 
 class Workspace:
     """A folder with the results of the stages.
@@ -326,7 +328,7 @@ class Workspace:
     def _claim(self, recipe: Recipe) -> Corpus:
         """Write the recipe into a folder; refuse one that has learnt from another text, or as another denoiser."""
         corpus = corpus_of(recipe)  # one that cannot be read leaves no folder behind
-        has_learnt = (self.path / "denoiser").exists() or self._checkpoint("denoiser").exists()
+        has_learnt = any((self.path / name).exists() for name in _LEARNT)
         if (self.path / "recipe.json").exists() and has_learnt:
             found = self.recipe()
             if read_digests(self.path).get("corpus") == corpus.digest:  # wherever it lies now

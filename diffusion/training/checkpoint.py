@@ -88,8 +88,10 @@ class TrainingCheckpoint:
             CheckpointError: the file is corrupt, or of another run, or of one that started from other weights than the
                 model's, which are not in the file either.
         """
+        if self.path is None:
+            return TrainingState(start="")
         start = named_digest(model.state_dict())
-        if self.path is None or not self.path.exists():
+        if not self.path.exists():
             return TrainingState(start=start)
         # on the CPU: the optimizer moves each of its tensors to where it wants it
         metadata, tensors = read_tensors(self.path, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)

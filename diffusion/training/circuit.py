@@ -157,20 +157,10 @@ def coupled_loss(
 
 
 def _description(head: CoupledHead) -> str:
-    """Return a hash of what a head is but for its weights: structure, parts, their settings, and what is fitted."""
-    told = [repr(head.pc.circuit)]
-    for name, part in head.named_modules():
-        settings = {key: value for key, value in sorted(vars(part).items()) if _is_setting(key, value)}
-        told.append(f"{name}: {type(part).__qualname__} {settings}")
-    told += [
-        f"{name}: {tuple(parameter.shape)} {parameter.requires_grad}" for name, parameter in head.named_parameters()
-    ]
-    return digest(*told)
-
-
-def _is_setting(name: str, value: object) -> bool:
-    is_used = name not in ("training", "activation_threshold", "temperature") and not name.startswith("_")
-    return is_used and (value is None or isinstance(value, (bool, int, float, str)))
+    """Return a hash of what a head is but for its weights: structure, what the fit depends on, and what it moves."""
+    conditioners = [(type(made).__qualname__, made.settings()) for made in head.conditioners]
+    moved = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in head.named_parameters()]
+    return digest(repr(head.pc.circuit), head.normalization, str(head.top_k), str(conditioners), str(moved))
 
 
 def _loss(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:

@@ -287,8 +287,9 @@ def _continue_or_create(folder: Path, meta: dict) -> dict:
     """Return what the folder's meta.json says; where no examples are done yet, create the arrays that are not there."""
     if (folder / "meta.json").exists():
         found = _read_meta(folder)
-        # what a cache of before does not say is taken for granted; its digest tells whether it is as it was written
-        different = [name for name, value in meta.items() if found.get(name, value) != value]
+        known = {"forbidden_ids": meta["forbidden_ids"], **found}  # caches of before do not say which
+        names = [*meta, *sorted(found.keys() - meta.keys() - {"done", "digest"})]
+        different = [name for name in names if known.get(name) != meta.get(name)]
         if different:
             raise CheckpointError(
                 f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
@@ -361,13 +362,14 @@ def _read_meta(folder: Path) -> dict:
         meta = read_json(path)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a logit cache: {error}") from error
-    numbers = ("num_examples", "block_length", "vocab_size", "num_listed", "batch_size")
+    numbers = ["num_examples", "block_length", "vocab_size", "num_listed", "batch_size"]
     if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
         raise CheckpointError(f"{path} does not describe a logit cache")
     if meta.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}; {_WAY_OUT}"
         )
+    numbers += {"num_features"} & meta.keys()
     if any(type(meta.get(name)) is not int or meta[name] < 1 for name in numbers):
         raise CheckpointError(f"{path} is not complete: expected numbers >= 1 for {', '.join(numbers)}; {_WAY_OUT}")
     if type(meta.get("done")) is not int or not 0 <= meta["done"] <= meta["num_examples"]:

@@ -1,8 +1,12 @@
 """The text of a folder is known by its content: what another stage finds in its place is refused, wherever that is."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from test_cli import SMALLEST
 
 from diffusion.app.recipe import TextRecipe
@@ -132,6 +136,14 @@ def test_a_folder_in_which_nothing_was_learnt_takes_another_text(file, tmp_path)
     assert models.tokenizer().unk_id is not None
 
 
+def test_a_folder_without_its_denoiser_still_knows_its_text(fitted, file):
+    """Else the circuit would go on as that of another denoiser."""
+    shutil.rmtree(fitted.path / "denoiser")
+    file.write_text(OTHER)
+    with pytest.raises(CorpusError, match="restore it"):
+        fitted.train(fitted.recipe())
+
+
 def test_a_tokenizer_that_changed_is_refused(trained):
     path = trained.path / "tokenizer.json"
     text = path.read_text()
@@ -139,3 +151,32 @@ def test_a_tokenizer_that_changed_is_refused(trained):
     assert path.read_text() != text
     with pytest.raises(CheckpointError, match=r"tokenizer.json is corrupt: it does not match its hash"):
         trained.tokenizer()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("num_unlinks", range(3))
+def test_a_refit_that_is_killed_at_its_beginning_ends_like_one_that_was_not(num_unlinks, fitted, tmp_path, monkeypatch):
+    """The circuit of before may not come back under the new settings."""
+    recipe = fitted.recipe()
+    recipe = replace(recipe, circuit=replace(recipe.circuit, likelihood_epochs=3))
+    shutil.copytree(fitted.path, tmp_path / "straight")
+    expected = Workspace(tmp_path / "straight", progress=False).fit(recipe).state_dict()
+    unlink, done = Path.unlink, []
+
+    def until_killed(self, **options):
+        if "tmp" not in self.name:
+            if len(done) == num_unlinks:
+                raise Killed
+            done.append(self)
+        unlink(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", until_killed)
+        with pytest.raises(Killed):
+            fitted.fit(recipe)
+    found = fitted.fit(recipe).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

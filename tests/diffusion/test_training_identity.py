@@ -1,8 +1,12 @@
 """A checkpoint of denoiser or head training continues the run that wrote it alone, and its damage is noticed."""
 
+import hashlib
+import json
 import random
+from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -178,3 +182,36 @@ def test_two_structures_of_the_same_shapes_are_two_heads(cache, tmp_path):
     fit_coupled(first, cache, config=HEAD_RUN, checkpoint_path=path, progress=False)
     with pytest.raises(CheckpointError, match="belongs to a run with another head"):
         fit_coupled(second, cache, config=HEAD_RUN, checkpoint_path=path, progress=False)
+
+
+def test_a_cache_of_other_forbidden_tokens_or_features_is_another_cache(tmp_path):
+    windows = TOKENS.view(-1, 8)
+
+    def cached(place, forbidden=(), **options):
+        model = TransformerDenoiser(replace(SHAPE, forbidden_ids=forbidden), seed=0)
+        return cache_logits(model, windows, tmp_path / place, block_length=L, progress=False, **options)
+
+    cached("plain")
+    with pytest.raises(CheckpointError, match="is a cache of another forbidden_ids: delete it"):
+        cached("plain", forbidden=(5,))
+    with pytest.raises(CheckpointError, match="is a cache of another num_features"):
+        cached("plain", features=True)
+    cached("features", features=True)
+    with pytest.raises(CheckpointError, match="is a cache of another num_features"):
+        cached("features")
+    assert cached("features", features=True).features is not None
+
+
+def test_a_cache_of_before_which_does_not_say_its_forbidden_tokens_is_opened(tmp_path):
+    def cached():
+        return cache_logits(new_denoiser(), TOKENS.view(-1, 8), tmp_path, block_length=L, progress=False)
+
+    batch = cached().batch(slice(None))
+    path = tmp_path / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["forbidden_ids"], meta["done"], meta["digest"]
+    digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()  # of how it was made, then of its one batch
+    rows = [np.load(tmp_path / f"{name}.npy").tobytes() for name in ("tokens", "masked", "log_q")]
+    digest = hashlib.sha256(digest.encode() + b"".join(rows)).hexdigest()
+    path.write_text(json.dumps(meta | {"done": len(batch.tokens), "digest": digest}))
+    assert torch.equal(cached().batch(slice(None)).log_q, batch.log_q)
