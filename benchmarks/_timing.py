@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 Timed = Callable[[], object]
+Clock = Callable[[Timed], float]
+
+_LEAST_ROUNDS = 3
 
 
-def measure(candidates: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Run all candidates in turn; return seconds per round for each."""
+def wall_seconds(run: Timed) -> float:
+    """Run once; return how long it took."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(run: Timed) -> float:
+    """Run once; return how long the current CUDA device and its queue took, from events."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    candidates: dict[str, Timed], rounds: int, *, clock: Clock = wall_seconds, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Run all candidates in turn; return seconds per round for each. After ``limit`` seconds no round begins."""
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    stop = time.perf_counter() + limit
+    for done in range(rounds):
+        if done >= _LEAST_ROUNDS and time.perf_counter() > stop:
+            break
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(run))
     return seconds

@@ -27,6 +27,7 @@ from circuits.errors import (
 from circuits.evidence import Evidence
 from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
 from circuits.io import load, save
+from circuits.randomness import RowGenerators
 from circuits.region_graphs import RegionGraph
 from circuits.torch_distribution import CircuitDistribution
 
@@ -57,6 +58,7 @@ __all__ = [
     "Product",
     "PropertyError",
     "RegionGraph",
+    "RowGenerators",
     "StructureError",
     "Sum",
     "UnfactorError",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits import passes
 from circuits._arcs import Arcs
 from circuits.alignment import Part
 from circuits.compile import CompiledCircuit
@@ -22,6 +23,7 @@ from circuits.conditioning import Conditions
 from circuits.graph import Input, Node, Product, Sum
 from circuits.passes import Banks
 from circuits.properties import front_to_back, rank_of_scopes
+from circuits.randomness import Source
 from circuits.semiring import ChoosingSemiring, MaxSemiring, Semiring
 
 
@@ -217,7 +219,7 @@ class _Reached:
 
 
 @torch.no_grad()
-def downward(chain: Chain, values: Values, num_samples: int, generator: torch.Generator | None) -> Choices:
+def downward(chain: Chain, values: Values, num_samples: int, generator: Source) -> Choices:
     """Choose child units and arcs from the root down, for ``num_samples`` copies of the batch."""
     pc, semiring = chain.pc, values.semiring
     rank = rank_of_scopes(chain.order)
@@ -225,15 +227,17 @@ def downward(chain: Chain, values: Values, num_samples: int, generator: torch.Ge
     assert scores is not None
     query = torch.arange(len(scores), device=scores.device).repeat(num_samples)
     num_columns = len(query)
-    first = semiring.choose(scores[query], generator)
+    everywhere = torch.arange(num_columns, device=query.device)
+    place = len(pc.layer_sizes)
+    first = semiring.choose(scores[query], passes.source_at(generator, place, everywhere * 0, everywhere))
     reached, root = _Reached(), pc.circuit.root
     states = first % chain.arcs.num_states
     labels = torch.zeros(num_columns, pc.circuit.num_vars, dtype=torch.int64, device=query.device)
-    everywhere = torch.arange(num_columns, device=query.device)
     if root in values.leaves:
         follows = chain.log_accept.unsqueeze(0)
         unit = first // chain.arcs.num_states
-        arc = _choose_arc(chain, values, (values.leaves[root], unit), (follows, unit * 0), states, query, generator)
+        source = passes.source_at(generator, place, everywhere * 0 + 1, everywhere)
+        arc = _choose_arc(chain, values, (values.leaves[root], unit), (follows, unit * 0), states, query, source)
         states = chain.arcs.label[arc]
     reached.add(root, everywhere, first // chain.arcs.num_states, states, num_columns)
     for node in reversed(pc.circuit.nodes):
@@ -258,7 +262,12 @@ def downward(chain: Chain, values: Values, num_samples: int, generator: torch.Ge
 
 
 def _choose_child(
-    chain: Chain, values: Values, reached: _Reached, node: Sum, query: Tensor, generator: torch.Generator | None
+    chain: Chain,
+    values: Values,
+    reached: _Reached,
+    node: Sum,
+    query: Tensor,
+    generator: Source,
 ) -> None:
     column, unit, mark = reached.columns(node)
     of_query = query[column]
@@ -273,7 +282,7 @@ def _choose_child(
     if latents is not None:
         scores = latents.added(scores, rows, of_query)
     scores = scores + torch.cat([table[child][:, of_query, mark] for child in node.children]).t()
-    chosen = values.semiring.choose(scores, generator)
+    chosen = values.semiring.choose(scores, passes.source_at(generator, layer, rows, column))
     for child in node.children:
         is_here = (chosen >= 0) & (chosen < child.num_units)
         reached.add(child, column[is_here], chosen[is_here], mark[is_here], len(query))
@@ -281,7 +290,12 @@ def _choose_child(
 
 
 def _choose_arcs(
-    chain: Chain, values: Values, reached: _Reached, node: Product, query: Tensor, generator: torch.Generator | None
+    chain: Chain,
+    values: Values,
+    reached: _Reached,
+    node: Product,
+    query: Tensor,
+    generator: Source,
 ) -> None:
     column, unit, state = reached.columns(node)
     units = _units_of(chain, node)
@@ -294,7 +308,9 @@ def _choose_arcs(
             continue
         follows = next(after)
         rest = (follows, unit if len(follows) > 1 else torch.zeros_like(unit))
-        arc = _choose_arc(chain, values, (values.leaves[child], own), rest, state, query[column], generator)
+        layer, row = chain.pc.address(child)
+        source = passes.source_at(generator, layer, torch.full_like(column, row), column)
+        arc = _choose_arc(chain, values, (values.leaves[child], own), rest, state, query[column], source)
         reached.add(child, column, own, chain.arcs.label[arc], len(query))
         state = chain.arcs.target[arc]
 
@@ -306,7 +322,7 @@ def _choose_arc(
     follows: tuple[Tensor, Tensor],
     state: Tensor,
     query: Tensor,
-    generator: torch.Generator | None,
+    generator: Source,
 ) -> Tensor:
     """Choose an arc out of each of n states, (n,): leaf and what follows are values and the unit that is looked at."""
     arcs = chain.arcs

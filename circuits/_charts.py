@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_count
-from circuits._files import replace_file
 from circuits.errors import ArgumentError
+from circuits.files import replace_file
 from circuits.learning import FitResult
 
 if TYPE_CHECKING:

@@ -17,12 +17,14 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     """Return how often a sample uses each edge on average: per node of the circuit, one number per child.
 
     That is the probability, given the sample and averaged over the samples that are possible, that the latent choices
-    reach the child by this edge (the child as a whole, all its units together).
+    reach the child by this edge (the child as a whole, all its units together). As in learning, nothing is counted at
+    nodes on whose variables nothing is known.
     """
     banks = pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
-        leaf_values = [value.detach().requires_grad_() for value in pc.leaves(evidence, banks)]
-        values = LayerValues(leaf_values, pc.conditions(evidence))
+        heard = passes.heard_leaves(pc, LogSemiring(), evidence, banks)
+        silent = heard.conditions.silent
+        values = LayerValues([value.detach().requires_grad_() for value in heard], heard.conditions)
         outputs = [value for value in passes.upward(pc, LogSemiring(), values, banks, keep=True) if value is not None]
         log_z = outputs[-1][0, 0]
         possible = log_z != -torch.inf
@@ -36,6 +38,8 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
             if isinstance(node, Product):
                 per_node.append((float(flow.sum()),) * len(node.children))
             elif isinstance(node, Sum):
+                if layer in silent:
+                    flow = flow.masked_fill(silent[layer][row], 0.0)
                 children = [outputs[at[0]][at[1]] for at in map(pc.address, node.children)]
                 shares = _shares(pc.log_weights(node), torch.cat(children), outputs[layer][row], flow)
                 per_node.append(tuple(float(part.sum()) for part in shares.split([c.num_units for c in node.children])))

@@ -43,7 +43,7 @@ def _on_variables(condition: Tensor, one: Evidence, other: Evidence) -> Evidence
     if one.otherwise is not None:
         other = _on_variables(condition, one.otherwise, other)
     elif one.missing is not None:
-        other = _silenced(other, condition)
+        other = other.without(condition)
     missing = ~condition if one.missing is None else one.missing | ~condition
     return replace(one, missing=missing, otherwise=other)
 
@@ -54,10 +54,3 @@ def _joined_references(condition: Tensor, one: Evidence, other: Evidence) -> Evi
         return None
     nothing = one.nothing(one.batch_size, one.num_vars, one.device)
     return joined(condition, one.reference or nothing, other.reference or nothing)
-
-
-def _silenced(evidence: Evidence, where: Tensor) -> Evidence:
-    """Return evidence that says nothing on the variables ``where``, (B, D)."""
-    missing = where if evidence.missing is None else evidence.missing | where
-    otherwise = None if evidence.otherwise is None else _silenced(evidence.otherwise, where)
-    return replace(evidence, missing=missing, otherwise=otherwise)

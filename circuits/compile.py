@@ -7,7 +7,7 @@ with all weights of a shape, of which the layers select rows; see :mod:`circuits
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from circuits import passes
 from circuits._arguments import checked_device, checked_dtype, checked_seed
-from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, external_weights
+from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, external_weights
 from circuits.distributions import Categorical, Direct, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -23,6 +23,7 @@ from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, p
 from circuits.input_layers import DirectLayer, InputLayer, TableLayer
 from circuits.layers import ProductLayer, SumLayer, Weights
 from circuits.plan import Plan, plan_layers
+from circuits.precision import own_precision
 from circuits.rows import Address, ParameterRows
 from circuits.semiring import LogSemiring
 
@@ -65,7 +66,7 @@ class CompiledCircuit(nn.Module):
         self.layer_sizes = plan.layer_sizes
         self.last_uses = plan.last_uses
         self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
-        self._cache: dict[str, tuple[tuple[object, ...], Weights]] = {}
+        self._cache: dict[str, tuple[Tensor, Weights]] = {}  # by bank: the parameters, and what they were read as
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +88,7 @@ class CompiledCircuit(nn.Module):
         """
         return self.log_partition(x if isinstance(x, Evidence) else Evidence.observe(x), weights)
 
+    @own_precision
     def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,), differentiable in factors and weights.
 
@@ -99,19 +101,22 @@ class CompiledCircuit(nn.Module):
         banks = self.weights() if weights is None else weights
         return passes.log_root(self, self.leaves(evidence, banks), banks)
 
-    def leaves(self, evidence: Evidence, banks: passes.Banks | None = None) -> list[Tensor]:
+    @own_precision
+    def leaves(self, evidence: Evidence, banks: passes.Banks | None = None) -> LayerValues:
         """Return the log-values of all input units under the evidence: per input layer (F, K, B)."""
         if not torch.compiler.is_compiling():
             evidence.check(self.num_categories)
         return passes.leaves(self, LogSemiring(), evidence, self.weights() if banks is None else banks)
 
+    @own_precision
     def weights(
         self, *, external: Mapping[ParametricNode | str, Tensor] | None = None, normalize: bool = True
     ) -> passes.Banks:
         """Return the normalised weights of every bank, with those given to single nodes at run time in place.
 
-        Without gradients the own weights are computed once and kept until the parameters change; changes are seen
-        through in-place operations on the parameters (optimizers, ``load_state_dict``, ``.to``), not through ``.data``.
+        Without gradients the own weights are computed once and kept as long as the parameters are what they were: they
+        are compared bit by bit with a copy, so every change is seen, however it was made. A loop of many queries saves
+        the comparison by asking once and passing the result on as ``weights=``.
 
         Args:
             external: log-weights by node or name (neural conditioning), for this node alone, not for nodes tied to it:
@@ -127,6 +132,7 @@ class CompiledCircuit(nn.Module):
         own = {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
         return passes.Banks(own, self._external_weights(external, normalize) if external else None)
 
+    @own_precision
     def conditions(self, evidence: Evidence) -> Conditions:
         """Return the part of the evidence that is on latents and on the class, by layer.
 
@@ -151,6 +157,7 @@ class CompiledCircuit(nn.Module):
         }
         return Conditions(latents, self._class_factors(evidence.classes))
 
+    @own_precision
     def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
         """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
         bank, row = self.bank_address(node)
@@ -158,6 +165,7 @@ class CompiledCircuit(nn.Module):
             raise ArgumentError(f"node: a {self.families[bank]} has no table of weights; use pc.parameters_of(node)")
         return (self.weights() if banks is None else banks)[bank].log[row]
 
+    @own_precision
     def parameters_of(self, node: ParametricNode) -> Tensor:
         """Return the parameters of one node as its family defines them, for instance rates (1, K); sums (K, I)."""
         if isinstance(node, Input):
@@ -229,6 +237,12 @@ class CompiledCircuit(nn.Module):
         except KeyError:
             raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        checked_dtype("dtype", dtype)  # before anything is converted
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
     def __repr__(self) -> str:
         return f"CompiledCircuit({self.circuit}, {self.circuit.num_parameters} parameters, {self.dtype}, {self.device})"
 
@@ -295,16 +309,15 @@ class CompiledCircuit(nn.Module):
         if torch.compiler.is_compiling():
             return self._read_weights(name, parameter)
         if torch.is_grad_enabled() and parameter.requires_grad:
-            self._cache.pop(name, None)  # an optimizer's step may follow, and fused ones leave the version as it is
+            self._cache.pop(name, None)  # a step of an optimizer is likely to follow: free the memory
             return self._read_weights(name, parameter)
-        version = None if parameter.is_inference() else parameter._version
-        key = (version, parameter.data_ptr(), parameter.dtype, parameter.device)
-        cached = self._cache.get(name)
-        if cached is not None and cached[0] == key and version is not None:
-            return cached[1]
         with torch.inference_mode(False), torch.no_grad():
-            weights = self._read_weights(name, parameter.detach())
-        self._cache[name] = (key, weights)
+            raw = parameter.detach()
+            cached = self._cache.get(name)
+            if cached is not None and _same_bits(cached[0], raw):
+                return cached[1]
+            weights = self._read_weights(name, raw)
+            self._cache[name] = (raw.clone(), weights)
         return weights
 
     def _read_weights(self, name: str, parameter: Tensor) -> Weights:
@@ -313,6 +326,14 @@ class CompiledCircuit(nn.Module):
             log = family.read(parameter)
             return Weights(log, family.linear(log) if isinstance(family, Direct) else None)
         return Weights(torch.log_softmax(parameter, -1))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    as_integers = torch.int64 if one.element_size() == 8 else torch.int32  # twice as fast to compare
+    return torch.equal(one.view(as_integers), other.view(as_integers))
 
 
 def compile(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from circuits.errors import ArgumentError
+from circuits.logspace import log_normalized
 from circuits.semiring import Semiring
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def external_weights(
         log_scale = torch.logsumexp(log.masked_fill(is_empty, 0.0), axis).masked_fill(~has_weight, 0.0)
         log = log - log_scale.unsqueeze(axis)
     else:
-        log = torch.log_softmax(log, axis)
+        log = log_normalized(log, axis)
     rows = torch.tensor(sorted(given), device=log.device)
     slot = torch.full((num_nodes,), -1, device=log.device)
     slot[rows] = torch.arange(len(rows), device=log.device)
@@ -179,6 +180,8 @@ class Conditions:
     """By layer."""
     class_factors: Tensor | None = None
     """Log-factors on the root's units, (R, B); None: the circuit has no classes, or they are kept apart."""
+    silent: Mapping[int, Tensor] = field(default_factory=dict)
+    """By sum layer, which nodes are the constant 1, bool (F, 1, B); see :func:`~circuits.passes.silent_sums`."""
 
 
 class LayerValues(list[Any]):

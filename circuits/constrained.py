@@ -23,11 +23,12 @@ from circuits.conditioning import Conditions
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
-from circuits.queries._common import require_finite_values
+from circuits.queries._common import check_temperature, require_finite_values
 from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.queries.latents import LatentChoice
-from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.randomness import RowGenerators, Source
+from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 from circuits.torch_distribution import CircuitDistribution, _factors_at
 
 T = TypeVar("T")
@@ -162,14 +163,26 @@ class ConstrainedDistribution(CircuitDistribution):
             self._banks,
         )
 
-    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        sample_shape: Sequence[int] = (),
+        *,
+        generator: Source = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Draw exact, independent samples, all of them accepted: int64 (*sample_shape, B, D).
+
+        Args:
+            sample_shape: of the samples of each query.
+            generator: on the circuit's device, or one per query.
+            temperature: tau >= 0: explanations, latents, values and path together, to the power 1 / tau; 0: the best.
 
         Raises:
             ImpossibleEvidenceError: Z = 0.
         """
         shape = torch.Size(sample_shape)
-        values = self._draw(LogSemiring(), shape.numel(), generator)
+        check_temperature(temperature)
+        values = self._draw(choosing_semiring(temperature), shape.numel(), generator)
         return values.reshape(*shape, *self.batch_shape, *self.event_shape)
 
     @property
@@ -183,7 +196,11 @@ class ConstrainedDistribution(CircuitDistribution):
 
     @torch.no_grad()
     def sample_latents(
-        self, num_samples: int = 1, *, generator: torch.Generator | None = None
+        self,
+        num_samples: int = 1,
+        *,
+        generator: Source = None,
+        temperature: float = 1.0,
     ) -> ConstrainedLatentChoice:
         """Draw the circuit's latents and the automaton's path from their posterior, with the variables summed out.
 
@@ -191,12 +208,14 @@ class ConstrainedDistribution(CircuitDistribution):
 
         Args:
             num_samples: S >= 1, draws per query: S * B columns, all queries of the first draw first.
-            generator: on the circuit's device.
+            generator: on the circuit's device, or one per query.
+            temperature: tau >= 0: drawn from the posterior to the power 1 / tau; 0 takes the best.
 
         Raises:
             ImpossibleEvidenceError: Z = 0.
         """
-        return self._choose(LogSemiring(), LogSemiring(), num_samples, generator)
+        check_temperature(temperature)
+        return self._choose(LogSemiring(), choosing_semiring(temperature), num_samples, generator)
 
     @torch.no_grad()
     def best_latents(self) -> ConstrainedLatentChoice:
@@ -277,7 +296,7 @@ class ConstrainedDistribution(CircuitDistribution):
         of_values: ChoosingSemiring,
         semiring: ChoosingSemiring,
         num_samples: int,
-        generator: torch.Generator | None,
+        generator: Source,
     ) -> ConstrainedLatentChoice:
         """Choose latents and paths; ``of_values`` says whether the variables are summed or maximised out."""
         chain = self._chain(None, self._banks, self.pc.conditions(self._explicit))
@@ -290,7 +309,7 @@ class ConstrainedDistribution(CircuitDistribution):
         )
 
     @torch.no_grad()
-    def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: Source) -> Tensor:
         choice = self._choose(semiring, semiring, num_samples, generator)
         num_columns = len(choice.query)
         per_pass = self._evidence.batch_size if self._banks.batch_size > 1 else max(1, num_columns)
@@ -305,7 +324,8 @@ class ConstrainedDistribution(CircuitDistribution):
                 [reached[:, columns] for reached in choice.units],
                 torch.arange(len(columns), device=self.pc.device),
             )
-            drawn.append(passes.draw_values(self.pc, semiring, given, self._banks, units, query, generator))
+            source = generator.at(int(columns[0])) if isinstance(generator, RowGenerators) else generator
+            drawn.append(passes.draw_values(self.pc, semiring, given, self._banks, units, query, source))
         return torch.cat(drawn)
 
     @staticmethod

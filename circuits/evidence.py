@@ -340,6 +340,29 @@ class Evidence:
             return torch.where((first < v) & (v <= second), 0.0, -torch.inf).to(stored.dtype)
         return -0.5 * ((v - first) / second).square() - second.log() - 0.5 * math.log(2 * math.pi)
 
+    def says_nothing(self, num_categories: Tensor) -> Tensor:
+        """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
+
+        Evidence that is relative to other evidence says nothing only where that does not either.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+        """
+        silent = torch.zeros(self.batch_size, self.num_vars, dtype=torch.bool, device=self.device)
+        if self.bounds is not None:
+            silent = (self.bounds[..., 0] == -torch.inf) & (self.bounds[..., 1] == torch.inf)
+        elif self.log_factors is not None and self.values is None:
+            values = torch.arange(self.log_factors.shape[-1], device=self.device)
+            is_other = values >= num_categories.to(self.device).unsqueeze(1)
+            silent = ((self.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
+        if self.reference is not None:
+            here = replace(self, reference=None).says_nothing(num_categories)
+            return here & self.reference.says_nothing(num_categories)
+        if self.missing is None:
+            return silent
+        rest = True if self.otherwise is None else self.otherwise.says_nothing(num_categories)
+        return torch.where(self.missing, rest, silent)
+
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
         return self._map(lambda tensor: tensor[index])
@@ -363,6 +386,11 @@ class Evidence:
                 f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
                 f"(shape {tuple(self._stored.shape)})"
             )
+        if self.device != num_categories.device:
+            raise ArgumentError(
+                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
+                "with evidence.to(pc.device), or x.to(pc.device)"
+            )
         if self.values is not None:
             check_range(self.values, num_categories.unsqueeze(-1), "x")
         elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
@@ -373,6 +401,12 @@ class Evidence:
         for part in (self.otherwise, self.reference):
             if part is not None:
                 part.check(num_categories)
+
+    def without(self, where: Tensor) -> Evidence:
+        """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""
+        missing = where if self.missing is None else self.missing | where
+        otherwise = None if self.otherwise is None else self.otherwise.without(where)
+        return replace(self, missing=missing, otherwise=otherwise)
 
     def __repr__(self) -> str:
         """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""

@@ -16,6 +16,7 @@ from circuits.distributions import Direct
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.layers import Weights
+from circuits.randomness import RowGenerators, Source
 from circuits.rows import ParameterRows
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
@@ -56,7 +57,7 @@ class InputLayer(nn.Module, ABC):
         node: Tensor,
         unit: Tensor,
         query: Tensor,
-        generator: torch.Generator | None,
+        generator: Source,
     ) -> Tensor:
         """Choose a value of n reached units, given by ``node``, ``unit`` and ``query`` (n,): shape (n,).
 
@@ -116,10 +117,15 @@ class TableLayer(InputLayer):
         node: Tensor,
         unit: Tensor,
         query: Tensor,
-        generator: torch.Generator | None,
+        generator: Source,
     ) -> Tensor:
-        """Choose a value of n reached units, int64 (n,)."""
-        return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
+        """Choose a value of n reached units, int64 (n,); among listed ones without looking at the others."""
+        if evidence.values is None or evidence.log_factors is None or evidence.missing is not None:
+            return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
+        values = evidence.values[query, self.variables[node]].long()  # (n, k)
+        scores = weights.log[self.parameter_rows.index[node].unsqueeze(1), values, unit.unsqueeze(1)]
+        scores = scores + evidence.log_factors[query, self.variables[node]].to(scores.dtype)
+        return values.gather(1, semiring.choose(scores, generator).unsqueeze(1)).squeeze(1)
 
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
         """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""
@@ -196,9 +202,11 @@ class DirectLayer(InputLayer):
         node: Tensor,
         unit: Tensor,
         query: Tensor,
-        generator: torch.Generator | None,
+        generator: Source,
     ) -> Tensor:
         """Choose a value of n reached units, (n,), in the circuit's dtype."""
+        if isinstance(generator, RowGenerators):
+            raise PropertyError(f"generators by row draw from finitely many values; {self.distribution} has more")
         parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
         return self._choose(semiring, evidence.pick(query, self.variables[node]), parameters, generator)
 

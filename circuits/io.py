@@ -5,12 +5,9 @@ What is read is never trusted: hashes find accidents, and every number is checke
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from circuits._arguments import checked_device
 from circuits._structure import check_keys, circuit_of, records_of, short
 from circuits.compile import CompiledCircuit, check_compiled, compile
 from circuits.errors import ArgumentError, CheckpointError
+from circuits.files import file_hash, read_folder, regular_size, replace_folder
 from circuits.graph import Circuit, Node, ParametricNode, parameter_owner
 
 FORMAT = "unfactor-circuit"
@@ -31,7 +29,6 @@ WEIGHTS_FILE = "weights.safetensors"
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MAX_STRUCTURE_BYTES = 1 << 28
-_ATTEMPTS = 3
 
 
 def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
@@ -50,22 +47,17 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     check_compiled(pc)
-    folder = Path(path).resolve()
-    _check_replaceable(folder)
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}
     for name, tensor in weights.items():
         if not _are_sound(pc, name, tensor):
             raise ArgumentError(f"pc: {name} has NaN or +inf, or a unit without weight; such a circuit cannot be saved")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(folder, f"{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir()
-        save_file(weights, temporary / WEIGHTS_FILE)
+    with replace_folder(path, (STRUCTURE_FILE, WEIGHTS_FILE), kind="a saved circuit") as folder:
+        save_file(weights, folder / WEIGHTS_FILE)
         structure = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "library_version": _library_version(),
-            "weights_sha256": _file_hash(temporary / WEIGHTS_FILE),
+            "weights_sha256": file_hash(folder / WEIGHTS_FILE),
             "dtype": str(pc.dtype).removeprefix("torch."),
             "num_vars": pc.circuit.num_vars,
             "nodes": records_of(pc.circuit),
@@ -75,10 +67,7 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
         text = json.dumps({"sha256": _structure_hash(structure), **structure}, separators=(",", ":"))
         if len(text) > _MAX_STRUCTURE_BYTES:
             raise ArgumentError(f"pc: {pc.circuit} takes {len(text)} bytes; the limit is {_MAX_STRUCTURE_BYTES}")
-        (temporary / STRUCTURE_FILE).write_text(text, encoding="ascii")
-        _swap_in(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / STRUCTURE_FILE).write_text(text, encoding="ascii")
 
 
 def load(
@@ -98,18 +87,10 @@ def load(
     if dtype is not None and dtype not in _DTYPES.values():
         raise ArgumentError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype}")
     target = checked_device("device", device)
-    path = Path(path).resolve()
-    attempt = 0
-    while True:
-        attempt += 1
-        folder = path if path.exists() else _backup_of(path)
-        version = _identity(folder)
-        try:
-            return _loaded(folder).to(device=target, dtype=dtype)
-        except CheckpointError as error:
-            was_replaced_meanwhile = _identity(folder) != version
-            if not was_replaced_meanwhile or attempt == _ATTEMPTS:
-                raise CheckpointError(f"{path}: {error}") from error
+    try:
+        return read_folder(path, _loaded).to(device=target, dtype=dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{Path(path).resolve()}: {error}") from error
 
 
 def _loaded(folder: Path) -> CompiledCircuit:
@@ -141,7 +122,7 @@ def _loaded(folder: Path) -> CompiledCircuit:
 def _read_structure(path: Path) -> dict[str, Any]:
     """Return the contents of the structure file but for its format, version and hash, which are checked here."""
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         if size > _MAX_STRUCTURE_BYTES:
             raise CheckpointError(f"{path.name} has {size} bytes, and the limit is {_MAX_STRUCTURE_BYTES}")
         structure = json.loads(path.read_bytes())
@@ -175,7 +156,7 @@ def _read_weights(path: Path, expected_hash: Any, circuit: Circuit) -> dict[str,
     from safetensors import SafetensorError, safe_open
 
     try:
-        if _file_hash(path) != expected_hash:
+        if file_hash(path) != expected_hash:
             raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -189,7 +170,7 @@ def _read_weights(path: Path, expected_hash: Any, circuit: Circuit) -> dict[str,
         raise CheckpointError(f"there is no {path.name}; save the circuit again") from error
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is gone
         raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
 
 
@@ -222,56 +203,6 @@ def _are_sound(pc: CompiledCircuit, bank: str, tensor: Tensor) -> bool:
 
 def _structure_hash(structure: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(structure, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir() or set(os.listdir(folder)) - {STRUCTURE_FILE, WEIGHTS_FILE}:
-        raise ArgumentError(
-            f"path: {folder} is not a saved circuit, and saving would replace it; give a folder that does not exist yet"
-        )
-
-
-def _swap_in(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``. A crash between the two renames leaves the old version as the backup."""
-    backup = _backup_of(folder)
-    if folder.exists():
-        shutil.rmtree(backup, ignore_errors=True)
-        folder.rename(backup)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if not folder.exists():
-            with contextlib.suppress(FileNotFoundError):
-                backup.rename(folder)
-        raise
-    shutil.rmtree(backup, ignore_errors=True)
-
-
-def _backup_of(folder: Path) -> Path:
-    return _sibling(folder, "backup")
-
-
-def _sibling(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return what tells one version of a folder from another."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
 
 
 def _library_version() -> str:

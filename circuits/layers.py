@@ -7,6 +7,7 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,15 @@ class _InnerLayer(nn.Module):
         super().__init__()
         self.child_units = list(child_units)
         self.register_buffer("addresses", torch.tensor(children), persistent=False)
+
+    def all_of(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        """Return of which nodes all children are True, (F, 1, B), from bool (F', 1, B) of the layers below."""
+        gathered = [slot(outputs) for slot in self.slots]
+        children = functools.reduce(torch.logical_and, gathered)
+        num_nodes = len(self.addresses)
+        if len(children) > num_nodes:  # all children of a node in one slot
+            return children.unflatten(0, (num_nodes, -1)).all(1)
+        return children.repeat_interleave(num_nodes // len(children), 0)  # siblings share theirs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for slot in self.slots:

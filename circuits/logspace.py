@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.precision import own_precision
+
 _REPAIR_CHUNK = 1 << 22
 
 
@@ -146,6 +148,7 @@ class _LogMatmul(torch.autograd.Function):
         return out
 
     @staticmethod
+    @own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         log_weights, weights, x = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -219,6 +222,15 @@ def log_mix(
     terms = log_table[values[row], unit.unsqueeze(1)] + log_factors[row]
     possible = (terms > -torch.inf).any(1)  # where nothing is, logsumexp has the gradient NaN
     return out.index_put((row[possible], unit[possible]), torch.logsumexp(terms[possible], 1))
+
+
+def log_normalized(log_weights: Tensor, dim: int) -> Tensor:
+    """Return log-weights minus their log-sum-exp along ``dim``: their exponentials sum to 1.
+
+    ``torch.log_softmax`` adds naively along a dimension that is not the innermost one in memory, on the CPU: with
+    50,000 float32 weights the sum is off by 3e-4. ``logsumexp`` adds pairwise.
+    """
+    return log_weights - torch.logsumexp(log_weights, dim, keepdim=True)
 
 
 def log_sum(terms: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import Flows, ProductLayer, SumLayer, Weights
+from circuits.precision import own_precision
+from circuits.randomness import RowGenerators, Source
 from circuits.rows import Gradients
 from circuits.semiring import ChoosingSemiring, LogSemiring, Semiring
 
@@ -52,7 +54,8 @@ class Banks(dict[str, Weights]):
         return Banks(banks, {layer: given.detached() for layer, given in self.external.items()})
 
 
-def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> list[Tensor]:
+@own_precision
+def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> LayerValues:
     """Evaluate the input layers: one value (F, K, B, *E) per input layer, and keep the conditions with them.
 
     Raises:
@@ -87,6 +90,70 @@ def divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
     return semiring.times(value, semiring.lift(-log_divisor))
 
 
+def silent_sums(pc: CompiledCircuit, is_silent: Sequence[Tensor], conditions: Conditions, banks: Banks) -> Conditions:
+    """Return the conditions with the sum nodes on whose whole scope nothing is known.
+
+    Their weights sum to 1, so each of their units is the constant 1, whatever its weights: nothing is learnt from it,
+    and in the max semiring no explanation of what nobody asked about is chosen. So learning counts no flow there
+    (without this, padding would be counted with the present weights as its expectation, and slow EM down).
+
+    Args:
+        pc: the circuit.
+        is_silent: of which nodes of each input layer nothing is known, bool (F, 1, B).
+        conditions: on latents and classes; a latent with factors is known.
+        banks: external weights that do not sum to 1 are no constant.
+    """
+    outputs: list[Tensor | None] = []
+    for position, silent in enumerate(is_silent):
+        external = banks.external.get(position)
+        outputs.append(silent if external is None or external.log_scale is None else _heard(silent, external.rows))
+    by_layer = {}
+    for position, layer in enumerate(pc.inner_layers, start=len(outputs)):
+        if isinstance(layer, ProductLayer):
+            outputs.append(layer.all_of(outputs))
+            continue
+        silent = layer.all_of(outputs)
+        external = banks.external.get(position)
+        if external is not None and external.log_scale is not None:
+            silent = _heard(silent, external.rows)
+        if position in conditions.latents:
+            silent = _heard(silent, conditions.latents[position].rows)
+        outputs.append(silent)
+        by_layer[position] = silent
+    return replace(conditions, silent=by_layer)
+
+
+@own_precision
+def heard_leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: Banks) -> LayerValues:
+    """Evaluate the input layers so that sum nodes on whose variables nothing is known are the constant 1.
+
+    See :func:`silent_sums`: no flow is counted there, and no choice there counts.
+    """
+    nothing = evidence.says_nothing(pc.num_categories)
+    if not bool(nothing.any()):
+        return leaves(pc, semiring, evidence, banks)
+    values = leaves(pc, semiring, evidence.without(nothing), banks)
+    return LayerValues(values, silent_sums(pc, silent_inputs(pc, nothing), values.conditions, banks))
+
+
+def silent_inputs(pc: CompiledCircuit, silent: Tensor) -> list[Tensor]:
+    """Return of which nodes of every input layer nothing is known, (F, 1, B), from that of the variables, (B, D)."""
+    return [silent.index_select(1, layer.variables).t().unsqueeze(1) for layer in pc.input_layers]
+
+
+def _heard(silent: Tensor, rows: Tensor) -> Tensor:
+    return silent.index_fill(0, rows, False)
+
+
+def _silenced(values: Tensor, silent: Tensor | None, semiring: Semiring) -> Tensor:
+    """Put the constant 1 of a semiring where sum nodes are silent; values are (F, K, B, *E), ``silent`` (F, 1, B)."""
+    if silent is None:
+        return values
+    one = semiring.lift(torch.zeros(1, 1, 1, dtype=values.dtype, device=values.device))
+    return torch.where(silent.reshape(silent.shape + (1,) * (values.dim() - 3)), one, values)
+
+
+@own_precision
 def upward(
     pc: CompiledCircuit,
     semiring: Semiring,
@@ -112,7 +179,8 @@ def upward(
             outputs[position] = layer(semiring, outputs)
         else:
             weights = banks[layer.parameter_rows.bank]
-            outputs[position] = layer(semiring, outputs, weights, banks.external.get(position))
+            values = layer(semiring, outputs, weights, banks.external.get(position))
+            outputs[position] = _silenced(values, conditions.silent.get(position), semiring)
         if not keep:
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
@@ -129,6 +197,7 @@ def class_needed(pc: CompiledCircuit) -> PropertyError:
     )
 
 
+@own_precision
 def log_root(pc: CompiledCircuit, leaf_values: Sequence[Tensor], banks: Banks) -> Tensor:
     """Return the root's log-value, differentiable in the leaves, the conditions, and the log-weights of all banks.
 
@@ -180,9 +249,8 @@ class _LogRoot(torch.autograd.Function):
             if isinstance(layer, ProductLayer):
                 outputs[position] = layer(LogSemiring(), outputs)
             else:
-                outputs[position], ctx.saved[position] = layer.forward_recorded(
-                    outputs, banks[layer.parameter_rows.bank]
-                )
+                values, ctx.saved[position] = layer.forward_recorded(outputs, banks[layer.parameter_rows.bank])
+                outputs[position] = _silenced(values, conditions.silent.get(position), LogSemiring())
             for spent in pc.last_uses[position]:
                 outputs[spent] = None
         ctx.pc, ctx.num_leaves, ctx.banks, ctx.conditions = pc, num_leaves, banks, conditions
@@ -192,6 +260,7 @@ class _LogRoot(torch.autograd.Function):
         return root[0].clone() if root is tensors[0] else root[0]
 
     @staticmethod
+    @own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return None, None, None, *_LogRoot._differentiable_gradients(ctx, grad)
@@ -213,6 +282,8 @@ class _LogRoot(torch.autograd.Function):
             if isinstance(layer, ProductLayer):
                 layer.adjoint(incoming, gradients)
             else:
+                if position in ctx.conditions.silent:
+                    incoming = incoming.masked_fill(ctx.conditions.silent[position], 0.0)
                 bank = layer.parameter_rows.bank
                 grad_x = layer.adjoint(incoming, ctx.saved[position], ctx.banks[bank], gradients, flows[bank])
                 if position in latents:
@@ -235,7 +306,7 @@ class _LogRoot(torch.autograd.Function):
             position: replace(factors, log=log)
             for (position, factors), log in zip(ctx.conditions.latents.items(), others[len(logs) :], strict=True)
         }
-        values = LayerValues(leaf_values, Conditions(latents))
+        values = LayerValues(leaf_values, Conditions(latents, silent=ctx.conditions.silent))
         root = upward(ctx.pc, LogSemiring(), values, banks, per_class=True)[-1]
         assert root is not None
         wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True) if needed]
@@ -243,6 +314,7 @@ class _LogRoot(torch.autograd.Function):
         return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
+@own_precision
 def factor_gradients(
     log_z_of: Callable[[Tensor, Banks], Tensor], factors: Tensor, banks: Banks, *, also: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -268,13 +340,14 @@ def factor_gradients(
     return gradient
 
 
+@own_precision
 def downward_choice(
     pc: CompiledCircuit,
     semiring: ChoosingSemiring,
     outputs: Sequence[Tensor | None],
     banks: Banks,
     num_samples: int,
-    generator: torch.Generator | None,
+    generator: Source,
 ) -> tuple[list[Tensor], Tensor]:
     """Choose one child of every reached sum unit, from the root down, for ``num_samples`` copies of the batch.
 
@@ -299,7 +372,10 @@ def downward_choice(
     if class_factors is None:
         units[-1].zero_()
     else:
-        units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], generator)
+        source = source_at(
+            generator, num_layers, torch.zeros_like(query), torch.arange(len(query), device=query.device)
+        )
+        units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], source)
     for position in reversed(range(len(pc.input_layers), num_layers)):
         layer = pc.inner_layers[position - len(pc.input_layers)]
         node, column = (units[position] >= 0).nonzero(as_tuple=True)
@@ -307,7 +383,8 @@ def downward_choice(
         if isinstance(layer, ProductLayer):
             choices = layer.child_choices(unit)
         else:
-            choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], generator)
+            source = source_at(generator, position, node, column)
+            choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)
         for slot, choice in enumerate(choices):
             layers, rows = layer.addresses[node, slot].unbind(-1)
             _mark(units, layers, rows, column, choice)
@@ -323,7 +400,7 @@ def _choose_children(
     node: Tensor,
     unit: Tensor,
     query: Tensor,
-    generator: torch.Generator | None,
+    generator: Source,
 ) -> list[Tensor]:
     """Choose a child unit for n reached sum units; per child slot the chosen unit, -1 where another slot was chosen."""
     children = layer.gather(outputs)
@@ -335,12 +412,24 @@ def _choose_children(
         scores = log_weights[layer.parameter_rows.index[n], u]
         if external is not None:
             scores = external.replaced(scores, n, u, q)
-        chosen[part] = semiring.choose(scores.add_(children[n, :, q]), generator)
+        chosen[part] = semiring.choose(scores.add_(children[n, :, q]), _part(generator, part))
     choices = []
     for num_units in layer.child_units:
         choices.append(torch.where((chosen >= 0) & (chosen < num_units), chosen, -1))
         chosen = chosen - num_units
     return choices
+
+
+def source_at(generator: Source, position: int, node: Tensor, column: Tensor) -> Source:
+    """Return what draws for n units of a layer, given by node and column: for generators by row, one for each unit."""
+    if not isinstance(generator, RowGenerators):
+        return generator
+    batch_size = len(generator.seeds)
+    return generator.rows(column % batch_size).at(column // batch_size, position, node)
+
+
+def _part(generator: Source, part: slice) -> Source:
+    return RowGenerators(generator.seeds[part]) if isinstance(generator, RowGenerators) else generator
 
 
 def _mark(units: list[Tensor], layers: Tensor, rows: Tensor, columns: Tensor, choice: Tensor) -> None:
@@ -357,6 +446,7 @@ def _chunks(length: int, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+@own_precision
 def draw_values(
     pc: CompiledCircuit,
     semiring: ChoosingSemiring,
@@ -364,7 +454,7 @@ def draw_values(
     banks: Banks,
     units: Sequence[Tensor],
     query: Tensor,
-    generator: torch.Generator | None,
+    generator: Source,
 ) -> Tensor:
     """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
     dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
@@ -376,11 +466,12 @@ def draw_values(
         for part in _chunks(len(node), banks[layer.parameter_rows.bank].log.shape[1]):
             n, c = node[part], column[part]
             weights, unit, of_query = banks[layer.parameter_rows.bank], reached[n, c], query[c]
+            source = source_at(generator, position, n, c)
             if external is None:
-                chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, generator)
+                chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, source)
             else:
                 scores = layer.scores(evidence, weights, n, unit, of_query)
                 scores = external.input_scores(scores, evidence, layer.variables, n, unit, of_query)
-                chosen = semiring.choose(scores, generator)
+                chosen = semiring.choose(scores, source)
             values[c, layer.variables[n]] = chosen.to(dtype)
     return values

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from circuits._charts import checked_path, learning_curves, samples, save
 from circuits._edge_flows import edge_flows
-from circuits._files import replace_file
 from circuits._layout import Diagram, Vertex, placed
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, UnfactorError
+from circuits.files import replace_file
 from circuits.graph import Circuit, Input, Node, Product
 from circuits.learning._samples import checked_samples
 from circuits.region_graphs import RegionGraph

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from circuits import logspace
+from circuits.randomness import RowGenerators, Source
 
 _MAX_CHUNK = 1 << 24
 
@@ -56,8 +57,12 @@ class Semiring(ABC):
         table: Tensor | None = None,  # shape: (V, K), exp(log_table)
     ) -> Tensor:  # shape: (n, K, *E)
         """Add up over j the products of factor (n, j) and table row ``values[n, j]``."""
-        rows = log_table[values].transpose(1, 2)  # (n, K, k)
-        return self.contract(rows, self.lift(log_factors.unsqueeze(-1))).squeeze(2)
+        chunk = max(1, _MAX_CHUNK // max(1, values.shape[1] * log_table.shape[1]))
+        pieces = []
+        for listed, factors in zip(values.split(chunk), log_factors.split(chunk), strict=True):
+            rows = log_table[listed].transpose(1, 2)  # (n, K, k)
+            pieces.append(self.contract(rows, self.lift(factors.unsqueeze(-1))).squeeze(2))
+        return torch.cat(pieces)
 
 
 class LogSemiring(Semiring):
@@ -79,11 +84,13 @@ class LogSemiring(Semiring):
         """Log-sum-exp over the listed rows, reading those rows only."""
         return logspace.log_mix(log_table, values, log_factors, table=table)
 
-    def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Draw one index per row of ``scores`` (n, I) with probability proportional to exp(score): shape (n,).
 
         A race of exponential clocks (the Gumbel-max trick): the first of I clocks with rates exp(score) to ring wins.
         """
+        if isinstance(generator, RowGenerators):
+            return generator.choose(scores)
         waiting = torch.empty_like(scores).exponential_(generator=generator)
         return (scores - waiting.clamp_min_(torch.finfo(scores.dtype).tiny).log_()).argmax(-1)
 
@@ -108,10 +115,60 @@ class MaxSemiring(Semiring):
         pieces = [(part.unsqueeze(-1) + x.unsqueeze(1)).amax(2) for part in log_weights.split(chunk, 1)]
         return torch.cat(pieces, 1)
 
-    def choose(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Return the index of the largest score of each row, (n, I) to (n,)."""
         return scores.argmax(-1)
 
 
-ChoosingSemiring = LogSemiring | MaxSemiring
+class BestSemiring(MaxSemiring):
+    """The maximum over what is asked about: a missing variable is summed out, as the constant 1."""
+
+    adds_up = True
+
+
+class TemperedSemiring(Semiring):
+    """Explanations at a temperature: plus is ``tau log sum exp(. / tau)``, between the log and the max semiring.
+
+    An explanation, latents and leaves together, is a product of weights, and so its power 1 / tau is one of theirs:
+    explanations are drawn exactly from ``p(x, z | e)^(1 / tau)``. What is missing is summed out as it is.
+
+    Args:
+        temperature: tau > 0; 1 is the log semiring, towards 0 it becomes the max semiring.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Add the logarithms."""
+        return left + right
+
+    def product(self, factors: Tensor) -> Tensor:
+        """Add the logarithms along dimension 1."""
+        return factors.sum(1)
+
+    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        """Tempered log-sum-exp over i, as one batched GEMM."""
+        return logspace.log_matmul(log_weights / self.temperature, x / self.temperature) * self.temperature
+
+    def mix(self, log_table: Tensor, values: Tensor, log_factors: Tensor, *, table: Tensor | None = None) -> Tensor:
+        """Tempered log-sum-exp over the listed rows."""
+        tau = self.temperature
+        listed, index = torch.unique(values, return_inverse=True)
+        return logspace.log_mix(log_table[listed] / tau, index, log_factors / tau) * tau
+
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
+        """Draw one index per row of ``scores`` (n, I) with probability proportional to exp(score / tau): (n,)."""
+        peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        return LogSemiring().choose((scores - peak) / self.temperature, generator)
+
+
+ChoosingSemiring = LogSemiring | MaxSemiring | TemperedSemiring
 """Semirings whose upward pass can be followed by a choice of one child per reached sum unit."""
+
+
+def choosing_semiring(temperature: float) -> ChoosingSemiring:
+    """Return the semiring whose choices are explanations at a temperature tau >= 0; 0: the best."""
+    if temperature == 1:
+        return LogSemiring()
+    return TemperedSemiring(temperature) if temperature > 0 else BestSemiring()

@@ -39,6 +39,8 @@ class CircuitDistribution(Distribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  - as the base class declares it
     has_enumerate_support = False
+    summed_out: Tensor | None = None
+    """Variables that the distribution is not over, bool (B, D); what values say of them is ignored."""
 
     def __init__(
         self, pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: passes.Banks | None = None
@@ -127,7 +129,8 @@ class CircuitDistribution(Distribution):
             index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
             conditions = replace(evidence.with_factors(factors.new_zeros(*x.shape[1:], 1)), reference=None)
             scored = replace(conditions.rows(index), reference=evidence.reference)
-        scored = scored.with_factors(factors.flatten(0, 1).unsqueeze(-1), observed)
+        summed_out = None if self.summed_out is None else self.summed_out.repeat(len(x), 1)
+        scored = scored.with_factors(factors.flatten(0, 1).unsqueeze(-1), observed, summed_out)
         return self.pc.log_partition(scored, self.weights).reshape(x.shape[:2])
 
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:

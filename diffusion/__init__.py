@@ -1,11 +1,12 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation
+from diffusion import evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding import constraints
-from diffusion.decoding.generation import Generation, generate
-from diffusion.decoding.step import DecodeOptions
+from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.generation import Generation, generate, infill
+from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
 from diffusion.denoisers import Denoiser, DenoiserSpec, FeatureDenoiser, TransformerConfig, TransformerDenoiser
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
@@ -15,15 +16,18 @@ from diffusion.training.denoiser import DenoiserTraining, train_denoiser
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
 __all__ = [
+    "Anywhere",
+    "Blocks",
     "CircuitTraining",
     "Conditioned",
     "Conditioner",
     "CoupledDistribution",
     "CoupledHead",
-    "DecodeOptions",
+    "DecodingConfig",
     "Denoiser",
     "DenoiserSpec",
     "DenoiserTraining",
+    "DynamicWindows",
     "FeatureDenoiser",
     "Generation",
     "LatentPotentials",
@@ -37,6 +41,8 @@ __all__ = [
     "evaluation",
     "fit_coupled",
     "generate",
+    "infill",
     "masking",
+    "testing",
     "train_denoiser",
 ]

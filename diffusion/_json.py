@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from circuits.files import replace_file
+from circuits.files import regular_size, replace_file
 from diffusion.errors import CheckpointError
 
 
@@ -20,6 +20,7 @@ def write_json(path: str | os.PathLike[str], content: object) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return what a JSON file holds; raise CheckpointError if it cannot be read."""
     try:
+        regular_size(path)
         return json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

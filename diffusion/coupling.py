@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
+
+if TYPE_CHECKING:
+    from circuits import Sum
+    from circuits.passes import Banks
 
 Normalization = Literal["global", "local"]
 T = TypeVar("T")
@@ -94,8 +98,9 @@ class CoupledDistribution(CircuitDistribution):
         masked: Tensor,  # shape: (B, L)
         *,
         normalization: Normalization = "global",
-        latents: Mapping[Any, Tensor] | None = None,
-        weights: Any = None,
+        latents: Mapping[Sum | str, Tensor] | None = None,
+        weights: Banks | None = None,
+        absent: Tensor | None = None,  # shape: (B, L)
     ) -> CoupledDistribution:
         """Couple a circuit to a prediction of all tokens or of listed ones; nothing else is made dense.
 
@@ -107,12 +112,14 @@ class CoupledDistribution(CircuitDistribution):
             normalization: "global" or "local".
             latents: log-factors on latents, by sum node or name, see :meth:`circuits.Evidence.with_latents`.
             weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+            absent: bool (B, L), positions that a sequence does not have, which are summed out: whatever is said of
+                them is ignored, and what is answered means nothing. None: every sequence has all L.
 
         Raises:
             ArgumentError: shapes, dtypes or names that do not fit.
         """
         dist = cls.__new__(cls)
-        dist._couple(pc, prediction, tokens, masked, normalization, latents, weights)
+        dist._couple(pc, prediction, tokens, masked, normalization, latents, weights, absent)
         return dist
 
     @classmethod
@@ -147,11 +154,15 @@ class CoupledDistribution(CircuitDistribution):
         tokens: Tensor,
         masked: Tensor,
         normalization: Normalization,
-        latents: Mapping[Any, Tensor] | None,
-        weights: Any,
+        latents: Mapping[Sum | str, Tensor] | None,
+        weights: Banks | None,
+        absent: Tensor | None = None,
     ) -> None:
         _check_circuit(pc)
         _check_blocks(tokens, masked, prediction.shape)
+        if absent is not None:
+            _check_blocks(tokens, absent, prediction.shape, "absent")
+            tokens, masked = tokens.masked_fill(absent, 0), masked & ~absent
         num_vars, categories = pc.circuit.num_vars, set(pc.circuit.num_categories)
         if prediction.shape[1] != num_vars or {prediction.vocab_size} != categories:
             raise ArgumentError(
@@ -165,9 +176,12 @@ class CoupledDistribution(CircuitDistribution):
         evidence = Evidence.soft(sure.log_q) if sure.values is None else Evidence.sparse(sure.values, sure.log_q)
         if normalization == "local":
             evidence = evidence.relative_to(Evidence(sure.log_q, sure.values, ~masked))
+        if absent is not None:
+            evidence = evidence.without(absent)
         if latents:
             evidence = evidence.with_latents(latents)
         self._condition(pc, evidence, sure, tokens, masked, normalization, pc.weights() if weights is None else weights)
+        self.summed_out = absent
 
     def _condition(
         self,
@@ -177,7 +191,7 @@ class CoupledDistribution(CircuitDistribution):
         tokens: Tensor,
         masked: Tensor,
         normalization: Normalization,
-        weights: Any,
+        weights: Banks | None,
     ) -> None:
         super().__init__(pc, evidence, weights=weights)
         self.prediction = prediction
@@ -205,9 +219,10 @@ class CoupledDistribution(CircuitDistribution):
         observed = observed & self.masked
         sure = self.prediction.with_observed(tokens, observed)
         dist = type(self).__new__(type(self))
-        evidence = self.evidence.with_factors(sure.log_q, sure.values)
+        evidence = self.evidence.with_factors(sure.log_q, sure.values, self.evidence.missing)
         all_tokens = torch.where(observed, tokens, self.tokens)
         dist._condition(self.pc, evidence, sure, all_tokens, self.masked & ~observed, self.normalization, self.weights)
+        dist.summed_out = self.summed_out
         return dist
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -248,23 +263,33 @@ class CoupledDistribution(CircuitDistribution):
             return replace(self.prediction, log_q=self.marginal_probs.log())
         return replace(self.prediction, log_q=self.query(ct.queries.listed_marginals).log())
 
-    def given_latents(self, generator: torch.Generator | None = None, *, best: bool = False) -> Prediction:
+    def given_latents(
+        self, generator: torch.Generator | ct.RowGenerators | None = None, *, temperature: float = 1.0
+    ) -> Prediction:
         """Choose the circuit's latents; return ``log p(x_i = v | z_i)`` of the tokens that the prediction lists.
 
         Given the latents the tokens are independent: ``p_hat(x | z) = prod_i p(x_i | z_i) q_i(x_i) / Z_i``.
 
         Args:
             generator: of the draw.
-            best: take the most probable latents instead of a draw from their posterior.
+            temperature: tau >= 0: the latents are drawn from ``p(z | e)^(1 / tau)``; 0 takes the best.
 
         Raises:
             ImpossibleEvidenceError: the normaliser is zero.
         """
-        if best:
-            latents = self.query(ct.queries.best_latents)
-        else:
-            latents = self.query(ct.queries.sample_latents, 1, generator=generator)
+        latents = self.query(ct.queries.sample_latents, 1, generator=generator, temperature=temperature)
         return replace(self.prediction, log_q=latents.log_weights(self.prediction.values))
+
+    def draw(self, temperature: float = 1.0, generator: torch.Generator | ct.RowGenerators | None = None) -> Tensor:
+        """Draw all tokens together at a temperature, int64 (B, L): at 1 an exact joint sample, at 0 the :attr:`mode`.
+
+        Explanations, latents and tokens together, are drawn from their joint distribution to the power 1 / tau, see
+        :func:`circuits.queries.sample`.
+
+        Raises:
+            ImpossibleEvidenceError: the normaliser is zero.
+        """
+        return self.query(ct.queries.sample, 1, generator=generator, temperature=temperature)[0]
 
     def sample_latent_log_weights(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw the circuit's latents from their posterior; return log p(x_i = v | z_i) for all v: (B, L, V).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, is_number
-from circuits.files import replace_file
+from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
@@ -24,7 +23,9 @@ from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction, check_token_ids
 
 FORMAT = "unfactor-coupled-head"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 2  # 1 had no hash of what the file holds, and a calibration at most
+_FILE = "head.safetensors"
+_WAY_OUT = "save the head again"
 
 
 class CoupledHead(nn.Module):
@@ -119,6 +120,8 @@ class CoupledHead(nn.Module):
         masked: Tensor,  # shape: (B, L)
         *,
         include: Tensor | None = None,  # shape: (B, L)
+        absent: Tensor | None = None,  # shape: (B, L)
+        keeps_list: bool = False,
     ) -> CoupledDistribution:
         """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
@@ -127,6 +130,8 @@ class CoupledHead(nn.Module):
             tokens: int64; entries at masked positions are ignored.
             masked: bool, True where a token is to be predicted.
             include: int64, tokens that ``top_k`` must not drop, for instance the true ones in training.
+            absent: bool, positions that a shorter block does not have; they are summed out.
+            keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
 
         Raises:
             ArgumentError: shapes or dtypes that do not fit, or a conditioner misses the denoiser's features.
@@ -134,10 +139,10 @@ class CoupledHead(nn.Module):
         if isinstance(prediction, Tensor):
             logits = prediction.to(self.pc.dtype)
             prediction = Prediction.from_logits(logits, masked, top_k=self.top_k, include=include)
-        elif self.top_k is not None:
+        elif self.top_k is not None and not keeps_list:
             prediction = prediction.listed(self.top_k, include)
         conditioned = self.condition(prediction, masked)
-        weights = self.pc.weights(external=dict(conditioned.weights.items())) if conditioned.weights else None
+        weights = self.pc.weights(external=conditioned.weights) if conditioned.weights else None
         return CoupledDistribution.of(
             self.pc,
             conditioned.prediction,
@@ -146,6 +151,7 @@ class CoupledHead(nn.Module):
             normalization=self.normalization,
             latents=conditioned.latents,
             weights=weights,
+            absent=absent,
         )
 
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
@@ -181,23 +187,24 @@ class CoupledHead(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder: the circuit in ``circuit/``, settings and conditioners in ``head.safetensors``; no pickle.
 
-        Raises:
-            ArgumentError: ``path`` holds something else, a weight is NaN, or a conditioner is not registered.
-        """
-        from safetensors.torch import save_file
+        The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
 
-        folder = Path(path)
-        ct.save(self.pc, folder / "circuit")
+        Raises:
+            ArgumentError: ``path`` holds something else, a weight is NaN or infinite, or a conditioner is not
+                registered.
+        """
         tensors = cast(nn.Module, self.conditioners).state_dict()
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
-            "conditioners": json.dumps([_described(conditioner) for conditioner in self.conditioners]),
-            "circuit_sha256": _circuit_hash(folder),
-        }
-        with replace_file(folder / "head.safetensors") as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        bad = not_finite(tensors)
+        if bad is not None:
+            raise ArgumentError(f"head: {bad} has NaN or infinite numbers; such a head cannot be saved")
+        with replace_folder(path, ("circuit", _FILE), kind="a saved head") as folder:
+            ct.save(self.pc, folder / "circuit")
+            metadata = {
+                "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
+                "conditioners": json.dumps([_described(conditioner) for conditioner in self.conditioners]),
+                "circuit_sha256": _circuit_hash(folder),
+            }
+            write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CoupledHead:
@@ -206,18 +213,23 @@ class CoupledHead(nn.Module):
         Raises:
             CheckpointError: a file is missing, corrupt, of a newer format, or does not belong to the others.
         """
-        folder = Path(path)
-        metadata, tensors = _read(folder / "head.safetensors")
+        return read_folder(path, cls._loaded).to(device)
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> CoupledHead:
+        metadata, tensors = read_tensors(folder / _FILE, format=FORMAT, versions=(1, FORMAT_VERSION), way_out=_WAY_OUT)
         if metadata.get("circuit_sha256") != _circuit_hash(folder):
-            raise CheckpointError(f"{folder}: head.safetensors belongs to another circuit; save the head again")
+            raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")
+        bad = not_finite(tensors)
+        if bad is not None:
+            raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
         try:
             settings = json.loads(metadata["settings"])
-            head = cls(ct.load(folder / "circuit"), **settings, conditioners=_built(metadata, tensors))
-            return head.to(device)
+            return cls(ct.load(folder / "circuit"), **settings, conditioners=_built(metadata, tensors))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{folder}/head.safetensors is corrupt: {error}; save the head again") from error
+            raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
 
 
 def _described(conditioner: Conditioner) -> dict[str, Any]:
@@ -244,30 +256,12 @@ def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditi
 _SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k")
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} does not describe a coupled head")
-    if metadata.get("format_version") not in ("1", str(FORMAT_VERSION)):
-        raise CheckpointError(
-            f"{path} has format version {metadata.get('format_version')}, this library reads 1 to {FORMAT_VERSION}"
-        )
-    return metadata, tensors
-
-
 def _circuit_hash(folder: Path) -> str:
     """Return a hash of the circuit's structure file, which holds the hash of the weights."""
     try:
-        return hashlib.sha256((folder / "circuit" / "structure.json").read_bytes()).hexdigest()
+        return file_hash(folder / "circuit" / "structure.json")
     except OSError as error:
-        raise CheckpointError(f"{folder} holds no circuit: {error}") from error
+        raise CheckpointError(f"{folder} holds no circuit: {error}; {_WAY_OUT}") from error
 
 
 def check_temperature(temperature: float) -> None:

@@ -234,8 +234,8 @@ class Prediction:
         here, token = observed.unsqueeze(-1), tokens.masked_fill(~observed, 0).unsqueeze(-1)
         log_q = self.log_q.masked_fill(here, -torch.inf)
         if self.values is None:
-            kept = log_q.gather(2, token)
-            return replace(self, log_q=log_q.scatter(2, token, torch.where(here, torch.zeros_like(kept), kept)))
+            kept = self.log_q.gather(2, token)
+            return replace(self, log_q=log_q.scatter_(2, token, kept.masked_fill(here, 0.0)))
         is_first = torch.arange(self.num_listed, device=log_q.device) == 0
         return replace(
             self, log_q=log_q.masked_fill(here & is_first, 0.0), values=torch.where(here, token, self.values)

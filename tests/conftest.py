@@ -1,8 +1,10 @@
 import os
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from pretended_device import DEVICE, Autocast, Generator, PretendedDevice
 
 slow_draws = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, suppress_health_check=slow_draws)
@@ -26,3 +28,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class Elsewhere(NamedTuple):
+    device: torch.device
+    pretended: PretendedDevice | None = None
+
+    def generator(self, seed=0):
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+@pytest.fixture(params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
+def elsewhere(request, monkeypatch):
+    """Another device than the CPU: one that is pretended, and a GPU where there is one."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        yield Elsewhere(torch.device("cuda", torch.cuda.current_device()))
+        return
+    for module, name, value in (
+        (torch, "Generator", Generator),
+        (torch, "autocast", Autocast),
+        (torch.amp, "autocast", Autocast),
+    ):
+        monkeypatch.setattr(module, name, value)
+    with PretendedDevice() as pretended:
+        yield Elsewhere(DEVICE, pretended)

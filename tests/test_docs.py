@@ -27,6 +27,8 @@ PACKAGES = [
     circuits.testing,
     circuits.transforms,
     diffusion,
+    diffusion.testing,
+    diffusion.testing.worlds,
 ]
 DRAWN_BY_THE_DEMO = ROOT / "docs" / "gap.png"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from circuits._arguments import checked_count
 from circuits.distributions.base import Distribution, Finite, ascend
 from circuits.errors import ArgumentError
+from circuits.logspace import log_normalized
 
 _GREATEST_LOGIT = 1e4
 _FIT_STEPS = 8
@@ -35,11 +36,11 @@ class _Table(Finite):
 
     def read(self, raw: Tensor) -> Tensor:
         """Normalise the log-table."""
-        return torch.log_softmax(raw, -2)
+        return log_normalized(raw, -2)
 
     def parameters(self, raw: Tensor) -> Tensor:
         """Return the probabilities."""
-        return torch.softmax(raw, -2)
+        return self.read(raw).exp()
 
     def raw(self, parameters: Tensor) -> Tensor:
         """Return the logarithms of weights >= 0."""
@@ -363,7 +364,7 @@ class EmbeddingCategorical(Finite):
     def read(self, raw: Tensor) -> Tensor:
         """Return the log-table."""
         values, units = raw.split([self.num_categories, raw.shape[-2] - self.num_categories], -2)
-        return torch.log_softmax(values @ units.transpose(-1, -2), -2)
+        return log_normalized(values @ units.transpose(-1, -2), -2)
 
     def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
         """Return E with the units' rows of U."""

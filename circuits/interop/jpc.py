@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from circuits._arguments import checked_device, checked_dtype
-from circuits._files import replace_file
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, CheckpointError, StructureError
+from circuits.files import regular_size, replace_file
 from circuits.interop._nodes import JuiceNode, build_circuit
 from circuits.interop._pickle import Call, array_of, describe, integer_of, read_pickle
 from circuits.interop.pyjuice import import_pyjuice, to_pyjuice
@@ -49,6 +49,7 @@ def load_jpc(
     checked_dtype("dtype", dtype)
     checked_device("device", device)
     try:
+        regular_size(path)
         data = Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; give a file that pyjuice.save wrote") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,8 +11,6 @@ from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
     import numpy as np
-
-_PART_ELEMENTS = 1 << 24
 
 
 class Table(Protocol):
@@ -94,13 +91,3 @@ def as_tensor(name: str, data: Any) -> Tensor:
             return torch.from_numpy(array)
     except (TypeError, ValueError):
         raise ArgumentError(f"{name}: expected an array of numbers, got one of {array.dtype}") from None
-
-
-def parts(table: Tensor | StoredRows) -> Iterator[tuple[int, Tensor]]:
-    """Yield all rows in parts of bounded size, each with the number of its first row; a single number at once."""
-    if isinstance(table, Tensor) and not table.dim():
-        yield 0, table
-        return
-    step = max(1, _PART_ELEMENTS // max(1, table.shape[1:].numel()))
-    for start in range(0, len(table), step):
-        yield start, table[start : start + step]

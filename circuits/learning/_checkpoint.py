@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from circuits._files import replace_file
+from circuits.digests import digest, named_digest
 from circuits.errors import ArgumentError, CheckpointError
-from circuits.learning._samples import digest
+from circuits.files import read_tensors, write_tensors
 
 FORMAT = "unfactor-circuit-fit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not know what a run started from
+_WAY_OUT = "delete it or give another checkpoint_path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,22 @@ class History:
     def num_epochs(self) -> int:
         """How many epochs were done."""
         return len(self.train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Hashes of what a run starts from."""
+
+    weights: str
+    optimizer: str
+    """Of the optimizer's state, which one that was used before brings along."""
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], learner: Any) -> Start:
+        """Return the hashes of weights and of what ``Learner.state`` returned."""
+        tensors: dict[str, Tensor] = {}
+        tree = json.dumps(_packed(learner, "", tensors))
+        return cls(weights=named_digest(weights), optimizer=digest(tree, named_digest(tensors)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,30 +72,25 @@ class Checkpoint:
         if self._path is not None and self._path.is_dir():
             raise ArgumentError(f"checkpoint_path: expected a file, got the folder {self._path}; add a file name to it")
 
-    def write(self, snapshot: Snapshot) -> None:
+    def write(self, snapshot: Snapshot, start: Start) -> None:
         """Replace the file; whoever reads it, at any time, finds the snapshot before or this one."""
         if self._path is None:
             return
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         tree = _packed({f.name: getattr(snapshot, f.name) for f in fields(snapshot)}, "", tensors)
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "run": json.dumps(self._identity),
-            "tree": json.dumps(tree),
-        }
-        metadata["sha256"] = _digest_of(metadata, tensors)
-        with replace_file(self._path) as temporary:
-            save_file(tensors, temporary, metadata)
+        texts = {"run": self._identity, "start": asdict(start), "tree": tree}
+        metadata = {name: json.dumps(value) for name, value in texts.items()}
+        write_tensors(self._path, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
-    def read(self) -> Snapshot | None:
-        """Return the snapshot in the file, None if there is no file.
+    def read(self, start: Start) -> tuple[Snapshot, Start] | None:
+        """Return the snapshot in the file and what its run started from, None if there is no file.
+
+        Args:
+            start: what is to be gone on from: that start, or what the file holds.
 
         Raises:
             ArgumentError: the file could not be written, which is better known before the first epoch than after it.
-            CheckpointError: the file is corrupt, of a newer version, or of another run.
+            CheckpointError: the file is corrupt, of another version, or of another run.
         """
         if self._path is None:
             return None
@@ -93,40 +104,34 @@ class Checkpoint:
             raise ArgumentError(f"checkpoint_path: the folder {folder} cannot be written to; give another place")
         if not self._path.exists():
             return None
-        metadata, tensors = self._contents(self._path)
-        if metadata.get("format") != FORMAT:
-            raise self.error("is not a checkpoint of ct.learning.fit")
-        version = metadata.get("format_version")
-        if version != str(FORMAT_VERSION):
-            raise self.error(f"has format version {version!r} and this library reads version {FORMAT_VERSION}")
-        if metadata.get("sha256") != _digest_of(metadata, tensors):
-            raise self.error("is corrupt: its contents do not match their hash")
+        metadata, tensors = read_tensors(self._path, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)
         try:
             differing = _differing(json.loads(metadata["run"]), self._identity)
             if differing:
                 raise self.error(f"is of another run, with a different {' and '.join(differing)}")
             tree = _unpacked(json.loads(metadata["tree"]), tensors)
-            return Snapshot(**tree | {"history": _history_of(**tree["history"])})
+            snapshot = Snapshot(**tree | {"history": _history_of(**tree["history"])})
+            recorded = Start(**json.loads(metadata["start"]))
+            self._check_start(start, recorded, snapshot)
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise self.error(f"is corrupt: {error!r}") from error
+        return snapshot, recorded
 
     def error(self, problem: str) -> CheckpointError:
         """Return an error that says what is wrong with the file, and the way out."""
-        return CheckpointError(f"checkpoint {self._path} {problem}; delete it or give another checkpoint_path")
+        return CheckpointError(f"checkpoint {self._path} {problem}; {_WAY_OUT}")
 
-    def _contents(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                # copies are aligned like all tensors: sums of others may be rounded differently, and the run would end
-                # in another last bit
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                return file.metadata() or {}, tensors
-        except (SafetensorError, OSError, ValueError) as error:
-            raise self.error(f"cannot be read: {error}") from error
+    def _check_start(self, start: Start, recorded: Start, snapshot: Snapshot) -> None:
+        kept = [weights for weights in (snapshot.weights, snapshot.best_weights) if weights is not None]
+        known = [recorded, *(Start.of(weights, snapshot.learner) for weights in kept)]
+        for name, what in (("weights", "weights of pc"), ("optimizer", "state of the optimizer")):
+            if getattr(start, name) not in [getattr(other, name) for other in known]:
+                raise self.error(
+                    f"is of a run that started elsewhere: expected the {what} of its first call, or those in the "
+                    "checkpoint, got others; make pc and optimizer as for that call (compile with its seed)"
+                )
 
 
 def _history_of(train: list[float], validation: list[float], best_epoch: int, num_impossible: int) -> History:
@@ -136,12 +141,6 @@ def _history_of(train: list[float], validation: list[float], best_epoch: int, nu
         best_epoch=int(best_epoch),
         num_impossible=int(num_impossible),
     )
-
-
-def _digest_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    texts = [f"{name}={metadata.get(name)}" for name in ("run", "tree")]
-    header = torch.tensor(list("\n".join([*texts, *sorted(tensors)]).encode()), dtype=torch.uint8)
-    return digest(header, *(tensors[name] for name in sorted(tensors)))
 
 
 def _differing(saved: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:

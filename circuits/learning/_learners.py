@@ -110,8 +110,21 @@ class Anemone(Learner):
     def update(self, batch: Batch) -> Tensor:
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
         mass = float(self.processes.summed(possible_mass(log_likelihood, batch.weights)))
-        self._state = em.anemone_step(self.pc, self.processes.summed_all(flows), mass, self._state, **self._options)
+        own_flows = self._own_flows(batch, log_likelihood, mass)
+        flows = self.processes.summed_all(flows)
+        self._state = em.anemone_step(self.pc, flows, mass, self._state, own_flows=own_flows, **self._options)
         return log_likelihood
+
+    def _own_flows(self, batch: Batch, log_likelihood: Tensor, mass: float) -> em.BankFlows | None:
+        """Return the top-down flows of samples that lack what the batch lacks; None if that is nothing."""
+        nothing = batch.evidence.says_nothing(self.pc.num_categories)
+        if not bool(self.processes.summed(nothing.any().double())) or mass <= 0:
+            return None
+        counts = (log_likelihood != -torch.inf).double()
+        counts = counts if batch.weights is None else counts * batch.weights
+        own_flows = em.top_down_flows(self.pc, batch.evidence, counts)
+        share = float(counts.sum()) / mass
+        return self.processes.summed_all({name: flow * share for name, flow in own_flows.items()})
 
     def state(self) -> Any:
         return None if self._state is None else {"flows": self._state.flows, "mass": self._state.mass}
@@ -229,7 +242,8 @@ def build_learner(
         raise ArgumentError(
             f"optimizer: none of the parameters of {type(built).__name__} takes a gradient; call pc.requires_grad_()"
         )
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in built.param_groups]
+    names = {id(p): f"{name}{'' if p.requires_grad else ' (fixed)'}" for name, p in pc.named_parameters()}
+    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in built.param_groups]
     return GradientLearner(pc, built), f"{type(built).__name__} {groups}"
 
 

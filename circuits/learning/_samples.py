@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from circuits.compile import CompiledCircuit, check_compiled
+from circuits.digests import digest, parts
 from circuits.distributions import Distribution
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.learning._arrays import StoredRows, as_rows, as_tensor, parts
+from circuits.learning._arrays import StoredRows, as_rows, as_tensor
 from circuits.learning.distributed import Processes
 
 _ALONE = Processes()
@@ -128,17 +128,6 @@ def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int
             f"{argument}: expected numbers from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
         )
     return labels
-
-
-def digest(*tensors: Tensor | StoredRows | None) -> str:
-    """Return a hash of the tensors' types, shapes and values."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(b"none" if tensor is None else f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        if tensor is not None and tensor.shape.numel():
-            for _, part in parts(tensor):
-                sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None, first_sample: int) -> None:

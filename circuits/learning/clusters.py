@@ -8,10 +8,12 @@ from torch import Tensor
 from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
 from circuits.learning.em import checked_sample_weights
+from circuits.precision import own_precision
 
 _MAX_ELEMENTS = 1 << 24
 
 
+@own_precision
 @torch.no_grad()
 def kmeans(
     data: Tensor,  # shape: (N, D)

@@ -21,6 +21,7 @@ from circuits.learning._arguments import check_em_options
 from circuits.learning._arrays import Table
 from circuits.learning._samples import Batch, checked_samples
 from circuits.learning.clusters import kmeans
+from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _NUM_STARTS = 4
 
 
+@own_precision
 def distill_latents(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray | Table,  # shape: (N, D)
@@ -82,6 +84,7 @@ def distill_latents(
     em.em_step(pc, total, pseudocount=pseudocount)
 
 
+@own_precision
 def initialize_by_kmeans(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray | Table,  # shape: (N, D)
@@ -137,7 +140,14 @@ def initialize_by_kmeans(
     states: dict[str | Input, Tensor] = {}
     for number, group in enumerate(groups):
         rows = torch.cat([torch.cat([columns[var] for var in context], 1) for _, context in group])
-        clusters = _best_clusters(rows, group[0][0].num_units, seed + number)
+        asked = [
+            [leaf.var] if len(group) > 1 else [var for var in context if var is not None] for leaf, context in group
+        ]
+        is_known = torch.cat([known[:, variables].any(1) for variables in asked])  # padding is no cluster
+        if not bool(is_known.any()):
+            continue
+        clusters = torch.full((len(rows),), -1)
+        clusters[is_known] = _best_clusters(rows[is_known], group[0][0].num_units, seed + number).cpu()
         states |= {leaf: part for (leaf, _), part in zip(group, clusters.split(len(x)), strict=True)}
     chosen_labels = None if samples.labels is None else samples.labels[chosen.to(samples.labels.device)]
     distill_latents(pc, x, states, observed=known, labels=chosen_labels, pseudocount=pseudocount)
@@ -161,13 +171,16 @@ def _supervised_flows(pc: CompiledCircuit, batch: Batch, states: Mapping[Input, 
         banks, sources = em.traced_weights(pc)
         leaf_values = pc.leaves(batch.evidence, banks)
         others = [torch.zeros_like(value, requires_grad=False) for value in leaf_values]
+        is_silent = passes.silent_inputs(pc, batch.evidence.says_nothing(pc.num_categories))
         for node, state in states.items():
             layer, row = pc.address(node)
             state = state.to(pc.device)
             is_other = torch.arange(node.num_units, device=pc.device).unsqueeze(1) != state
             others[layer][row].masked_fill_(is_other & (state >= 0), -torch.inf)
+            is_silent[layer][row] &= state < 0
         known = [value + other for value, other in zip(leaf_values, others, strict=True)]
-        log_z = passes.log_root(pc, LayerValues(known, pc.conditions(batch.evidence)), banks)
+        conditions = passes.silent_sums(pc, is_silent, pc.conditions(batch.evidence), banks)
+        log_z = passes.log_root(pc, LayerValues(known, conditions), banks)
         is_possible = log_z != -torch.inf
         counts = is_possible.to(log_z.dtype)
         if batch.weights is not None:

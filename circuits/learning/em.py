@@ -27,6 +27,9 @@ from circuits.layers import Weights
 from circuits.learning._arguments import check_em_options
 from circuits.learning.entropy import entropic_maximum
 from circuits.passes import Banks
+from circuits.precision import own_precision
+from circuits.queries._common import refuse_relative
+from circuits.semiring import LogSemiring
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""
@@ -41,6 +44,7 @@ class ExpectedFlows(NamedTuple):
     """log Z of every sample, (B,), in nats; -inf for impossible samples, whose flows count as zero."""
 
 
+@own_precision
 def expected_flows(
     pc: CompiledCircuit,
     evidence: Evidence | Tensor,
@@ -50,7 +54,8 @@ def expected_flows(
 ) -> ExpectedFlows:
     """Return the expected flows ``F = d sum_b a_b log Z_b / d log w`` of a batch.
 
-    A missing variable has no flow below it: its units are the constant 1, whatever their weights.
+    A missing variable has no flow below it: its units are the constant 1, whatever their weights. So are sum units all
+    of whose variables are missing. So padding counts for nothing: EM on padded sequences is EM on the sequences.
 
     Args:
         pc: the circuit.
@@ -63,16 +68,18 @@ def expected_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
-        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which; or it is relative.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    refuse_relative(given, "counting flows")  # those of what it is relative to would be subtracted
     if pc.circuit.num_classes is not None and given.classes is None:
         raise passes.class_needed(pc)
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
-        log_z = pc.log_partition(given, banks)
+        given.check(pc.num_categories)
+        log_z = passes.log_root(pc, passes.heard_leaves(pc, LogSemiring(), given, banks), banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)
@@ -80,6 +87,7 @@ def expected_flows(
     return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
 
 
+@own_precision
 @torch.no_grad()
 def em_step(
     pc: CompiledCircuit,
@@ -127,6 +135,7 @@ class AnemoneState:
     """The same average of the batches' masses; both lack the factor 1 - mu^t, which cancels in ``flows / mass``."""
 
 
+@own_precision
 @torch.no_grad()
 def anemone_step(
     pc: CompiledCircuit,
@@ -138,6 +147,7 @@ def anemone_step(
     momentum: float = 0.9,
     pseudocount: float = 1e-6,
     entropy: float = 0.0,
+    own_flows: BankFlows | None = None,
 ) -> AnemoneState:
     """Do one step of Anemone, mini-batch EM with momentum and flow-rescaled steps (Liu et al. 2025), in place.
 
@@ -155,6 +165,8 @@ def anemone_step(
         momentum: mu, 0 <= mu < 1.
         pseudocount: a >= 0, relative to a batch of mass 1.
         entropy: tau >= 0, see :func:`em_step`.
+        own_flows: TD(n) w_nc where the batch has missing values, ``top_down_flows(pc, evidence)``; by default those of
+            complete samples.
 
     Returns:
         The state for the next step. A batch of mass 0 changes neither the state nor the weights.
@@ -174,43 +186,72 @@ def anemone_step(
         {name: torch.lerp(state.flows[name], flow, 1 - momentum) for name, flow in flows.items()},
         momentum * state.mass + (1 - momentum) * mass,
     )
-    own_flows = top_down_flows(pc)
+    own_flows = top_down_flows(pc) if own_flows is None else own_flows
     for name, weights in pc.weights().items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
         _move(pc, name, weights, rescaled, 1.0, pseudocount, entropy)
     return state
 
 
-def top_down_flows(pc: CompiledCircuit) -> BankFlows:
+@own_precision
+def top_down_flows(
+    pc: CompiledCircuit,
+    evidence: Evidence | None = None,
+    sample_weights: Tensor | None = None,  # shape: (B,)
+) -> BankFlows:
     """Return how often the circuit's own samples use each weight, ``TD(n) w_nc``, per bank.
 
         TD(root) = 1        TD(c) = sum_n TD(n) w_nc
 
     These are the flows of a sample that says nothing, whose input units are reached TD(n) times: for their families
     that many times their mean statistics. Classes count as equally frequent.
+
+    Args:
+        pc: the circuit.
+        evidence: whose missing variables are missing in the circuit's own samples too, on average over the B samples:
+            as in :func:`expected_flows`, nothing is counted there. None: they are complete.
+        sample_weights: how often each sample counts in that average, (B,).
     """
-    evidence = Evidence.nothing(1, pc.circuit.num_vars, pc.device)
+    observed, shares = _patterns(pc, evidence, sample_weights)
+    nothing = Evidence.nothing(len(observed), pc.circuit.num_vars, pc.device)
     if pc.circuit.num_classes is not None:
-        evidence = evidence.with_class_prior(torch.full((pc.circuit.num_classes,), -math.log(pc.circuit.num_classes)))
+        nothing = nothing.with_class_prior(torch.full((pc.circuit.num_classes,), -math.log(pc.circuit.num_classes)))
+    is_silent = passes.silent_inputs(pc, ~observed)
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
-            leaf_values = pc.leaves(evidence, normalised)
+            leaf_values = pc.leaves(nothing, normalised)
         units = [
-            value.detach().expand(*size, 1).clone() for value, size in zip(leaf_values, pc.layer_sizes, strict=False)
+            value.detach().expand(*size, len(observed)).clone()
+            for value, size in zip(leaf_values, pc.layer_sizes, strict=False)
         ]
         units = [value.requires_grad_() for value in units]
         banks = normalised.detached(requires_grad=True)
-        log_z = passes.log_root(pc, LayerValues(units, pc.conditions(evidence)), banks)
-        grads = torch.autograd.grad(log_z.sum(), [*units, *(banks[name].log for name in pc.sum_banks)])
+        conditions = passes.silent_sums(pc, is_silent, pc.conditions(nothing), banks)
+        log_z = passes.log_root(pc, LayerValues(units, conditions), banks)
+        grads = torch.autograd.grad(log_z, [*units, *(banks[name].log for name in pc.sum_banks)], shares.to(log_z))
     flows = dict(zip(pc.sum_banks, grads[len(units) :], strict=True))
-    for layer, grad in zip(pc.input_layers, grads, strict=False):
+    for layer, grad, silent in zip(pc.input_layers, grads, is_silent, strict=False):
         name = layer.parameter_rows.bank
         statistics = _mean_statistics(pc.families[name], normalised[name])
         reached = statistics.new_zeros(len(statistics), 1, statistics.shape[2])
-        layer.parameter_rows.add(reached, grad.transpose(1, 2).to(statistics.dtype))
+        uses = grad.masked_fill(silent, 0.0).sum(-1).unsqueeze(1)
+        layer.parameter_rows.add(reached, uses.to(statistics.dtype))
         flows[name] = flows.get(name, 0) + reached * statistics
     return {name: flows[name] for name in pc.bank}
+
+
+def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the distinct sets of variables that samples observe, bool (n, D), and the samples' share in each, (n,)."""
+    if evidence is None or not evidence.batch_size:
+        everything = torch.ones(1, pc.circuit.num_vars, dtype=torch.bool, device=pc.device)
+        return everything, torch.ones(1, dtype=torch.float64, device=pc.device)
+    observed, which = torch.unique(~evidence.says_nothing(pc.num_categories), dim=0, return_inverse=True)
+    counts = torch.ones(len(which), dtype=torch.float64, device=pc.device)
+    if sample_weights is not None:
+        counts = sample_weights.to(counts)
+    shares = counts.new_zeros(len(observed)).index_add_(0, which, counts)
+    return observed, shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
 
 
 def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:

@@ -11,8 +11,10 @@ from circuits.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
 from circuits.learning.em import checked_sample_weights
+from circuits.precision import own_precision
 
 
+@own_precision
 def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | None = None) -> CompiledCircuit:
     """Return the circuit ``p(x) = sum_m w_m p_m(x)`` over copies of the members, with their weights.
 
@@ -57,6 +59,7 @@ def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | Non
     return pc
 
 
+@own_precision
 @torch.no_grad()
 def convex_weights(
     log_likelihoods: Tensor,  # shape: (N, M)

@@ -16,7 +16,7 @@ from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.graph import build_code
 from circuits.learning._arrays import Table
-from circuits.learning._checkpoint import Checkpoint, History, Snapshot
+from circuits.learning._checkpoint import Checkpoint, History, Snapshot, Start
 from circuits.learning._learners import (
     EMName,
     Learner,
@@ -27,6 +27,7 @@ from circuits.learning._learners import (
 )
 from circuits.learning._samples import Samples, checked_samples
 from circuits.learning.distributed import Processes, checked_processes
+from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,7 @@ class FitResult:
     """How many training samples had probability zero in the last epoch; nothing is learnt from them."""
 
 
+@own_precision
 def fit(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray | Table,  # shape: (N, D)
@@ -75,8 +77,8 @@ def fit(
     """Fit the weights of a circuit to data by maximum likelihood, in place.
 
     The order of the samples is a function of seed and epoch alone. So a run with a ``checkpoint_path`` that was
-    interrupted anywhere, and is started again with the same arguments, ends like one that was not, to the last bit on
-    one machine; with more ``num_epochs`` it goes on, and a finished one returns at once.
+    interrupted anywhere, and is started again from the same weights with the same arguments, ends like one that was
+    not, to the last bit on one machine; with more ``num_epochs`` it goes on, and a finished one returns at once.
 
     Args:
         pc: the circuit; its present weights are where the search starts.
@@ -107,7 +109,8 @@ def fit(
         patience: stop after so many epochs in a row without a better validation likelihood; None: never.
         min_improvement: by how much, in nats per sample, an epoch must be better than the best one to count as such.
         checkpoint_path: a ``.safetensors`` file that the state is written to after every epoch, and that the run
-            continues from when it exists.
+            continues from when it exists. What the circuit's weights, and an optimizer's state, are at the start
+            belongs to the run: only those that it started from, or that the file holds, are gone on from.
         process_group: the processes that learn together, see :func:`~circuits.learning.join_processes`: each is called
             with the same arguments, computes its share of every batch, and ends with the same circuit, that of one
             process but for rounding. The first one's initial weights count, and it alone touches the checkpoint.
@@ -118,7 +121,7 @@ def fit(
         ArgumentError: an argument has a wrong type, shape or value; or a gradient optimizer diverged, and then the
             weights are those of the last complete epoch.
         ImpossibleEvidenceError: all samples have probability zero.
-        CheckpointError: the checkpoint is corrupt, or of another run.
+        CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
     """
     _check_options(pc, num_epochs, batch_size, patience, min_improvement, seed, validation_data is not None)
     samples = checked_samples(pc, "data", data, observed, sample_weights, labels)
@@ -141,10 +144,11 @@ def fit(
         "optimizer": method,
         "options": f"batch_size={batch_size} patience={patience} min_improvement={min_improvement} seed={seed}",
     }
-    processes.check_same(identity | {"num_epochs": str(num_epochs)})
+    start = Start.of(dict(pc.bank.items()), learner.state()) if is_identified else Start(weights="", optimizer="")
+    processes.check_same(identity | {"num_epochs": str(num_epochs), "optimizer state": start.optimizer})
     processes.spread(pc.bank.values())
     checkpoint = Checkpoint(checkpoint_path, identity)
-    history, best_weights = _resume(pc, learner, checkpoint, num_epochs)
+    history, best_weights, start = _resume(pc, learner, checkpoint, start, num_epochs)
 
     is_shown = progress and processes.rank == 0
     with progress_bar("fitting the circuit", num_epochs, enabled=is_shown, completed=history.num_epochs) as advance:
@@ -158,7 +162,8 @@ def fit(
                 checkpoint.write(
                     Snapshot(
                         weights=_copied_weights(pc), best_weights=best_weights, learner=learner.state(), history=history
-                    )
+                    ),
+                    start,
                 )
             advance(note=f"train {train:.4f}" + ("" if heard is None else f", validation {heard:.4f}") + " nats")
     if best_weights is not None:
@@ -227,11 +232,13 @@ def _is_out_of_patience(history: History, patience: int | None) -> bool:
 
 
 def _resume(
-    pc: CompiledCircuit, learner: Learner, checkpoint: Checkpoint, num_epochs: int
-) -> tuple[History, dict[str, Tensor] | None]:
-    snapshot = learner.processes.from_first(checkpoint.read)
-    if snapshot is None:
-        return History(), None
+    pc: CompiledCircuit, learner: Learner, checkpoint: Checkpoint, start: Start, num_epochs: int
+) -> tuple[History, dict[str, Tensor] | None, Start]:
+    """Go on from the checkpoint; return (history, best weights, what the run started from)."""
+    found = learner.processes.from_first(lambda: checkpoint.read(start))
+    if found is None:
+        return History(), None, start
+    snapshot, start = found
     if snapshot.history.num_epochs > num_epochs:
         raise checkpoint.error(f"has done {snapshot.history.num_epochs} epochs, more than num_epochs={num_epochs}")
     for weights in (snapshot.weights, snapshot.best_weights):
@@ -242,8 +249,8 @@ def _resume(
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise checkpoint.error(f"is corrupt: its optimizer state does not fit: {error}") from error
     _set_weights(pc, snapshot.weights)
-    best_weights = snapshot.best_weights
-    return snapshot.history, None if best_weights is None else {k: w.to(pc.device) for k, w in best_weights.items()}
+    best = snapshot.best_weights
+    return snapshot.history, None if best is None else {k: w.to(pc.device) for k, w in best.items()}, start
 
 
 def _fits(pc: CompiledCircuit, weights: dict[str, Tensor]) -> bool:

@@ -15,6 +15,7 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning.continuous import ContinuousMixture, normal_points, uniform_to_normal
 from circuits.learning.em import checked_sample_weights
+from circuits.precision import own_precision
 from circuits.region_graphs.chow_liu import empirical_mutual_information
 from circuits.structures.blocks import checked_categories, correlated_blocks
 
@@ -37,6 +38,7 @@ class ContinuousMixtureFit:
     """After how many steps the model was best in validation, and so is returned; without, all of them."""
 
 
+@own_precision
 def fit_continuous_mixture(
     data: Tensor,  # shape: (N, D)
     *,

@@ -9,9 +9,12 @@ from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
 from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
+from circuits.precision import own_precision
+from circuits.queries._common import refuse_relative
 from circuits.semiring import LogSemiring, MaxSemiring
 
 
+@own_precision
 def viterbi_flows(
     pc: CompiledCircuit,
     evidence: Evidence | Tensor,
@@ -21,7 +24,8 @@ def viterbi_flows(
 
     An EM step from them is one of hard EM, or Viterbi training (Juang and Rabiner 1990), which never lowers the sum of
     the scores ``max_z log p(x, z)``. The flows are the gradient of the upward pass in the max semiring; equally good
-    choices share a sample. The choices are those of sum units alone: missing and soft variables are summed out.
+    choices share a sample. The choices are those of sum units alone: missing and soft variables are summed out,
+    and so are latents all of whose variables are missing.
 
     Args:
         pc: the circuit.
@@ -33,15 +37,16 @@ def viterbi_flows(
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
+        PropertyError: the evidence is relative to other evidence.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
+    refuse_relative(given, "counting flows")
     given.check(pc.num_categories)
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc)
-        leaf_values = passes.leaves(pc, LogSemiring(), given, banks)
-        root = passes.upward(pc, MaxSemiring(), leaf_values, banks)[-1]
+        root = passes.upward(pc, MaxSemiring(), passes.heard_leaves(pc, LogSemiring(), given, banks), banks)[-1]
         assert root is not None
         score = root[0, 0]
         counts = (score != -torch.inf).to(score.dtype)

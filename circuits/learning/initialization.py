@@ -15,6 +15,7 @@ from circuits.evidence import Evidence
 from circuits.learning import em
 from circuits.learning._arguments import check_em_options
 from circuits.learning._samples import checked_samples
+from circuits.precision import own_precision
 from circuits.semiring import LogSemiring
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _BATCH_SIZE = 512
 _NUM_BATCHES: dict[InitializedBy, int] = {"random": 1, "quantiles": 16}
 
 
+@own_precision
 def initialize_inputs(
     pc: CompiledCircuit,
     data: Tensor | np.ndarray,  # shape: (N, D)

@@ -9,8 +9,10 @@ from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Direct
 from circuits.errors import ArgumentError, PropertyError
 from circuits.passes import Banks
+from circuits.precision import own_precision
 
 
+@own_precision
 def roughness(
     pc: CompiledCircuit,
     *,

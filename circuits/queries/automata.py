@@ -18,6 +18,7 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.graph import Input, Node, Product, Sum
+from circuits.precision import own_precision
 from circuits.properties import chain_breaker, front_to_back, rank_of_scopes
 from circuits.queries._common import checked_possible, dense_factors
 
@@ -82,6 +83,7 @@ class Automaton:
         return Automaton(self.log_transition.transpose(0, 2), self.log_accept, self.log_start)
 
 
+@own_precision
 def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidence: Evidence | None = None) -> Tensor:
     """Return the log-probability that x_0, x_1, ..., x_D-1 is accepted, ``log P(accepted | e)``.
 
@@ -128,6 +130,7 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
     return _log_sum_exp(states[0] + start.unsqueeze(1), 0) - log_z
 
 
+@own_precision
 def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None, *, strict: bool = False) -> Tensor:
     """Return ``log P(x_0 <= x_1 <= ... <= x_D-1 | e)``, or with < in place of <=.
 

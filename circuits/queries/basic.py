@@ -21,14 +21,18 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
+from circuits.precision import own_precision
 from circuits.queries._common import (
+    check_generator,
+    check_temperature,
     checked_possible,
     given_evidence,
     has_one_explanation,
     one_per_query,
     require_finite_values,
 )
-from circuits.semiring import LogSemiring, MaxSemiring
+from circuits.randomness import RowGenerators, Source
+from circuits.semiring import MaxSemiring, choosing_semiring
 
 _MAX_REACHED = 1 << 25
 
@@ -49,6 +53,7 @@ class MAP(MPE):
     """The most probable assignment: an :class:`MPE` of a deterministic circuit, where it also maximises p(x | e)."""
 
 
+@own_precision
 def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x)`` of complete assignments, (B, D): shape (B,), in nats; -inf where impossible.
 
@@ -57,6 +62,7 @@ def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = No
     return pc.log_partition(Evidence.observe(x), weights)
 
 
+@own_precision
 def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x_O)``, summing out what is not observed.
 
@@ -72,6 +78,7 @@ def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: B
     return pc.log_partition(Evidence.observe(x, observed), weights)
 
 
+@own_precision
 def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
     """Return ``log p(x_rest | x_O) = log p(x) - log p(x_O)``.
 
@@ -91,11 +98,13 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights
     return log_likelihood(pc, x, weights=weights) - log_evidence
 
 
+@own_precision
 def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
     return pc.log_partition(evidence, weights)
 
 
+@own_precision
 def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
 
@@ -122,48 +131,55 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
     return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
 
 
+@own_precision
 def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
     """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
 
     Args:
         pc: the circuit.
-        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`), nothing missing.
+        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`).
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
-        (B, D, k), rows sum to 1: values that are not listed are impossible. Differentiable like :func:`marginals`.
+        (B, D, k), rows sum to 1, those of missing variables to 0. Differentiable like :func:`marginals`.
 
     Raises:
-        ArgumentError: the evidence lists no values, or a variable is missing.
+        ArgumentError: the evidence lists no values.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     factors, values = evidence.log_factors, evidence.values
-    if factors is None or values is None or (evidence.missing is not None and bool(evidence.missing.any())):
-        raise ArgumentError("evidence: expected listed values with factors and no missing variables; see marginals")
+    if factors is None or values is None:
+        raise ArgumentError("evidence: expected listed values with factors; see marginals for other kinds")
 
     def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-        listed = evidence.with_factors(factors, values)
+        listed = evidence.with_factors(factors, values, evidence.missing)
         return checked_possible(one_per_query(pc, pc.log_partition(listed, banks)))
 
     return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
 
 
+@own_precision
 @torch.no_grad()
 def sample(
     pc: CompiledCircuit,
     num_samples: int,
     evidence: Evidence | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     *,
+    temperature: float = 1.0,
     weights: Banks | None = None,
 ) -> Tensor:
-    """Draw exact, independent samples ``x ~ p(x | e)``.
+    """Draw exact, independent samples ``x ~ p(x | e)``, or of explanations at a temperature.
 
     Args:
         pc: the circuit.
         num_samples: S >= 1, samples per query.
         evidence: for B queries; None: the circuit's own distribution.
-        generator: on the circuit's device; the same state gives the same samples on one machine.
+        generator: on the circuit's device; the same state gives the same samples on one machine. Or
+            :class:`~circuits.randomness.RowGenerators`, one per query: then no query's samples depend on the others.
+        temperature: tau >= 0: draw explanations, latents and values together, from ``p(x, z | e)^(1 / tau)``,
+            normalised, and return their values; 0 takes the best. (The power of p(x | e) itself is #P-hard to sample.)
+            Variables and latents of which nothing is known are not tempered. Other than 1 for finitely many values.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
@@ -176,21 +192,28 @@ def sample(
     checked_count("num_samples", num_samples)
     banks = pc.weights() if weights is None else weights
     given = given_evidence(pc, evidence, banks)
-    semiring = LogSemiring()
-    outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
+    check_temperature(temperature)
+    check_generator(generator, given.batch_size)
+    semiring = choosing_semiring(temperature)
+    if temperature != 1:
+        require_finite_values(pc, "a temperature other than 1")
+    evaluate = passes.leaves if temperature == 1 else passes.heard_leaves
+    outputs = passes.upward(pc, semiring, evaluate(pc, semiring, given, banks), banks, keep=True)
     checked_possible(_root(outputs))
     num_nodes = sum(size for size, _ in pc.layer_sizes)
-    per_pass = max(1, _MAX_REACHED // (num_nodes * given.batch_size))
+    per_pass = max(1, _MAX_REACHED // max(1, num_nodes * given.batch_size))
     draws = []
     for start in range(0, num_samples, per_pass):
         count = min(per_pass, num_samples - start)
-        units, query = passes.downward_choice(pc, semiring, outputs, banks, count, generator)
-        values = passes.draw_values(pc, semiring, given, banks, units, query, generator)
+        source = generator.at(start) if isinstance(generator, RowGenerators) else generator
+        units, query = passes.downward_choice(pc, semiring, outputs, banks, count, source)
+        values = passes.draw_values(pc, semiring, given, banks, units, query, source)
         draws.append(values.unflatten(0, (count, given.batch_size)))
     samples = torch.cat(draws)
     return samples.squeeze(1) if evidence is None and banks.batch_size == 1 else samples
 
 
+@own_precision
 @torch.no_grad()
 def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> MPE:
     """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.

@@ -11,9 +11,11 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
+from circuits.precision import own_precision
 from circuits.queries._common import checked_possible, dense_evidence, given_evidence, has_infinite_values
 
 
+@own_precision
 def log_cdf(
     pc: CompiledCircuit, x: Tensor, evidence: Evidence | None = None, *, weights: Banks | None = None
 ) -> Tensor:

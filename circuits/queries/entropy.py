@@ -12,6 +12,7 @@ from circuits.compile import CompiledCircuit
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
+from circuits.precision import own_precision
 from circuits.properties import require_deterministic
 from circuits.queries._common import checked_possible, dense_evidence, dense_factors
 from circuits.queries._mixture_bounds import mixture_bounds, xlogx
@@ -28,6 +29,7 @@ class EntropyBounds(NamedTuple):
     """(B,), in nats."""
 
 
+@own_precision
 def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> Tensor:
     """Return the entropy ``H(X, Z | e)`` of the joint posterior over leaves X and latent choices Z.
 
@@ -53,6 +55,7 @@ def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None, *, wei
     return root[0, 0, :, 1]
 
 
+@own_precision
 def entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return the entropy ``H(X | e)`` of the posterior over assignments.
 
@@ -76,6 +79,7 @@ def entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     return latent_entropy(pc, evidence)
 
 
+@own_precision
 def entropy_bounds(pc: CompiledCircuit, evidence: Evidence | None = None) -> EntropyBounds:
     """Return numbers that ``H(X | e)`` lies between, for circuits in which it is intractable.
 

@@ -14,6 +14,7 @@ from circuits.compile import CompiledCircuit
 from circuits.conditioning import LayerValues
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 from circuits.queries._common import (
     checked_possible,
     dense_evidence,
@@ -29,6 +30,7 @@ from circuits.semiring import LogSemiring
 from circuits.semirings import SignedSemiring
 
 
+@own_precision
 def expectation(
     pc: CompiledCircuit,
     functions: Tensor,
@@ -70,6 +72,7 @@ def expectation(
     return result if table.dim() == 3 else result.squeeze(1)
 
 
+@own_precision
 def moments(
     pc: CompiledCircuit,
     order: int,
@@ -117,6 +120,7 @@ def moments(
     return (posterior * centred**order).sum(2)
 
 
+@own_precision
 def mean(
     pc: CompiledCircuit,
     evidence: Evidence | None = None,
@@ -128,6 +132,7 @@ def mean(
     return moments(pc, 1, evidence, values=values, weights=weights)
 
 
+@own_precision
 def variance(
     pc: CompiledCircuit,
     evidence: Evidence | None = None,
@@ -139,6 +144,7 @@ def variance(
     return moments(pc, 2, evidence, values=values, about="mean", weights=weights)
 
 
+@own_precision
 def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
     """Return the posterior covariance matrix of the variables, ``Cov[x_i, x_j | e]``.
 

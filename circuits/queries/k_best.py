@@ -15,6 +15,7 @@ from circuits.conditioning import conditions_of
 from circuits.evidence import Evidence
 from circuits.input_layers import InputLayer
 from circuits.layers import ProductLayer, SumLayer
+from circuits.precision import own_precision
 from circuits.queries._common import MAX_NUMBERS, checked_possible, dense_evidence, has_one_explanation
 from circuits.semirings import KBestSemiring
 
@@ -43,6 +44,7 @@ class _Choices(NamedTuple):
     rank: Tensor
 
 
+@own_precision
 @torch.no_grad()
 def k_best(
     pc: CompiledCircuit, k: int, evidence: Evidence | None = None, *, weights: passes.Banks | None = None

@@ -10,15 +10,26 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arguments import checked_count
+from circuits._evidence_checks import check_integers, check_range
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.graph import Sum
 from circuits.passes import Banks
-from circuits.queries._common import checked_possible, given_evidence, one_per_query, require_finite_values
-from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.precision import own_precision
+from circuits.queries._common import (
+    check_generator,
+    check_temperature,
+    checked_possible,
+    given_evidence,
+    one_per_query,
+    require_finite_values,
+)
+from circuits.randomness import Source
+from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 
 
+@own_precision
 def latent_marginals(
     pc: CompiledCircuit,
     evidence: Evidence,
@@ -99,7 +110,8 @@ class LatentChoice:
         if values is None:
             shape: tuple[int, ...] = (num_columns, pc.circuit.num_vars, int(pc.num_categories.max()))
         else:
-            Evidence(None, values, None).check(pc.num_categories)
+            check_integers("values", values, f"int64 ({num_columns}, {pc.circuit.num_vars}, k)", dim=3)
+            check_range(values, pc.num_categories.unsqueeze(-1), "values")
             shape = tuple(values.shape)
         result = torch.full(shape, -torch.inf, dtype=pc.dtype, device=pc.device)
         for position, (layer, reached) in enumerate(zip(pc.input_layers, self.units, strict=True)):
@@ -119,22 +131,27 @@ class LatentChoice:
         return result
 
 
+@own_precision
 @torch.no_grad()
 def sample_latents(
     pc: CompiledCircuit,
     num_samples: int,
     evidence: Evidence | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     *,
+    temperature: float = 1.0,
     weights: Banks | None = None,
 ) -> LatentChoice:
-    """Draw the latents from their posterior ``p(z | e)``, with the variables summed out.
+    """Draw the latents from their posterior ``p(z | e)``, or from its power 1 / tau, with the variables summed out.
 
     Args:
         pc: a circuit with finitely many values per variable.
         num_samples: S >= 1, draws per query.
         evidence: for B queries; None: no evidence, B = 1.
-        generator: on the circuit's device; the same state gives the same draws on one machine.
+        generator: on the circuit's device; the same state gives the same draws on one machine. Or
+            :class:`~circuits.randomness.RowGenerators`, one per query.
+        temperature: tau >= 0: draw from ``p(z | e)^(1 / tau)``, normalised; 0 takes the best, see :func:`best_latents`.
+            Latents of which nothing is known are not tempered.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
 
     Returns:
@@ -145,9 +162,11 @@ def sample_latents(
         PropertyError: a variable has infinitely many values.
     """
     checked_count("num_samples", num_samples)
-    return _chosen(pc, LogSemiring(), num_samples, evidence, generator, weights)
+    check_temperature(temperature)
+    return _chosen(pc, choosing_semiring(temperature), num_samples, evidence, generator, weights)
 
 
+@own_precision
 @torch.no_grad()
 def best_latents(
     pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None
@@ -174,13 +193,16 @@ def _chosen(
     semiring: ChoosingSemiring,
     num_samples: int,
     evidence: Evidence | None,
-    generator: torch.Generator | None,
+    generator: Source,
     weights: Banks | None,
 ) -> LatentChoice:
     require_finite_values(pc, "choosing latents")
     banks = pc.weights() if weights is None else weights
     given = given_evidence(pc, evidence, banks)
-    leaf_values = passes.leaves(pc, LogSemiring(), given, banks)  # sums over the values, whatever chooses the latents
+    check_generator(generator, given.batch_size)
+    # the values are summed out, whatever chooses the latents
+    is_plain = isinstance(semiring, LogSemiring)
+    leaf_values = (passes.leaves if is_plain else passes.heard_leaves)(pc, LogSemiring(), given, banks)
     outputs = passes.upward(pc, semiring, leaf_values, banks, keep=True)
     root = outputs[-1]
     assert root is not None
@@ -189,6 +211,7 @@ def _chosen(
     return LatentChoice(pc, units, query, banks)
 
 
+@own_precision
 def class_posterior(
     pc: CompiledCircuit, evidence: Evidence, log_prior: Tensor | None = None, *, weights: Banks | None = None
 ) -> Tensor:

@@ -12,9 +12,11 @@ from circuits import passes
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
 
 
+@own_precision
 def pairwise_marginals(pc: CompiledCircuit, evidence: Evidence | None = None, pairs: Tensor | None = None) -> Tensor:
     """Return the posterior of pairs of variables, ``p(x_i = u, x_j = v | e)``.
 
@@ -48,6 +50,7 @@ def pairwise_marginals(pc: CompiledCircuit, evidence: Evidence | None = None, pa
     return tables
 
 
+@own_precision
 def mutual_information(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return the mutual information of every two variables given the evidence, ``I(X_i; X_j | e)`` in nats.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
 
 
@@ -24,6 +25,7 @@ class DistinctSamples(NamedTuple):
     """(B, k): log p(x | e) plus Gumbel noise, descending; the last one is the threshold of Kool et al.'s estimators."""
 
 
+@own_precision
 @torch.no_grad()
 def sample_without_replacement(
     pc: CompiledCircuit,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits._files import replace_file
 from circuits._scopes import bits_of
 from circuits._structure import check_keys, short
 from circuits.errors import ArgumentError, CheckpointError, StructureError
+from circuits.files import regular_size, replace_file
 from circuits.region_graphs.builder import Partition
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read(path: str | os.PathLike[str], kind: type[RegionGraph]) -> RegionGraph:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         if size > _MAX_BYTES:
             raise CheckpointError(f"the file has {size} bytes, and the limit is {_MAX_BYTES}")
         record = json.loads(path.read_bytes())

@@ -10,6 +10,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import PropertyError
 from circuits.graph import Input, Node, Product, Sum
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild
 
 
@@ -29,6 +30,7 @@ class Chain(NamedTuple):
     """p(x_t = v | z_t = i) at [i, v], (N_t, C)."""
 
 
+@own_precision
 @torch.no_grad()
 def to_chain(pc: CompiledCircuit) -> Chain:
     """Return the tables of the hidden Markov chain that a circuit is.

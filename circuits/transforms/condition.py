@@ -12,12 +12,14 @@ from circuits.conditioning import conditions_of
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.graph import Input, Node, Product, Sum
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise
 from circuits.transforms.variables import compile_without
 
 Kept = Literal["remaining", "all"]
 
 
+@own_precision
 def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "remaining") -> CompiledCircuit:
     """Return the conditional distribution ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` as a circuit.
 

@@ -12,6 +12,7 @@ from circuits._arguments import checked_count, checked_number
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import TABLES, Rebuild, normalise
 from circuits.transforms.units import unit_choices
 
@@ -23,6 +24,7 @@ class _Copies(NamedTuple):
     units: Tensor
 
 
+@own_precision
 def grow(
     pc: CompiledCircuit,
     *,

@@ -11,6 +11,7 @@ from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Gaussian
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, format_scope, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise, table_family
 
 
@@ -23,6 +24,7 @@ class NormalizedProduct(NamedTuple):
     """log Z = log sum_x p(x) q(x), float64, in nats: a scalar, or one per class, (R,)."""
 
 
+@own_precision
 def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
     """Multiply two compatible circuits over the same variables: ``p(x) q(x) / Z``, and log Z.
 

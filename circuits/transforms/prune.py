@@ -15,6 +15,7 @@ from circuits.evidence import Evidence
 from circuits.layers import Weights
 from circuits.learning._samples import checked_labels
 from circuits.learning.em import BankFlows, expected_flows
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import normalise
 from circuits.transforms.units import trim
 
@@ -32,6 +33,7 @@ class Pruned(NamedTuple):
     """How many sum weights of positive value became zero; tied ones are counted once."""
 
 
+@own_precision
 def prune(
     pc: CompiledCircuit,
     data: Tensor | Evidence,

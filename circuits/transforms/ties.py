@@ -10,9 +10,11 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, StructureError
 from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import TABLES, Rebuild, normalise
 
 
+@own_precision
 def share_parameters(pc: CompiledCircuit, groups: Sequence[Sequence[Node | str]]) -> CompiledCircuit:
     """Tie the parameters of nodes: each group of nodes, and all nodes tied to them, use one set of weights.
 
@@ -45,6 +47,7 @@ def share_parameters(pc: CompiledCircuit, groups: Sequence[Sequence[Node | str]]
     return _retied(rebuild, owner_of, means)
 
 
+@own_precision
 def untie_parameters(pc: CompiledCircuit, nodes: Sequence[Node | str] | None = None) -> CompiledCircuit:
     """Give nodes their own copy of their parameters; the distribution stays the same.
 

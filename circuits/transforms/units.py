@@ -14,12 +14,14 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.distributions import Finite
 from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, add_columns
 
 Groups = dict[Node, Tensor]
 """int64 (K,) per node: the new unit of every old one, -1 where it disappears."""
 
 
+@own_precision
 def trim(pc: CompiledCircuit) -> CompiledCircuit:
     """Remove the units that no sample can reach, because every way from the root to them has a zero weight.
 
@@ -46,6 +48,7 @@ def trim(pc: CompiledCircuit) -> CompiledCircuit:
     return _regroup(rebuild, groups)
 
 
+@own_precision
 def merge_equal_units(pc: CompiledCircuit) -> CompiledCircuit:
     """Merge the units of a node that are the same distribution because their weights are equal.
 

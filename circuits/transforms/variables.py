@@ -11,9 +11,11 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.graph import Input, Node, Product, Sum, product
+from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, add_columns
 
 
+@own_precision
 def permute(pc: CompiledCircuit, order: Sequence[int]) -> CompiledCircuit:
     """Return the circuit with its variables in another order: variable i of the result is ``order[i]`` of ``pc``.
 
@@ -53,6 +55,7 @@ class Part(NamedTuple):
     """int64 (K,)."""
 
 
+@own_precision
 def marginalize(pc: CompiledCircuit, variables: Iterable[int]) -> CompiledCircuit:
     """Sum variables out: the circuit of the marginal distribution of the others, which are renumbered in their order.
 

@@ -57,12 +57,7 @@ def demo(
     if corpus == "arithmetic":
         _print_few_steps(workspace.evaluate_arithmetic(recipe))
     _print_side_by_side(workspace, recipe)
-    dense = table.rows[-1]
-    _say(
-        f"\n[bold]Shown:[/] with every token of a block masked, one step of the denoiser alone has perplexity "
-        f"{dense.one_step.value:.1f}, with the circuit {dense.coupled.value:.1f}, one token at a time "
-        f"{dense.sequential.value:.1f}: the circuit closes {dense.share_closed.value:.0%} of the gap."
-    )
+    _say(f"\n[bold]Shown:[/] {_conclusion(table.rows[-1])}")
     _say(f"[bold]Files:[/] models and results are in {out}/, the picture is {workspace.results / 'gap.png'}")
     _say(
         f"[bold]Next:[/] unfactor generate --out {out} --prompt 'If the ' --steps 4; "
@@ -233,13 +228,13 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
 
 
 def _decode_modes() -> tuple[str, ...]:
-    from diffusion.decoding.step import DecodeMode
+    from diffusion.decoding.config import DecodeMode
 
     return get_args(DecodeMode)
 
 
 def _strategies() -> tuple[str, ...]:
-    from diffusion.decoding.remasking import Strategy
+    from diffusion.decoding.config import Strategy
 
     return get_args(Strategy)
 
@@ -250,11 +245,27 @@ def _say(message: str) -> None:
     Console(soft_wrap=True, highlight=False).print(message)
 
 
+def _conclusion(row: Any) -> str:
+    """Say in words what a row of the gap table shows, and what it does not."""
+    from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, rounded
+
+    one_step, coupled, sequential = (rounded(getattr(row, n).value, 1) for n in ("one_step", "coupled", "sequential"))
+    masked = "every token of a block" if row.mask_ratio == 1 else f"a share of {rounded(row.mask_ratio)} of a block"
+    seen = (
+        f"with {masked} masked, one step of the denoiser alone has perplexity {one_step}, with the circuit {coupled}, "
+        f"one token at a time {sequential}"
+    )
+    if not row.is_meaningful:
+        return f"{seen}. What share of the gap the circuit closes is {NOT_MEANINGFUL}; train it longer."
+    closed = f"{seen}: the circuit closes {row.share_closed} of the gap, in nats".replace("[", "\\[")  # not markup
+    return f"{closed} ({ABOVE_ONE})." if row.share_closed.value > 1 else f"{closed}."
+
+
 def _print_gap(table: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from diffusion.evaluation.gap import MODELS
+    from diffusion.evaluation.gap import MODELS, rounded
 
     shown = Table(
         title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)", title_justify="left"
@@ -262,13 +273,11 @@ def _print_gap(table: Any) -> None:
     for column in ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed"):
         shown.add_column(column, justify="right")
     for row in table.rows:
-        cells = [_with_interval(getattr(row, name)) for name in (*MODELS, "share_closed")]
-        shown.add_row(f"{row.mask_ratio:.2f}", *cells[:-1], ("" if row.is_meaningful else "* ") + cells[-1])
+        share = _with_interval(row.share_closed) if row.is_meaningful else "not\nmeaningful"
+        shown.add_row(rounded(row.mask_ratio), *(_with_interval(getattr(row, name)) for name in MODELS), share)
     Console().print(shown)
-    if not all(row.is_meaningful for row in table.rows):
-        _say(
-            "* not meaningful: the denoiser, one token at a time, is no better than the circuit alone; train it longer"
-        )
+    for note in table.notes:
+        _say(f"({note})")
 
 
 def _print_few_steps(table: Any) -> None:
@@ -285,8 +294,10 @@ def _print_few_steps(table: Any) -> None:
 
 def _with_interval(estimate: Any) -> str:
     """Write the interval below the value, so that six columns fit a terminal of 80."""
-    digits = 2 if estimate.high < 10 else 1
-    return f"{estimate.value:.2f}\n[dim]{estimate.low:.{digits}f}-{estimate.high:.{digits}f}[/]"
+    from diffusion.evaluation.gap import rounded
+
+    low, high = (rounded(end, 2 if estimate.high < 10 else 1) for end in (estimate.low, estimate.high))
+    return f"{rounded(estimate.value)}\n[dim]{low}..{high}[/]"
 
 
 def _print_side_by_side(workspace: Any, recipe: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ class TextRecipe:
     """Which text, and how it becomes tokens.
 
     Attributes:
-        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.text.corpus.load_corpus`.
+        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.text.corpus.load_corpus`; a path becomes an
+            absolute one, which means the same in every folder.
         field: the key of the text in a .jsonl corpus.
         tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
         vocab_size: of the "bpe" tokenizer.
@@ -30,6 +33,10 @@ class TextRecipe:
     field: str | None = None
     tokenizer: TokenizerKind = "characters"
     vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.corpus not in ("embedded", "arithmetic"):
+            object.__setattr__(self, "corpus", os.path.abspath(self.corpus))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +137,9 @@ def read_recipe(path: Path) -> Recipe:
         raise CheckpointError(f"{path} is not complete: {error}; delete the folder and start again") from error
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as JSON."""
-    write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe)})
+def write_recipe(recipe: Recipe, path: Path, digests: Mapping[str, str]) -> None:
+    """Write a recipe as JSON, with the hashes of what it was carried out with."""
+    write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe), "digests": dict(digests)})
 
 
 def _recipe_from(content: dict[str, Any]) -> Recipe:

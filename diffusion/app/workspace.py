@@ -1,6 +1,6 @@
 """From a corpus to a denoiser with a circuit as its output layer: stages that keep their results in one folder.
 
-    recipe.json         what the folder was made from
+    recipe.json         what the folder was made from, with hashes of the text and the tokenizer
     tokenizer.json      text to tokens
     denoiser/           the masked-token predictor
     likelihood/         the circuit fitted by maximum likelihood
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +26,25 @@ from torch import Tensor
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_device
-from circuits.files import replace_file
+from circuits.files import file_hash, replace_file
 from diffusion._json import read_json, write_json
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
+from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, encoded_prompts, load_tokenizer, read_digests
 from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.decoding.generation import generate
-from diffusion.decoding.remasking import Strategy
-from diffusion.decoding.step import DecodeMode
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.evaluation.few_steps import FewStepTable, few_step_quality
 from diffusion.evaluation.gap import GapTable, misspecification_gap
 from diffusion.head import CoupledHead
-from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, load_corpus, random_windows, windows
+from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, random_windows, windows
 from diffusion.text.tokenizer import TextTokenizer, train_tokenizer
 from diffusion.training.circuit import fit_coupled
 from diffusion.training.denoiser import train_denoiser
 from diffusion.training.logit_cache import LogitCache, cache_logits
+
+_LEARNT = ("denoiser", "likelihood", "head", "circuit.json", "checkpoints", "cache")
 
 
 class Workspace:
@@ -71,14 +73,14 @@ class Workspace:
 
         Raises:
             CheckpointError: the folder holds a denoiser of another recipe.
-            CorpusError: the corpus cannot be read, or is too short.
+            CorpusError: the corpus cannot be read, is too short, or is not the one that the folder was made from.
         """
-        self._claim(recipe)
+        corpus = self._claim(recipe)
         if (self.path / "denoiser").exists():
             return self.denoiser()
-        corpus = self._corpus(recipe)
         tokenizer = train_tokenizer(corpus.train, kind=recipe.text.tokenizer, vocab_size=recipe.text.vocab_size)
         tokenizer.save(self.path / "tokenizer.json")
+        self._record(recipe, corpus=corpus.digest, tokenizer=file_hash(self.path / "tokenizer.json"))
         shape = recipe.denoiser
         model = TransformerDenoiser(
             TransformerConfig(
@@ -140,9 +142,9 @@ class Workspace:
         if stamp.exists() and read_json(stamp) == settings:
             return self.head()
         if stamp.exists():  # another circuit for the same denoiser: its checkpoints are of no use
-            stamp.unlink()
             for name in ("likelihood", "head"):
                 self._checkpoint(name).unlink(missing_ok=True)
+            stamp.unlink()  # last: without it, what is there would be gone on from
         pc = self._fit_likelihood(recipe)
         train, held_out = self.cache(recipe)
         calibration = self._calibration(train) if recipe.circuit.is_calibrated else None
@@ -269,12 +271,14 @@ class Workspace:
         """Continue each prompt by ``gen_length`` tokens in ``num_steps`` denoiser calls; return the new texts.
 
         Raises:
-            ArgumentError: as :func:`~diffusion.decoding.generation.generate`.
+            ArgumentError: as :func:`~diffusion.decoding.generation.generate`; or the tokenizer does not know most of a
+                prompt.
         """
         denoiser, tokenizer = self.denoiser(), self.tokenizer()
+        encoded = encoded_prompts(self.path, prompts, tokenizer)
         out = generate(
             denoiser,
-            [torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=self.device) for prompt in prompts],
+            [torch.tensor(ids, dtype=torch.int64, device=self.device) for ids in encoded],
             gen_length=gen_length,
             block_length=denoiser.config.block_length,
             num_steps=num_steps,
@@ -311,8 +315,8 @@ class Workspace:
         return TransformerDenoiser.load(self.path / "denoiser", device=self.device).eval()
 
     def tokenizer(self) -> TextTokenizer:
-        """Load the tokenizer; raises CheckpointError if it is not there."""
-        return TextTokenizer.load(self.path / "tokenizer.json")
+        """Load the tokenizer; raises CheckpointError if it is not there, or not as it was written."""
+        return load_tokenizer(self.path)
 
     def head(self) -> CoupledHead:
         """Load the output layer, which is active at every mask ratio; raises CheckpointError if it is not there."""
@@ -321,28 +325,37 @@ class Workspace:
             raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
         return CoupledHead.load(self.path / "head", device=self.device)
 
-    def _claim(self, recipe: Recipe) -> None:
-        """Write the recipe into a new folder; refuse a folder whose text or denoiser is of another recipe."""
-        path = self.path / "recipe.json"
-        if path.exists():
+    def _claim(self, recipe: Recipe) -> Corpus:
+        """Write the recipe into a folder; refuse one that has learnt from another text, or as another denoiser."""
+        corpus = corpus_of(recipe)  # one that cannot be read leaves no folder behind
+        has_learnt = any((self.path / name).exists() for name in _LEARNT)
+        if (self.path / "recipe.json").exists() and has_learnt:
             found = self.recipe()
+            if read_digests(self.path).get("corpus") == corpus.digest:  # wherever it lies now
+                found = replace(found, text=replace(found.text, corpus=recipe.text.corpus))
             for part in ("text", "denoiser", "seed"):
                 if getattr(found, part) != getattr(recipe, part):
                     raise CheckpointError(
                         f"{self.path} was made with another {part} ({getattr(found, part)}): choose another --out"
                     )
-        elif self.path.exists() and any(self.path.iterdir()):
+            check_corpus(self.path, corpus)
+        elif self.path.exists() and any(self.path.iterdir()) and not (self.path / "recipe.json").exists():
             raise CheckpointError(f"{self.path} is not empty and was not made by unfactor: choose another --out")
-        self._corpus(recipe)  # a corpus that cannot be read leaves no folder behind
         self.results.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, path)
+        self._record(recipe, corpus=corpus.digest)
+        return corpus
+
+    def _record(self, recipe: Recipe, **digests: str) -> None:
+        write_recipe(recipe, self.path / "recipe.json", read_digests(self.path) | digests)
 
     def _corpus(self, recipe: Recipe) -> Corpus:
-        return load_corpus(recipe.text.corpus, field=recipe.text.field, seed=recipe.seed)
+        corpus = corpus_of(recipe)
+        check_corpus(self.path, corpus)
+        return corpus
 
     def _stream(self, documents: tuple[str, ...]) -> Tensor:
         tokenizer = self.tokenizer()
-        return join_documents(tokenizer.encode_documents(documents), eos_id=tokenizer.eos_id)
+        return join_documents(encoded_corpus(self.path, documents, tokenizer), eos_id=tokenizer.eos_id)
 
     def _keep(self, table: GapTable | FewStepTable, name: str) -> None:
         table.save(self.results / f"{name}.json")

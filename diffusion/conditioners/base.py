@@ -20,15 +20,15 @@ class Conditioned:
 
     Attributes:
         prediction: what the circuit is multiplied with; its factors need not sum to 1.
-        latents: log-factors on latents by the name of their sum node, (B, I) each, see
+        latents: log-factors on latents, by sum node or its name, (B, I) each, see
             :meth:`circuits.Evidence.with_latents`.
-        weights: log-weights at run time by the name of their node, (B, K, I) for sums, see
+        weights: log-weights at run time, by node or its name, (B, K, I) for sums, see
             :meth:`circuits.CompiledCircuit.weights`.
     """
 
     prediction: Prediction
-    latents: Mapping[str, Tensor] = field(default_factory=dict)
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    latents: Mapping[Any, Tensor] = field(default_factory=dict)
+    weights: Mapping[Any, Tensor] = field(default_factory=dict)
 
     def then(self, other: Conditioned) -> Conditioned:
         """Return this followed by what another conditioner made: its prediction, and the factors of both.

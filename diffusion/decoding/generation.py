@@ -1,16 +1,20 @@
-"""Block decoding: fill one block after the other, each in a few denoising steps."""
+"""Filling in text: :func:`infill` fills the masks of any canvas, :func:`generate` continues prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from diffusion.decoding.remasking import Strategy
-from diffusion.decoding.step import DecodeMode, DecodeOptions, decode_step
+from diffusion.decoding.canvas import Canvas
+from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
+from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Plan
+from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
+from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
@@ -18,23 +22,54 @@ from diffusion.prediction import Prediction
 
 
 @dataclass(frozen=True, eq=False)
+class Step:
+    """What ``on_step`` gets after every denoiser call.
+
+    Attributes:
+        number: of the call, from 1.
+        tokens: int64 (B, T), with mask tokens where nothing is written yet; a copy.
+        masked: bool (B, T), where that is.
+        span: ``(start, stop)``, the positions that the denoiser was asked about.
+    """
+
+    number: int
+    tokens: Tensor
+    masked: Tensor
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
 class Generation:
     """Generated text.
 
     Attributes:
-        tokens: int64 (B, P + gen_length): prompts, padded at the left to P, and what was generated after them.
-        valid: bool (B, P + gen_length), False at padding: left of a prompt, and after a text that has ended.
-        prompt_length: P.
+        tokens: int64 (B, T): of ``generate`` the prompts, padded at the left to P, and what was generated after them.
+        valid: bool (B, T), False at padding: beside a prompt, and after a text that has ended.
+        prompt_length: P; 0 of ``infill``.
         num_calls: how often the denoiser was called.
-        trajectory: int64 (num_calls + 1, B, P + gen_length), the tokens before the first step and after every step,
-            with masks; None unless it was asked for.
+        row_calls: in how many of the calls each row took part, int64 (B,).
+        num_windows: how many windows of each row were decoded, int64 (B,).
+        num_coupled: in how many of them the circuit was used, int64 (B,).
+        tokens_per_call: tokens written per denoiser call of their row, padding after the end not counted; a mean
+            over rows.
+        trajectory: int64 (num_calls + 1, B, T), the tokens before the first step and after every step, with masks; None
+            unless it was asked for.
     """
 
     tokens: Tensor
     valid: Tensor
     prompt_length: int
     num_calls: int
+    row_calls: Tensor
+    num_windows: Tensor
+    num_coupled: Tensor
+    tokens_per_call: float
     trajectory: Tensor | None
+
+    @property
+    def sequences(self) -> Tensor:
+        """The tokens; the name that other libraries use."""
+        return self.tokens
 
     @property
     def generated(self) -> Tensor:
@@ -42,160 +77,212 @@ class Generation:
         return self.tokens[:, self.prompt_length :]
 
 
-@torch.no_grad()
 def generate(
     denoiser: Denoiser,
-    prompt: Tensor | Sequence[Sequence[int]] | Sequence[Tensor],
+    prompt: Rows,
     *,
     gen_length: int,
-    block_length: int,
-    num_steps: int,
-    strategy: Strategy = "low_confidence",
+    block_length: int | None = None,
+    num_steps: int | None = None,
     head: CoupledHead | None = None,
-    decode: DecodeMode = "latent",
+    decode: DecodeMode | None = None,
+    strategy: Strategy | None = None,
     temperature: float | None = None,
-    threshold: float = 0.9,
+    config: DecodingConfig | None = None,
     stop_at_eos: bool = True,
-    record: bool = False,
-    generator: torch.Generator | None = None,
+    **options: Any,
 ) -> Generation:
-    """Generate text block by block (semi-autoregressive masked diffusion; Nie et al. 2025, Li et al. 2026).
+    """Continue prompts, block by block (Nie et al. 2025, Li et al. 2026): :func:`infill` of prompts and masks.
 
-    Every step calls the denoiser once on the whole canvas, decodes some masked positions of the current block, and
-    leaves the others masked. ``head=None`` is the factorized baseline; it runs the same code.
+    Every step calls the denoiser once, decodes some masked positions of the current block, and leaves the others
+    masked. ``head=None`` is the factorized baseline; it runs the same code.
 
     Args:
         denoiser: the masked-token predictor.
-        prompt: int64 (B, P), or B sequences of token ids of different lengths, which are padded at the left.
-        gen_length: how many tokens to generate, a multiple of ``block_length``.
-        block_length: L; with a head, the number of variables of its circuit.
-        num_steps: denoiser calls in all, a multiple of the number of blocks and at most ``gen_length``. The strategy
-            "threshold" may need fewer.
-        strategy: which positions a step commits, see :mod:`diffusion.decoding.remasking`.
-        head: the circuit and its activation threshold; None: tokens are predicted independently.
-        decode: how the circuit is used, see :class:`~diffusion.decoding.step.DecodeOptions`; ignored without a head.
-        temperature: tau; by default the head's, or 1 without one; 0 is greedy.
-        threshold: for the strategy "threshold".
+        prompt: int64 (B, P), or B sequences of token ids of different lengths, which are padded at the left. Mask
+            tokens in it are holes, and filled first.
+        gen_length: how many tokens to generate at most; fewer where a text ends.
+        block_length: positions of a block; the last one may be shorter. None: the circuit's length, or all.
+        num_steps: denoiser calls in all, at least one per block. None: one per position.
+        head: the circuit; None: tokens are predicted independently.
+        decode: how the circuit is used, see :data:`~diffusion.decoding.config.MODES`; ``joint`` by default.
+        strategy: which positions a step commits, see :data:`~diffusion.decoding.config.STRATEGIES`.
+        temperature: tau >= 0; by default the head's if that is not 1, else 0, which is greedy.
+        config: all options of a step at once; those above replace its own.
         stop_at_eos: end a text at its first end-of-text token: the rest of it is padding.
-        record: keep the tokens of every step.
-        generator: for all draws, on the denoiser's device; the same seed gives the same text on one machine.
+        options: ``valid``, ``plan``, ``constraint``, ``seeds``, ``generator``, ``on_step``, ``record`` and those of
+            :class:`~diffusion.decoding.config.DecodingConfig`, as for :func:`infill`.
 
     Raises:
-        ArgumentError: an argument has a wrong type, shape or value, or prompt and text exceed the denoiser's length.
+        ArgumentError: an argument has a wrong type, shape or value, prompt and text exceed the denoiser's length, or
+            the denoiser's logits are broken.
     """
-    spec = denoiser.spec
-    num_blocks = _checked_blocks(gen_length, block_length, num_steps)
+    checked_count("gen_length", gen_length)
+    if block_length is None:
+        block_length = gen_length if head is None else min(gen_length, head.block_length)
+    checked_count("block_length", block_length)
+    if num_steps is not None:
+        checked_count("num_steps", num_steps)
+    valid, plan = options.pop("valid", None), options.pop("plan", None)
+    chosen = _config(
+        config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
+    )
+    rows = _rows("prompt", prompt, denoiser)
+    seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
+    constraint = options.pop("constraint", None)
+    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds, constraint)
+    plan = plan or Blocks(block_length, num_steps)
+    return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
+
+
+def infill(
+    denoiser: Denoiser,
+    tokens: Rows,
+    masked: Tensor | None = None,
+    *,
+    num_steps: int | None = None,
+    window_length: int | None = None,
+    head: CoupledHead | None = None,
+    decode: DecodeMode | None = None,
+    strategy: Strategy | None = None,
+    temperature: float | None = None,
+    config: DecodingConfig | None = None,
+    stop_at_eos: bool = False,
+    **options: Any,
+) -> Generation:
+    """Fill every masked position of a canvas, wherever it is.
+
+    Args:
+        denoiser: the masked-token predictor.
+        tokens: int64 (B, T), or B sequences of different lengths, which are padded at the right.
+        masked: bool (B, T), which positions to fill, other ones in every row if need be. None: where the mask token is.
+        num_steps: denoiser calls in all. None: one per masked position.
+        window_length: the greatest length of a window in which tokens are decoded jointly; None: the circuit's.
+        head: the circuit; None: tokens are predicted independently.
+        decode: how the circuit is used; ``joint`` by default.
+        strategy: which positions a step commits.
+        temperature: tau >= 0; by default the head's if that is not 1, else 0, which is greedy.
+        config: all options of a step at once; those above replace its own.
+        stop_at_eos: make padding of what follows an end-of-text token that was written.
+        options: ``valid``: bool (B, T), False at padding, which is never filled (an attention mask). ``plan``: the
+            order, :class:`~diffusion.decoding.plans.Blocks`, ``Anywhere`` or ``DynamicWindows``, which is the default
+            with a head. ``constraint``: what the text satisfies in the end, see
+            :mod:`diffusion.decoding.constraints`; of ``generate`` the new text, else the whole canvas. ``seeds``: an
+            integer per row: with it a row's text depends on its tokens and its seed, not on the batch, its mates or
+            padding. ``generator``: draws the seeds where none are given. ``on_step``: called with a :class:`Step` after
+            every denoiser call. ``record``: keep the tokens of every step. And the options of
+            :class:`~diffusion.decoding.config.DecodingConfig`.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, shape or value, or the denoiser's logits are broken.
+    """
+    if num_steps is not None:
+        checked_count("num_steps", num_steps)
+    valid, plan = options.pop("valid", None), options.pop("plan", None)
+    chosen = _config(
+        config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
+    )
+    rows = _rows("tokens", tokens, denoiser)
+    seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
+    constraint = options.pop("constraint", None)
+    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds, constraint)
+    if plan is None:
+        uses_windows = head is not None and chosen.decode != "independent"
+        plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
+    return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
+
+
+@torch.no_grad()
+def fill(
+    denoiser: Denoiser,
+    canvas: Canvas,
+    plan: Plan,
+    *,
+    head: CoupledHead | None = None,
+    config: DecodingConfig | None = None,
+    stop_at_eos: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+    record: bool = False,
+) -> Generation:
+    """Fill a canvas by a plan: what :func:`generate` and :func:`infill` do once they know what was asked.
+
+    Args:
+        denoiser: the masked-token predictor.
+        canvas: is filled in place.
+        plan: the order.
+        head: the circuit; None: tokens are predicted independently.
+        config: how to decode.
+        stop_at_eos: end texts at their first end-of-text token.
+        on_step: called after every denoiser call.
+        record: keep the tokens of every step.
+    """
+    config = config or DecodingConfig()
     if head is not None:
-        _check_head(head, spec, block_length)
-    if temperature is None:
-        temperature = 1.0 if head is None else head.temperature
-    options = DecodeOptions(decode=decode, strategy=strategy, temperature=temperature, threshold=threshold)
-    prompts, prompt_valid = _pad_left(prompt, spec)
-    batch_size, prompt_length = prompts.shape
-    if prompt_length + gen_length > spec.max_length:
-        raise ArgumentError(
-            f"prompt: {prompt_length} tokens and gen_length={gen_length} exceed the denoiser's {spec.max_length} "
-            "positions; "
-            "shorten the prompt or generate less"
-        )
-    canvas = torch.cat([prompts, torch.full((batch_size, gen_length), spec.mask_id, device=prompts.device)], 1)
-    valid = torch.cat([prompt_valid, torch.ones_like(canvas[:, prompt_length:], dtype=torch.bool)], 1)
-    uses_list_only = head is not None and decode != "independent" and head.activation_threshold >= 1
-    top_k = head.top_k if head is not None and uses_list_only else None
-    ended = torch.zeros(batch_size, dtype=torch.bool, device=canvas.device)
-    history = [canvas.clone()] if record else []
+        _check_head(head, denoiser.spec)
+    history = [canvas.tokens.clone()] if record else []
     num_calls = 0
-    for block in range(num_blocks):
-        start = prompt_length + block * block_length
-        window = slice(start, start + block_length)
-        open_rows = (~ended).unsqueeze(-1)
-        masked = (canvas[:, window] == spec.mask_id) & open_rows
-        for steps_left in range(num_steps // num_blocks, 0, -1):
-            if not bool(masked.any()):
-                break
-            prediction = Prediction.ask(
-                denoiser,
-                canvas,
-                valid=valid,
-                window=(window.start, window.stop),
-                top_k=top_k,
-                features=head is not None and head.needs_features,
-            )
-            num_calls += 1
-            counts = -(-masked.sum(-1) // steps_left)
-            step = decode_step(
-                prediction, canvas[:, window], masked, counts, head=head, options=options, generator=generator
-            )
-            canvas[:, window] = step.tokens
-            masked = masked & ~step.committed
-            if record:
-                history.append(canvas.clone())
-        if stop_at_eos and spec.eos_ids:
-            ended = _end_at_eos(canvas, valid, prompt_length, start + block_length, spec)
-            if bool(ended.all()):
-                break
-    canvas[:, prompt_length:].masked_fill_(canvas[:, prompt_length:] == spec.mask_id, spec.pad_id)
-    return Generation(canvas, valid, prompt_length, num_calls, torch.stack(history) if record else None)
-
-
-def _end_at_eos(canvas: Tensor, valid: Tensor, prompt_length: int, stop: int, spec: DenoiserSpec) -> Tensor:
-    """Pad, in place, everything after the first end-of-text token between prompt and ``stop``; return who ended."""
-    is_eos = torch.isin(canvas[:, prompt_length:stop], torch.tensor(spec.eos_ids, device=canvas.device))
-    after = is_eos.cumsum(-1) - is_eos.long() > 0
-    ended = is_eos.any(-1)
-    rest = torch.cat([after, ended.unsqueeze(-1).expand(-1, canvas.shape[1] - stop)], 1)
-    canvas[:, prompt_length:].masked_fill_(rest, spec.pad_id)
-    valid[:, prompt_length:] &= ~rest
-    return ended
-
-
-def _checked_blocks(gen_length: int, block_length: int, num_steps: int) -> int:
-    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("num_steps", num_steps)):
-        checked_count(name, value)
-    if gen_length % block_length:
-        raise ArgumentError(f"gen_length: expected a multiple of block_length={block_length}, got {gen_length}")
-    num_blocks = gen_length // block_length
-    if num_steps % num_blocks or num_steps > gen_length:
-        raise ArgumentError(
-            f"num_steps: expected a multiple of the {num_blocks} blocks, at most gen_length={gen_length}, got "
-            f"{num_steps}"
+    for look in plan.looks(canvas):
+        prediction = Prediction.ask(
+            denoiser,
+            canvas.tokens,
+            valid=canvas.valid,
+            window=look.span,
+            top_k=None if head is None or canvas.constraint is not None else head.top_k,
+            features=head is not None and head.needs_features,
         )
-    return num_blocks
+        decode_step(canvas, look, prediction, plan, head, config)
+        num_calls += 1
+        if stop_at_eos:
+            canvas.end_texts(look.span[1])
+        if record:
+            history.append(canvas.tokens.clone())
+        if on_step is not None:
+            on_step(Step(num_calls, canvas.tokens.clone(), canvas.masked.clone(), look.span))
+    canvas.close()
+    num_written = (canvas.writable & canvas.valid).sum(1)
+    return Generation(
+        tokens=canvas.tokens,
+        valid=canvas.valid,
+        prompt_length=canvas.first,
+        num_calls=num_calls,
+        row_calls=canvas.num_calls,
+        num_windows=canvas.num_windows,
+        num_coupled=canvas.num_coupled,
+        tokens_per_call=float((num_written / canvas.num_calls.clamp_min(1)).mean()),
+        trajectory=torch.stack(history) if record else None,
+    )
 
 
-def _check_head(head: CoupledHead, spec: DenoiserSpec, block_length: int) -> None:
-    if head.block_length != block_length:
-        raise ArgumentError(
-            f"block_length: the head's circuit is over {head.block_length} positions, got {block_length}; they must "
-            "be equal"
-        )
+def _config(config: DecodingConfig | None, head: CoupledHead | None, **changes: Any) -> DecodingConfig:
+    base = config or DecodingConfig()
+    if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1:
+        changes["temperature"] = head.temperature
+    return base.changed(**changes)
+
+
+def _config_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a decoding configuration out of others."""
+    names = [name for name in options if name in DecodingConfig.__dataclass_fields__]
+    taken = {name: options.pop(name) for name in names}
+    unknown = sorted(set(options) - {"seeds", "generator", "on_step", "record", "constraint"})
+    if unknown:
+        raise ArgumentError(f"{unknown[0]}: no such option; see df.infill and df.DecodingConfig for those there are")
+    return taken
+
+
+def _rows(name: str, rows: Rows, denoiser: Denoiser) -> list[Tensor]:
+    """Return rows of token ids, int64 (P,) each, where the denoiser is, if it says where."""
+    parts = token_rows(name, rows, denoiser.spec)
+    device = getattr(denoiser, "device", parts[0].device)
+    return [part.to(device) for part in parts]
+
+
+def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"head: expected df.CoupledHead(pc) or None, got {type(head).__name__}")
     categories = set(head.pc.circuit.num_categories)
     if categories != {spec.vocab_size}:
         raise ArgumentError(
-            f"head: its circuit has {sorted(categories)} categories and the denoiser {spec.vocab_size} tokens; fit a "
-            "circuit "
-            "on this denoiser's tokens"
+            f"head: expected a circuit over the denoiser's {spec.vocab_size} tokens, got {sorted(categories)} "
+            "categories; fit one on this denoiser's tokens"
         )
-
-
-def _pad_left(prompt: Tensor | Sequence[Sequence[int]] | Sequence[Tensor], spec: DenoiserSpec) -> tuple[Tensor, Tensor]:
-    """Return the prompts as int64 (B, P) and which of it is not padding, bool (B, P)."""
-    rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompt]
-    if not rows or any(row.dim() != 1 for row in rows):
-        raise ArgumentError(
-            "prompt: expected int64 (B, P) or a sequence of B >= 1 sequences of token ids, got "
-            f"{type(prompt).__name__} with "
-            f"{len(rows)} rows"
-        )
-    length = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), length), spec.pad_id, device=rows[0].device)
-    valid = torch.zeros(len(rows), length, dtype=torch.bool, device=rows[0].device)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        valid[i, length - len(row) :] = True
-    outside = (tokens < 0) | (tokens >= spec.vocab_size)
-    if bool(outside.any()):
-        raise ArgumentError(
-            f"prompt: expected token ids from 0 to {spec.vocab_size - 1}, got {int(tokens[outside][0])}"
-        )
-    return tokens, valid

@@ -1,185 +1,252 @@
-"""One decoding step: choose tokens for the masked positions of a block, and which of them to commit."""
+"""One step: from a denoiser's prediction to tokens on the canvas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from circuits import RowGenerators
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding.remasking import Strategy, check_strategy, choose_positions, reliability
-from diffusion.errors import ArgumentError
-from diffusion.head import CoupledHead, check_temperature
+from diffusion.decoding.canvas import Canvas
+from diffusion.decoding.commit import SCORES, Ranking, commit
+from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.constraints import ConstrainedCoupledDistribution
+from diffusion.decoding.plans import Look, Plan, Windows
+from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, independent
+from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
-DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
+_BEFORE_WINDOWS = 1 << 40
+"""A place for random numbers that no window begins at."""
+_OF_WINDOWS = ("positions", "absent", "tokens", "masked", "candidates", "counts")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
-    """How a step chooses.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Windows of one step, with what the denoiser says about them and what may be committed.
 
     Attributes:
-        decode: ``independent``: every token on its own, without the circuit; ``latent``: draw the circuit's latents
-            from their posterior, then every token on its own given them, with log q / tau + log p(v | z); ``marginal``:
-            every token from its exact posterior marginal; ``any_order``: commit the most reliable position, ask the
-            circuit again without asking the denoiser, and so on; ``joint``: one exact joint sample, or at temperature
-            0 the most probable explanation.
-        strategy: what makes a position reliable, see :mod:`diffusion.decoding.remasking`.
-        temperature: tau >= 0; 0 takes the best token. ``joint`` takes 0 and 1 only: tempering the product is #P-hard.
-        threshold: for the strategy ``threshold``: commit every position whose token has more than this probability.
+        windows: W windows of up to n positions.
+        positions: where they are on the canvas, int64 (W, n).
+        absent: bool (W, n), what is beyond the end of a shorter window, or padding.
+        tokens: int64 (W, n).
+        masked: bool (W, n), what is to be predicted.
+        candidates: bool (W, n), what may be committed.
+        counts: how many of these at least, int64 (W,).
+        prediction: of the windows' positions, (W, n).
     """
 
-    decode: DecodeMode = "latent"
-    strategy: Strategy = "low_confidence"
-    temperature: float = 1.0
-    threshold: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.decode not in get_args(DecodeMode):
-            raise ArgumentError(f"decode: expected one of {', '.join(get_args(DecodeMode))}, got {self.decode!r}")
-        check_strategy(self.strategy)
-        check_temperature(self.temperature)
-        if not 0 <= self.threshold <= 1:
-            raise ArgumentError(f"threshold: expected a probability, got {self.threshold!r}")
-        if self.decode == "joint" and self.temperature not in (0.0, 1.0):
-            raise ArgumentError(
-                f"temperature: decode='joint' takes 1 (exact sample) or 0 (most probable explanation), got "
-                f"{self.temperature}; tempering a mixture is #P-hard, decode='latent' tempers the tokens given the "
-                "latents"
-            )
-
-    @property
-    def commit_above(self) -> float | None:
-        """The probability above which a position is committed in any case; None: none is."""
-        return self.threshold if self.strategy == "threshold" else None
-
-
-class Step(NamedTuple):
-    """What one decoding step did to a block."""
-
+    windows: Windows
+    positions: Tensor
+    absent: Tensor
     tokens: Tensor
-    """int64 (B, L); positions that were not committed are as before."""
-    committed: Tensor
-    """bool (B, L), the positions decoded in this step."""
+    masked: Tensor
+    candidates: Tensor
+    counts: Tensor
+    prediction: Prediction
 
-
-class _Proposal(NamedTuple):
-    tokens: Tensor  # shape: (B, L)
-    prediction: Prediction  # normalised, what reliability is judged by
+    def select(self, index: Tensor) -> Part:
+        """Return some of the windows."""
+        parts = {name: getattr(self, name)[index] for name in _OF_WINDOWS}
+        return Part(windows=self.windows.select(index), prediction=self.prediction.rows(index), **parts)
 
 
 def decode_step(
-    prediction: Prediction | Tensor,
-    tokens: Tensor,  # shape: (B, L)
-    masked: Tensor,  # shape: (B, L)
-    counts: Tensor,  # shape: (B,)
-    *,
-    head: CoupledHead | None,
-    options: DecodeOptions,
-    generator: torch.Generator | None = None,
-) -> Step:
-    """Decode the ``counts`` most reliable masked positions of each sequence.
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+) -> None:
+    """Commit tokens of one look to the canvas.
 
-    The circuit is asked only for sequences where ``head`` is active, by their own mask ratio; the others are decoded
+    The circuit is asked for the windows whose own mask ratio is below the activation threshold; the others are decoded
     independently.
 
     Args:
-        prediction: what the denoiser says about the block, or its logits with forbidden tokens at -inf, (B, L, V).
-        tokens: the block so far, int64 (B, L).
-        masked: open positions, bool (B, L).
-        counts: how many to commit, int64 (B,).
+        canvas: written to.
+        look: what the denoiser was asked about, and how many tokens each row should commit.
+        prediction: of the span's positions, (B, stop - start).
+        plan: lays the windows.
         head: the circuit; None: the factorized baseline.
-        options: how to choose.
-        generator: for all draws, on the device of ``tokens``.
+        config: how to choose.
     """
-    if isinstance(prediction, Tensor):
-        prediction = Prediction.from_logits(prediction, masked)
-    if head is None or options.decode == "independent":
-        return _independent_step(prediction, tokens, masked, counts, options, generator)
-    active = head.is_active(masked) & masked.any(-1)
-    if not bool(active.any()):
-        return _independent_step(prediction, tokens, masked, counts, options, generator)
-    if bool(active.all()):
-        return _coupled_step(head.distribution(prediction, tokens, masked), counts, options, generator)
-    new_tokens, committed = tokens.clone(), torch.zeros_like(masked)
-    for rows, is_coupled in ((active, True), (~active, False)):
-        part = prediction.rows(rows), tokens[rows], masked[rows]
-        if is_coupled:
-            step = _coupled_step(head.distribution(*part), counts[rows], options, generator)
-        else:
-            step = _independent_step(*part, counts[rows], options, generator)
-        new_tokens[rows], committed[rows] = step.tokens, step.committed
-    return Step(new_tokens, committed)
+    canvas.num_calls += (look.counts > 0).long()
+    part = _windows_of(canvas, look, prediction, plan, head, config)
+    if not len(part.windows.rows):
+        return
+    uses = _uses_circuit(part, head, config)
+    canvas.num_windows.index_add_(0, part.windows.rows, torch.ones_like(part.windows.rows))
+    canvas.num_coupled.index_add_(0, part.windows.rows, uses.long())
+    for turn in _turns(part.windows.rows, is_free=canvas.constraint is None):
+        for chosen, coupled_head in ((turn & uses, head), (turn & ~uses, None)):
+            if bool(chosen.any()):
+                one = part if bool(chosen.all()) else part.select(chosen.nonzero().flatten())
+                _decode_part(canvas, one, coupled_head, config)
+    if config.remask:
+        _take_back(canvas, look, config.remask)
 
 
-def _independent_step(
-    prediction: Prediction,
-    tokens: Tensor,
-    masked: Tensor,
-    counts: Tensor,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-) -> Step:
-    proposal = _propose(prediction, options, generator)
-    return _commit(proposal, tokens, masked, counts, options, generator)
+def _turns(rows: Tensor, *, is_free: bool) -> list[Tensor]:
+    """Return which windows are decoded together: all of them, or, under a constraint, one of each row at a time."""
+    if is_free:
+        return [torch.ones_like(rows, dtype=torch.bool)]
+    earlier = (rows.unsqueeze(1) == rows).tril(-1).sum(1)
+    return [earlier == turn for turn in range(int(earlier.max()) + 1)]
 
 
-def _coupled_step(
-    dist: CoupledDistribution,
-    counts: Tensor,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-) -> Step:
-    if options.decode == "any_order":
-        return _any_order_step(dist, counts, options, generator)
-    if options.decode == "latent":
-        latent = dist.given_latents(generator)
-        proposal = _propose(dist.prediction, options, generator, factors=latent.log_q)
-    elif options.decode == "marginal":
-        proposal = _propose(dist.posterior(), options, generator)
-    else:
-        chosen = dist.mode if options.temperature == 0 else dist.sample(generator=generator)
-        proposal = _Proposal(chosen, dist.posterior())
-    return _commit(proposal, dist.tokens, dist.masked, counts, options, generator)
+def _windows_of(
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+) -> Part:
+    longest = None if head is None or config.decode == "independent" else head.block_length
+    start = look.span[0]
+    wanted, counts = look.open, look.counts
+    if plan.chooses_first:
+        wanted = torch.zeros_like(look.open)
+        wanted[:, slice(*look.span)] = _chosen_by_prediction(canvas, look, prediction, config)
+    windows = plan.cover(look, wanted, canvas.valid, longest)
+    width = longest or (int(windows.lengths.max()) if len(windows.rows) else 0)
+    rows, positions = windows.rows.unsqueeze(1), windows.positions(width)
+    absent = windows.absent(width) | ~canvas.valid[rows, positions]
+    candidates = (wanted[rows, positions]) & ~absent
+    counts = candidates.sum(1) if plan.chooses_first else counts[windows.rows]
+    asked = prediction.rows(windows.rows).at(positions - start)
+    masked = canvas.masked[rows, positions] & ~absent
+    return Part(windows, positions, absent, canvas.tokens[rows, positions], masked, candidates, counts, asked)
 
 
-def _any_order_step(
-    dist: CoupledDistribution, counts: Tensor, options: DecodeOptions, generator: torch.Generator | None
-) -> Step:
-    """Commit one position after the other; the next question is asked given the tokens committed before."""
-    masked = dist.masked
-    for done in range(int(counts.max())):
-        proposal = _propose(dist.posterior(), options, generator)
-        one_more = (counts > done).long()
-        tokens, committed = _commit(proposal, dist.tokens, dist.masked, one_more, options, generator)
-        dist = dist.given(tokens, committed)
-    return Step(dist.tokens, masked & ~dist.masked)
+def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, config: DecodingConfig) -> Tensor:
+    """Choose positions by the denoiser's own prediction, before the circuit is asked: bool (B, stop - start)."""
+    rows = torch.arange(canvas.batch_size, device=canvas.tokens.device)
+    seeds = canvas.generators(rows, torch.full_like(rows, _BEFORE_WINDOWS)).seeds
+    generators = RowGenerators(
+        seeds, offset=look.span[0] - canvas.first
+    )  # a position's number, wherever the row begins
+    tokens = prediction.best()
+    scores = SCORES[config.chosen_strategy](prediction, tokens, generators)
+    candidates = look.open[:, slice(*look.span)]
+    ranking = Ranking(scores, candidates, look.counts, lambda: prediction)
+    return commit(ranking, config) & (look.counts > 0).unsqueeze(1)
 
 
-def _propose(
-    prediction: Prediction,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-    *,
-    factors: Tensor | None = None,
-) -> _Proposal:
-    """Choose each token on its own from the tempered prediction, times ``factors``, which are not tempered."""
-    scores = prediction.log_q / (options.temperature or 1.0)
-    prediction = replace(prediction, log_q=torch.log_softmax(scores if factors is None else scores + factors, -1))
-    return _Proposal(prediction.best() if options.temperature == 0 else prediction.draw(generator), prediction)
+def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) -> Tensor:
+    if head is None or config.decode == "independent":
+        return torch.zeros_like(part.windows.rows, dtype=torch.bool)
+    threshold = head.activation_threshold if config.activation_threshold is None else config.activation_threshold
+    present = (~part.absent).sum(1)
+    is_below = part.masked.sum(1) < threshold * present.double()
+    return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
-def _commit(
-    proposal: _Proposal,
-    tokens: Tensor,
-    masked: Tensor,
-    counts: Tensor,
-    options: DecodeOptions,
-    generator: torch.Generator | None,
-) -> Step:
-    scores = reliability(options.strategy, proposal.prediction, proposal.tokens, generator=generator)
-    committed = choose_positions(scores, masked, counts, threshold=options.commit_above)
-    return Step(torch.where(committed, proposal.tokens, tokens), committed)
+def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: DecodingConfig) -> None:
+    generators = canvas.generators(part.windows.rows, part.windows.starts - canvas.first)
+    if head is None and canvas.constraint is None:
+        _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
+        return
+    dist = _distribution(canvas, part, head)
+    mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
+    if mode == "any_order":
+        _any_order(canvas, part, dist, config, generators)
+        return
+    _write(canvas, part, PROPOSERS[mode](dist, config, generators), dist, config, generators)
+
+
+def _distribution(canvas: Canvas, part: Part, head: CoupledHead | None) -> CoupledDistribution:
+    """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
+    absent = part.absent if bool(part.absent.any()) else None
+    constraint = canvas.constraint
+    if constraint is None:
+        assert head is not None
+        return head.distribution(part.prediction, part.tokens, part.masked, absent=absent)
+    rows, windows = part.windows.rows, part.windows
+    start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
+    reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
+    options: dict[str, Any] = {"start": start, "accept": accept, "reads": reads}
+    if head is None:
+        told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
+        return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
+    prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
+    dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
+    return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
+
+
+def _write(
+    canvas: Canvas,
+    part: Part,
+    proposal: Proposal,
+    dist: CoupledDistribution | None,
+    config: DecodingConfig,
+    generators: RowGenerators,
+) -> Tensor:
+    """Commit the most reliable proposals; return where, bool (W, n)."""
+    committed, scores = _committed(part, proposal, dist, config, generators)
+    if canvas.constraint is not None and config.decode in ("marginal", "any_order"):
+        committed = _compatible(canvas, part, proposal, committed, scores)
+    canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
+    return committed
+
+
+def _compatible(canvas: Canvas, part: Part, proposal: Proposal, committed: Tensor, scores: Tensor) -> Tensor:
+    """Leave out what was drawn on its own and cannot be written together with the more reliable ones."""
+    assert canvas.constraint is not None
+    rows, windows = part.windows.rows, part.windows
+    start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
+    order = scores.masked_fill(~committed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    ranked = torch.where(committed.gather(1, order), order, -1)
+    reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
+    return canvas.constraint.commit(
+        proposal.tokens, part.tokens, part.masked, ranked, reads=reads, start=start, accept=accept
+    )
+
+
+def _committed(
+    part: Part,
+    proposal: Proposal,
+    dist: CoupledDistribution | None,
+    config: DecodingConfig,
+    generators: RowGenerators,
+) -> tuple[Tensor, Tensor]:
+    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all()) and config.decode != "any_order"
+    if nothing_to_rank and not config.remask:
+        return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
+    beliefs = proposal.beliefs()
+    scores = SCORES[config.chosen_strategy](beliefs, proposal.tokens, generators.at(2))
+    dependence = None if dist is None else partial(dependence_of, dist)
+    committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+    confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
+    return committed, confidence
+
+
+def _any_order(
+    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
+) -> None:
+    """Commit one position after the other; each is given those before, without asking the denoiser again.
+
+    With a threshold or a bound, all positions that these allow go together. A window is done when its own count is.
+    """
+    left, rounds = part.counts, 0
+    while True:
+        waits = (left <= 0).unsqueeze(1)
+        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(max=1))
+        source = generators.at(3, rounds)
+        proposal = PROPOSERS["any_order"](dist, config, source)
+        committed = _write(canvas, one, proposal, dist, config, source)
+        left = left - committed.sum(1)
+        if not bool((left > 0).any()):
+            return
+        dist = dist.given(proposal.tokens, committed)
+        part = replace(part, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        rounds += 1
+
+
+def _take_back(canvas: Canvas, look: Look, share: float) -> None:
+    """Mask the least certain tokens of the span again, a share of those written (ReMDM, Wang et al. 2025)."""
+    inside = torch.zeros_like(canvas.masked)
+    inside[:, slice(*look.span)] = True
+    goes_on = (look.counts > 0) & ~look.is_last
+    written = canvas.writable & ~canvas.masked & canvas.valid & inside & goes_on.unsqueeze(1)
+    counts = (written.sum(1).double() * share).floor().long()
+    scores = -canvas.confidence
+    nothing = Prediction(log_q=canvas.confidence.unsqueeze(-1), vocab_size=1)
+    ranking = Ranking(scores, written, counts, lambda: nothing)
+    canvas.take_back(ranking.best(counts))

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuits.files import replace_file
+from circuits.files import not_finite, read_folder, read_tensors, regular_size, replace_folder, write_tensors
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
 
 FORMAT = "unfactor-transformer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no hashes
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_WAY_OUT = "save the model again"
 ROTARY_BASE = 10_000.0
 EMBEDDING_STD = 0.02
 """Tied embeddings with a standard deviation near 1 keep training on the unigram plateau."""
@@ -208,13 +210,23 @@ class TransformerDenoiser(nn.Module):
             layer.initialise(generator, num_layers=len(self.layers))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a folder; each appears whole or not at all."""
-        folder = Path(folder)
-        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self.config)}
-        with replace_file(folder / "model.safetensors") as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
-        with replace_file(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        """Write a folder with ``config.json`` and ``model.safetensors``; a ``tokenizer.json`` in it stays.
+
+        It is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
+
+        Raises:
+            ArgumentError: the folder holds something else, or a weight is NaN or infinite.
+        """
+        weights, config = self.state_dict(), asdict(self.config)
+        bad = not_finite(weights)
+        if bad is not None:
+            raise ArgumentError(f"model: {bad} has NaN or infinite numbers; such a denoiser cannot be saved")
+        with replace_folder(folder, (_CONFIG, _WEIGHTS), kind="a saved denoiser", kept=("tokenizer.json",)) as new:
+            write_tensors(
+                new / _WEIGHTS, weights, format=FORMAT, version=FORMAT_VERSION, metadata={"config": json.dumps(config)}
+            )
+            text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **config}, indent=2)
+            (new / _CONFIG).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> TransformerDenoiser:
@@ -223,16 +235,32 @@ class TransformerDenoiser(nn.Module):
         Raises:
             CheckpointError: a file is missing or corrupt, of a newer format, or the two do not fit together.
         """
-        folder = Path(folder)
-        model = cls(_read_config(folder / "config.json"))
-        weights = folder / "model.safetensors"
+        return read_folder(folder, cls._loaded).to(device)
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> TransformerDenoiser:
+        version, content = _read_config(folder / _CONFIG)
+        path = folder / _WEIGHTS
         try:
-            model.load_state_dict(load_file(weights))
+            if version == 1:  # without a hash
+                regular_size(path)
+                weights = load_file(path)
+            else:
+                metadata, weights = read_tensors(path, format=FORMAT, versions=(version,), way_out=_WAY_OUT)
+                if json.loads(metadata["config"]) != content:
+                    raise CheckpointError(f"{folder / _CONFIG} does not belong to {_WEIGHTS}; {_WAY_OUT}")
+            bad = not_finite(weights)
+            if bad is not None:
+                raise CheckpointError(f"{path}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
+            model = cls(_config_of(content, folder / _CONFIG))
+            model.load_state_dict(weights)
+        except CheckpointError:
+            raise
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read the weights {weights}: {error}") from error
-        except RuntimeError as error:
-            raise CheckpointError(f"{weights} does not fit config.json: {error}") from error
-        return model.to(device)
+            raise CheckpointError(f"cannot read the weights {path}: {error}; {_WAY_OUT}") from error
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not fit {_CONFIG}: {error}; {_WAY_OUT}") from error
+        return model
 
 
 class _Layer(nn.Module):
@@ -311,24 +339,31 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor], *, first: int) -> Tensor
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
 
 
-def _read_config(path: Path) -> TransformerConfig:
+def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return the format version of a saved denoiser, and the rest of its configuration as it stands there."""
     try:
+        regular_size(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read the model's {path}: {error}") from error
+        raise CheckpointError(f"cannot read the model's {path}: {error}; {_WAY_OUT}") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} does not describe a TransformerDenoiser: expected 'format': {FORMAT!r}")
     version = content.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this library reads version {FORMAT_VERSION}")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r:.80}, this library reads up to {FORMAT_VERSION}: install a newer one"
+        )
+    return version, content
+
+
+def _config_of(content: dict[str, Any], path: Path) -> TransformerConfig:
     known = {field.name for field in fields(TransformerConfig)}
     if set(content) != known or not all(_is_int_or_ints(value) for value in content.values()):
         raise CheckpointError(f"{path} must hold whole numbers for exactly: {', '.join(sorted(known))}")
-    content["forbidden_ids"] = tuple(content["forbidden_ids"])
     try:
-        return TransformerConfig(**content)
-    except ArgumentError as error:
-        raise CheckpointError(f"{path} is not valid: {error}") from error
+        return TransformerConfig(**content | {"forbidden_ids": tuple(content["forbidden_ids"])})
+    except (ArgumentError, TypeError) as error:
+        raise CheckpointError(f"{path} is not valid: {error}; {_WAY_OUT}") from error
 
 
 def _is_int_or_ints(value: object) -> bool:

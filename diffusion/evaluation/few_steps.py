@@ -11,9 +11,8 @@ from torch import Tensor
 
 from circuits.progress import progress_bar
 from diffusion._json import write_json
+from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.decoding.generation import generate
-from diffusion.decoding.remasking import Strategy
-from diffusion.decoding.step import DecodeMode
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.gap import Estimate

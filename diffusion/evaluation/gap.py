@@ -25,25 +25,48 @@ from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
-from diffusion.training.masking import mask_fixed_ratio
+from diffusion.training.masking import count_masked, mask_fixed_ratio
 
 MODELS = ("one_step", "circuit_alone", "coupled", "sequential")
+
+NOT_MEANINGFUL = (
+    "not meaningful: asked one token at a time, the denoiser is not measurably better than the circuit alone and than "
+    "itself in one step"
+)
+"""Why a row has no share."""
+
+ABOVE_ONE = (
+    "a share above 1: the circuit was fitted to text too, and knows what the denoiser has not made use of; so the "
+    "product knows more than the denoiser does even one token at a time"
+)
+"""What is printed wherever a share above 1 is."""
+
+_ROUNDING = 1e-5  # nats per token: what float32 makes of losses that are equal
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap confidence interval over windows."""
+    """A number with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{rounded(self.value)} [{rounded(self.low)}, {rounded(self.high)}]"
 
     def is_below(self, other: Estimate) -> bool:
         """Whether this interval lies below the other one without touching it."""
         return self.high < other.low
+
+
+def rounded(value: float, decimals: int = 2) -> str:
+    """Write a number with so many decimals, or up to four where fewer would make a 0 or a 1 of what is neither."""
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
+    while decimals < 4 and value not in (0.0, 1.0) and float(f"{value:.{decimals}f}") in (0.0, 1.0):
+        decimals += 1
+    return f"{value:.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -57,9 +80,11 @@ class GapRow:
         circuit_alone: the circuit's own conditional.
         coupled: the product of both.
         sequential: the denoiser, one token at a time.
-        share_closed: (log one-step - log coupled) / (log one-step - log sequential).
-        is_meaningful: False when the denoiser, one token at a time, is no better than the circuit alone or than itself
-            in one step: then the share measures a weak denoiser, not the barrier.
+        share_closed: (log one-step - log coupled) / (log one-step - log sequential); above 1 where the product knows
+            more than the denoiser does even one token at a time. Of no use unless the row is meaningful.
+        is_meaningful: whether the denoiser, one token at a time, is better than the circuit alone and than itself in
+            one step: the 95 % bootstrap intervals of both differences, window by window, lie above 0 (by more than
+            rounding). Otherwise the share measures a weak denoiser or noise, not the barrier.
     """
 
     mask_ratio: float
@@ -90,10 +115,20 @@ class GapTable:
         names = ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed (nats)")
         lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         for row in self.rows:
-            flag = "" if row.is_meaningful else " (not meaningful: the denoiser is too weak)"
-            cells = (row.one_step, row.circuit_alone, row.coupled, row.sequential)
-            lines.append(f"| {row.mask_ratio:.2f} | {' | '.join(map(str, cells))} | {row.share_closed}{flag} |")
-        return "\n".join(lines)
+            share = str(row.share_closed) if row.is_meaningful else "not meaningful"
+            cells = (row.one_step, row.circuit_alone, row.coupled, row.sequential, share)
+            lines.append(f"| {rounded(row.mask_ratio)} | {' | '.join(map(str, cells))} |")
+        return "\n".join([*lines, *(f"\n({note})" for note in self.notes)])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said wherever the table is shown: about rows without a share, and about shares above 1."""
+        notes = []
+        if not all(row.is_meaningful for row in self.rows):
+            notes.append(NOT_MEANINGFUL)
+        if any(row.is_meaningful and row.share_closed.value > 1 for row in self.rows):
+            notes.append(ABOVE_ONE)
+        return tuple(notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""
@@ -124,7 +159,7 @@ def misspecification_gap(
         mask_ratios: shares of the block that are masked, each in (0, 1].
         circuit_alone: the circuit for the column of that name, for instance one fitted by maximum likelihood; by
             default the head's.
-        num_bootstrap: resamples of the N windows behind every confidence interval.
+        num_bootstrap: resamples of the N windows behind every confidence interval, at least 1.
         batch_size: windows per call.
         seed: of masks, orders and the bootstrap.
         progress: draw a progress bar.
@@ -137,29 +172,48 @@ def misspecification_gap(
         raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {tuple(data.shape)}")
     if not mask_ratios or not all(0 < ratio <= 1 for ratio in mask_ratios):
         raise ArgumentError(f"mask_ratios: expected numbers in (0, 1], got {mask_ratios!r}")
-    counts = [max(1, round(ratio * length)) for ratio in mask_ratios]
+    if num_bootstrap < 1:
+        raise ArgumentError(f"num_bootstrap: expected at least 1, got {num_bootstrap}")
+    counts = [count_masked(length, ratio) for ratio in mask_ratios]
     num_calls = math.ceil(len(data) / batch_size) * (sum(counts) + len(counts))
     rows = []
     with progress_bar("measuring the gap", num_calls, enabled=progress) as advance:
         for ratio, count in zip(mask_ratios, counts, strict=True):
-            generator = torch.Generator().manual_seed(seed)
-            losses: dict[str, list[Tensor]] = {name: [] for name in MODELS}
-            for windows in data.split(batch_size):
-                maskable = torch.ones(len(windows), length, dtype=torch.bool)
-                masked = mask_fixed_ratio(maskable, ratio, generator=generator)
-                order = torch.rand(masked.shape, generator=generator).masked_fill(~masked, 2.0).argsort(1)[:, :count]
-                masked, order = masked.to(data.device), order.to(data.device)
-                block = windows[:, -length:]
-                one_step = _ask_block(denoiser, windows, masked, features=head.needs_features)
-                losses["one_step"].append(-(_at(one_step, block) * masked).sum(1))
-                losses["coupled"].append(-head.conditional_log_likelihood(one_step, block, masked))
-                alone = circuit_alone or head.pc
-                losses["circuit_alone"].append(-queries.log_conditional(alone, block, ~masked))
-                advance()
-                losses["sequential"].append(_sequential_loss(denoiser, windows, masked, order, advance))
-            row = {name: torch.cat(parts).double().cpu().numpy() / count for name, parts in losses.items()}
-            rows.append(_summarise(ratio, count, row, num_bootstrap, seed))
+            masks = (part.to(data.device) for part in _masks(len(data), length, ratio, seed))
+            batches = zip(*(part.split(batch_size) for part in (data, *masks)), strict=True)
+            losses = [_losses(denoiser, head, circuit_alone or head.pc, batch, advance) for batch in batches]
+            per_token = {name: torch.cat([part[name] for part in losses]).cpu().numpy() / count for name in MODELS}
+            rows.append(_summarise(ratio, count, per_token, num_bootstrap, seed))
     return GapTable(tuple(rows), len(data), seed)
+
+
+def _masks(num_windows: int, length: int, ratio: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw which positions are masked, bool (N, L), and the order that reveals the n of them, int64 (N, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    masked = mask_fixed_ratio(torch.ones(num_windows, length, dtype=torch.bool), ratio, generator=generator)
+    keys = torch.rand(masked.shape, generator=generator).masked_fill(~masked, math.inf)
+    return masked, keys.argsort(1)[:, : count_masked(length, ratio)]
+
+
+def _losses(
+    denoiser: Denoiser,
+    head: CoupledHead,
+    circuit_alone: CompiledCircuit,
+    batch: tuple[Tensor, ...],  # windows (B, context length + L), masked (B, L), order (B, n)
+    advance: Any,
+) -> dict[str, Tensor]:
+    """Return each model's negative log-likelihood of the masked tokens, float64 (B,), in nats."""
+    windows, masked, order = batch
+    one_step = _ask_block(denoiser, windows, masked, features=head.needs_features)
+    block = windows[:, -masked.shape[1] :]
+    losses = {
+        "one_step": -_at(one_step, block).masked_fill(~masked, 0.0).sum(1),
+        "coupled": -head.conditional_log_likelihood(one_step, block, masked).double(),
+        "circuit_alone": -queries.log_conditional(circuit_alone, block, ~masked).double(),
+    }
+    advance()
+    losses["sequential"] = _sequential_loss(denoiser, windows, masked, order, advance)
+    return losses
 
 
 def _ask_block(denoiser: Denoiser, windows: Tensor, masked: Tensor, *, features: bool = False) -> Prediction:
@@ -173,7 +227,7 @@ def _ask_block(denoiser: Denoiser, windows: Tensor, masked: Tensor, *, features:
 def _sequential_loss(denoiser: Denoiser, windows: Tensor, masked: Tensor, order: Tensor, advance: Any) -> Tensor:
     """Return the negative log-likelihood of the masked tokens revealed one by one in ``order`` (B, n): (B,)."""
     block = windows[:, -masked.shape[1] :]
-    loss = torch.zeros(len(windows), device=windows.device)
+    loss = torch.zeros(len(windows), dtype=torch.float64, device=windows.device)
     masked = masked.clone()
     for position in order.unbind(1):
         log_probs = _at(_ask_block(denoiser, windows, masked), block)
@@ -184,7 +238,7 @@ def _sequential_loss(denoiser: Denoiser, windows: Tensor, masked: Tensor, order:
 
 
 def _at(prediction: Prediction, tokens: Tensor) -> Tensor:
-    return prediction.log_prob_of(tokens)
+    return prediction.log_prob_of(tokens).double()
 
 
 def _summarise(
@@ -198,7 +252,9 @@ def _summarise(
     estimates = {name: _estimate(np.exp(means[name]), np.exp(resampled[name])) for name in MODELS}
     share = _share(means["one_step"], means["coupled"], means["sequential"])
     shares = _share(resampled["one_step"], resampled["coupled"], resampled["sequential"])
-    is_meaningful = means["sequential"] < min(means["circuit_alone"], means["one_step"])
+    with np.errstate(invalid="ignore"):  # of two infinities, which is not above anything
+        advantages = [resampled[name] - resampled["sequential"] for name in ("one_step", "circuit_alone")]
+    is_meaningful = all(_estimate(math.nan, advantage).low > _ROUNDING for advantage in advantages)
     return GapRow(ratio, count, **estimates, share_closed=_estimate(share, shares), is_meaningful=is_meaningful)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from circuits.files import replace_file
 from diffusion.evaluation.few_steps import FewStepTable
-from diffusion.evaluation.gap import Estimate, GapTable
+from diffusion.evaluation.gap import Estimate, GapTable, rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,36 +27,48 @@ _LABELS = {
 
 
 def draw_gap(table: GapTable, path: str | os.PathLike[str], *, title: str = "") -> None:
-    """Draw perplexities against the mask ratio, and the share of the gap that is closed, as a PNG."""
-    figure = _figure(10.0, 4.2)
+    """Draw perplexities against the mask ratio, and the share of the gap that is closed, as a PNG.
+
+    All values and their intervals are inside the axes; a row that is not meaningful has no bar, and says so. A value
+    that is not finite is named in words. Below the picture stands what has to be said about its shares.
+
+    Args:
+        table: what to draw.
+        path: the file, replaced in one piece.
+        title: of the perplexities' half.
+    """
+    _save(gap_figure(table, title=title), path)
+
+
+def draw_few_steps(table: FewStepTable, path: str | os.PathLike[str]) -> None:
+    """Draw the share of good texts against steps per block, with its intervals, as a PNG."""
+    _save(few_steps_figure(table), path)
+
+
+def gap_figure(table: GapTable, *, title: str = "") -> Figure:
+    """Return what :func:`draw_gap` writes."""
+    notes = "\n".join(textwrap.fill(note[0].upper() + note[1:] + ".", 160) for note in table.notes)
+    figure = _figure(10.0, 4.2 + 0.2 * (notes.count("\n") + bool(notes)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     ratios = [row.mask_ratio for row in table.rows]
     for name, label in _LABELS.items():
         _line(left, ratios, [getattr(row, name) for row in table.rows], label, _COLOURS[name])
     left.set_yscale("log")
-    left.set_yticks(
-        ticks := _log_ticks([getattr(row, name).value for row in table.rows for name in _LABELS]), map(str, ticks)
-    )
+    left.set_yticks(ticks := _log_ticks(*left.get_ylim()), [f"{tick:g}" for tick in ticks])
     left.minorticks_off()
     left.set(xlabel="share of the block that is masked", ylabel="perplexity of masked tokens", xticks=ratios)
     left.set_title(title or "What the factorized output loses, and the circuit returns", fontsize=11, loc="left")
     left.legend(frameon=False, fontsize=9)
-    positions = range(len(table.rows))
-    for position, row in zip(positions, table.rows, strict=True):
-        value, low, high = (min(max(end, -0.5), 1.2) for end in asdict(row.share_closed).values())
-        right.bar(position, value, color=_COLOURS["coupled"], width=0.6, alpha=1.0 if row.is_meaningful else 0.4)
-        right.vlines(position, low, high, color="black", linewidth=1)
-        note = f"{row.share_closed.value:.2f}" + ("" if row.is_meaningful else "*")
-        right.text(position, max(high, value, 0) + 0.02, note, ha="center", fontsize=9)
-    right.set(xlabel="share of the block that is masked", ylabel="share of the gap closed (nats)")
-    right.set_xticks(positions, [f"{ratio:g}" for ratio in ratios])
-    right.set_ylim(bottom=min(0.0, right.get_ylim()[0]), top=max(1.0, right.get_ylim()[1]))
+    _shares(right, table)
     right.set_title(f"{table.num_windows} held-out blocks, 95 % intervals", fontsize=9, loc="right", color="#555555")
-    _finish(figure, (left, right), path)
+    if notes:
+        figure.supxlabel(notes, fontsize=8, color="#555555", x=0.01, ha="left")
+    _tidy(left, right)
+    return figure
 
 
-def draw_few_steps(table: FewStepTable, path: str | os.PathLike[str]) -> None:
-    """Draw the share of good texts against steps per block as a PNG."""
+def few_steps_figure(table: FewStepTable) -> Figure:
+    """Return what :func:`draw_few_steps` writes."""
     figure = _figure(6.4, 4.2)
     axes = figure.subplots()
     steps = [row.num_steps for row in table.rows]
@@ -62,10 +76,36 @@ def draw_few_steps(table: FewStepTable, path: str | os.PathLike[str]) -> None:
     _line(axes, steps, [row.coupled for row in table.rows], f"with the circuit ({table.decode})", _COLOURS["coupled"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, map(str, steps))
-    axes.set(xlabel="denoiser calls per block", ylabel=f"share of texts: {table.criterion}", ylim=(0, 1.02))
+    axes.set(xlabel="denoiser calls per block", ylabel=f"share of texts: {table.criterion}", ylim=(-0.02, 1.02))
     axes.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
     axes.legend(frameon=False, fontsize=9)
-    _finish(figure, (axes,), path)
+    _tidy(axes)
+    return figure
+
+
+def _shares(axes: Axes, table: GapTable) -> None:
+    """Draw a bar with its interval per meaningful row, and words for every other."""
+    for position, row in enumerate(table.rows):
+        share, is_finite = row.share_closed, all(map(math.isfinite, asdict(row.share_closed).values()))
+        if row.is_meaningful and is_finite:
+            axes.bar(position, share.value, color=_COLOURS["coupled"], width=0.6)
+            _intervals(axes, [position], [share], "black")
+            words, place, turn = rounded(share.value), (position, max(share.high, 0.0)), 0
+        else:
+            words = f"not finite: {share}" if row.is_meaningful else "not meaningful"
+            place, turn = (position, 0.0), 90
+        axes.annotate(
+            words, place, (0, 4), textcoords="offset points", ha="center", va="bottom", rotation=turn, fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )  # fmt: skip
+    axes.axhline(1.0, color=_COLOURS["sequential"], linewidth=1, linestyle="--", label="one token at a time")
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.set(xlabel="share of the block that is masked", ylabel="share of the gap closed (nats)")
+    axes.set_xticks(range(len(table.rows)), [rounded(row.mask_ratio) for row in table.rows])
+    axes.set_xlim(-0.5, len(table.rows) - 0.5)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(0.0, bottom), max(1.0, top) + 0.08 * (max(1.0, top) - min(0.0, bottom)))  # room for the numbers
+    axes.legend(frameon=False, fontsize=9)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -75,24 +115,44 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], label: str, colour: str) -> None:
-    axes.plot(x, [estimate.value for estimate in estimates], marker="o", markersize=4, color=colour, label=label)
+    """Draw the finite estimates and their intervals; the legend names where the others are."""
+    pairs = list(zip(x, estimates, strict=True))
+    finite = [pair for pair in pairs if all(map(math.isfinite, asdict(pair[1]).values()))]
+    others = ", ".join(f"{position:g}" for position, estimate in pairs if (position, estimate) not in finite)
+    label += f" (not finite at {others})" if others else ""
+    positions, shown = [pair[0] for pair in finite], [pair[1] for pair in finite]
+    axes.plot(positions, [estimate.value for estimate in shown], marker="o", markersize=4, color=colour, label=label)
+    low, high = ([getattr(estimate, end) for estimate in shown] for end in ("low", "high"))
     axes.fill_between(
-        x, [estimate.low for estimate in estimates], [estimate.high for estimate in estimates], color=colour, alpha=0.15
-    )
+        positions, low, high, color=colour, alpha=0.12, linewidth=0
+    )  # two bars on each other are hard to read
+    _intervals(axes, positions, shown, colour)
 
 
-def _log_ticks(values: Sequence[float]) -> list[int]:
-    finite = [value for value in values if value < float("inf")]
-    ticks = [
-        tick for tick in (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000) if tick >= min(finite) * 0.8
-    ]
-    return [tick for tick in ticks if tick <= max(finite) * 1.2] or ticks[:1]
+def _intervals(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], colour: str) -> None:
+    """Draw each interval as an error bar."""
+    low, high = ([getattr(estimate, end) for estimate in estimates] for end in ("low", "high"))
+    middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+    half = [(b - a) / 2 for a, b in zip(low, high, strict=True)]
+    axes.errorbar(x, middle, half, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
 
 
-def _finish(figure: Figure, all_axes: Sequence[Axes], path: str | os.PathLike[str]) -> None:
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers within the limits of a logarithmic axis, few enough to read."""
+    round_numbers = [1, 1.5, *(digit * 10**power for power in range(7) for digit in (2, 3, 4, 5, 7, 10, 15))]
+    inside = [number for number in round_numbers if low <= number <= high]
+    if len(inside) < 2:
+        return [float(f"{low * (high / low) ** part:.3g}") for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    return inside[:: 1 + len(inside) // 10]
+
+
+def _tidy(*all_axes: Axes) -> None:
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.digests import digest
 from diffusion.errors import ArgumentError, CorpusError
 
 ARITHMETIC_DOCUMENTS = 2_000
@@ -31,6 +32,11 @@ class Corpus:
     name: str
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all documents, and of which of them are held out."""
+        return digest("train", *self.train, "held out", *self.held_out)
 
 
 def load_corpus(
@@ -82,7 +88,7 @@ def load_corpus(
     train, held_out = _split(documents, held_out_fraction, seed)
     if not train or (held_out_fraction > 0 and not held_out):
         raise CorpusError(
-            f"{name} has {len(documents)} document(s), too few to hold out {held_out_fraction:.0%}: "
+            f"{name} has {len(documents)} document(s), too few to hold out a share of {held_out_fraction:g}: "
             "separate documents by blank lines, or pass held_out_fraction=0"
         )
     return Corpus(name, train, held_out)

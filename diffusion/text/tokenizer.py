@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from circuits.files import replace_file
+from circuits.files import regular_size, replace_file
 from diffusion.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class TextTokenizer:
 
         file = _file(path)
         try:
+            regular_size(file)
             content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read the tokenizer {file}: {error}") from error

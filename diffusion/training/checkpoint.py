@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from circuits.files import replace_file
+from circuits.digests import named_digest
+from circuits.files import read_tensors, write_tensors
 from diffusion.errors import CheckpointError
 
 FORMAT = "unfactor-denoiser-training"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not know what a run started from
+_WAY_OUT = "delete it, or name another file"
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,12 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a run knows besides weights and optimizer; randomness derives from the seed and ``step``."""
+    """All that a run knows besides weights and optimizer; randomness derives from the seed and ``step``.
 
+    ``start`` is a hash of the weights that it started from.
+    """
+
+    start: str
     step: int = 0
     losses: tuple[float, ...] = ()
     curve: TrainingCurve = TrainingCurve()
@@ -75,64 +78,47 @@ class TrainingCheckpoint:
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for index, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "identity": json.dumps(self.identity),
-            "state": json.dumps(asdict(state)),
-        }
-        with replace_file(self.path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        metadata = {"identity": json.dumps(self.identity), "state": json.dumps(asdict(state))}
+        write_tensors(self.path, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Load what ``write`` wrote into model and optimizer; without a file, leave them and return a fresh state.
 
         Raises:
-            CheckpointError: the file is corrupt, or of another run.
+            CheckpointError: the file is corrupt, or of another run, or of one that started from other weights than the
+                model's, which are not in the file either.
         """
-        if self.path is None or not self.path.exists():
-            return TrainingState()
+        if self.path is None:
+            return TrainingState(start="")
+        start = named_digest(model.state_dict())
+        if not self.path.exists():
+            return TrainingState(start=start)
+        # on the CPU: the optimizer moves each of its tensors to where it wants it
+        metadata, tensors = read_tensors(self.path, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)
         try:
-            # on the CPU: the optimizer moves each of its tensors to where it wants it
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read the checkpoint {self.path}: {error}") from error
-        self._check_identity(metadata)
-        try:
+            self._check_identity(json.loads(metadata["identity"]))
             weights, optimizer_state = _unflatten(tensors)
             state = _state_from_json(metadata["state"])
+            if start not in (state.start, named_digest(weights)):
+                raise CheckpointError(
+                    f"the checkpoint {self.path} belongs to a run that started elsewhere: expected the weights that it "
+                    f"started from, or those in it, got others; make the model as for its first call, or {_WAY_OUT}"
+                )
             model.load_state_dict(weights)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": optimizer_state})
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint {self.path} is not complete: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"the checkpoint {self.path} is not complete: {error}; {_WAY_OUT}") from error
         return state
 
-    def _check_identity(self, metadata: dict[str, str]) -> None:
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{self.path} is not a checkpoint of denoiser training")
-        if metadata.get("format_version") != str(FORMAT_VERSION):
-            raise CheckpointError(
-                f"{self.path} has format version {metadata.get('format_version')}, this library reads {FORMAT_VERSION}"
-            )
-        try:
-            found = json.loads(metadata["identity"])
-            different = [name for name, value in self.identity.items() if found.get(name) != value]
-        except (KeyError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint {self.path} is not complete: {error}") from error
+    def _check_identity(self, found: dict[str, str]) -> None:
+        different = [name for name, value in self.identity.items() if found.get(name) != value]
         if different:
             raise CheckpointError(
                 f"the checkpoint {self.path} belongs to a run with another {' and '.join(different)}: "
-                "delete it, name another file, or repeat the arguments of that run"
+                f"{_WAY_OUT}, or repeat the arguments of that run"
             )
-
-
-def fingerprint(tensor: Tensor | None) -> str:
-    """Return a short digest of a tensor's values."""
-    if tensor is None:
-        return "none"
-    return hashlib.blake2b(tensor.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _unflatten(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
@@ -151,4 +137,6 @@ def _unflatten(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int,
 def _state_from_json(text: str) -> TrainingState:
     content: dict[str, Any] = json.loads(text)
     curve = TrainingCurve(**{name: tuple(values) for name, values in content["curve"].items()})
-    return TrainingState(step=int(content["step"]), losses=tuple(content["losses"]), curve=curve)
+    return TrainingState(
+        start=str(content["start"]), step=int(content["step"]), losses=tuple(content["losses"]), curve=curve
+    )

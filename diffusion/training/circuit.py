@@ -7,17 +7,20 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
 from diffusion.training.logit_cache import CachedBatch, LogitCache
+
+Weighting = Literal["masked_mean", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,9 @@ class CircuitTraining:
         steps: optimizer updates.
         batch_size: noised blocks an update.
         learning_rate: of Adam on the log-weights, at the peak; it falls to 0 along a cosine.
-        weighting: ``masked_mean``: every block's CLL divided by its number of masked tokens, which under the linear
-            schedule has nearly the expectation of the ELBO, and less variance; ``uniform``: CLL per block.
+        weighting: ``masked_mean``: a block's CLL divided by its number of masked tokens, averaged over the blocks that
+            have a mask, which under the linear schedule has nearly the expectation of the ELBO, and less variance;
+            ``uniform``: CLL per block.
         validate_every: updates between two held-out evaluations; the last update is always followed by one.
         checkpoint_every: updates between two checkpoints.
         seed: of the order of the examples.
@@ -38,7 +42,7 @@ class CircuitTraining:
     steps: int = 800
     batch_size: int = 128
     learning_rate: float = 0.03
-    weighting: Literal["masked_mean", "uniform"] = "masked_mean"
+    weighting: Weighting = "masked_mean"
     validate_every: int = 200
     checkpoint_every: int = 100
     seed: int = 0
@@ -49,6 +53,8 @@ class CircuitTraining:
                 raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ArgumentError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.weighting not in get_args(Weighting):
+            raise ArgumentError(f"weighting: expected one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
 
 
 def fit_coupled(
@@ -65,8 +71,8 @@ def fit_coupled(
     These are the circuit's weights and, where the head has one, its calibration.
 
     The gradient with respect to the log-weights is the flows at the true tokens minus the flows under the evidence (Li
-    et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated with the same arguments continues,
-    and ends like one that was not interrupted.
+    et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated from the same weights with the same
+    arguments continues, and ends like one that was not interrupted.
 
     Args:
         head: whose circuit and calibration are trained, with the head's normalisation.
@@ -81,7 +87,7 @@ def fit_coupled(
 
     Raises:
         ArgumentError: cache and circuit do not fit together, or the loss is not finite.
-        CheckpointError: the checkpoint is corrupt or of another run.
+        CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
     """
     config = config or CircuitTraining()
     if cache.block_length != head.block_length or {cache.vocab_size} != set(head.pc.circuit.num_categories):
@@ -94,7 +100,7 @@ def fit_coupled(
         Path(checkpoint_path) if checkpoint_path is not None else None,
         {
             "configuration": json.dumps(asdict(config)),
-            "circuit": repr([(name, tuple(p.shape)) for name, p in head.named_parameters()]) + head.normalization,
+            "head": _description(head),
             "cache": cache.digest,
             "held-out cache": "none" if held_out is None else held_out.digest,
         },
@@ -129,23 +135,47 @@ def coupled_loss(
     head: CoupledHead,
     cache: LogitCache,
     *,
-    weighting: Literal["masked_mean", "uniform"] = "masked_mean",
+    weighting: Weighting = "masked_mean",
     batch_size: int = 256,
 ) -> float:
-    """Return the mean coupled loss over a whole cache, in nats per masked token (or per block with ``uniform``)."""
+    """Return the coupled loss over a whole cache: the mean over its blocks, whatever ``batch_size`` is.
+
+    Args:
+        head: whose circuit and calibration are measured.
+        cache: predictions for noised blocks.
+        weighting: ``masked_mean``: nats per masked token, over the blocks that have a mask (NaN if none has);
+            ``uniform``: nats per block, over all of them.
+        batch_size: blocks at a time.
+    """
     config = CircuitTraining(weighting=weighting)
-    total = 0.0
+    total, num_blocks = 0.0, 0
     for start in range(0, len(cache), batch_size):
-        batch = cache.batch(slice(start, start + batch_size), head.pc.device)
-        total += float(_loss(head, batch, config)) * len(batch.tokens)
-    return total / len(cache)
+        losses = _block_losses(head, cache.batch(slice(start, start + batch_size), head.pc.device), config)
+        total += float(losses.double().sum())
+        num_blocks += len(losses)
+    return total / num_blocks if num_blocks else math.nan
+
+
+def _description(head: CoupledHead) -> str:
+    """Return a hash of what a head is but for its weights: structure, what the fit depends on, and what it moves."""
+    conditioners = [(type(made).__qualname__, made.settings()) for made in head.conditioners]
+    moved = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in head.named_parameters()]
+    return digest(repr(head.pc.circuit), head.normalization, str(head.top_k), str(conditioners), str(moved))
 
 
 def _loss(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:
-    cll = batch.distribution(head).log_prob(batch.tokens)
-    if config.weighting == "masked_mean":
-        cll = cll / batch.masked.sum(-1).clamp_min(1)
-    return -cll.mean()
+    losses = _block_losses(head, batch, config)
+    return losses.sum() / max(1, len(losses))
+
+
+def _block_losses(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:
+    """Return the loss of every block that has one: (B,), or fewer, for a block without a mask has none per token."""
+    loss = -batch.distribution(head).log_prob(batch.tokens)
+    if config.weighting == "uniform":
+        return loss
+    num_masked = batch.masked.sum(-1)
+    has_mask = num_masked > 0
+    return loss[has_mask] / num_masked[has_mask]
 
 
 def _training_batch(cache: LogitCache, head: CoupledHead, config: CircuitTraining, step: int) -> CachedBatch:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError
 from diffusion.text.corpus import random_windows, windows
-from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve, fingerprint
+from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 __all__ = ["DenoiserTraining", "TrainingCurve", "held_out_loss", "train_denoiser"]
@@ -37,8 +38,9 @@ class DenoiserTraining:
         weight_decay: of matrices; vectors do not decay.
         gradient_clip: largest norm of the gradient.
         schedule: which noise levels are drawn.
-        loss: ``masked_mean``: a sequence's mean negative log-likelihood per masked token, which under the linear
-            schedule has nearly the expectation of the bound, and less variance; ``elbo``: the bound itself.
+        loss: ``masked_mean``: the negative log-likelihood per masked token of a sequence, averaged over the sequences
+            that have a mask, which under the linear schedule has nearly the expectation of the bound, and less
+            variance; ``elbo``: the bound itself.
         short_context_probability: share of the updates in which the left part of the context is missing, so that the
             model also knows the beginnings of texts.
         precision: ``auto`` is bfloat16 matrix products where the hardware has them, with float32 for the rest.
@@ -76,6 +78,8 @@ class DenoiserTraining:
         if not 0 <= self.short_context_probability <= 1:
             raise ArgumentError(f"short_context_probability must lie in [0, 1], got {self.short_context_probability}")
         schedule(self.schedule)
+        if self.loss not in ("masked_mean", "elbo"):
+            raise ArgumentError(f"loss: expected masked_mean or elbo, got {self.loss!r}")
 
 
 def train_denoiser(
@@ -93,7 +97,8 @@ def train_denoiser(
     block tokens at random and lowers the cross-entropy at the masked ones with AdamW.
 
     All randomness of an update derives from the seed and the update's number. So a run that was interrupted anywhere
-    and is started again with the same arguments and ``checkpoint_path`` ends like one that was not, on one machine.
+    and is started again from the same weights, with the same arguments and ``checkpoint_path``, ends like one that was
+    not, on one machine. A model with other weights, but for those in the checkpoint, is refused.
 
     Args:
         model: the denoiser, on the device to train on.
@@ -107,7 +112,8 @@ def train_denoiser(
         The learning curve, from the first update on, also when the run was continued.
 
     Raises:
-        CheckpointError: the checkpoint is corrupt, or of another model, configuration or text.
+        CheckpointError: the checkpoint is corrupt, or of another model, configuration or text, or of a run that started
+            from other weights.
         CorpusError: a token stream is shorter than a window.
         ArgumentError: a token is outside the model's vocabulary.
     """
@@ -118,8 +124,8 @@ def train_denoiser(
         {
             "configuration": json.dumps(asdict(config)),
             "model": json.dumps(asdict(model.config)),
-            "training text": fingerprint(train_tokens),
-            "held-out text": fingerprint(held_out_tokens),
+            "training text": digest(train_tokens),
+            "held-out text": digest(held_out_tokens),
         },
     )
     state = checkpoint.restore(model, optimizer)
@@ -146,7 +152,7 @@ def train_denoiser(
 @torch.no_grad()
 def held_out_loss(
     denoiser: Denoiser,
-    held_out: Tensor,  # shape: (B, context length + block_length)
+    held_out: Tensor,  # shape: (N, context length + block_length)
     *,
     block_length: int,
     seed: int = 0,
@@ -157,13 +163,16 @@ def held_out_loss(
         (1 / L) sum_{k=1..L} E_{masks of size k} [ (1 / k) sum_{i masked} -log q_i(x_i | visible tokens) ]
 
     It is the same for every schedule, and is the mean cost per token of revealing the block one by one in random order
-    (Uria et al. 2014, arXiv 1310.1757). Every mask size k gets an equal share of the windows.
+    (Uria et al. 2014, arXiv 1310.1757). The estimate is unbiased, and whatever N and L are, every mask size has the
+    weight 1/L in it and every window the weight 1/N: the windows, in random order, cut a line into N equal pieces, the
+    sizes cut it into L; where a window and a size overlap, the window is masked at that size once, and the overlap is
+    its weight. These are N evaluations where L divides N, and never more than N + L - 1.
 
     Args:
         denoiser: what to evaluate.
-        held_out: int64 token windows, shape (B, context length + block_length), on the denoiser's device.
+        held_out: int64 token windows, shape (N, context length + block_length), on the denoiser's device.
         block_length: L, at least 1.
-        seed: of the masks; the same seed gives the same masks.
+        seed: of the masks and of which window meets which size; the same seed gives the same masks.
         batch_size: windows per call of the denoiser.
 
     Raises:
@@ -171,22 +180,34 @@ def held_out_loss(
     """
     if held_out.ndim != 2 or not len(held_out) or not 1 <= block_length <= held_out.shape[1]:
         raise ArgumentError(
-            f"held_out must be windows of shape (B, L) with B >= 1 and L >= block_length = {block_length} >= 1, "
+            f"held_out must be windows of shape (N >= 1, length) with length >= block_length = {block_length} >= 1, "
             f"got shape {tuple(held_out.shape)}"
         )
     length = held_out.shape[1]
     block = (length - block_length, length)
     generator = torch.Generator().manual_seed(seed)
-    rank = torch.rand(len(held_out), block_length, generator=generator).argsort(dim=1)
-    mask_sizes = 1 + torch.arange(len(held_out)) % block_length
-    masked = torch.zeros(held_out.shape, dtype=torch.bool)
-    masked[:, block[0] :] = rank < mask_sizes[:, None]
-    masked = masked.to(held_out.device)
+    rows, sizes, weights = _spread_sizes(len(held_out), block_length, generator)
+    rank = torch.rand(len(rows), block_length, generator=generator).argsort(dim=1)
+    masked = (rank < sizes[:, None]).to(held_out.device)
     total = 0.0
-    for tokens, hidden in zip(held_out.split(batch_size), masked.split(batch_size), strict=True):
-        logits = denoiser.logits(tokens.masked_fill(hidden, denoiser.spec.mask_id), window=block)
-        total += float(_mean_per_sequence(_surprisal(logits, tokens[:, block[0] :]), hidden[:, block[0] :]).sum())
-    return total / len(held_out)
+    for chosen, hidden, weight in zip(*(part.split(batch_size) for part in (rows, masked, weights)), strict=True):
+        tokens = held_out[chosen.to(held_out.device)]
+        context, text = tokens.split([block[0], block_length], dim=1)
+        logits = denoiser.logits(torch.cat([context, text.masked_fill(hidden, denoiser.spec.mask_id)], 1), window=block)
+        total += float(weight @ _mean_per_sequence(_surprisal(logits, text), hidden).double().cpu())
+    return total
+
+
+def _spread_sizes(num_windows: int, num_sizes: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pair windows with mask sizes 1..L: windows, sizes and weights, which sum to 1/N per window and 1/L per size.
+
+    On a line of N * L units a window takes L of them and a size takes N, so that all ends are whole numbers.
+    """
+    line = num_windows * num_sizes
+    starts = torch.cat([torch.arange(0, line, num_sizes), torch.arange(0, line, num_windows)]).unique()
+    weights = torch.cat([starts, torch.tensor([line])]).diff().double() / line
+    order = torch.randperm(num_windows, generator=generator)
+    return order[starts // num_sizes], 1 + starts // num_windows, weights
 
 
 def _update(
@@ -222,7 +243,8 @@ def _loss(model: TransformerDenoiser, stream: Tensor, config: DenoiserTraining, 
         logits = model.logits(noisy, window=(context.shape[1], noisy.shape[1]))
     surprisal = _surprisal(logits, block)
     if config.loss == "masked_mean":
-        return _mean_per_sequence(surprisal, masked).mean()
+        # A sequence without a mask, one of L + 1 under the linear schedule, has no loss: it is not one of 0.
+        return _mean_per_sequence(surprisal, masked).sum() / masked.any(dim=1).sum().clamp(min=1)
     weight = noise.elbo_weight(t).to(model.device)
     return (weight * (surprisal * masked).mean(dim=1)).mean()
 
@@ -232,6 +254,7 @@ def _surprisal(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mean_per_sequence(surprisal: Tensor, masked: Tensor) -> Tensor:
+    """Return the mean of ``surprisal`` (B, L) over each sequence's masked tokens, 0 where it has none: (B,)."""
     return (surprisal * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)
 
 

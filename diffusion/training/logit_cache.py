@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from circuits.files import replace_file
+from circuits.files import regular_size, replace_file
 from circuits.progress import progress_bar
 from diffusion._json import read_json, write_json
 from diffusion.coupling import CoupledDistribution
@@ -31,6 +32,7 @@ from diffusion.prediction import Prediction
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 FORMAT_VERSION = 2
+_WAY_OUT = "delete the folder and cache again"
 _LOWEST_LOG_Q = -6e4  # float16 holds it
 
 
@@ -99,20 +101,19 @@ class LogitCache:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> LogitCache:
-        """Open a complete cache.
+        """Open a complete cache; its arrays are read once, to compare them with the digest.
 
         Raises:
-            CheckpointError: the folder is missing, not a cache, of another format version, or not complete.
+            CheckpointError: the folder is missing, not a cache, of another format version, damaged, or not complete.
         """
         folder = Path(path)
         meta = _read_meta(folder)
         if meta["done"] < meta["num_examples"]:
             raise CheckpointError(
                 f"{folder} holds {meta['done']} of {meta['num_examples']} examples; call cache_logits with the same "
-                "arguments "
-                "to complete it"
+                "arguments to complete it"
             )
-        arrays = _open_arrays(folder, meta, mode="r")
+        arrays = _verified_arrays(folder, meta, mode="r")
         return cls(
             arrays["tokens"],
             arrays["masked"],
@@ -176,7 +177,8 @@ def cache_logits(
 
     Raises:
         ArgumentError: no windows, windows shorter than a block, or a denoiser without the features asked for.
-        CheckpointError: the folder holds something else, or a cache made with other arguments.
+        CheckpointError: the folder holds something else, or a cache made with other arguments, or what was written
+            before is damaged.
     """
     if windows.dim() != 2 or not len(windows) or not 1 <= block_length <= windows.shape[1]:
         raise ArgumentError(
@@ -187,7 +189,7 @@ def cache_logits(
         checked_count("top_k", top_k)
     listed = vocab_size if top_k is None or top_k + 1 >= vocab_size else top_k + 1
     fingerprint, num_features = _fingerprint(denoiser, windows[:4], block_length, device, features)
-    meta = {
+    meta: dict[str, Any] = {
         "format": "unfactor-logit-cache",
         "format_version": FORMAT_VERSION,
         "num_examples": len(windows) * masks_per_window,
@@ -199,12 +201,16 @@ def cache_logits(
         "batch_size": batch_size,
         "windows": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest(),
         "denoiser": fingerprint,
+        "forbidden_ids": list(denoiser.spec.forbidden_ids),
     }
     if features:
         meta["num_features"] = num_features
     folder = Path(path)
-    done, digest = _continue_or_create(folder, meta)
-    arrays = _open_arrays(folder, meta, mode="r+")
+    meta = _continue_or_create(folder, meta)
+    done, digest = meta["done"], meta["digest"]
+    if done == meta["num_examples"]:
+        return LogitCache.open(folder)
+    arrays = _verified_arrays(folder, meta, mode="r+")
     windows = windows.repeat(masks_per_window, 1)
     with progress_bar("caching logits", len(windows), enabled=progress, completed=done) as advance:
         for start in range(done, len(windows), batch_size):
@@ -214,7 +220,7 @@ def cache_logits(
             for array in arrays.values():
                 array.flush()
             digest = _extended(digest, arrays, rows)
-            write_json(folder / "meta.json", {**meta, "done": rows.stop, "digest": digest})
+            write_json(folder / "meta.json", meta | {"done": rows.stop, "digest": digest})
             advance(rows.stop - rows.start)
     return LogitCache.open(folder)
 
@@ -277,47 +283,77 @@ def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
     return layout
 
 
-def _continue_or_create(folder: Path, meta: dict) -> tuple[int, str]:
-    """Return how many examples the folder holds and their digest, creating empty arrays when it is new."""
+def _continue_or_create(folder: Path, meta: dict) -> dict:
+    """Return what the folder's meta.json says; where no examples are done yet, create the arrays that are not there."""
     if (folder / "meta.json").exists():
         found = _read_meta(folder)
-        different = [name for name, value in meta.items() if found.get(name) != value]
+        known = {"forbidden_ids": meta["forbidden_ids"], **found}  # caches of before do not say which
+        names = [*meta, *sorted(found.keys() - meta.keys() - {"done", "digest"})]
+        different = [name for name in names if known.get(name) != meta.get(name)]
         if different:
             raise CheckpointError(
                 f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
             )
-        return found["done"], found["digest"]
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty and not a logit cache: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    elif folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty and not a logit cache: delete it, or name another folder")
+    else:  # this first, so that what follows may be interrupted
+        found = {**meta, "done": 0, "digest": _first_digest(meta)}
+        write_json(folder / "meta.json", found)
     for name, (shape, dtype) in _array_layout(meta).items():
-        with replace_file(folder / f"{name}.npy") as temporary:
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
-    digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
-    write_json(folder / "meta.json", {**meta, "done": 0, "digest": digest})
-    return 0, digest
+        if not found["done"] and not (folder / f"{name}.npy").exists():
+            with replace_file(folder / f"{name}.npy") as temporary:
+                np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
+    return found
+
+
+def _first_digest(meta: dict) -> str:
+    made_with = {name: value for name, value in meta.items() if name not in ("done", "digest")}
+    return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()
 
 
 def _extended(digest: str, arrays: dict[str, np.memmap], rows: slice) -> str:
     """Return the digest of what was written before and of some rows more."""
     state = hashlib.sha256(digest.encode())
     for array in arrays.values():
-        state.update(array[rows].tobytes())
+        state.update(array[rows].view(np.uint8).data)  # the map itself: nothing is copied
     return state.hexdigest()
 
 
-def _open_arrays(folder: Path, meta: dict, *, mode: str) -> dict[str, np.memmap]:
-    arrays = {}
-    for name, (shape, dtype) in _array_layout(meta).items():
-        path = folder / f"{name}.npy"
-        try:
-            array = np.lib.format.open_memmap(path, mode=mode)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}; delete the folder and cache again") from error
-        if array.shape != shape or array.dtype != dtype:
-            raise CheckpointError(f"{path} has {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
-        arrays[name] = array
+def _verified_arrays(folder: Path, meta: dict, *, mode: Literal["r", "r+"]) -> dict[str, np.memmap]:
+    """Open the arrays and compare what is done of them with the digest."""
+    arrays = _open_arrays(folder, meta, mode=mode)
+    digest = _first_digest(meta)
+    for start in range(0, meta["done"], meta["batch_size"]):
+        digest = _extended(digest, arrays, slice(start, min(start + meta["batch_size"], meta["done"])))
+    if digest != meta["digest"]:
+        raise CheckpointError(f"{folder} is damaged: its arrays do not match their digest; {_WAY_OUT}")
     return arrays
+
+
+def _open_arrays(folder: Path, meta: dict, *, mode: Literal["r", "r+"]) -> dict[str, np.memmap]:
+    return {name: _open_array(folder / f"{name}.npy", *form, mode=mode) for name, form in _array_layout(meta).items()}
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type, *, mode: Literal["r", "r+"]) -> np.memmap:
+    """Map an array of which everything is known; its file is compared with that before numpy may make it longer."""
+    array = None
+    try:
+        size = regular_size(path)
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        expected = start + math.prod(shape) * np.dtype(dtype).itemsize
+        if (version, found, size) == ((1, 0), (shape, False, np.dtype(dtype)), expected):
+            array = np.memmap(path, dtype=dtype, mode=mode, offset=start, shape=shape)
+    except Exception as error:  # numpy's parser raises whatever Python's does on a damaged header
+        raise CheckpointError(f"cannot read {path}: {error!r:.200}; {_WAY_OUT}") from error
+    if array is None:
+        raise CheckpointError(
+            f"{path}: expected {np.dtype(dtype)} {shape} in {expected} bytes, got {found[2]} {found[0]} in {size}; "
+            f"{_WAY_OUT}"
+        )
+    return array
 
 
 def _read_meta(folder: Path) -> dict:
@@ -326,18 +362,20 @@ def _read_meta(folder: Path) -> dict:
         meta = read_json(path)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a logit cache: {error}") from error
-    numbers = ("num_examples", "block_length", "vocab_size", "num_listed", "done")
+    numbers = ["num_examples", "block_length", "vocab_size", "num_listed", "batch_size"]
     if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
         raise CheckpointError(f"{path} does not describe a logit cache")
     if meta.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}; delete the "
-            "folder and cache again"
+            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}; {_WAY_OUT}"
         )
-    if any(not isinstance(meta.get(name), int) or meta[name] < 0 for name in numbers):
-        raise CheckpointError(f"{path} is not complete: expected whole numbers for {', '.join(numbers)}")
+    numbers += {"num_features"} & meta.keys()
+    if any(type(meta.get(name)) is not int or meta[name] < 1 for name in numbers):
+        raise CheckpointError(f"{path} is not complete: expected numbers >= 1 for {', '.join(numbers)}; {_WAY_OUT}")
+    if type(meta.get("done")) is not int or not 0 <= meta["done"] <= meta["num_examples"]:
+        raise CheckpointError(f"{path}: done: expected 0 to {meta['num_examples']}, got {meta.get('done')}; {_WAY_OUT}")
     if not isinstance(meta.get("digest"), str):
-        raise CheckpointError(f"{path} is not complete: expected the digest of what the arrays hold")
+        raise CheckpointError(f"{path} is not complete: expected the digest of what the arrays hold; {_WAY_OUT}")
     return meta
 
 
@@ -352,6 +390,11 @@ def _fingerprint(
     canvas = windows.clone().to(device or windows.device)
     canvas[:, -block_length:] = denoiser.spec.mask_id
     window = (canvas.shape[1] - block_length, canvas.shape[1])
-    said = Prediction.ask(denoiser, canvas, window=window, features=features)
-    digest = hashlib.sha256(said.log_q.cpu().numpy().round(3).tobytes()).hexdigest()
-    return digest, 0 if said.features is None else said.features.shape[2]
+    digests = []
+
+    def digest(logits: Tensor) -> Tensor:
+        digests.append(hashlib.sha256(logits.float().cpu().numpy().round(3).tobytes()).hexdigest())
+        return logits
+
+    said = Prediction.ask(denoiser, canvas, window=window, logits_hook=digest, features=features)
+    return digests[0], 0 if said.features is None else said.features.shape[2]

@@ -260,3 +260,10 @@ def test_without_scikit_learn_the_error_says_what_to_install():
     code += "except ct.ArgumentError as error:\n    print(error)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "unfactor[sklearn]" in result.stdout
+
+
+def test_columns_of_missing_values_at_the_end_change_no_hidden_markov_model():
+    x = np.random.default_rng(0).integers(0, 3, (60, 6)).astype(float)
+    long = np.concatenate([x, np.full((60, 20), np.nan)], axis=1)
+    scores = [small(structure="hmm", num_epochs=5, categories=3).fit(data).score(data) for data in (x, long)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import circuits as ct
 from circuits import io
 from circuits._structure import circuit_of, records_of
+from circuits.files import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def rewrite_weights(folder, change):
     tensors = load_file(folder / io.WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, folder / io.WEIGHTS_FILE)
-    rewrite(folder, lambda s: s.update(weights_sha256=io._file_hash(folder / io.WEIGHTS_FILE)))
+    rewrite(folder, lambda s: s.update(weights_sha256=file_hash(folder / io.WEIGHTS_FILE)))
 
 
 def same_weights(one, other):

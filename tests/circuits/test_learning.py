@@ -16,7 +16,7 @@ from query_cases import compiled_with_evidence
 
 import circuits as ct
 from circuits import learning
-from circuits.learning import _learners
+from circuits.learning import _learners, _samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,8 +79,7 @@ def test_every_observed_value_is_used_by_exactly_one_leaf(case):
     expected = torch.zeros(max(pc.circuit.num_categories), dtype=torch.float64)
     if bool(possible.any()):
         marginals = ct.testing.enumerated_marginals(joint, evidence)
-        if evidence.missing is not None:
-            marginals = marginals.masked_fill(evidence.missing.unsqueeze(-1), 0.0)
+        marginals = marginals.masked_fill(evidence.says_nothing(pc.num_categories).unsqueeze(-1), 0.0)
         expected = marginals.sum((0, 1))
     found = torch.zeros_like(expected)
     for name, flow in flows.items():
@@ -523,7 +522,7 @@ def test_a_killed_run_ends_like_one_that_was_not(killed_runs, optimizer, monkeyp
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_interrupted_at_any_batch_ends_like_one_that_was_not(optimizer, tmp_path, monkeypatch):
     whole, whole_result = fit_with_checkpoint(optimizer, None)
-    batches, samples_batches = [], learning.fit.__globals__["Samples"].batches
+    batches, samples_batches = [], _samples.Samples.batches
 
     def interrupted(self, *arguments):
         for batch in samples_batches(self, *arguments):
@@ -532,7 +531,7 @@ def test_a_run_interrupted_at_any_batch_ends_like_one_that_was_not(optimizer, tm
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(learning.fit.__globals__["Samples"], "batches", interrupted)
+    monkeypatch.setattr(_samples.Samples, "batches", interrupted)
     for attempt in itertools.count():
         try:
             resumed, resumed_result = fit_with_checkpoint(optimizer, tmp_path / "run.safetensors")

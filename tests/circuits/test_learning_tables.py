@@ -6,7 +6,7 @@ import torch
 from learning_cases import weights_of
 
 import circuits as ct
-from circuits import learning
+from circuits import digests, learning
 from circuits.learning import _arrays, _samples
 
 
@@ -47,7 +47,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("optimizer", ["em", "anemone"])
 def test_a_table_is_read_in_parts_and_says_what_memory_says(optimizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(_arrays, "_PART_ELEMENTS", 80)  # 20 rows
+    monkeypatch.setattr(digests, "_PART_ELEMENTS", 80)  # 20 rows
     x = values(1000)
     tables = [Recorded(x), Recorded(x != 1), Recorded(x[:300]), Recorded(x[:300] != 2)]
     data, observed, validation_data, validation_observed = tables
@@ -104,14 +104,14 @@ def test_reversed_arrays_are_copied():
 
 def test_hashes_do_not_depend_on_parts(monkeypatch):
     x = torch.arange(60.0).reshape(3, 20).t()
-    whole = _samples.digest(x, None, torch.tensor(2.0), torch.zeros(0, 3))
-    monkeypatch.setattr(_arrays, "_PART_ELEMENTS", 7)
-    assert _samples.digest(x, None, torch.tensor(2.0), torch.zeros(0, 3)) == whole
-    assert _samples.digest(x + 1, None, torch.tensor(2.0), torch.zeros(0, 3)) != whole
+    whole = digests.digest(x, None, torch.tensor(2.0), torch.zeros(0, 3))
+    monkeypatch.setattr(digests, "_PART_ELEMENTS", 7)
+    assert digests.digest(x, None, torch.tensor(2.0), torch.zeros(0, 3)) == whole
+    assert digests.digest(x + 1, None, torch.tensor(2.0), torch.zeros(0, 3)) != whole
 
 
 def test_wrong_values_are_found_in_the_part_they_are_in(monkeypatch):
-    monkeypatch.setattr(_arrays, "_PART_ELEMENTS", 40)
+    monkeypatch.setattr(digests, "_PART_ELEMENTS", 40)
     x = values(50)
     x[33, 2] = 7
     with pytest.raises(ct.ArgumentError, match=r"variable 2, got 7 in sample 33"):

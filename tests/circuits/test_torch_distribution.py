@@ -129,3 +129,30 @@ def test_bad_arguments_are_named():
     with pytest.raises(ct.ArgumentError, match="expand"):
         dist.expand([3])
     assert "batch_shape=(2,)" in repr(dist)
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "Poisson", "Bernoulli"])
+def test_a_mixture_is_torchs_mixture(family):
+    """Log-probabilities, means and variances of the same mixture of independent variables in torch.distributions."""
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    a, b = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.2  # (K, D)
+    theirs, ours, parameters, x = {
+        "Gaussian": (torch.distributions.Normal(a, b), ct.Gaussian(), [a, b], torch.tensor([[0.1, 2.0], [-1.0, 0.4]])),
+        "Poisson": (torch.distributions.Poisson(5 * a), ct.Poisson(), [5 * a], torch.tensor([[0, 3], [9, 1]])),
+        "Bernoulli": (
+            torch.distributions.Bernoulli(a / 2), ct.Bernoulli(), [1 - a / 2, a / 2], torch.tensor([[0, 1], [1, 1]])
+        ),
+    }[family]  # fmt: skip
+    pc = ct.compile(ct.structures.mixture(2, ours, num_components=3), dtype=torch.float64, seed=0)
+    for leaf in pc.circuit.inputs:
+        pc.set_weights(leaf, torch.stack(parameters)[:, :, leaf.var])
+    pc.set_weights(pc.circuit.root, weights.unsqueeze(0))
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(weights), torch.distributions.Independent(theirs, 1)
+    )
+    found, x = ct.CircuitDistribution(pc), x.double() if family == "Gaussian" else x
+    assert found.batch_shape == mixture.batch_shape
+    assert found.event_shape == mixture.event_shape
+    torch.testing.assert_close(found.log_prob(x), mixture.log_prob(x.double()), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.mean, mixture.mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.variance, mixture.variance, rtol=1e-10, atol=1e-10)

@@ -7,7 +7,6 @@ import torch
 
 import circuits as ct
 from diffusion import CoupledDistribution, CoupledHead, NoiseCalibration
-from diffusion.decoding.step import DecodeOptions, decode_step
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.training.logit_cache import CachedBatch
 
@@ -93,18 +92,12 @@ def test_dividing_out_makes_frequent_tokens_cost_more():
 
 def test_latent_decoding_uses_the_calibrated_prediction(calibration, pc, block):
     logits, tokens, masked = block
-    plain = CoupledHead(pc, activation_threshold=1.0)
-    calibrated = CoupledHead(pc, activation_threshold=1.0, calibration=calibration)
-    options = DecodeOptions(decode="latent", temperature=0.0)
-    counts = masked.sum(-1)
-    first = decode_step(
-        logits, tokens, masked, counts, head=calibrated, options=options, generator=torch.Generator().manual_seed(0)
-    )
-    second = decode_step(
-        calibration(logits, masked).detach(), tokens, masked, counts, head=plain, options=options,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    assert torch.equal(first.tokens, second.tokens)
+    calibrated, plain = CoupledHead(pc, calibration=calibration), CoupledHead(pc)
+    given = [
+        head.distribution(scores, tokens, masked).given_latents(ct.RowGenerators(torch.arange(len(tokens)))).log_q
+        for head, scores in ((calibrated, logits), (plain, calibration(logits, masked).detach()))
+    ]
+    assert torch.equal(*given)
 
 
 def test_the_factors_of_a_distribution_are_zero_where_observed(pc, block):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import circuits as ct
 from diffusion import (
     CircuitTraining,
     CoupledHead,
+    DenoiserSpec,
     LogitCache,
     TransformerConfig,
     TransformerDenoiser,
@@ -144,8 +146,46 @@ def test_the_coupled_loss_falls_below_the_denoisers_own(normalization, cache):
     assert curve.held_out[-1] == pytest.approx(after)
     batch = cache.batch(slice(None))
     own = batch.log_q.gather(2, batch.tokens.unsqueeze(-1)).squeeze(-1)
-    own_loss = -((own * batch.masked).sum(1) / batch.masked.sum(1).clamp_min(1)).mean()
+    own_loss = -((own * batch.masked).sum(1) / batch.masked.sum(1))[batch.masked.any(1)].mean()
     assert after < own_loss
+
+
+class Uniform:
+    """Knows nothing: each of six tokens has the same probability."""
+
+    spec = DenoiserSpec(vocab_size=V, mask_id=8, eos_ids=(6,), pad_id=7, forbidden_ids=(6, 7, 8), max_length=64)
+
+    def logits(self, tokens, *, valid=None, t=None, window=None, cache=None):
+        return torch.zeros(len(tokens), window[1] - window[0], V)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_block_without_a_mask_is_not_one_without_loss(batch_size, windows, tmp_path):
+    """Six equally probable tokens cost log 6 each, and five of six blocks of 4 have a mask."""
+    cache = cached(Uniform(), windows, tmp_path, masks_per_window=4)
+    num_masked = torch.from_numpy(np.array(cache.masked)).sum(1)
+    assert (num_masked == 0).sum() > 10
+    pc = ct.compile(ct.structures.fully_factorized(L, V), seed=0)
+    for leaf in pc.circuit.inputs:
+        pc.set_weights(leaf, torch.full((V, 1), 1 / V))
+    head = CoupledHead(pc)
+    loss = coupled_loss(head, cache, batch_size=batch_size)
+    assert loss == pytest.approx(np.log(6), abs=1e-3)  # float16
+    per_block = coupled_loss(head, cache, weighting="uniform", batch_size=batch_size)
+    assert per_block == pytest.approx(float(num_masked.double().mean()) * loss, rel=1e-5)
+    config = CircuitTraining(steps=4, batch_size=64, learning_rate=1e-9)
+    assert fit_coupled(head, cache, cache, config=config, progress=False).train[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_cache_without_masks_has_no_loss_per_token(windows, tmp_path):
+    cache = replace(cached(Uniform(), windows, tmp_path), masked=np.zeros((len(windows), L), dtype=bool))
+    assert np.isnan(coupled_loss(new_head(), cache))
+    assert coupled_loss(new_head(), cache, weighting="uniform") == pytest.approx(0.0, abs=1e-5)
+
+
+def test_an_unknown_weighting_is_named(cache):
+    with pytest.raises(ArgumentError, match="weighting: expected one of masked_mean, uniform, got 'elbo'"):
+        coupled_loss(new_head(), cache, weighting="elbo")
 
 
 def test_a_killed_fit_ends_like_one_that_was_not(cache, tmp_path):

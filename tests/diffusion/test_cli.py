@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from diffusion.app import cli, workspace
+from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, Estimate, GapRow, GapTable
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
 
@@ -97,7 +98,7 @@ def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
         (("train", "--corpus", corpus, "--out", folder), "was not made by unfactor"),
         (("fit", *new), "holds no model"),
         (("evaluate", "--out", models), "holds no circuit yet"),
-        (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "exceed the denoiser's 128 positions"),
+        (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "at most the denoiser's 128 positions"),
         (("generate", "--out", models, "--length", "7", "--no-circuit"), "gen_length: expected a multiple"),
         (("generate", "--out", models, "--decode", "magic"), "decode: expected one of"),
         (("generate", "--out", models, "--steps", "zero"), "steps"),
@@ -111,6 +112,39 @@ def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
         assert out == ""
     assert not (tmp_path / "new").exists()
     assert (folder / "file").read_text() == "precious"
+
+
+def row_of(**changes):
+    numbers = {"one_step": 22.8, "circuit_alone": 9.7, "coupled": 9.6, "sequential": 8.6, "share_closed": 0.88}
+    estimates = {name: Estimate(number, number - 0.5, number + 0.5) for name, number in numbers.items()}
+    return GapRow(**{"mask_ratio": 1.0, "num_masked": 8, "is_meaningful": True, **estimates, **changes})
+
+
+def test_the_demo_ends_with_what_its_table_shows(capsys):
+    """A share with its interval; above 1 with the reason for it; and none where the row is not meaningful."""
+    usual, above = row_of(), row_of(mask_ratio=0.25, share_closed=Estimate(3.67, 1.2, 9.0))
+    weak = row_of(share_closed=Estimate(3.67, -4.0, 9.0), is_meaningful=False)
+    for row in (usual, above, weak):
+        cli._say(cli._conclusion(row))
+    lines = capsys.readouterr().out.splitlines()
+    assert "the circuit closes 0.88 [0.38, 1.38] of the gap, in nats." in lines[0]
+    assert "with every token of a block masked" in lines[0]
+    assert f"the circuit closes 3.67 [1.20, 9.00] of the gap, in nats ({ABOVE_ONE})." in lines[1]
+    assert "with a share of 0.25 of a block masked" in lines[1]
+    assert NOT_MEANINGFUL in lines[2]
+    assert "3.67" not in lines[2]
+    assert not any("%" in line for line in lines)
+
+
+def test_the_printed_table_has_no_share_where_there_is_none(capsys):
+    cli._print_gap(GapTable((row_of(), row_of(share_closed=Estimate(3.67, -4, 9), is_meaningful=False)), 48, 0))
+    text = capsys.readouterr().out
+    assert "0.38..1.38" in text
+    assert "3.67" not in text
+    assert NOT_MEANINGFUL in text
+    assert ABOVE_ONE not in text
+    cli._print_gap(GapTable((row_of(share_closed=Estimate(1.57, 1.35, 1.84)),), 48, 0))
+    assert ABOVE_ONE in capsys.readouterr().out
 
 
 def test_version_and_help(run):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ import circuits as ct
 from diffusion import CircuitTraining, CoupledHead, DenoiserSpec, cache_logits, fit_coupled
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.few_steps import few_step_quality
-from diffusion.evaluation.gap import misspecification_gap
+from diffusion.evaluation.gap import _masks, _summarise, misspecification_gap
 from diffusion.evaluation.plots import draw_few_steps, draw_gap
 
 L = 3
@@ -84,6 +85,74 @@ def test_a_weak_denoiser_is_flagged():
     table = misspecification_gap(Clueless(), CoupledHead(TRUTH_WITH_MASK), blocks(200), mask_ratios=[1.0])
     assert not table.rows[0].is_meaningful
     assert "not meaningful" in str(table)
+
+
+class Uniform:
+    """Four tokens, all equally probable whatever is visible: every perplexity is 4."""
+
+    spec = DenoiserSpec(vocab_size=5, mask_id=4, eos_ids=(), pad_id=4, forbidden_ids=(4,), max_length=256)
+
+    def logits(self, tokens, *, valid=None, t=None, window=None, cache=None):
+        return torch.zeros(len(tokens), window[1] - window[0], 5)
+
+
+@pytest.mark.parametrize(("length", "ratio"), [(45, 0.7), (50, 0.59), (90, 0.35), (7, 0.5), (3, 0.01)])
+def test_a_uniform_model_has_the_perplexity_of_its_tokens_and_no_gap(length, ratio):
+    pc = ct.compile(ct.structures.fully_factorized(length, 5))
+    for leaf in pc.circuit.inputs:
+        pc.set_weights(leaf, torch.tensor([[0.25]] * 4 + [[0.0]]))
+    data = torch.randint(4, (64, length), generator=torch.Generator().manual_seed(0))
+    (row,) = misspecification_gap(Uniform(), CoupledHead(pc, 1.0), data, mask_ratios=[ratio], batch_size=24).rows
+    for estimate in (row.one_step, row.circuit_alone, row.coupled, row.sequential):
+        assert (estimate.low, estimate.value, estimate.high) == pytest.approx((4, 4, 4), rel=2e-6)
+    assert row.one_step == row.sequential
+    assert not row.is_meaningful
+
+
+def gap_row(one_step, circuit_alone, coupled, sequential):
+    """Return the row of such losses per window, in nats per masked token."""
+    losses = {"one_step": one_step, "circuit_alone": circuit_alone, "coupled": coupled, "sequential": sequential}
+    return _summarise(1.0, 4, {name: np.array(loss) for name, loss in losses.items()}, 1000, 0)
+
+
+def test_equal_losses_up_to_rounding_or_chance_are_no_gap():
+    rng = np.random.default_rng(0)
+    loss = rng.gamma(2.0, size=100)
+    noise = rng.normal(size=100)
+    noise -= noise.mean()
+    assert not gap_row(loss, loss, loss, loss).is_meaningful
+    assert not gap_row(loss, loss, loss, loss - 1e-7).is_meaningful  # all of one sign, as rounding may be
+    assert not gap_row(loss, loss, loss, loss + noise - 0.01).is_meaningful  # better on average, by chance
+    assert not gap_row(loss, loss - 0.02, loss, loss - 0.01).is_meaningful  # the circuit alone is better
+    assert gap_row(loss, loss, loss, loss + 0.01 * noise - 0.01).is_meaningful  # window by window, on nearly all
+
+
+def test_an_impossible_token_is_not_a_gap_closed():
+    finite, infinite = np.ones(8), np.full(8, np.inf)
+    assert not gap_row(infinite, infinite, infinite, infinite).is_meaningful
+    row = gap_row(infinite, infinite, infinite, finite)
+    assert row.is_meaningful
+    assert math.isnan(row.share_closed.value)
+
+
+def test_the_table_does_not_depend_on_the_batch_size():
+    head, data = CoupledHead(TRUTH_WITH_MASK), blocks(50)
+    first, second = (
+        misspecification_gap(ExactDenoiser(), head, data, mask_ratios=[0.7], batch_size=size).rows[0]
+        for size in (7, 50)
+    )
+    for name in ("one_step", "circuit_alone", "coupled", "sequential", "share_closed"):
+        values = [(e.value, e.low, e.high) for e in (getattr(first, name), getattr(second, name))]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_a_visible_token_that_may_not_be_generated_costs_nothing():
+    """Token 4 is forbidden: that its probability is 0 must not matter where it is not asked for."""
+    masked, _ = _masks(64, 4, 0.5, seed=0)
+    data = torch.randint(4, (64, 4), generator=torch.Generator().manual_seed(0)).masked_fill(~masked, 4)
+    head = CoupledHead(ct.compile(ct.structures.fully_factorized(4, 5), seed=0))
+    (row,) = misspecification_gap(Uniform(), head, data, mask_ratios=[0.5], seed=0).rows
+    assert row.one_step.value == row.sequential.value == pytest.approx(4.0)
 
 
 def with_a_mask_token():

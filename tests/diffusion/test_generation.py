@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import circuits as ct
-from diffusion import CoupledHead, DecodeOptions, DenoiserSpec, generate
-from diffusion.decoding.remasking import Strategy, choose_positions, reliability
-from diffusion.decoding.step import DecodeMode, decode_step
+from diffusion import CoupledHead, DenoiserSpec, generate, infill
+from diffusion.decoding.commit import SCORES, Ranking
+from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
 
 V, L, MASK, PAD, EOS = 7, 4, 6, 5, 4
 MODES = typing.get_args(DecodeMode)
@@ -108,7 +109,7 @@ def test_joint_decoding_in_one_step_draws_from_the_coupled_distribution(denoiser
     num_texts = 4000
     out = generate(
         denoiser, torch.zeros(num_texts, 0, dtype=torch.int64), gen_length=L, block_length=L, num_steps=1, head=head,
-        decode="joint", stop_at_eos=False, generator=seeded(),
+        decode="joint", temperature=1.0, stop_at_eos=False, generator=seeded(),
     )  # fmt: skip
     logits = denoiser.table[:L].clone()
     logits[:, [MASK, PAD]] = -torch.inf
@@ -121,40 +122,40 @@ def test_joint_decoding_in_one_step_draws_from_the_coupled_distribution(denoiser
 
 def test_the_circuit_rests_above_its_threshold(denoiser, head):
     resting = CoupledHead(head.pc, activation_threshold=0.6)
-    options = {"gen_length": L, "block_length": L, "decode": "joint", "stop_at_eos": False}
+    options = {"gen_length": L, "block_length": L, "decode": "joint", "stop_at_eos": False, "temperature": 1.0}
     first_only = generate(denoiser, [[0]] * 8, num_steps=1, head=resting, generator=seeded(), **options)
     plain = generate(denoiser, [[0]] * 8, num_steps=1, generator=seeded(), **options)
     assert torch.equal(first_only.tokens, plain.tokens)  # all masked: ratio 1 is not below 0.6
+    assert first_only.num_windows.tolist() == [1] * 8
+    assert first_only.num_coupled.tolist() == [0] * 8
     coupled = generate(denoiser, [[0]] * 8, num_steps=1, head=head, generator=seeded(), **options)
+    assert coupled.num_coupled.tolist() == [1] * 8
     assert not torch.equal(coupled.tokens, plain.tokens)
 
 
-def test_sequences_of_one_batch_are_coupled_by_their_own_mask_ratio(head, generator):
+def test_rows_are_coupled_by_their_own_mask_ratio(head, denoiser):
     resting = CoupledHead(head.pc, activation_threshold=0.6)
-    logits = torch.randn(2, L, V, generator=generator)
-    tokens = torch.zeros(2, L, dtype=torch.int64)
-    masked = torch.tensor([[True] * 4, [True, True, False, False]])
-    options = DecodeOptions(decode="marginal", temperature=0.0)
-    counts = masked.sum(1)
-    both = decode_step(logits, tokens, masked, counts, head=resting, options=options)
-    plain = decode_step(logits[:1], tokens[:1], masked[:1], counts[:1], head=None, options=options)
-    coupled = decode_step(logits[1:], tokens[1:], masked[1:], counts[1:], head=head, options=options)
-    assert torch.equal(both.tokens, torch.cat([plain.tokens, coupled.tokens]))
-    assert torch.equal(both.committed, masked)
+    canvas = torch.tensor([[MASK] * 4, [MASK, MASK, 0, 1]])
+    options = {"num_steps": 1, "decode": "marginal"}
+    both = infill(denoiser, canvas, head=resting, **options)
+    assert both.num_coupled.tolist() == [0, 1]
+    plain, coupled = infill(denoiser, canvas, **options), infill(denoiser, canvas, head=head, **options)
+    assert torch.equal(both.tokens, torch.stack([plain.tokens[0], coupled.tokens[1]]))
 
 
-def test_any_order_with_temperature_zero_follows_the_conditionals(head, generator):
-    logits = torch.randn(1, L, V, generator=generator)
-    tokens, masked = torch.zeros(1, L, dtype=torch.int64), torch.ones(1, L, dtype=torch.bool)
-    options = DecodeOptions(decode="any_order", temperature=0.0, strategy="top_prob")
-    step = decode_step(logits, tokens, masked, torch.tensor([L]), head=head, options=options)
-    expected, still = tokens.clone(), masked.clone()
+def test_any_order_with_temperature_zero_follows_the_conditionals(head, denoiser):
+    out = generate(
+        denoiser, [[]], gen_length=L, num_steps=1, head=head, decode="any_order", strategy="top_prob", stop_at_eos=False
+    )
+    logits = denoiser.table[:L].unsqueeze(0).clone()
+    logits[..., [MASK, PAD]] = -torch.inf
+    expected, still = torch.zeros(1, L, dtype=torch.int64), torch.ones(1, L, dtype=torch.bool)
     for _ in range(L):
-        probs = head.distribution(logits, expected, still).marginal_probs
+        probs = head.distribution(logits, expected, still).marginal_probs.detach()
         best = probs.amax(-1).masked_fill(~still, -1).argmax(-1).item()
         expected[0, best] = probs[0, best].argmax()
         still[0, best] = False
-    assert torch.equal(step.tokens, expected)
+    assert torch.equal(out.generated, expected)
 
 
 def test_the_threshold_strategy_needs_fewer_calls_when_sure(denoiser):
@@ -169,7 +170,7 @@ def test_the_threshold_strategy_needs_fewer_calls_when_sure(denoiser):
 def test_a_text_ends_at_its_end_of_text_token(denoiser):
     denoiser.table[:, EOS] = torch.where(torch.arange(20) == 3, 50.0, -50.0)
     out = generate(denoiser, [[0, 1], [0, 1]], gen_length=8, block_length=4, num_steps=4, temperature=0.0)
-    assert out.num_calls == 2  # the second block is never started
+    assert out.num_calls == 1  # nothing before the end is masked any more
     assert (out.generated[:, 1] == EOS).all()
     assert (out.generated[:, 2:] == PAD).all()
     assert not out.valid[:, 4:].any()
@@ -182,7 +183,7 @@ def test_exactly_the_best_masked_positions_are_committed(data):
     scores = torch.tensor(data.draw(st.lists(st.floats(0, 1), min_size=6, max_size=6)))[None]
     masked = torch.tensor(data.draw(st.lists(st.booleans(), min_size=6, max_size=6)))[None]
     count = data.draw(st.integers(0, int(masked.sum())))
-    chosen = choose_positions(scores, masked, torch.tensor([count]))
+    chosen = Ranking(scores, masked, torch.tensor([count]), None).best(torch.tensor([count]))
     assert chosen.sum() == count
     assert not (chosen & ~masked).any()
     left = masked & ~chosen
@@ -193,28 +194,33 @@ def test_exactly_the_best_masked_positions_are_committed(data):
 def test_reliability_is_what_its_name_says():
     probs = torch.tensor([[[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]]])
     tokens = torch.tensor([[1, 1]])
-    log_probs = probs.log()
-    values = {strategy: reliability(strategy, log_probs, tokens)[0] for strategy in STRATEGIES}
+    beliefs = Prediction(log_q=probs.log(), vocab_size=3)
+    values = {name: score(beliefs, tokens, ct.RowGenerators(torch.tensor([0])))[0] for name, score in SCORES.items()}
     torch.testing.assert_close(values["low_confidence"], torch.tensor([0.3, 1.0]))
     torch.testing.assert_close(values["threshold"], torch.tensor([0.3, 1.0]))
     torch.testing.assert_close(values["top_prob"], torch.tensor([0.5, 1.0]))
     torch.testing.assert_close(values["margin"], torch.tensor([0.2, 1.0]))
     torch.testing.assert_close(values["entropy"], torch.tensor([-1.0296530, 0.0]))
+    assert set(values) == set(STRATEGIES)
     assert ((values["random"] >= 0) & (values["random"] < 1)).all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gen_length": 6}, "gen_length: expected a multiple of block_length=4"),
-        ({"num_steps": 3}, "num_steps: expected a multiple of the 2 blocks"),
-        ({"num_steps": 16}, "num_steps: expected a multiple of the 2 blocks, at most gen_length=8"),
-        ({"block_length": 8, "num_steps": 1}, "block_length: the head's circuit is over 4 positions"),
+        ({"num_steps": 1}, "num_steps: expected at least one for each of the 2 blocks, got 1"),
+        ({"gen_length": 0}, "gen_length: expected an integer >= 1"),
+        ({"block_length": 8}, "window_length: expected windows of at most the circuit's 4 positions, got 8"),
         ({"strategy": "best"}, "strategy: expected one of"),
         ({"decode": "magic"}, "decode: expected one of"),
-        ({"temperature": -1.0}, "temperature: expected a finite number"),
-        ({"decode": "joint", "temperature": 0.5}, "tempering a mixture is #P-hard"),
-        ({"prompt": [[0] * 13]}, "prompt: 13 tokens and gen_length=8 exceed the denoiser's 20 positions"),
+        ({"temperature": -1.0}, "temperature: expected 0, or a number"),
+        ({"temperature": 1e-40}, "temperature: expected 0, or a number"),
+        ({"temperature": float("nan")}, "temperature: expected 0, or a number"),
+        ({"temprature": 1.0}, "temprature: no such option"),
+        ({"prompt": [[0] * 13]}, "prompt: expected at most the denoiser's 20 positions in all, got 21"),
+        ({"prompt": "text"}, "prompt: expected int64"),
+        ({"prompt": [[1.7, 2.2]]}, "prompt: expected int64 .* got torch.float32"),
+        ({"seeds": [1, 2]}, "seeds: expected 1 integers of 64 bits"),
         ({"prompt": []}, "prompt: expected"),
         ({"prompt": [[99]]}, "prompt: expected token ids from 0 to 6, got 99"),
     ],

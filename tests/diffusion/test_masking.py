@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusion.training.masking import (
     GeometricSchedule,
     LinearSchedule,
     Schedule,
+    count_masked,
     mask_fixed_ratio,
     mask_tokens,
     sample_times,
@@ -115,6 +117,18 @@ def test_fixed_ratio_masks_exactly_its_share_and_at_least_one() -> None:
         assert not (chosen & ~maskable).any()
 
 
+@pytest.mark.parametrize("steps", [200, 7])
+def test_a_ratio_is_the_same_number_of_masks_everywhere(steps: int) -> None:
+    """For all n <= 128 and ratios k/200 the masks, their count, and the nearest whole number are one and the same."""
+    maskable = torch.ones(128, 128, dtype=torch.bool).tril()
+    for k in range(1, steps + 1):
+        counts = [count_masked(n, k / steps) for n in range(1, 129)]
+        assert mask_fixed_ratio(maskable, k / steps, generator=seeded()).sum(1).tolist() == counts
+        assert all(
+            abs(count - Fraction(k, steps) * n) <= Fraction(1, 2) or count == 1 for n, count in enumerate(counts, 1)
+        )
+
+
 def test_fixed_ratio_chooses_every_position_equally_often() -> None:
     chosen = mask_fixed_ratio(torch.ones(20_000, 8, dtype=torch.bool), 0.25, generator=seeded())
     torch.testing.assert_close(chosen.double().mean(0), torch.full((8,), 0.25, dtype=torch.float64), atol=0.02, rtol=0)
@@ -132,6 +146,7 @@ def test_same_seed_same_masks() -> None:
     [
         (lambda: mask_fixed_ratio(torch.ones(2, 3, dtype=torch.bool), 0.0), r"ratio must lie in \(0, 1\], got 0.0"),
         (lambda: mask_fixed_ratio(torch.ones(2, 3, dtype=torch.bool), math.nan), "ratio"),
+        (lambda: count_masked(3, 1.5), r"ratio must lie in \(0, 1\], got 1.5"),
         (lambda: mask_fixed_ratio(torch.ones(2, 3), 0.5), "maskable must be bool"),
         (lambda: mask_tokens(torch.zeros(2, 3), torch.zeros(2), mask_id=0), "tokens must be int64"),
         (lambda: mask_tokens(torch.zeros(2, 3).long(), torch.zeros(3), mask_id=0), r"t must have shape \(2,\)"),

@@ -148,7 +148,7 @@ def without_a_tensor(folder: Path) -> None:
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: (folder / "config.json").write_text("[]"),
         damaged_config(format="something else"),
-        damaged_config(format_version=2),
+        damaged_config(format_version=99),
         damaged_config(width=32),
         damaged_config(width="16"),
         damaged_config(num_heads=0),

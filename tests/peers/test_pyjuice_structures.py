@@ -14,6 +14,7 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
     pytest.skip("PyJuice has no wheels for this platform", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what PyJuice and its Triton warn of is not ours
+    import pyjuice as juice
     from pyjuice import structures as peer
     from pyjuice.nodes.distributions import Categorical
 
@@ -72,3 +73,49 @@ def test_rat_spn_has_regions_of_the_same_sizes(num_vars, depth, repetitions):
     sizes = Counter(len(node.scope) for node in theirs if node.is_sum())
     ours = ct.RegionGraph.random_binary_tree(num_vars, depth, repetitions, seed=0)
     assert Counter(scope.bit_count() for scope in ours.scope_bits) == sizes
+
+
+def tables(units, width, seed):
+    draw = torch.rand(units, width, generator=torch.Generator().manual_seed(seed)) + 0.1
+    return draw / draw.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("mode", ["elementwise", "outer"])
+def test_nodes_built_by_hand_are_the_same_circuit(mode):
+    """Blocks of units are units; a tied duplicate is ``tied_to``; edges between all pairs are the mode "outer"."""
+    leaf, weights = tables(4, C, seed=0), tables(1, 4 if mode == "elementwise" else 16, seed=1)
+    a = juice.inputs(0, num_node_blocks=2, block_size=2, dist=Categorical(num_cats=C), params=leaf.flatten())
+    b = a.duplicate(1, tie_params=True)
+    assert b.is_tied()
+    edges = {}
+    if mode == "outer":  # of single units, in the order of our product
+        pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        edges = {"edge_ids": pairs, "sparse_edges": True}
+    product = juice.multiply(a, b, **edges)
+    root = juice.summate(product, num_node_blocks=1, block_size=1)
+    root.init_parameters()
+    root.set_params(weights.reshape(-1, 1, product.block_size))
+    theirs = ct.interop.from_pyjuice(root, dtype=torch.float64)
+
+    x = ct.inputs(0, 4, ct.Categorical(C), weights=leaf.t())
+    y = ct.inputs(1, 4, ct.Categorical(C), tied_to=x)
+    ours = ct.sum(ct.product(x, y, mode=mode), num_units=1, weights=weights)
+    joint = ct.testing.enumerate_joint(ct.compile(ct.Circuit(ours), dtype=torch.float64))
+    torch.testing.assert_close(ct.testing.enumerate_joint(theirs), joint, rtol=1e-5, atol=1e-5)
+
+
+def test_the_names_on_the_page_exist():
+    for module, names in (
+        (juice, "inputs multiply summate compile TensorCircuit save load"),
+        (juice.structures, "HMM HCLT RAT_SPN PD"),
+        (
+            juice.distributions,
+            "Categorical DiscreteLogistic Bernoulli Gaussian Literal SoftEvidenceCategorical ExternProductCategorical",
+        ),
+        (juice.queries, "marginal conditional sample"),
+        (juice.optim, "FullBatchEM MiniBatchEM Anemone Adam SGD"),
+        (juice.transformations, "grow prune_by_score"),
+        (juice.TensorCircuit, "forward_mpe mini_batch_em"),
+    ):
+        for name in names.split():
+            assert hasattr(module, name), name

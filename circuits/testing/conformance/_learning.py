@@ -22,10 +22,11 @@ class LearningLaws(StructureCases):
 
     @law
     def test_expected_flows_are_posterior_counts(self, case: Case) -> None:
-        """F = sum_b E[number of uses of the weight | e_b], over all latent configurations."""
+        """F = sum_b E[number of uses of the weight | e_b], over all latent configurations, where something is known."""
         flows, log_likelihood = learning.expected_flows(case.pc, case.evidence)
         assert_close(log_likelihood, queries.log_partition(case.pc, case.evidence))
-        expected = _posterior_counts(case.pc, case.factors, case.evidence.missing)
+        nothing = case.evidence.says_nothing(case.pc.num_categories)
+        expected = _posterior_counts(case.pc, case.factors, nothing)
         for name, flow in flows.items():
             assert_close(flow, expected[name])
 
@@ -143,14 +144,17 @@ def _axis(bank: str) -> int:
     return -1 if bank.startswith("sum") else -2
 
 
-def _posterior_counts(pc: CompiledCircuit, factors: Tensor, missing: Tensor | None) -> dict[str, Tensor]:
-    """Return the expected number of uses of every weight, per bank, by enumeration; impossible queries count zero."""
+def _posterior_counts(pc: CompiledCircuit, factors: Tensor, nothing: Tensor | None) -> dict[str, Tensor]:
+    """Return the expected number of uses of every weight, per bank, by enumeration; impossible queries count zero.
+
+    Nodes on whose variables nothing is known, bool (B, D), are not counted: they are the constant 1.
+    """
     with torch.no_grad():
         weights = {name: weights.log.exp() for name, weights in pc.weights().items()}
     counts = {name: torch.zeros_like(table) for name, table in weights.items()}
     everything = configurations(pc.circuit)
     for query in range(len(factors)):
-        known = [missing is None or not bool(missing[query, var]) for var in range(pc.circuit.num_vars)]
+        known = [nothing is None or not bool(nothing[query, var]) for var in range(pc.circuit.num_vars)]
         shares = {leaf: _shares(pc, leaf, factors[query], known[leaf.var]) for leaf in pc.circuit.inputs}
         products = []
         for edges, leaves in everything:
@@ -164,8 +168,9 @@ def _posterior_counts(pc: CompiledCircuit, factors: Tensor, missing: Tensor | No
             if probability == 0:
                 continue
             for node, unit, index in edges:
-                bank, row = pc.bank_address(node)
-                counts[bank][row, unit, index] += probability
+                if any(known[var] for var in node.scope):
+                    bank, row = pc.bank_address(node)
+                    counts[bank][row, unit, index] += probability
             for leaf, unit in leaves:
                 if known[leaf.var]:
                     bank, row = pc.bank_address(leaf)

@@ -140,17 +140,23 @@ class ConstrainedCoupledDistribution(CoupledDistribution):
         """Refuse; see :meth:`circuits.ConstrainedDistribution.entropy`."""
         return self.constrained.entropy()
 
-    def given_latents(self, generator: torch.Generator | None = None, *, best: bool = False) -> Prediction:
+    def given_latents(
+        self, generator: torch.Generator | ct.RowGenerators | None = None, *, temperature: float = 1.0
+    ) -> Prediction:
         """Choose latents and the automaton's path; return ``log p(x_i = v | z_i)``, -inf where the path forbids v.
 
         Given both the tokens are independent, and whatever is drawn, at any temperature, is accepted.
 
         Args:
             generator: of the draw.
-            best: take the most probable latents and path instead of a draw from their posterior.
+            temperature: tau >= 0, of latents and path; 0 takes the best.
         """
-        choice = self.constrained.best_latents() if best else self.constrained.sample_latents(generator=generator)
+        choice = self.constrained.sample_latents(generator=generator, temperature=temperature)
         return replace(self.prediction, log_q=choice.log_weights(self.prediction.values))
+
+    def draw(self, temperature: float = 1.0, generator: torch.Generator | ct.RowGenerators | None = None) -> Tensor:
+        """Draw all tokens together at a temperature, all of them accepted: int64 (B, L); see the base class."""
+        return self.constrained.sample(generator=generator, temperature=temperature)
 
     def sample_latent_log_weights(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents and path; return log p(x_i = v | z_i) for all v, -inf where the path forbids it: (B, L, V)."""

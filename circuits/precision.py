@@ -1,0 +1,36 @@
+"""A circuit computes in its own dtype, whatever ``torch.autocast`` its caller runs under.
+
+Log-values of half precision would be off by whole nats, and gradients would come in another dtype than their weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DEVICES = ("cpu", "cuda")
+
+
+def own_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that it runs with autocast switched off."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        active = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+        if not active:
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for device in active:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,86 @@
+"""Randomness by row: what is drawn for one query of a batch does not depend on the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from circuits.errors import ArgumentError
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed integer
+_FIRST, _SECOND = -4658895280553007687, -7723592293110705685
+
+
+@dataclass(frozen=True, eq=False)
+class RowGenerators:
+    """Random numbers for B queries from B seeds: a function of the seed and of what is drawn, of nothing else.
+
+    It goes wherever ``ct.queries.sample`` and its relatives take a ``generator``. Each number is a hash of seed and
+    place (splitmix64, Steele et al. 2014, "Fast splittable pseudorandom number generators"), so a query gets the same
+    numbers whatever the batch is, and on every device.
+
+    Args:
+        seeds: int64 (B,).
+        offset: of the numbers of :meth:`uniform`, for what is counted from elsewhere than 0.
+
+    Raises:
+        ArgumentError: ``seeds`` is no int64 tensor of shape (B,).
+    """
+
+    seeds: Tensor
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seeds, Tensor) or self.seeds.dtype != torch.int64 or self.seeds.dim() != 1:
+            got = f"{self.seeds.dtype} {tuple(self.seeds.shape)}" if isinstance(self.seeds, Tensor) else self.seeds
+            raise ArgumentError(f"seeds: expected int64 of shape (B,), one per query, got {got!r:.80}")
+
+    def at(self, *places: int | Tensor) -> RowGenerators:
+        """Return generators of their own for a place: an integer for all rows, or one for each, int64 (B,)."""
+        seeds = self.seeds
+        for place in places:
+            seeds = _mixed(seeds + torch.as_tensor(place, device=seeds.device) * _GOLDEN)
+        return RowGenerators(seeds)
+
+    def rows(self, index: Tensor) -> RowGenerators:
+        """Return the generators of some rows, int64 (n,); rows may come more than once."""
+        return RowGenerators(self.seeds[index])
+
+    def uniform(self, num: int = 1) -> Tensor:
+        """Return ``num`` numbers in [0, 1) per row, float64 (B, num)."""
+        counter = torch.arange(1 + self.offset, 1 + self.offset + num, device=self.seeds.device)
+        bits = _mixed(self.seeds.unsqueeze(1) + counter * _GOLDEN)
+        return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Draw an index per row of ``scores``, (B, I) or (B, n, I), with probability proportional to exp(score).
+
+        By inversion of the cumulative distribution, with one number per choice.
+
+        Returns:
+            int64 (B,) or (B, n).
+        """
+        weights = (scores - scores.amax(-1, keepdim=True)).double().exp()
+        below = weights.cumsum(-1)
+        draws = self.uniform(1 if scores.dim() == 2 else scores.shape[1])
+        draws = draws.unsqueeze(-1) if scores.dim() == 3 else draws
+        chosen = torch.searchsorted(below, draws * below[..., -1:], right=True).squeeze(-1)
+        return chosen.clamp_max(scores.shape[-1] - 1)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Mix the bits of int64 numbers; multiplication wraps around."""
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: Tensor, places: int) -> Tensor:
+    """Shift to the right, with zeros from the left."""
+    return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+Source = torch.Generator | RowGenerators | None
+"""Where random numbers come from: a generator for all of a batch, one per row, or PyTorch's own."""

@@ -1,0 +1,114 @@
+"""How to decode, in one frozen object; its options are described here, and read from here by the program's help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from circuits.arguments import is_number
+from diffusion.errors import ArgumentError
+
+DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
+Strategy = Literal[
+    "low_confidence", "margin", "entropy", "random", "top_prob", "threshold", "entropy_bound", "joint_entropy"
+]
+
+MODES: dict[str, str] = {
+    "independent": "every token on its own from q^(1 / tau), without the circuit",
+    "latent": "the circuit's latents z from p(z | e)^(1 / tau), then every token from (q p(. | z))^(1 / tau)",
+    "marginal": "every token on its own from its exact posterior marginal, to the power 1 / tau",
+    "any_order": "one token after the other from its marginal given those before, without asking the denoiser again",
+    "joint": "all tokens together from the circuit's explanations, latents and tokens, to the power 1 / tau",
+}
+"""What a step does with the distribution of a window, by mode. At tau = 0 each takes the best."""
+
+STRATEGIES: dict[str, str] = {
+    "low_confidence": "the most probable drawn tokens first (LLaDA); changes the law at temperatures above 0",
+    "margin": "the greatest difference between best and second best probability first (Dream)",
+    "entropy": "the lowest entropy first (Dream)",
+    "random": "positions at random",
+    "top_prob": "the most probable best tokens first, whatever was drawn",
+    "threshold": "low_confidence, and all drawn tokens more probable than the threshold (Fast-dLLM)",
+    "entropy_bound": "entropy, and as many positions as the sum of their entropies but the largest allows (EB-sampler)",
+    "joint_entropy": "entropy, and as many as the joint entropy under the circuit allows: coupled tokens go together",
+}
+"""Which positions a step commits, by strategy."""
+
+KEEPS_LAW = frozenset({"margin", "entropy", "random", "top_prob", "entropy_bound", "joint_entropy"})
+"""Strategies whose scores do not look at what was drawn: the tokens keep the distribution that they come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How to decode.
+
+    Attributes:
+        decode: how the circuit is used, see :data:`MODES`; ignored without a head.
+        strategy: which positions a step commits, see :data:`STRATEGIES`. None: ``low_confidence`` at temperature 0,
+            as LLaDA has it, and ``entropy`` above, which keeps the law.
+        temperature: tau >= 0; 0 is greedy. What is tempered is the explanation, latents and tokens together, so that
+            the circuit does not fade as tau falls; confidence is that of the distribution that is not tempered.
+        threshold: of the strategy ``threshold``, a probability.
+        entropy_bound: of ``entropy_bound`` and ``joint_entropy``, in nats >= 0.
+        activation_threshold: the circuit is used for windows whose share of masked positions is below it, and for all
+            when it is 1 or more. None: the head's.
+        remask: ReMDM-like: the share of a block's tokens written so far that every step but the last takes back, the
+            least certain first, from 0 to below 1.
+    """
+
+    decode: DecodeMode = "joint"
+    strategy: Strategy | None = None
+    temperature: float = 0.0
+    threshold: float = 0.9
+    entropy_bound: float = 0.1
+    activation_threshold: float | None = None
+    remask: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.decode not in get_args(DecodeMode):
+            raise ArgumentError(f"decode: expected one of {', '.join(MODES)}, got {self.decode!r}")
+        if self.strategy is not None and self.strategy not in get_args(Strategy):
+            raise ArgumentError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        _check("temperature", self.temperature, 0, 1e38, "0, or a number from 1e-37 to 1e38")
+        if 0 < self.temperature < 1e-37:
+            raise ArgumentError(f"temperature: expected 0, or a number from 1e-37 to 1e38, got {self.temperature!r}")
+        _check("threshold", self.threshold, 0, 1, "a probability")
+        _check("entropy_bound", self.entropy_bound, 0, 1e38, "a number of nats >= 0")
+        _check("remask", self.remask, 0, 1, "a share from 0 to below 1")
+        if self.remask == 1:
+            raise ArgumentError("remask: expected a share below 1, got 1: nothing would stay written")
+        if self.activation_threshold is not None:
+            _check("activation_threshold", self.activation_threshold, 0, 1e38, "a number >= 0, or None")
+
+    @property
+    def chosen_strategy(self) -> Strategy:
+        """The strategy, with the default filled in."""
+        if self.strategy is not None:
+            return self.strategy
+        return "low_confidence" if self.temperature == 0 else "entropy"
+
+    @property
+    def keeps_law(self) -> bool:
+        """Whether positions are chosen without regard to what was drawn for them, so that the draws keep their law.
+
+        Mode ``latent`` judges positions given its draw of the latents, and so only keeps it with ``random``.
+        """
+        if self.remask:
+            return False
+        return self.chosen_strategy == "random" or (self.chosen_strategy in KEEPS_LAW and self.decode != "latent")
+
+    def changed(self, **changes: Any) -> DecodingConfig:
+        """Return the same options but for those that are not None in ``changes``.
+
+        Raises:
+            ArgumentError: an unknown option.
+        """
+        unknown = sorted(set(changes) - set(self.__dataclass_fields__))
+        if unknown:
+            raise ArgumentError(f"{unknown[0]}: expected one of {', '.join(self.__dataclass_fields__)}; no such option")
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check(name: str, value: object, least: float, most: float, expected: str) -> None:
+    if not is_number(value) or not least <= value <= most:  # type: ignore[operator]
+        raise ArgumentError(f"{name}: expected {expected}, got {value!r}")

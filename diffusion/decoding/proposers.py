@@ -1,0 +1,117 @@
+"""Proposers: from the distribution of windows to tokens, and to what their reliability is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from circuits import RowGenerators
+from diffusion.coupling import CoupledDistribution
+from diffusion.decoding.config import DecodeMode, DecodingConfig
+from diffusion.prediction import Prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """Tokens for all positions of W windows, int64 (W, n), and beliefs about them, which only a ranking asks for."""
+
+    tokens: Tensor
+    beliefs: Callable[[], Prediction]
+
+
+Proposer = Callable[[CoupledDistribution, DecodingConfig, RowGenerators], Proposal]
+"""From the joint distribution of W windows, the options, and random numbers for each window."""
+
+
+def drawn(beliefs: Prediction, temperature: float, generators: RowGenerators) -> Tensor:
+    """Draw every token on its own from beliefs to the power 1 / tau, int64 (W, n); the best at tau = 0."""
+    if temperature == 0:
+        return beliefs.best()
+    scores = (beliefs.log_q - beliefs.log_q.amax(-1, keepdim=True)) / temperature
+    index = generators.choose(scores)
+    return index if beliefs.values is None else beliefs.values.gather(2, index.unsqueeze(-1)).squeeze(-1)
+
+
+def independent(prediction: Prediction, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+    """Propose every token on its own, without the circuit."""
+    return Proposal(drawn(prediction, config.temperature, generators), lambda: prediction)
+
+
+def latent(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+    """Choose the circuit's latents, then every token on its own given them; judged given them too.
+
+    Given the latents nearly everything is certain, so ``threshold`` judges by the marginals instead.
+    """
+    given = dist.given_latents(generators, temperature=config.temperature)
+    beliefs = Prediction(log_q=given.log_q + dist.prediction.log_q, values=given.values, vocab_size=given.vocab_size)
+    beliefs = beliefs.normalised()
+    tokens = drawn(beliefs, config.temperature, generators.at(1))
+    return Proposal(tokens, dist.posterior if config.chosen_strategy == "threshold" else lambda: beliefs)
+
+
+def marginal(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+    """Propose every token on its own from its exact posterior marginal."""
+    beliefs = dist.posterior()
+    return Proposal(drawn(beliefs, config.temperature, generators), lambda: beliefs)
+
+
+def joint(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+    """Propose all tokens together: an exact joint sample at temperature 1, the most probable explanation at 0."""
+    return Proposal(dist.draw(config.temperature, generators), dist.posterior)
+
+
+PROPOSERS: dict[DecodeMode, Proposer] = {
+    "latent": latent,
+    "marginal": marginal,
+    "any_order": marginal,  # again and again, see diffusion.decoding.step
+    "joint": joint,
+}
+
+
+def dependence_of(dist: CoupledDistribution, num_candidates: int = 4) -> Tensor:
+    """Return a lower bound of the mutual information of all pairs of positions, (W, n, n), in nats.
+
+    It is that of the position's tokens, told apart as its ``num_candidates`` most probable ones and the rest; exact by
+    conditioning on each of these in turn.
+    """
+    beliefs = dist.posterior()
+    num_windows, length = beliefs.shape
+    count = min(num_candidates, beliefs.num_listed)
+    log_p, index = beliefs.log_q.topk(count, -1)
+    tokens = index if beliefs.values is None else beliefs.values.gather(2, index)
+    p = log_p.exp().double()  # (W, n, c)
+    own = torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0.0)], -1)
+    information = torch.zeros(num_windows, length, length, dtype=torch.float64, device=p.device)
+    for i in range(length):
+        here = torch.zeros(num_windows, length, dtype=torch.bool, device=p.device)
+        here[:, i] = True
+        rest = own.clone()  # p(x_j = w, x_i not among the candidates), less what is conditioned on below
+        for c in range(count):
+            is_possible = (p[:, i, c] > 1e-9) & dist.masked[:, i]
+            if not bool(is_possible.any()):
+                continue
+            held = torch.where(here & is_possible.unsqueeze(1), tokens[..., c], tokens[..., 0])
+            given = dist.given(held, here & is_possible.unsqueeze(1)).posterior()
+            conditional = _of_tokens(given, tokens).exp().double()
+            conditional = torch.cat([conditional, (1 - conditional.sum(-1, keepdim=True)).clamp_min(0.0)], -1)
+            weight = (p[:, i, c] * is_possible).unsqueeze(-1).unsqueeze(-1)
+            together = weight * conditional
+            information[:, i] += _terms(together, weight * own)
+            rest = rest - together
+        other = own[:, i, -1:].unsqueeze(1)
+        information[:, i] += _terms(rest.clamp_min(0.0), other * own)
+    information = information.clamp_min(0.0)
+    return torch.maximum(information, information.transpose(1, 2))
+
+
+def _terms(together: Tensor, apart: Tensor) -> Tensor:
+    ratio = torch.where(together > 0, together / apart.clamp_min(1e-300), 1.0)
+    return (together * ratio.clamp_min(1e-300).log()).sum(-1)
+
+
+def _of_tokens(beliefs: Prediction, tokens: Tensor) -> Tensor:
+    """Return log-probabilities of some tokens of every position, (W, n, c)."""
+    return torch.stack([beliefs.log_prob_of(column) for column in tokens.unbind(-1)], -1)

@@ -1,0 +1,276 @@
+"""Conditioners: a changed prediction, factors on latents, weights at run time; learnt with the head, kept with it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hmm_cases import L, N, V, hmm, joints, texts
+from torch import nn
+
+import circuits as ct
+from diffusion import (
+    CircuitTraining,
+    Conditioned,
+    Conditioner,
+    CoupledHead,
+    LatentPotentials,
+    NoiseCalibration,
+    Prediction,
+    TransformerConfig,
+    TransformerDenoiser,
+    cache_logits,
+    evaluation,
+    fit_coupled,
+    generate,
+)
+from diffusion.conditioners import register
+from diffusion.conditioners.base import conditioner_class
+from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.training.circuit import coupled_loss
+
+B, H = 3, 2
+
+
+@pytest.fixture
+def pc():
+    return hmm()
+
+
+@pytest.fixture
+def said(generator):
+    logits = torch.randn(B, L, V, dtype=torch.float64, generator=generator)
+    features = torch.randn(B, L, H, generator=generator)
+    return Prediction.from_logits(logits, features=features)
+
+
+@pytest.fixture
+def block(generator):
+    masked = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
+    return torch.randint(V, (B, L), generator=generator), masked
+
+
+@pytest.fixture
+def potentials(pc, generator):
+    made = LatentPotentials.for_hmm(pc, H)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(generator=generator)
+    return made
+
+
+def test_new_potentials_are_the_plain_product(pc, said, block):
+    plain, conditioned = CoupledHead(pc), CoupledHead(pc, conditioners=[LatentPotentials.for_hmm(pc, H)])
+    torch.testing.assert_close(conditioned(said, *block).marginal_probs, plain(said, *block).marginal_probs)
+
+
+@pytest.mark.parametrize("normalization", ["global", "local"])
+def test_potentials_multiply_the_states_of_every_step(normalization, pc, said, block, potentials):
+    """By enumeration of texts and states, with exp(A h + a r + c) per state computed by numpy."""
+    tokens, masked = block
+    weight, bias = potentials.linear.weight.detach().numpy(), potentials.linear.bias.detach().numpy()
+    ratio = masked.numpy().mean(1)[:, None, None]
+    factors = np.exp(said.features.numpy() @ weight[:, :H].T + ratio * weight[:, H] + bias)
+    law = joints(pc, said.log_q.exp().numpy(), tokens, masked, normalization, factors).sum(-1)
+    head = CoupledHead(pc, normalization=normalization, conditioners=[potentials])
+    dist = head.distribution(said, tokens, masked)
+    np.testing.assert_allclose(dist.log_prob(texts(B)).exp().T.detach(), law, rtol=1e-4, atol=1e-9)
+
+
+def test_the_gradient_reaches_potentials_and_calibration(pc, said, block):
+    tokens, masked = block
+    made = [LatentPotentials.for_hmm(pc, H).double(), NoiseCalibration(V, 2).double()]
+    head = CoupledHead(pc, conditioners=made)
+
+    def loss():
+        return head.conditional_log_likelihood(said, tokens, masked).sum()
+
+    for parameter in (made[0].linear.weight, made[0].linear.bias, made[1].log_scale, made[1].bias):
+        (grad,) = torch.autograd.grad(loss(), [parameter])
+        assert grad.abs().max() > 0
+        index = tuple(0 for _ in parameter.shape)
+        values = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                parameter[index] += step
+                values.append(loss())
+                parameter[index] -= step
+        torch.testing.assert_close(grad[index], (values[0] - values[1]) / 2e-6, rtol=1e-4, atol=1e-8)
+
+
+def test_conditioners_are_applied_in_order_and_their_factors_add_up(pc, said, block, potentials):
+    tokens, masked = block
+    twice = CoupledHead(pc, conditioners=[potentials, potentials])
+    doubled = LatentPotentials(**potentials.settings())
+    doubled.load_state_dict({name: 2 * tensor for name, tensor in potentials.state_dict().items()})
+    once = CoupledHead(pc, conditioners=[doubled])
+    torch.testing.assert_close(twice(said, *block).marginal_probs, once(said, *block).marginal_probs)
+    calibration = NoiseCalibration(V, 2)
+    with torch.no_grad():
+        calibration.log_scale.fill_(0.7)
+    sharper = replace(said, log_q=said.log_q * 2.0 ** (0.7 / np.log(2)))
+    found = CoupledHead(pc, calibration=calibration, conditioners=[potentials]).distribution(said, tokens, masked)
+    expected = CoupledHead(pc, conditioners=[potentials]).distribution(sharper, tokens, masked)
+    torch.testing.assert_close(found.marginal_probs, expected.marginal_probs, rtol=1e-6, atol=1e-8)
+
+
+@register("test_transitions")
+class Transitions(Conditioner):
+    """Weights at run time: the transition of the first step becomes softmax(a r) in every row, r the mask ratio."""
+
+    def __init__(self, slope: float = 0.0) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor([slope, 0.0]))
+
+    def condition(self, prediction, masked):
+        row = torch.log_softmax(self.slope * masked.to(self.slope).mean(-1, keepdim=True), -1)
+        return Conditioned(prediction, weights={"transition0": row.unsqueeze(1).expand(-1, N, -1)})
+
+    def settings(self):
+        return {}
+
+
+def test_a_conditioner_of_ones_own_gives_weights_at_run_time(pc, said, block, tmp_path):
+    tokens, masked = block
+    head = CoupledHead(pc, top_k=V, conditioners=[Transitions(2.0)])
+    head.save(tmp_path / "head")
+    for dist in (head(said, tokens, masked), CoupledHead.load(tmp_path / "head")(said, tokens, masked)):
+        found = dist.log_prob(texts(B)).exp().T.detach()
+        for b in range(B):
+            row = torch.softmax(torch.tensor([2.0, 0.0], dtype=torch.float64) * masked[b].double().mean(), 0)
+            pc.set_weights(pc.sum_node("transition0"), row.expand(N, -1))
+            law = joints(pc, said.log_q.exp().numpy(), tokens, masked, "global").sum(-1)
+            np.testing.assert_allclose(found[b], law[b], rtol=1e-6, atol=1e-9)
+    with pytest.raises(ArgumentError, match="two of them give weights to 'transition0'"):
+        CoupledHead(pc, conditioners=[Transitions(), Transitions()])(said, tokens, masked)
+
+
+def test_a_loaded_head_has_the_conditioners_of_the_saved_one(pc, said, block, potentials, tmp_path):
+    calibration = NoiseCalibration(V, 3)
+    nn.init.normal_(calibration.bias)
+    head = CoupledHead(pc, normalization="local", conditioners=[potentials, calibration])
+    head.save(tmp_path / "head")
+    loaded = CoupledHead.load(tmp_path / "head")
+    assert [type(made) for made in loaded.conditioners] == [LatentPotentials, NoiseCalibration]
+    assert loaded.needs_features
+    assert loaded.calibration is not None
+    assert torch.equal(loaded(said, *block).marginal_probs, head(said, *block).marginal_probs)
+
+
+def test_what_does_not_fit_is_named(pc, said, block, potentials, tmp_path):
+    tokens, masked = block
+    head = CoupledHead(pc, conditioners=[potentials])
+
+    class Unregistered(Transitions):
+        name = ""
+
+    with pytest.raises(ArgumentError, match="expected 2 features per position, got none; ask with features=True"):
+        head.distribution(replace(said, features=None), tokens, masked)
+    with pytest.raises(ArgumentError, match="expected 2 features per position, got 3"):
+        head.distribution(replace(said, features=torch.zeros(B, L, 3)), tokens, masked)
+    with pytest.raises(ArgumentError, match="the potentials of 'initial' are for 5 units at position 0"):
+        CoupledHead(pc, conditioners=[LatentPotentials({"initial": 0}, 5, H)])
+    with pytest.raises(ArgumentError, match="'elsewhere' is no node"):
+        CoupledHead(pc, conditioners=[LatentPotentials({"elsewhere": 0}, N, H)])
+    with pytest.raises(ArgumentError, match=r"conditioners: expected df\.Conditioner modules, got Linear"):
+        CoupledHead(pc, conditioners=[nn.Linear(2, 2)])
+    with pytest.raises(ArgumentError, match="positions: expected at least one"):
+        LatentPotentials({}, N, H)
+    with pytest.raises(ArgumentError, match="names Transitions already"):
+        register("test_transitions")(Unregistered)
+    with pytest.raises(ArgumentError, match="name: expected one of"):
+        conditioner_class("unheard of")
+    with pytest.raises(ArgumentError, match="name: expected one of"):
+        CoupledHead(pc, conditioners=[Unregistered()]).save(tmp_path / "head")
+
+
+def test_a_file_with_a_conditioner_that_nobody_registered_is_refused(pc, said, tmp_path):
+    @register("test_forgotten")
+    class Forgotten(Transitions):
+        pass
+
+    CoupledHead(pc, conditioners=[Forgotten()]).save(tmp_path / "head")
+    from diffusion.conditioners import base
+
+    del base._registry["test_forgotten"]
+    with pytest.raises(CheckpointError, match=r"test_forgotten.*import the module that registers it"):
+        CoupledHead.load(tmp_path / "head")
+
+
+# With a real denoiser: features beside the logits, cached, trained on, decoded with.
+
+CONTEXT, LENGTH, TOKENS = 4, 4, 9
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    config = TransformerConfig(
+        vocab_size=TOKENS, mask_id=8, pad_id=7, eos_id=6, context_length=CONTEXT, block_length=LENGTH, width=16,
+        num_layers=1, num_heads=2,
+    )  # fmt: skip
+    return TransformerDenoiser(config, seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """Blocks of one token four times, which the first token of the context tells."""
+    first = torch.randint(0, 6, (60, 1), generator=torch.Generator().manual_seed(0))
+    return torch.cat([first, torch.zeros(60, CONTEXT - 1, dtype=torch.int64), first.expand(-1, LENGTH)], 1)
+
+
+def test_features_are_what_the_logits_are_read_from(denoiser, windows):
+    with torch.no_grad():
+        logits, features = denoiser.logits_and_features(windows, window=(CONTEXT, CONTEXT + LENGTH))
+        assert torch.equal(logits, denoiser.logits(windows, window=(CONTEXT, CONTEXT + LENGTH)))
+    expected = features @ denoiser.embedding.weight.T + denoiser.output_bias
+    torch.testing.assert_close(logits, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_potentials_are_trained_on_a_cache_with_features(top_k, denoiser, windows, tmp_path):
+    options = {"block_length": LENGTH, "batch_size": 16, "progress": False, "top_k": top_k}
+    plain = cache_logits(denoiser, windows, tmp_path / "plain", **options)
+    cache = cache_logits(denoiser, windows, tmp_path / "cache", features=True, **options)
+    assert plain.features is None
+    batch = cache.batch(slice(None))
+    assert torch.equal(batch.log_q, plain.batch(slice(None)).log_q)
+    canvas = windows.clone()
+    canvas[:, CONTEXT:] = canvas[:, CONTEXT:].masked_fill(batch.masked, 8)
+    said = Prediction.ask(denoiser, canvas, window=(CONTEXT, CONTEXT + LENGTH), features=True)
+    torch.testing.assert_close(batch.features, said.features, rtol=2e-3, atol=2e-3)  # float16
+
+    def head(*conditioners):
+        return CoupledHead(ct.compile(ct.structures.hmm(LENGTH, 6, TOKENS), seed=0), conditioners=conditioners)
+
+    without, conditioned = head(), head(LatentPotentials.for_hmm(head().pc, 16))
+    assert coupled_loss(without, cache) == pytest.approx(coupled_loss(conditioned, cache), rel=1e-5)
+    config = CircuitTraining(steps=80, batch_size=60, learning_rate=0.05)
+    for one in (without, conditioned):
+        fit_coupled(one, cache, config=config, progress=False)
+    assert coupled_loss(conditioned, cache) < coupled_loss(without, cache) - 0.05
+    with pytest.raises(ArgumentError, match=r"cache_logits\(\.\.\., features=True\)"):
+        coupled_loss(conditioned, plain)
+
+
+def test_features_are_asked_for_wherever_a_head_needs_them(denoiser, windows):
+    pc = ct.compile(ct.structures.hmm(LENGTH, 3, TOKENS), seed=0)
+    made = LatentPotentials.for_hmm(pc, 16)
+    head = CoupledHead(pc, conditioners=[made])
+    plain = CoupledHead(pc)
+    options = {"gen_length": 8, "block_length": LENGTH, "num_steps": 4, "temperature": 0.0, "decode": "marginal"}
+    prompt = windows[:4, :CONTEXT]
+    assert torch.equal(
+        generate(denoiser, prompt, head=head, **options).tokens,
+        generate(denoiser, prompt, head=plain, **options).tokens,
+    )
+    with torch.no_grad():
+        made.linear.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    assert not torch.equal(
+        generate(denoiser, prompt, head=head, **options).tokens,
+        generate(denoiser, prompt, head=plain, **options).tokens,
+    )
+    rows = [
+        evaluation.misspecification_gap(denoiser, one, windows, mask_ratios=(1.0,)).rows[0] for one in (head, plain)
+    ]
+    assert rows[0].one_step == rows[1].one_step
+    assert rows[0].coupled != rows[1].coupled
