@@ -235,7 +235,8 @@ def _any_order(
         if not bool((left > 0).any()):
             return
         dist = dist.given(proposal.tokens, committed)
-        part = replace(part, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        tokens = torch.where(committed, proposal.tokens, part.tokens)
+        part = replace(part, tokens=tokens, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
         rounds += 1
 
 
