@@ -130,7 +130,7 @@ def generate(
     rows = _rows("prompt", prompt, denoiser)
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
     constraint = options.pop("constraint", None)
-    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds, constraint)
+    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds, constraint, ends=stop_at_eos)
     plan = plan or Blocks(block_length, num_steps)
     return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
 
@@ -185,7 +185,7 @@ def infill(
     rows = _rows("tokens", tokens, denoiser)
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
     constraint = options.pop("constraint", None)
-    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds, constraint)
+    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds, constraint, ends=stop_at_eos)
     if plan is None:
         uses_windows = head is not None and chosen.decode != "independent"
         plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
