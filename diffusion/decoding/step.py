@@ -121,7 +121,7 @@ def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, co
     seeds = canvas.generators(rows, torch.full_like(rows, _BEFORE_WINDOWS)).seeds
     generators = RowGenerators(seeds, offset=look.span[0] - canvas.origin)  # a position's number is its own
     tokens = prediction.best()
-    scores = SCORES[config.chosen_strategy](prediction, tokens, generators)
+    scores = _scores(canvas, prediction, tokens, config, generators)
     candidates = look.open[:, slice(*look.span)]
     ranking = Ranking(scores, candidates, look.counts, lambda: prediction)
     return commit(ranking, config) & (look.counts > 0).unsqueeze(1)
@@ -180,7 +180,7 @@ def _write(
     """Commit the most reliable proposals; return where, bool (W, n)."""
     is_filtered = canvas.constraint is not None and config.decode in ("marginal", "any_order")
     needs_scores = is_filtered or config.remask > 0
-    committed, scores = _committed(part, proposal, dist, config, generators, needs_scores=needs_scores)
+    committed, scores = _committed(canvas, part, proposal, dist, config, generators, needs_scores=needs_scores)
     if is_filtered:
         committed = _compatible(canvas, part, proposal, committed, scores)
     canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
@@ -201,6 +201,7 @@ def _compatible(canvas: Canvas, part: Part, proposal: Proposal, committed: Tenso
 
 
 def _committed(
+    canvas: Canvas,
     part: Part,
     proposal: Proposal,
     dist: CoupledDistribution | None,
@@ -213,11 +214,21 @@ def _committed(
     if nothing_to_rank and not needs_scores:
         return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
     beliefs = proposal.beliefs()
-    scores = SCORES[config.chosen_strategy](beliefs, proposal.tokens, generators.at(2))
+    scores = _scores(canvas, beliefs, proposal.tokens, config, generators.at(2))
     dependence = None if dist is None else partial(dependence_of, dist)
     committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
     confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
     return committed, confidence
+
+
+def _scores(
+    canvas: Canvas, beliefs: Prediction, tokens: Tensor, config: DecodingConfig, generators: RowGenerators
+) -> Tensor:
+    """Score positions by the strategy, and by the controls that have a say in it, (W, n)."""
+    scores = SCORES[config.chosen_strategy](beliefs, tokens, generators)
+    for control in canvas.controls:
+        scores = control.scores(scores, tokens, canvas.spec)
+    return scores
 
 
 def _in_rounds(

@@ -108,8 +108,8 @@ def test_texts_that_end_satisfy_their_constraint(decode, denoiser, head):
     table[0, 0], table[1, 1] = 1, 0
     automaton = df.constraints.automaton(ct.queries.Automaton.deterministic(table, [0, 1]))
     out = df.generate(
-        denoiser, [[2]] * 20, gen_length=9, block_length=3, num_steps=5, head=head, decode=decode, temperature=1.0,
-        seeds=range(20), constraint=automaton,
+        denoiser, [[2]] * 60, gen_length=9, block_length=3, num_steps=5, head=head, decode=decode, temperature=1.0,
+        seeds=range(60), constraint=automaton,
     )  # fmt: skip
     lengths = set()
     for row in out.generated.tolist():
