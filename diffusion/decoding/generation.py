@@ -12,12 +12,12 @@ from torch import Tensor
 from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
+from diffusion.decoding.joint import JointHead, check_head
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Plan
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
-from diffusion.denoisers.base import Denoiser, DenoiserSpec
+from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
-from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
 
@@ -84,7 +84,7 @@ def generate(
     gen_length: int,
     block_length: int | None = None,
     num_steps: int | None = None,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     decode: DecodeMode | None = None,
     strategy: Strategy | None = None,
     temperature: float | None = None,
@@ -142,7 +142,7 @@ def infill(
     *,
     num_steps: int | None = None,
     window_length: int | None = None,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     decode: DecodeMode | None = None,
     strategy: Strategy | None = None,
     temperature: float | None = None,
@@ -198,7 +198,7 @@ def fill(
     canvas: Canvas,
     plan: Plan,
     *,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     config: DecodingConfig | None = None,
     stop_at_eos: bool = False,
     on_step: Callable[[Step], None] | None = None,
@@ -218,7 +218,7 @@ def fill(
     """
     config = config or DecodingConfig()
     if head is not None:
-        _check_head(head, denoiser.spec)
+        check_head(head, denoiser.spec, config)
     history = [canvas.tokens.clone()] if record else []
     num_calls = 0
     for look in plan.looks(canvas):
@@ -253,7 +253,7 @@ def fill(
     )
 
 
-def _config(config: DecodingConfig | None, head: CoupledHead | None, **changes: Any) -> DecodingConfig:
+def _config(config: DecodingConfig | None, head: JointHead | None, **changes: Any) -> DecodingConfig:
     base = config or DecodingConfig()
     if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1:
         changes["temperature"] = head.temperature
@@ -275,14 +275,3 @@ def _rows(name: str, rows: Rows, denoiser: Denoiser) -> list[Tensor]:
     parts = token_rows(name, rows, denoiser.spec)
     device = getattr(denoiser, "device", parts[0].device)
     return [part.to(device) for part in parts]
-
-
-def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:
-    if not isinstance(head, CoupledHead):
-        raise ArgumentError(f"head: expected df.CoupledHead(pc) or None, got {type(head).__name__}")
-    categories = set(head.pc.circuit.num_categories)
-    if categories != {spec.vocab_size}:
-        raise ArgumentError(
-            f"head: expected a circuit over the denoiser's {spec.vocab_size} tokens, got {sorted(categories)} "
-            "categories; fit one on this denoiser's tokens"
-        )
