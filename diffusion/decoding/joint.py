@@ -23,10 +23,12 @@ class JointDistribution(Protocol):
     :class:`SelfAccepting`.
     """
 
-    prediction: Prediction
-    masked: Tensor  # shape: (W, n)
+    @property
+    def prediction(self) -> Prediction: ...  # noqa: D102
+    @property
+    def masked(self) -> Tensor: ...  # noqa: D102
 
-    def draw(self, temperature: float, generator: RowGenerators | None) -> Tensor:
+    def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
         """Draw all tokens together, int64 (W, n); at temperature 0 the best that can be found."""
         ...
 
@@ -73,10 +75,12 @@ class JointHead(Protocol):
         modes: ways of decoding that it has, of :data:`~diffusion.decoding.config.MODES`.
     """
 
-    activation_threshold: float
-    temperature: float
-    top_k: int | None
-
+    @property
+    def activation_threshold(self) -> float: ...  # noqa: D102
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+    @property
+    def top_k(self) -> int | None: ...  # noqa: D102
     @property
     def block_length(self) -> int: ...  # noqa: D102
     @property
