@@ -13,12 +13,12 @@ from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.controls import Control, View, all_controls, steered
+from diffusion.decoding.joint import JointHead, check_head
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Look, Plan
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
-from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
 _OTHER_OPTIONS = {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook"}
@@ -87,7 +87,7 @@ def generate(
     gen_length: int,
     block_length: int | None = None,
     num_steps: int | None = None,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     decode: DecodeMode | None = None,
     strategy: Strategy | None = None,
     temperature: float | None = None,
@@ -148,7 +148,7 @@ def infill(
     *,
     num_steps: int | None = None,
     window_length: int | None = None,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     decode: DecodeMode | None = None,
     strategy: Strategy | None = None,
     temperature: float | None = None,
@@ -210,7 +210,7 @@ def fill(
     canvas: Canvas,
     plan: Plan,
     *,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     config: DecodingConfig | None = None,
     stop_at_eos: bool = False,
     controls: Sequence[Control] = (),
@@ -309,7 +309,7 @@ def _check_controls(controls: Sequence[Control], canvas: Canvas, config: Decodin
         )
 
 
-def _config(config: DecodingConfig | None, head: CoupledHead | None, **changes: Any) -> DecodingConfig:
+def _config(config: DecodingConfig | None, head: JointHead | None, **changes: Any) -> DecodingConfig:
     base = config or DecodingConfig()
     if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1:
         changes["temperature"] = head.temperature
@@ -336,7 +336,7 @@ def _rows(name: str, rows: Rows, denoiser: Denoiser) -> list[Tensor]:
 
 
 def _check(
-    denoiser: Denoiser, head: CoupledHead | None, config: DecodingConfig | None, plan: Plan | None, **counts: int | None
+    denoiser: Denoiser, head: JointHead | None, config: DecodingConfig | None, plan: Plan | None, **counts: int | None
 ) -> None:
     if not isinstance(getattr(denoiser, "spec", None), DenoiserSpec) or not hasattr(denoiser, "logits"):
         raise ArgumentError(f"denoiser: expected one with spec and logits, df.Denoiser, got {type(denoiser).__name__}")
@@ -349,15 +349,4 @@ def _check(
     if plan is not None and given:
         raise ArgumentError(f"{given[0]}: a plan has its own, got both; say it in the plan, {plan!r}")
     if head is not None:
-        _check_head(head, denoiser.spec)
-
-
-def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:
-    if not isinstance(head, CoupledHead):
-        raise ArgumentError(f"head: expected df.CoupledHead(pc) or None, got {type(head).__name__}")
-    categories = set(head.pc.circuit.num_categories)
-    if categories != {spec.vocab_size}:
-        raise ArgumentError(
-            f"head: expected a circuit over the denoiser's {spec.vocab_size} tokens, got {sorted(categories)} "
-            "categories; fit one on this denoiser's tokens"
-        )
+        check_head(head, denoiser.spec, config or DecodingConfig())

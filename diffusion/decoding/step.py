@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
+from diffusion.decoding.joint import JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
 from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, independent
+from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
@@ -56,7 +57,7 @@ class Part:
 
 
 def decode_step(
-    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: JointHead | None, config: DecodingConfig
 ) -> None:
     """Commit tokens of one look to the canvas.
 
@@ -96,7 +97,7 @@ def _turns(rows: Tensor, *, is_free: bool) -> list[Tensor]:
 
 
 def _windows_of(
-    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: JointHead | None, config: DecodingConfig
 ) -> Part:
     longest = None if head is None or config.decode == "independent" else head.block_length
     start = look.span[0]
@@ -127,7 +128,7 @@ def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, co
     return commit(ranking, config) & (look.counts > 0).unsqueeze(1)
 
 
-def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) -> Tensor:
+def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) -> Tensor:
     if head is None or config.decode == "independent":
         return torch.zeros_like(part.windows.rows, dtype=torch.bool)
     threshold = head.activation_threshold if config.activation_threshold is None else config.activation_threshold
@@ -136,7 +137,7 @@ def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) 
     return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
-def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: DecodingConfig) -> None:
+def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig) -> None:
     rows, starts = part.windows.rows, part.windows.starts
     generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
@@ -150,7 +151,7 @@ def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: D
     _write(canvas, part, PROPOSERS[mode](dist, config, generators), dist, config, generators)
 
 
-def _distribution(canvas: Canvas, part: Part, head: CoupledHead | None) -> CoupledDistribution:
+def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDistribution:
     """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
     absent = part.absent if bool(part.absent.any()) else None
     constraint = canvas.constraint
@@ -165,6 +166,8 @@ def _distribution(canvas: Canvas, part: Part, head: CoupledHead | None) -> Coupl
         told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
         return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
     prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"constraint: expected df.CoupledHead or no head, got {type(head).__name__}")
     dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
     return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
 
@@ -173,7 +176,7 @@ def _write(
     canvas: Canvas,
     part: Part,
     proposal: Proposal,
-    dist: CoupledDistribution | None,
+    dist: JointDistribution | None,
     config: DecodingConfig,
     generators: RowGenerators,
 ) -> Tensor:
@@ -204,7 +207,7 @@ def _committed(
     canvas: Canvas,
     part: Part,
     proposal: Proposal,
-    dist: CoupledDistribution | None,
+    dist: JointDistribution | None,
     config: DecodingConfig,
     generators: RowGenerators,
     *,
@@ -214,9 +217,14 @@ def _committed(
     if nothing_to_rank and not needs_scores:
         return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
     beliefs = proposal.beliefs()
-    scores = _scores(canvas, beliefs, proposal.tokens, config, generators.at(2))
-    dependence = None if dist is None else partial(dependence_of, dist)
-    committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+    if proposal.accepted is None:
+        scores = _scores(canvas, beliefs, proposal.tokens, config, generators.at(2))
+        dependence = None if dist is None else partial(dependence_of, dist)
+        committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+    else:
+        scores = SCORES["low_confidence"](beliefs, proposal.tokens, generators)
+        from_left = part.candidates.cumsum(1) <= part.counts.unsqueeze(1)
+        committed = part.candidates & (proposal.accepted | from_left)
     confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
     return committed, confidence
 
@@ -232,7 +240,7 @@ def _scores(
 
 
 def _in_rounds(
-    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
+    canvas: Canvas, part: Part, dist: JointDistribution, config: DecodingConfig, generators: RowGenerators
 ) -> None:
     """Commit a step's positions in rounds; each is given those before, without asking the denoiser again.
 
