@@ -3,7 +3,7 @@
 from diffusion import evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding import constraints
+from diffusion.decoding import constraints, controls
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
@@ -38,6 +38,7 @@ __all__ = [
     "TransformerDenoiser",
     "cache_logits",
     "constraints",
+    "controls",
     "evaluation",
     "fit_coupled",
     "generate",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,9 @@ class CoupledHead(nn.Module):
         self.normalization = normalization
         self.top_k = top_k
         self.conditioners: Iterable[Conditioner] = cast(Any, nn.ModuleList(chosen))
+
+    modes: ClassVar[frozenset[str]] = frozenset({"independent", "latent", "marginal", "any_order", "joint"})
+    """Ways of decoding that it has: all."""
 
     @property
     def calibration(self) -> NoiseCalibration | None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.config import DecodeMode, DecodingConfig
+from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
 from diffusion.prediction import Prediction
 
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """Tokens for all positions of W windows, int64 (W, n), and beliefs about them, which only a ranking asks for."""
+    """Tokens for all positions of W windows, int64 (W, n), and beliefs about them, which only a ranking asks for.
+
+    ``accepted``, bool (W, n), says which of them are kept where it is not for a strategy to say.
+    """
 
     tokens: Tensor
     beliefs: Callable[[], Prediction]
+    accepted: Tensor | None = None
 
 
-Proposer = Callable[[CoupledDistribution, DecodingConfig, RowGenerators], Proposal]
+Proposer = Callable[[Any, DecodingConfig, RowGenerators], Proposal]
 """From the joint distribution of W windows, the options, and random numbers for each window."""
 
 
@@ -40,7 +45,7 @@ def independent(prediction: Prediction, config: DecodingConfig, generators: RowG
     return Proposal(drawn(prediction, config.temperature, generators), lambda: prediction)
 
 
-def latent(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+def latent(dist: LatentDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Choose the circuit's latents, then every token on its own given them; judged given them too.
 
     Given the latents nearly everything is certain, so ``threshold`` judges by the marginals instead.
@@ -52,14 +57,17 @@ def latent(dist: CoupledDistribution, config: DecodingConfig, generators: RowGen
     return Proposal(tokens, dist.posterior if config.chosen_strategy == "threshold" else lambda: beliefs)
 
 
-def marginal(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+def marginal(dist: JointDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose every token on its own from its exact posterior marginal."""
     beliefs = dist.posterior()
     return Proposal(drawn(beliefs, config.temperature, generators), lambda: beliefs)
 
 
-def joint(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+def joint(dist: JointDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose all tokens together: an exact joint sample at temperature 1, the most probable explanation at 0."""
+    if isinstance(dist, SelfAccepting):
+        tokens, accepted = dist.draw_accepted(config.temperature, generators)
+        return Proposal(tokens, dist.posterior, accepted)
     return Proposal(dist.draw(config.temperature, generators), dist.posterior)
 
 
@@ -71,7 +79,7 @@ PROPOSERS: dict[DecodeMode, Proposer] = {
 }
 
 
-def dependence_of(dist: CoupledDistribution, num_candidates: int = 4) -> Tensor:
+def dependence_of(dist: JointDistribution, num_candidates: int = 4) -> Tensor:
     """Return a lower bound of the mutual information of all pairs of positions, (W, n, n), in nats.
 
     It is that of the position's tokens, told apart as its ``num_candidates`` most probable ones and the rest; exact by
