@@ -25,6 +25,7 @@ class Canvas:
         confidence: float (B, T), how certain each written token was when it was committed; 1 where nothing was written.
         first: int, where the part that may be written begins for all rows: the length of the prompts.
         seeds: one per row, int64 (B,).
+        origin: int64 (B,), where each row begins: places are counted from there, so that padding moves nothing.
         num_calls: how many denoiser calls each row took part in, int64 (B,).
         num_windows: how many windows of each row were decoded, int64 (B,).
         num_coupled: in how many of them the circuit was used, int64 (B,).
@@ -42,6 +43,8 @@ class Canvas:
 
     def __post_init__(self) -> None:
         self.writable = self.masked.clone()
+        is_first = self.valid.cumsum(1).eq(1) & self.valid
+        self.origin = (is_first * torch.arange(self.length, device=self.tokens.device)).sum(1)
         self.ended = torch.zeros_like(self.masked[:, 0]) if self.length else self.masked.new_zeros(len(self.masked))
         self.confidence = torch.ones(self.masked.shape, device=self.masked.device)
         self.reads = self.valid.clone()
@@ -66,7 +69,7 @@ class Canvas:
         return self.masked.sum(1) / self.writable.sum(1).clamp_min(1)
 
     def generators(self, rows: Tensor, places: Tensor) -> RowGenerators:
-        """Return random numbers for windows: of their rows' seeds and calls so far, and where they begin, (W,) each."""
+        """Return random numbers for windows: of their rows' seeds and calls so far, and places in rows, (W,) each."""
         return RowGenerators(self.seeds[rows]).at(self.num_calls[rows], places)
 
     def write(self, rows: Tensor, positions: Tensor, tokens: Tensor, committed: Tensor, confidence: Tensor) -> None:

@@ -110,20 +110,22 @@ def generate(
         temperature: tau >= 0; by default the head's if that is not 1, else 0, which is greedy.
         config: all options of a step at once; those above replace its own.
         stop_at_eos: end a text at its first end-of-text token: the rest of it is padding.
-        options: ``valid``, ``plan``, ``constraint``, ``seeds``, ``generator``, ``on_step``, ``record`` and those of
+        options: ``valid``, ``plan`` (which has ``block_length`` and ``num_steps`` of its own), ``constraint``,
+            ``seeds``, ``generator``, ``on_step``, ``record`` and those of
             :class:`~diffusion.decoding.config.DecodingConfig`, as for :func:`infill`.
 
     Raises:
         ArgumentError: an argument has a wrong type, shape or value, prompt and text exceed the denoiser's length, or
             the denoiser's logits are broken.
     """
+    valid, plan = options.pop("valid", None), options.pop("plan", None)
+    _check(denoiser, head, config, plan, block_length=block_length, num_steps=num_steps)
     checked_count("gen_length", gen_length)
     if block_length is None:
         block_length = gen_length if head is None else min(gen_length, head.block_length)
     checked_count("block_length", block_length)
     if num_steps is not None:
         checked_count("num_steps", num_steps)
-    valid, plan = options.pop("valid", None), options.pop("plan", None)
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
@@ -166,7 +168,8 @@ def infill(
         stop_at_eos: make padding of what follows an end-of-text token that was written.
         options: ``valid``: bool (B, T), False at padding, which is never filled (an attention mask). ``plan``: the
             order, :class:`~diffusion.decoding.plans.Blocks`, ``Anywhere`` or ``DynamicWindows``, which is the default
-            with a head. ``constraint``: what the text satisfies in the end, see
+            with a head; it takes ``num_steps`` and the windows' length itself. Blocks are counted from the canvas's
+            first position, padding included. ``constraint``: what the text satisfies in the end, see
             :mod:`diffusion.decoding.constraints`; of ``generate`` the new text, else the whole canvas. ``seeds``: an
             integer per row: with it a row's text depends on its tokens and its seed, not on the batch, its mates or
             padding. ``generator``: draws the seeds where none are given. ``on_step``: called with a :class:`Step` after
@@ -176,9 +179,11 @@ def infill(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value, or the denoiser's logits are broken.
     """
-    if num_steps is not None:
-        checked_count("num_steps", num_steps)
     valid, plan = options.pop("valid", None), options.pop("plan", None)
+    _check(denoiser, head, config, plan, num_steps=num_steps, window_length=window_length)
+    for name, count in (("num_steps", num_steps), ("window_length", window_length)):
+        if count is not None:
+            checked_count(name, count)
     chosen = _config(
         config, head, decode=decode, strategy=strategy, temperature=temperature, **_config_options(options)
     )
@@ -216,9 +221,10 @@ def fill(
         on_step: called after every denoiser call.
         record: keep the tokens of every step.
     """
+    _check(denoiser, head, config, plan)
     config = config or DecodingConfig()
-    if head is not None:
-        _check_head(head, denoiser.spec)
+    if on_step is not None and not callable(on_step):
+        raise ArgumentError(f"on_step: expected a function of a step, or None, got {type(on_step).__name__}")
     history = [canvas.tokens.clone()] if record else []
     num_calls = 0
     for look in plan.looks(canvas):
@@ -275,6 +281,23 @@ def _rows(name: str, rows: Rows, denoiser: Denoiser) -> list[Tensor]:
     parts = token_rows(name, rows, denoiser.spec)
     device = getattr(denoiser, "device", parts[0].device)
     return [part.to(device) for part in parts]
+
+
+def _check(
+    denoiser: Denoiser, head: CoupledHead | None, config: DecodingConfig | None, plan: Plan | None, **counts: int | None
+) -> None:
+    if not isinstance(getattr(denoiser, "spec", None), DenoiserSpec) or not hasattr(denoiser, "logits"):
+        raise ArgumentError(f"denoiser: expected one with spec and logits, df.Denoiser, got {type(denoiser).__name__}")
+    if config is not None and not isinstance(config, DecodingConfig):
+        raise ArgumentError(f"config: expected df.DecodingConfig(...) or None, got {type(config).__name__}")
+    if plan is not None and not isinstance(plan, Plan):
+        got = plan.__name__ if isinstance(plan, type) else type(plan).__name__
+        raise ArgumentError(f"plan: expected df.Blocks(...), df.Anywhere() or df.DynamicWindows(), got {got}")
+    given = [name for name, count in counts.items() if count is not None]
+    if plan is not None and given:
+        raise ArgumentError(f"{given[0]}: a plan has its own, got both; say it in the plan, {plan!r}")
+    if head is not None:
+        _check_head(head, denoiser.spec)
 
 
 def _check_head(head: CoupledHead, spec: DenoiserSpec) -> None:

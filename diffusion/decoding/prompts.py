@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ def checked_seeds(seeds: Any, generator: torch.Generator | None, rows: Sequence[
         return torch.randint(2**62, (batch_size,), generator=source, device=source.device).to(device)
     if generator is not None:
         raise ArgumentError("seeds: give either seeds or generator, not both")
-    values = seeds.tolist() if isinstance(seeds, Tensor) else [seeds] if isinstance(seeds, int) else list(seeds)
+    values = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    values = list(values) if isinstance(values, Iterable) else [values]
     is_whole = all(isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 for value in values)
     if not is_whole or len(values) != batch_size:
         raise ArgumentError(f"seeds: expected {batch_size} integers of 64 bits, one per row, got {seeds!r:.80}")
