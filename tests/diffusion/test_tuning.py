@@ -48,8 +48,8 @@ def test_a_wrong_circuit_is_never_used():
     assert tuning.rows[1].gain.value < -0.5
 
 
-def test_gains_are_those_of_an_enumeration_and_the_circuit_is_used_up_to_where_it_hurts():
-    """A circuit of the right dependences and a wrong prior: right when the context shows, wrong when nothing does."""
+def test_gains_are_those_of_an_enumeration():
+    """A circuit of the right texts with wrong probabilities."""
     world = df.testing.worlds.random(3, length=3, num_words=3, concentration=0.2)
     skewed = world.probs**-1.5
     pc = df.testing.worlds.World(world.support, skewed / skewed.sum()).circuit()
@@ -57,11 +57,34 @@ def test_gains_are_those_of_an_enumeration_and_the_circuit_is_used_up_to_where_i
     tuning = tune(world.denoiser(), df.CoupledHead(pc), data)
     gains = [row.gain.value for row in tuning.rows]
     assert gains[-1] == pytest.approx(joint_gain(world, skewed, data), abs=1e-4)
-    assert gains[-1] < 0 < gains[0]
     assert tuning.activation_threshold == chosen_threshold([row.mask_ratio for row in tuning.rows], gains)
     assert [row.uses_circuit for row in tuning.rows] == [
         r.mask_ratio < tuning.activation_threshold for r in tuning.rows
     ]
+
+
+def test_a_circuit_is_used_up_to_where_it_hurts():
+    """The text is aaa. Whatever is visible tells the circuit so, and not the denoiser; blind, it bets on bbb."""
+    texts = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    circuit = df.testing.worlds.World(texts, torch.tensor([1e-6, 1 - 1e-6], dtype=torch.float64))
+
+    class Blind:
+        """Sure of a while all is masked, and of nothing else."""
+
+        spec = circuit.spec
+
+        def logits(self, tokens, *, valid=None, t=None, window=None, cache=None):
+            is_blank = (tokens == self.spec.mask_id).all(1)
+            probs = torch.tensor([[0.5, 0.5, 1e-9], [0.99, 0.01, 1e-9]])
+            return probs.log()[is_blank.long()].unsqueeze(1).expand(-1, 3, -1)
+
+    tuning = tune(Blind(), df.CoupledHead(circuit.circuit(dtype=torch.float64)), texts[:1].repeat(5, 1))
+    blind = 1e-6 * 0.99**3 / (1e-6 * 0.99**3 + (1 - 1e-6) * 0.01**3)
+    assert [row.gain.value for row in tuning.rows] == pytest.approx(
+        [math.log(2), math.log(2), math.log(blind) / 3 - math.log(0.99)], abs=1e-5
+    )
+    assert tuning.activation_threshold == pytest.approx(5 / 6)
+    assert [row.uses_circuit for row in tuning.rows] == [True, True, False]
 
 
 @pytest.mark.parametrize(
