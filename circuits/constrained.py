@@ -19,6 +19,7 @@ from circuits._arcs import Arcs, arcs_of, log_indicator
 from circuits._automaton_chain import Chain, Vectors, downward, temperature_of, upward
 from circuits._class_leaves import class_leaves, explicit
 from circuits._constrained_latents import ConstrainedLatentChoice
+from circuits.choices import draw_values
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.conditioning import Conditions
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
@@ -330,7 +331,7 @@ class ConstrainedDistribution(CircuitDistribution):
                 torch.arange(len(columns), device=self.pc.device),
             )
             source = generator.at(int(columns[0])) if isinstance(generator, RowGenerators) else generator
-            drawn.append(passes.draw_values(self.pc, semiring, given, self._banks, units, query, source))
+            drawn.append(draw_values(self.pc, semiring, given, self._banks, units, query, source))
         return torch.cat(drawn)
 
     @staticmethod

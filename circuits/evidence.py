@@ -20,13 +20,14 @@ from circuits._code import evidence_code
 from circuits._evidence_checks import (
     check_distinct,
     check_factors,
+    check_fits,
     check_floats,
     check_integers,
     check_mask,
     check_range,
     checked_pair,
 )
-from circuits._evidence_where import joined
+from circuits._evidence_where import joined, silent_variables
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -348,20 +349,7 @@ class Evidence:
         Args:
             num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
         """
-        silent = torch.zeros(self.batch_size, self.num_vars, dtype=torch.bool, device=self.device)
-        if self.bounds is not None:
-            silent = (self.bounds[..., 0] == -torch.inf) & (self.bounds[..., 1] == torch.inf)
-        elif self.log_factors is not None and self.values is None:
-            values = torch.arange(self.log_factors.shape[-1], device=self.device)
-            is_other = values >= num_categories.to(self.device).unsqueeze(1)
-            silent = ((self.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
-        if self.reference is not None:
-            here = replace(self, reference=None).says_nothing(num_categories)
-            return here & self.reference.says_nothing(num_categories)
-        if self.missing is None:
-            return silent
-        rest = True if self.otherwise is None else self.otherwise.says_nothing(num_categories)
-        return torch.where(self.missing, rest, silent)
+        return silent_variables(self, num_categories)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
@@ -381,26 +369,7 @@ class Evidence:
 
         Variables with 0 categories have infinitely many values; the layers of their input units check these.
         """
-        if self.num_vars != len(num_categories):
-            raise ArgumentError(
-                f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
-                f"(shape {tuple(self._stored.shape)})"
-            )
-        if self.device != num_categories.device:
-            raise ArgumentError(
-                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
-                "with evidence.to(pc.device), or x.to(pc.device)"
-            )
-        if self.values is not None:
-            check_range(self.values, num_categories.unsqueeze(-1), "x")
-        elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
-            raise ArgumentError(
-                f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
-                f"{self.log_factors.shape[-1]} (shape {tuple(self.log_factors.shape)})"
-            )
-        for part in (self.otherwise, self.reference):
-            if part is not None:
-                part.check(num_categories)
+        check_fits(self, num_categories)
 
     def without(self, where: Tensor) -> Evidence:
         """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""

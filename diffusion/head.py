@@ -39,7 +39,7 @@ class CoupledHead(nn.Module):
         activation_threshold: gamma, for decoding; the circuit is used for sequences whose share of masked positions in
             the block is below it (at very high noise a static circuit can hurt), for all sequences when it is 1 or
             more, as by default.
-        temperature: tau >= 0 of the tokens' distribution in decoding: log q / tau; 0 takes the best token.
+        temperature: tau >= 0 of decoding where none is given there; 1 leaves it to decoding's default, 0.
         normalization: "global" or "local", see :mod:`diffusion.coupling`.
         top_k: evidence on the k best tokens only; None: on all.
         conditioners: what makes the product depend on the noise level and the context, applied in this order, see
