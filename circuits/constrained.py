@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -23,13 +22,14 @@ from circuits.conditioning import Conditions
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.passes import Banks
+from circuits.precision import own_precision
 from circuits.queries._common import check_temperature, require_finite_values
 from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.queries.latents import LatentChoice
 from circuits.randomness import RowGenerators, Source
 from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
-from circuits.torch_distribution import CircuitDistribution, _factors_at
+from circuits.torch_distribution import CircuitDistribution, _factors_at, kept, without_kept
 
 T = TypeVar("T")
 
@@ -95,22 +95,28 @@ class ConstrainedDistribution(CircuitDistribution):
     def given(self, evidence: Evidence) -> ConstrainedDistribution:
         """Return the distribution under other evidence, such as this one's with more values observed."""
         changed: ConstrainedDistribution = object.__new__(type(self))
-        vars(changed).update({name: value for name, value in vars(self).items() if name not in _CACHED})
+        vars(changed).update(without_kept(vars(self)))
         evidence.check(self.pc.num_categories)
         changed.evidence = evidence
         changed._explicit = explicit(evidence, max(self.pc.circuit.num_categories), self.pc.dtype, self._reads)
         return changed
 
-    @cached_property
+    @property
+    def holds_weights(self) -> bool:
+        """True: the weights are those at its beginning."""
+        return True
+
+    @kept
     def log_partition(self) -> Tensor:
         """``log Z = log sum_x p(x) prod_i e_i(x_i) A(x)``, (B,); -inf where nothing that is accepted is possible."""
         return self._log_z(self._explicit)
 
-    @cached_property
+    @kept
     def log_acceptance(self) -> Tensor:
         """``log P(accepted | e)``, (B,), in nats: how much the constraint takes; of weighted automata E[A(x) | e]."""
         return self.log_partition - self._possible(self.pc.log_partition(self._evidence, self._banks))
 
+    @own_precision
     def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
         """Return ``log p(x) prod_i e_i(x_i) A(x)``, (S, B), of values x, (S, B, D)."""
         if self._banks.batch_size > 1 and len(x) > 1:
@@ -133,7 +139,7 @@ class ConstrainedDistribution(CircuitDistribution):
             "log_partition, log_prob, marginal_probs, sample, mode, sample_latents"
         )
 
-    @cached_property
+    @kept
     def marginal_probs(self) -> Tensor:
         """``p(x_i = v | e, A)``, (B, D, C); rows sum to 1, values that a variable does not have are 0."""
         evidence, num_values = self._explicit, max(self.pc.circuit.num_categories)
@@ -144,7 +150,7 @@ class ConstrainedDistribution(CircuitDistribution):
             return gradient[..., :num_values]
         return gradient.new_zeros(*gradient.shape[:2], num_values).scatter_add(2, evidence.values, gradient)
 
-    @cached_property
+    @kept
     def listed_marginal_probs(self) -> Tensor:
         """``p(x_i = v | e, A)`` of the values that the evidence lists, (B, D, k); dense evidence lists all.
 
@@ -238,14 +244,17 @@ class ConstrainedDistribution(CircuitDistribution):
         )
 
     @property
+    @own_precision
     def mean(self) -> Tensor:
         """The mean of every variable's value, taken as a number: (B, D)."""
         return self.marginal_probs @ self._numbers
 
     @property
+    @own_precision
     def variance(self) -> Tensor:
         """The variance of every variable's value, taken as a number: (B, D)."""
-        return self.marginal_probs @ self._numbers.square() - self.mean.square()
+        probs = self.marginal_probs
+        return probs @ self._numbers.square() - (probs @ self._numbers).square()
 
     @property
     def _numbers(self) -> Tensor:
@@ -291,6 +300,7 @@ class ConstrainedDistribution(CircuitDistribution):
         divisors = passes.leaves(self.pc, LogSemiring(), evidence.reference, banks)
         return [passes.divided(Vectors(semiring), *pair) for pair in zip(leaves, divisors, strict=True)]
 
+    @own_precision
     def _choose(
         self,
         of_values: ChoosingSemiring,
@@ -308,6 +318,7 @@ class ConstrainedDistribution(CircuitDistribution):
             self.pc, choices.units, choices.query, self._banks, choices.labels, self._arcs.classes, self._arcs.log_label
         )
 
+    @own_precision
     @torch.no_grad()
     def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: Source) -> Tensor:
         choice = self._choose(semiring, semiring, num_samples, generator)
@@ -375,9 +386,6 @@ class ConstrainedLatentChoice(LatentChoice):
         read = torch.cat([self.log_label, torch.zeros_like(self.log_label[:1])])
         classes = self.classes[values.clamp_max(len(self.classes) - 1)]
         return read[self.labels[columns].unsqueeze(-1), classes]
-
-
-_CACHED = ("log_partition", "log_acceptance", "marginal_probs", "listed_marginal_probs")
 
 
 def _by_label(log_label: Tensor, by_class: Tensor, semiring: ChoosingSemiring) -> Tensor:
