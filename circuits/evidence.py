@@ -26,6 +26,7 @@ from circuits._evidence_checks import (
     check_range,
     checked_pair,
 )
+from circuits._evidence_levels import even_factors
 from circuits._evidence_where import joined
 from circuits.errors import ArgumentError
 
@@ -348,20 +349,22 @@ class Evidence:
         Args:
             num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
         """
-        silent = torch.zeros(self.batch_size, self.num_vars, dtype=torch.bool, device=self.device)
-        if self.bounds is not None:
-            silent = (self.bounds[..., 0] == -torch.inf) & (self.bounds[..., 1] == torch.inf)
-        elif self.log_factors is not None and self.values is None:
-            values = torch.arange(self.log_factors.shape[-1], device=self.device)
-            is_other = values >= num_categories.to(self.device).unsqueeze(1)
-            silent = ((self.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
-        if self.reference is not None:
-            here = replace(self, reference=None).says_nothing(num_categories)
-            return here & self.reference.says_nothing(num_categories)
-        if self.missing is None:
-            return silent
-        rest = True if self.otherwise is None else self.otherwise.says_nothing(num_categories)
-        return torch.where(self.missing, rest, silent)
+        return even_factors(self, num_categories) == 0
+
+    def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
+        """Take out the factors that all values of a variable share, which no posterior depends on.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+
+        Returns:
+            The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
+        """
+        even = even_factors(self, num_categories)
+        is_even = ~even.isnan()
+        if not bool(((even != 0) & is_even).any()):
+            return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
+        return self.without(is_even), even.nan_to_num(0.0).sum(1)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
