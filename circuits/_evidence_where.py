@@ -54,24 +54,3 @@ def _joined_references(condition: Tensor, one: Evidence, other: Evidence) -> Evi
         return None
     nothing = one.nothing(one.batch_size, one.num_vars, one.device)
     return joined(condition, one.reference or nothing, other.reference or nothing)
-
-
-def silent_variables(evidence: Evidence, num_categories: Tensor) -> Tensor:
-    """Return on which variables evidence says nothing, bool (B, D).
-
-    See :meth:`~circuits.evidence.Evidence.says_nothing`.
-    """
-    silent = torch.zeros(evidence.batch_size, evidence.num_vars, dtype=torch.bool, device=evidence.device)
-    if evidence.bounds is not None:
-        silent = (evidence.bounds[..., 0] == -torch.inf) & (evidence.bounds[..., 1] == torch.inf)
-    elif evidence.log_factors is not None and evidence.values is None:
-        values = torch.arange(evidence.log_factors.shape[-1], device=evidence.device)
-        is_other = values >= num_categories.to(evidence.device).unsqueeze(1)
-        silent = ((evidence.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
-    if evidence.reference is not None:
-        here = replace(evidence, reference=None).says_nothing(num_categories)
-        return here & evidence.reference.says_nothing(num_categories)
-    if evidence.missing is None:
-        return silent
-    rest = True if evidence.otherwise is None else evidence.otherwise.says_nothing(num_categories)
-    return torch.where(evidence.missing, rest, silent)

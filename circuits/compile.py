@@ -66,7 +66,8 @@ class CompiledCircuit(nn.Module):
         self.layer_sizes = plan.layer_sizes
         self.last_uses = plan.last_uses
         self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
-        self._cache: dict[str, tuple[Tensor, Weights]] = {}  # by bank: the parameters, and what they were read as
+        # by bank: the parameters, what they were read as, and how often that had been written into
+        self._cache: dict[str, tuple[Tensor, Weights, int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -314,11 +315,15 @@ class CompiledCircuit(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             raw = parameter.detach()
             cached = self._cache.get(name)
-            if cached is not None and _same_bits(cached[0], raw):
+            if cached is not None and same_bits(cached[0], raw) and cached[1].num_writes == cached[2]:
                 return cached[1]
             weights = self._read_weights(name, raw)
-            self._cache[name] = (raw.clone(), weights)
+            self._cache[name] = (raw.clone(), weights, weights.num_writes)
         return weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of copies and files: it would triple their size."""
+        return {**vars(self), "_cache": {}}
 
     def _read_weights(self, name: str, parameter: Tensor) -> Weights:
         family = self.families.get(name)
@@ -328,7 +333,7 @@ class CompiledCircuit(nn.Module):
         return Weights(torch.log_softmax(parameter, -1))
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False

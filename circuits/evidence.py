@@ -27,7 +27,8 @@ from circuits._evidence_checks import (
     check_range,
     checked_pair,
 )
-from circuits._evidence_where import joined, silent_variables
+from circuits._evidence_levels import even_factors
+from circuits._evidence_where import joined
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -349,7 +350,22 @@ class Evidence:
         Args:
             num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
         """
-        return silent_variables(self, num_categories)
+        return even_factors(self, num_categories) == 0
+
+    def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
+        """Take out the factors that all values of a variable share, which no posterior depends on.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+
+        Returns:
+            The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
+        """
+        even = even_factors(self, num_categories)
+        is_even = ~even.isnan()
+        if not bool(((even != 0) & is_even).any()):
+            return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
+        return self.without(is_even), even.nan_to_num(0.0).sum(1)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""

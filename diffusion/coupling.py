@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
+from circuits.torch_distribution import kept
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
 
@@ -249,7 +249,7 @@ class CoupledDistribution(CircuitDistribution):
         with _explained():
             return super().log_prob(value)
 
-    @cached_property
+    @kept
     def marginal_probs(self) -> Tensor:
         """``p_hat(x_i = v | observed tokens)`` of every position and token, (B, L, V); rows sum to 1."""
         if self.evidence.values is None:
@@ -299,7 +299,7 @@ class CoupledDistribution(CircuitDistribution):
         """
         return self.query(ct.queries.sample_latents, 1, generator=generator).log_weights()
 
-    @cached_property
+    @kept
     def log_prediction(self) -> Tensor:
         """``log q_i(v)`` as it enters the product, (B, L, V): 0 at observed positions, -inf at tokens not listed."""
         return self.prediction.dense().masked_fill(~self.masked.unsqueeze(-1), 0.0)

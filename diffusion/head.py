@@ -16,6 +16,7 @@ import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, is_number
 from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
+from circuits.precision import own_precision
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
@@ -157,6 +158,7 @@ class CoupledHead(nn.Module):
             absent=absent,
         )
 
+    @own_precision
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
         """Apply the conditioners in order; factors of a changed prediction are normalised, which no result depends on.
 

@@ -15,8 +15,6 @@ from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
-_AT_ONCE = 64
-
 
 class Reach(NamedTuple):
     """In which of the automaton's S states each place of a canvas of T positions can be; place t is before position t.
@@ -131,16 +129,15 @@ class Constraint:
         if accept is None:
             accept = automaton.accepting.expand(num_rows, -1)
         reads = torch.ones_like(masked) if reads is None else reads
+        matrices, move = self._moves(tokens, masked, reads)
+        is_read = reads.any(0).tolist()
         forward, backward = [start.float().unsqueeze(1)], [accept.float().unsqueeze(1)]  # (B, 1, S) each
-        places = torch.arange(num_positions, device=tokens.device).split(_AT_ONCE)
-        for part in places:
-            moves = self._moves(tokens[:, part], masked[:, part], reads[:, part])
-            for move in moves.unbind(1):
-                forward.append((forward[-1] @ move).clamp_max_(1))
-        for part in reversed(places):
-            moves = self._moves(tokens[:, part], masked[:, part], reads[:, part]).transpose(2, 3)
-            for move in reversed(moves.unbind(1)):
-                backward.append((backward[-1] @ move).clamp_max_(1))
+        for t in range(num_positions):
+            before = forward[-1]
+            forward.append((before @ matrices[move[:, t]]).clamp_max_(1) if is_read[t] else before)
+        for t in reversed(range(num_positions)):
+            after = backward[-1]
+            backward.append((after @ matrices[move[:, t]].mT).clamp_max_(1) if is_read[t] else after)
         return Reach(torch.cat(forward, 1) > 0, torch.cat(backward[::-1], 1) > 0)
 
     def check(self, tokens: Tensor, masked: Tensor, reads: Tensor | None = None) -> Reach:
@@ -257,10 +254,15 @@ class Constraint:
         """Whether a token that can be written leads from one state to another, as numbers 0 and 1, (S, S)."""
         return self.automaton.reaches_by(self.can_write).float()
 
-    def _moves(self, tokens: Tensor, masked: Tensor, reads: Tensor) -> Tensor:
-        """Return whether every position can lead from one state to another, as numbers 0 and 1, (B, n, S, S)."""
+    def _moves(self, tokens: Tensor, masked: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return matrices that say which state leads to which, 0 or 1, (n, S, S), and which of them at each position.
+
+        The last but one is for masked positions, the last for those that are not read.
+        """
         states = torch.arange(self.automaton.num_states, device=tokens.device)
-        by_token = self.automaton.transition.t()[self.automaton.classes[tokens.masked_fill(masked, 0)]]  # (B, n, S)
-        written = (by_token.unsqueeze(-1) == states).float()
-        moves = torch.where(masked[..., None, None], self._reaches, written)
-        return torch.where(reads[..., None, None], moves, torch.eye(len(states), device=tokens.device))
+        read = self.automaton.classes[tokens.masked_fill(masked, 0)]
+        used, move = read.unique(return_inverse=True)
+        by_class = self.automaton.transition[:, used].t().unsqueeze(2) == states
+        others = torch.stack([self._reaches, torch.eye(len(states), device=tokens.device)])
+        move = torch.where(masked, len(used), move).masked_fill(~reads, len(used) + 1)
+        return torch.cat([by_class.float(), others]), move
