@@ -1,4 +1,4 @@
-"""Evidence variable by variable: two kinds joined, and where nothing is known."""
+"""Joining two kinds of evidence, variable by variable."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ Factors on ordered and real variables that need no list are intervals and normal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from circuits._evidence_checks import (
     check_range,
     checked_pair,
 )
+from circuits._evidence_dense import dense_factors, unlisted_factors
 from circuits._evidence_levels import even_factors
 from circuits._evidence_where import joined
 from circuits.errors import ArgumentError
@@ -315,32 +315,11 @@ class Evidence:
 
     def dense(self, num_categories: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
-        if self.values is None:
-            factors = self.factors(num_categories)[..., :num_categories].to(dtype)
-        else:
-            listed = (
-                torch.zeros_like(self.values, dtype=dtype) if self.log_factors is None else self.log_factors.to(dtype)
-            )
-            factors = listed.new_full((*self.values.shape[:2], num_categories), -torch.inf)
-            exists = (self.values >= 0) & (self.values < num_categories)  # other families have other values
-            values, listed = self.values.long().masked_fill(~exists, 0), listed.masked_fill(~exists, -torch.inf)
-            factors = factors.scatter_reduce(2, values, listed, "amax")
-        if self.missing is None:
-            return factors
-        if self.otherwise is None:
-            return factors.masked_fill(self.missing.unsqueeze(-1), 0.0)
-        return torch.where(self.missing.unsqueeze(-1), self.otherwise.dense(num_categories, dtype), factors)
+        return dense_factors(self, num_categories, dtype)
 
     def factors(self, num_categories: int) -> Tensor:
         """Return the factors of evidence without listed values, (B, D, C); missing variables are not looked at."""
-        if self.log_factors is not None:
-            return self.log_factors
-        stored = self._stored
-        v = torch.arange(num_categories, dtype=stored.dtype, device=stored.device)
-        first, second = stored.split(1, -1)
-        if self.bounds is not None:
-            return torch.where((first < v) & (v <= second), 0.0, -torch.inf).to(stored.dtype)
-        return -0.5 * ((v - first) / second).square() - second.log() - 0.5 * math.log(2 * math.pi)
+        return unlisted_factors(self, num_categories)
 
     def says_nothing(self, num_categories: Tensor) -> Tensor:
         """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
