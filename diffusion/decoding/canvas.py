@@ -13,6 +13,21 @@ from diffusion.denoisers.base import DenoiserSpec
 
 
 @dataclass(eq=False)
+class Teacher:
+    """A text that decoding writes in place of its own, so that what it would have drawn it with can be added up.
+
+    Attributes:
+        tokens: int64 (B, T); those at positions that are not masked do not matter.
+        log_prob: log-probability of what was written so far, float64 (B,), in nats.
+    """
+
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        self.log_prob = torch.zeros(len(self.tokens), dtype=torch.float64, device=self.tokens.device)
+
+
+@dataclass(eq=False)
 class Canvas:
     """B rows of T positions, some of them still masked.
 
@@ -29,6 +44,7 @@ class Canvas:
         num_windows: how many windows of each row were decoded, int64 (B,).
         num_coupled: in how many of them the circuit was used, int64 (B,).
         constraint: what the finished text must satisfy, or None.
+        teacher: the text to write, in place of what would be drawn; or None.
         reads: bool (B, T), the positions that the constraint is about.
     """
 
@@ -39,6 +55,7 @@ class Canvas:
     seeds: Tensor
     spec: DenoiserSpec
     constraint: Constraint | None = None
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         self.writable = self.masked.clone()
@@ -84,6 +101,12 @@ class Canvas:
         self.tokens[row, position] = tokens[committed]
         self.confidence[row, position] = confidence[committed].to(self.confidence.dtype)
         self.masked[row, position] = False
+
+    def count(self, rows: Tensor, log_prob: Tensor) -> None:
+        """Add log-probabilities of what the teacher wrote, (W,), to rows (W,); end rows that cannot be written."""
+        assert self.teacher is not None
+        self.teacher.log_prob.index_add_(0, rows, log_prob.double())
+        self.ended |= self.teacher.log_prob == -torch.inf
 
     def reach(self) -> Reach:
         """Return in which states the constraint's automaton can be at every place of the canvas as it is now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,10 +17,17 @@ from diffusion.prediction import Prediction
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """Tokens for all positions of W windows, int64 (W, n), and beliefs about them, which only a ranking asks for."""
+    """Tokens for all positions of W windows, and what may be asked about them.
+
+    Attributes:
+        tokens: int64 (W, n).
+        beliefs: about the positions; only a ranking asks for them.
+        log_prob: the log-probability (W,) that a draw has these tokens at positions bool (W, n); of given tokens only.
+    """
 
     tokens: Tensor
     beliefs: Callable[[], Prediction]
+    log_prob: Callable[[Tensor], Tensor] | None = None
 
 
 Proposer = Callable[[CoupledDistribution, DecodingConfig, RowGenerators], Proposal]
@@ -61,6 +69,25 @@ def marginal(dist: CoupledDistribution, config: DecodingConfig, generators: RowG
 def joint(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose all tokens together: an exact joint sample at temperature 1, the most probable explanation at 0."""
     return Proposal(dist.draw(config.temperature, generators), dist.posterior)
+
+
+def given(tokens: Tensor, source: CoupledDistribution | Prediction, decode: DecodeMode) -> Proposal:
+    """Propose tokens that are given, int64 (W, n), in place of draws at temperature 1.
+
+    Args:
+        tokens: what to propose.
+        source: of the draws: the joint distribution of W windows, or a prediction without a circuit.
+        decode: how they would be drawn: all together, or each on its own.
+    """
+    if isinstance(source, CoupledDistribution) and decode == "joint":
+        return Proposal(tokens, source.posterior, partial(source.log_prob_at, tokens))
+    beliefs = source.posterior() if isinstance(source, CoupledDistribution) else source
+
+    def log_prob(positions: Tensor) -> Tensor:
+        each = beliefs.normalised().log_prob_of(tokens)  # draws are from the tokens that are listed
+        return each.double().masked_fill(~positions, 0.0).sum(-1)
+
+    return Proposal(tokens, lambda: beliefs, log_prob)
 
 
 PROPOSERS: dict[DecodeMode, Proposer] = {
