@@ -8,6 +8,7 @@ from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
 from diffusion.denoisers import Denoiser, DenoiserSpec, FeatureDenoiser, TransformerConfig, TransformerDenoiser
+from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 from diffusion.training import masking
@@ -43,6 +44,7 @@ __all__ = [
     "fit_coupled",
     "generate",
     "infill",
+    "log_likelihood",
     "masking",
     "testing",
     "train_denoiser",
