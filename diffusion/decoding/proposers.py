@@ -14,6 +14,7 @@ from circuits import RowGenerators
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
+from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 
@@ -78,7 +79,7 @@ def joint(dist: JointDistribution, config: DecodingConfig, generators: RowGenera
     return Proposal(dist.draw(config.temperature, generators), dist.posterior)
 
 
-def given(tokens: Tensor, source: CoupledDistribution | Prediction, decode: DecodeMode) -> Proposal:
+def given(tokens: Tensor, source: JointDistribution | Prediction, decode: DecodeMode) -> Proposal:
     """Propose tokens that are given, int64 (W, n), in place of draws at temperature 1.
 
     Args:
@@ -86,9 +87,13 @@ def given(tokens: Tensor, source: CoupledDistribution | Prediction, decode: Deco
         source: of the draws: the joint distribution of W windows, or a prediction without a circuit.
         decode: how they would be drawn: all together, or each on its own.
     """
-    if isinstance(source, CoupledDistribution) and decode == "joint":
+    if decode == "joint" and not isinstance(source, Prediction):
+        if not isinstance(source, CoupledDistribution):
+            raise ArgumentError(
+                f"head: expected a circuit, whose joint probabilities are exact, got one of {type(source).__name__}"
+            )
         return Proposal(tokens, source.posterior, log_prob=partial(source.log_prob_at, tokens))
-    beliefs = source.posterior() if isinstance(source, CoupledDistribution) else source
+    beliefs = source if isinstance(source, Prediction) else source.posterior()
 
     def log_prob(positions: Tensor) -> Tensor:
         each = beliefs.normalised().log_prob_of(tokens)  # draws are from the tokens that are listed
