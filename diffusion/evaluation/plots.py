@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import textwrap
@@ -115,13 +116,14 @@ def few_step_curve_figure(table: FewStepCurve, *, title: str = "") -> Figure:
 
 
 def _styles(table: FewStepCurve) -> list[dict[str, str]]:
-    """Return a colour and a marker per curve: one colour without the circuit, one with it."""
-    markers, styles = iter("os^v<>"), []
-    for curve in table.curves:
-        is_without = curve.startswith(WITHOUT)
-        marker = next(markers) if is_without else "o"
-        styles.append({"colour": _COLOURS["one_step" if is_without else "coupled"], "marker": marker})
-    return styles
+    """Return a colour and a marker per curve; single points have colours and markers of their own."""
+    others = itertools.cycle([("#d9932f", "s"), ("#7f5aa2", "D")])
+    known = {WITHOUT: (_COLOURS["one_step"], "o")}
+    chosen = [
+        known.get(curve) or (next(others) if curve.startswith(WITHOUT) else (_COLOURS["coupled"], "o"))
+        for curve in table.curves
+    ]
+    return [{"colour": colour, "marker": marker} for colour, marker in chosen]
 
 
 def _shares(axes: Axes, table: GapTable) -> None:
