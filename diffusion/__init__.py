@@ -7,7 +7,14 @@ from diffusion.decoding import constraints, controls
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
-from diffusion.denoisers import Denoiser, DenoiserSpec, FeatureDenoiser, TransformerConfig, TransformerDenoiser
+from diffusion.denoisers import (
+    CachingDenoiser,
+    Denoiser,
+    DenoiserSpec,
+    FeatureDenoiser,
+    TransformerConfig,
+    TransformerDenoiser,
+)
 from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
@@ -19,6 +26,7 @@ from diffusion.training.logit_cache import LogitCache, cache_logits
 __all__ = [
     "Anywhere",
     "Blocks",
+    "CachingDenoiser",
     "CircuitTraining",
     "Conditioned",
     "Conditioner",
