@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
+from circuits import logspace, passes
 from circuits._arcs import Arcs
 from circuits.alignment import Part
 from circuits.compile import CompiledCircuit
@@ -24,7 +24,7 @@ from circuits.graph import Input, Node, Product, Sum
 from circuits.passes import Banks
 from circuits.properties import front_to_back, rank_of_scopes
 from circuits.randomness import Source
-from circuits.semiring import ChoosingSemiring, MaxSemiring, Semiring
+from circuits.semiring import ChoosingSemiring, MaxSemiring, Semiring, TemperedSemiring
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,21 +168,26 @@ def _read(chain: Chain, semiring: ChoosingSemiring, leaf: Tensor, following: Ten
     terms = leaf[..., arcs.label] + following[..., arcs.target]  # (K, B, E)
     index = arcs.source.expand_as(terms)
     empty = terms.new_full((*terms.shape[:-1], arcs.num_states), -torch.inf)
-    if isinstance(semiring, MaxSemiring):
-        return empty.scatter_reduce(2, index, terms, "amax")
     peak = empty.scatter_reduce(2, index, terms.detach(), "amax")
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    total = torch.zeros_like(empty).scatter_add(2, index, (terms - peak[..., arcs.source]).exp())
+    if isinstance(semiring, MaxSemiring):
+        return peak
+    peak, tau = peak.masked_fill(peak == -torch.inf, 0.0), temperature_of(semiring)
+    total = torch.zeros_like(empty).scatter_add(2, index, ((terms - peak[..., arcs.source]) / tau).exp())
     possible = total > 0
-    return torch.where(possible, torch.where(possible, total, 1.0).log() + peak, -torch.inf)
+    return torch.where(possible, torch.where(possible, total, 1.0).log() * tau + peak, -torch.inf)
 
 
 def _plus(semiring: ChoosingSemiring, scores: Tensor) -> Tensor:
     """Add up along the last dimension."""
     if isinstance(semiring, MaxSemiring):
         return scores.amax(-1)
-    possible = (scores > -torch.inf).any(-1)
-    return torch.where(possible, torch.where(possible.unsqueeze(-1), scores, 0.0).logsumexp(-1), -torch.inf)
+    tau = temperature_of(semiring)
+    return logspace.log_sum(scores / tau) * tau
+
+
+def temperature_of(semiring: ChoosingSemiring) -> float:
+    """Return tau of a semiring whose plus is ``tau log sum exp(. / tau)``."""
+    return semiring.temperature if isinstance(semiring, TemperedSemiring) else 1.0
 
 
 class Choices(NamedTuple):

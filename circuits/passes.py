@@ -386,8 +386,7 @@ def downward_choice(
             source = source_at(generator, position, node, column)
             choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)
         for slot, choice in enumerate(choices):
-            layers, rows = layer.addresses[node, slot].unbind(-1)
-            _mark(units, layers, rows, column, choice)
+            _mark(units, layer, slot, node, column, choice)
         units[position] = units[position].new_empty(0)
     return units[: len(pc.input_layers)], query
 
@@ -425,18 +424,29 @@ def source_at(generator: Source, position: int, node: Tensor, column: Tensor) ->
     if not isinstance(generator, RowGenerators):
         return generator
     batch_size = len(generator.seeds)
-    return generator.rows(column % batch_size).at(column // batch_size, position, node)
+    # one number for sample, layer and node: none of them comes near its bound
+    return generator.rows(column % batch_size).at((column // batch_size << 48) + (position << 24) + node)
 
 
 def _part(generator: Source, part: slice) -> Source:
     return RowGenerators(generator.seeds[part]) if isinstance(generator, RowGenerators) else generator
 
 
-def _mark(units: list[Tensor], layers: Tensor, rows: Tensor, columns: Tensor, choice: Tensor) -> None:
-    """Record that the unit ``choice`` of the node at (layer, row) was reached in a column; -1: it was not."""
-    for layer in layers.unique().tolist():
-        here = (layers == layer) & (choice >= 0)
-        units[layer][rows[here], columns[here]] = choice[here]
+def _mark(
+    units: list[Tensor], layer: ProductLayer | SumLayer, slot: int, node: Tensor, column: Tensor, choice: Tensor
+) -> None:
+    """Record which unit of a child was reached from n nodes, in their columns; -1: it was not."""
+    if isinstance(layer, SumLayer) and len(layer.child_units) > 1:
+        reached = choice >= 0
+        node, column, choice = node[reached], column[reached], choice[reached]
+    layers, rows = layer.addresses[node, slot].unbind(-1)
+    only = layer.child_layers[slot]
+    if only is not None:
+        units[only][rows, column] = choice
+        return
+    for position in layers.unique().tolist():
+        here = layers == position
+        units[position][rows[here], column[here]] = choice[here]
 
 
 def _chunks(length: int, width: int) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from diffusion import compat, evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding import baselines, constraints
+from diffusion.decoding import baselines, constraints, controls
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
 from diffusion.decoding.joint import JointHead
@@ -42,6 +42,7 @@ __all__ = [
     "cache_logits",
     "compat",
     "constraints",
+    "controls",
     "evaluation",
     "fit_coupled",
     "generate",

@@ -120,11 +120,9 @@ def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, co
     """Choose positions by the denoiser's own prediction, before the circuit is asked: bool (B, stop - start)."""
     rows = torch.arange(canvas.batch_size, device=canvas.tokens.device)
     seeds = canvas.generators(rows, torch.full_like(rows, _BEFORE_WINDOWS)).seeds
-    generators = RowGenerators(
-        seeds, offset=look.span[0] - canvas.first
-    )  # a position's number, wherever the row begins
+    generators = RowGenerators(seeds, offset=look.span[0] - canvas.origin)  # a position's number is its own
     tokens = prediction.best()
-    scores = SCORES[config.chosen_strategy](prediction, tokens, generators)
+    scores = _scores(canvas, prediction, tokens, config, generators)
     candidates = look.open[:, slice(*look.span)]
     ranking = Ranking(scores, candidates, look.counts, lambda: prediction)
     return commit(ranking, config) & (look.counts > 0).unsqueeze(1)
@@ -135,19 +133,20 @@ def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) ->
         return torch.zeros_like(part.windows.rows, dtype=torch.bool)
     threshold = head.activation_threshold if config.activation_threshold is None else config.activation_threshold
     present = (~part.absent).sum(1)
-    is_below = part.masked.sum(1) < threshold * present.double()
+    is_below = part.masked.sum(1).double() / present < threshold  # rounded as in CoupledHead.is_active
     return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
 def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig) -> None:
-    generators = canvas.generators(part.windows.rows, part.windows.starts - canvas.first)
+    rows, starts = part.windows.rows, part.windows.starts
+    generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
         _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
         return
     dist = _distribution(canvas, part, head)
     mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
-    if mode == "any_order":
-        _any_order(canvas, part, dist, config, generators)
+    if mode == "any_order" or (mode == "marginal" and canvas.constraint is not None):
+        _in_rounds(canvas, part, dist, config, generators)
         return
     _write(canvas, part, PROPOSERS[mode](dist, config, generators), dist, config, generators)
 
@@ -182,8 +181,10 @@ def _write(
     generators: RowGenerators,
 ) -> Tensor:
     """Commit the most reliable proposals; return where, bool (W, n)."""
-    committed, scores = _committed(part, proposal, dist, config, generators)
-    if canvas.constraint is not None and config.decode in ("marginal", "any_order"):
+    is_filtered = canvas.constraint is not None and config.decode in ("marginal", "any_order")
+    needs_scores = is_filtered or config.remask > 0
+    committed, scores = _committed(canvas, part, proposal, dist, config, generators, needs_scores=needs_scores)
+    if is_filtered:
         committed = _compatible(canvas, part, proposal, committed, scores)
     canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
     return committed
@@ -203,18 +204,21 @@ def _compatible(canvas: Canvas, part: Part, proposal: Proposal, committed: Tenso
 
 
 def _committed(
+    canvas: Canvas,
     part: Part,
     proposal: Proposal,
     dist: JointDistribution | None,
     config: DecodingConfig,
     generators: RowGenerators,
+    *,
+    needs_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all()) and config.decode != "any_order"
-    if nothing_to_rank and not config.remask:
+    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all())
+    if nothing_to_rank and not needs_scores:
         return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
     beliefs = proposal.beliefs()
     if proposal.accepted is None:
-        scores = SCORES[config.chosen_strategy](beliefs, proposal.tokens, generators.at(2))
+        scores = _scores(canvas, beliefs, proposal.tokens, config, generators.at(2))
         dependence = None if dist is None else partial(dependence_of, dist)
         committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
     else:
@@ -225,25 +229,39 @@ def _committed(
     return committed, confidence
 
 
-def _any_order(
+def _scores(
+    canvas: Canvas, beliefs: Prediction, tokens: Tensor, config: DecodingConfig, generators: RowGenerators
+) -> Tensor:
+    """Score positions by the strategy, and by the controls that have a say in it, (W, n)."""
+    scores = SCORES[config.chosen_strategy](beliefs, tokens, generators)
+    for control in canvas.controls:
+        scores = control.scores(scores, tokens, canvas.spec)
+    return scores
+
+
+def _in_rounds(
     canvas: Canvas, part: Part, dist: JointDistribution, config: DecodingConfig, generators: RowGenerators
 ) -> None:
-    """Commit one position after the other; each is given those before, without asking the denoiser again.
+    """Commit a step's positions in rounds; each is given those before, without asking the denoiser again.
 
-    With a threshold or a bound, all positions that these allow go together. A window is done when its own count is.
+    In ``any_order`` one position a round; with a threshold or a bound, all positions that these allow go together. In
+    ``marginal`` all of them, and in the next round those that the constraint refused. A window is done when its own
+    count is.
     """
+    most = 1 if config.decode == "any_order" else None
     left, rounds = part.counts, 0
     while True:
         waits = (left <= 0).unsqueeze(1)
-        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(max=1))
+        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(0, most))
         source = generators.at(3, rounds)
-        proposal = PROPOSERS["any_order"](dist, config, source)
+        proposal = PROPOSERS[config.decode](dist, config, source)
         committed = _write(canvas, one, proposal, dist, config, source)
         left = left - committed.sum(1)
         if not bool((left > 0).any()):
             return
         dist = dist.given(proposal.tokens, committed)
-        part = replace(part, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        tokens = torch.where(committed, proposal.tokens, part.tokens)
+        part = replace(part, tokens=tokens, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
         rounds += 1
 
 

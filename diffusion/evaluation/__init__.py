@@ -2,6 +2,7 @@
 
 from diffusion.evaluation.few_steps import FewStepRow, FewStepTable, few_step_quality
 from diffusion.evaluation.gap import Estimate, GapRow, GapTable, misspecification_gap
+from diffusion.evaluation.tuning import Tuning, TuningRow, tune
 
 __all__ = [
     "Estimate",
@@ -9,6 +10,9 @@ __all__ = [
     "FewStepTable",
     "GapRow",
     "GapTable",
+    "Tuning",
+    "TuningRow",
     "few_step_quality",
     "misspecification_gap",
+    "tune",
 ]
