@@ -1,11 +1,12 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation, testing
+from diffusion import compat, evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding import constraints, controls
+from diffusion.decoding import baselines, constraints, controls
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
+from diffusion.decoding.joint import JointHead
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
 from diffusion.denoisers import (
     CachingDenoiser,
@@ -39,13 +40,16 @@ __all__ = [
     "DynamicWindows",
     "FeatureDenoiser",
     "Generation",
+    "JointHead",
     "LatentPotentials",
     "LogitCache",
     "NoiseCalibration",
     "Prediction",
     "TransformerConfig",
     "TransformerDenoiser",
+    "baselines",
     "cache_logits",
+    "compat",
     "constraints",
     "controls",
     "evaluation",
