@@ -47,7 +47,8 @@ def generate(
 
     A mask is never written: where the model's best token is the mask itself, the best of the others is taken, and LLaDA
     leaves a mask. Random numbers come from PyTorch's global generator, ``torch.manual_seed``; they are other ones than
-    LLaDA's. Probabilities are those of float32. ``gen_length`` and ``steps`` need not be multiples of anything.
+    LLaDA's. Probabilities are those of float32, and of equal ones the leftmost goes first. ``gen_length`` and ``steps``
+    need not be multiples of anything.
 
     Args:
         model: ``model(input_ids, attention_mask=...)`` returns an object with ``.logits``, (B, T, V), as Hugging Face's
