@@ -42,7 +42,9 @@ HEAVY = {
 }
 
 MAX_LINES_OF_A_FILE = 400
-LONGER_FILES = {}  # none: split what grows longer; else the name, its length now, and why
+LONGER_FILES = {
+    "diffusion/app/workspace.py": 415,  # one class: all stages of the pipeline, and the folder that they share
+}
 
 MAX_LINES_OF_A_FUNCTION = 60
 MAX_PARAMETERS = 10
