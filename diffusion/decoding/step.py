@@ -241,7 +241,9 @@ def _in_rounds(
         if not bool((left > 0).any()):
             return
         dist = dist.given(proposal.tokens, committed)
-        part = replace(part, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        tokens = torch.where(committed, proposal.tokens, part.tokens)
+        masked, candidates = part.masked & ~committed, part.candidates & ~committed
+        part = replace(part, tokens=tokens, masked=masked, candidates=candidates)
         rounds += 1
 
 
