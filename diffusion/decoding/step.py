@@ -282,7 +282,8 @@ def _in_rounds(
             return
         dist = dist.given(proposal.tokens, committed)
         tokens = torch.where(committed, proposal.tokens, part.tokens)
-        part = replace(part, tokens=tokens, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        masked, candidates = part.masked & ~committed, part.candidates & ~committed
+        part = replace(part, tokens=tokens, masked=masked, candidates=candidates)
         rounds += 1
 
 
