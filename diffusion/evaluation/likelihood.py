@@ -79,6 +79,7 @@ def log_likelihood(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value, a text has masks in it, or the decoder has no
             likelihood: a temperature other than 1, mode ``latent``, ``remask``, or a strategy that looks at the draw.
+        ImpossibleEvidenceError: of ``elbo`` with a head: the circuit rules out tokens that a sample leaves visible.
     """
     if method not in get_args(Method):
         raise ArgumentError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")

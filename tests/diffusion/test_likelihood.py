@@ -230,8 +230,24 @@ def test_impossible_texts_have_log_probability_minus_infinity_and_their_mates_do
             assert found.isneginf().tolist() == [sure, False, sure], (decode, num_steps)
             if sure:
                 assert found[1].item() == pytest.approx(math.log(1 / 8), abs=EXACT)
-    found = df.log_likelihood(READER, nothing(2), [[4, 0, 1], [0, 0, 1]][1:] * 2, num_steps=2)
-    assert bool(found.isfinite().all())
+    never = df.log_likelihood(READER, nothing(2), [[0, 1, 0], [0, 0, 1]], head=hmm_head(3, 5, top_k=1), num_steps=2)
+    assert bool(never.isneginf().any())
+
+
+def test_what_follows_an_impossible_token_is_not_asked_for():
+    """AABA is impossible from its second token on; ABAB beside it has its probability, in every mode and plan."""
+    world = worlds.alternating(4)
+    texts = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 1]])
+    head, denoiser = df.CoupledHead(world.circuit()), world.uniform_denoiser()
+    for decode, num_steps in (("any_order", 1), ("any_order", 2), ("marginal", 4), ("joint", 2), ("joint", 4)):
+        for plan in (df.Blocks(4, num_steps), df.DynamicWindows(num_steps)):
+            found = df.log_likelihood(denoiser, nothing(2), texts, head=head, decode=decode, plan=plan)
+            assert found[0].item() == -torch.inf
+            assert found[1].item() == pytest.approx(math.log(1 / 2), abs=EXACT)
+    found = df.log_likelihood(denoiser, nothing(2), texts, head=head, method="sequential")
+    assert found.isneginf().tolist() == [True, False]
+    with pytest.raises(ImpossibleEvidenceError, match="rule out every text"):  # with AA visible nothing has a marginal
+        df.log_likelihood(denoiser, nothing(2), texts, head=head, method="elbo", seeds=[1, 2])
 
 
 @pytest.mark.parametrize("order", [None, [2, 0, 1], [[1, 2, 0]]])
