@@ -27,6 +27,8 @@ PACKAGES = [
     circuits.testing,
     circuits.transforms,
     diffusion,
+    diffusion.compat,
+    diffusion.decoding.baselines,
     diffusion.testing,
     diffusion.testing.worlds,
 ]
