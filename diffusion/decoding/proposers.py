@@ -114,7 +114,7 @@ def dependence_of(dist: JointDistribution, num_candidates: int = 4) -> Tensor:
     """Return a lower bound of the mutual information of all pairs of positions, (W, n, n), in nats.
 
     It is that of the position's tokens, told apart as its ``num_candidates`` most probable ones and the rest; exact by
-    conditioning on each of these in turn.
+    conditioning on each of these in turn. Of positions that are not masked it is 0.
     """
     beliefs = dist.posterior()
     num_windows, length = beliefs.shape
@@ -142,13 +142,15 @@ def dependence_of(dist: JointDistribution, num_candidates: int = 4) -> Tensor:
             rest = rest - together
         other = own[:, i, -1:].unsqueeze(1)
         information[:, i] += _terms(rest.clamp_min(0.0), other * own)
-    information = information.clamp_min(0.0)
-    return torch.maximum(information, information.transpose(1, 2))
+    information = torch.maximum(information, information.transpose(1, 2)).clamp_min(0.0)
+    return information.masked_fill(
+        ~(dist.masked.unsqueeze(1) & dist.masked.unsqueeze(2)), 0.0
+    )  # known: nothing to tell
 
 
 def _terms(together: Tensor, apart: Tensor) -> Tensor:
-    ratio = torch.where(together > 0, together / apart.clamp_min(1e-300), 1.0)
-    return (together * ratio.clamp_min(1e-300).log()).sum(-1)
+    ratio = torch.where((together > 0) & (apart > 0), together / apart.clamp_min(1e-300), 1.0)
+    return (together * ratio.log()).sum(-1)
 
 
 def _of_tokens(beliefs: Prediction, tokens: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def test_prompts_of_different_lengths_have_the_law_of_their_continuations():
     )  # fmt: skip
     assert chi_square(out.tokens[::2, 1:], beginnings(world, [0], 3)) > 1e-4
     assert chi_square(out.tokens[1::2], beginnings(world, [2, 1], 4)) > 1e-4
-    assert chi_square(out.tokens[1::2, 1:], beginnings(world, [1], 3)) < 1e-6  # what a forgotten token would give
+    assert chi_square(out.tokens[1::2, 1:], beginnings(world, [1], 3)) < 1e-3  # what a forgotten token would give
 
 
 def test_a_circuit_of_a_window_is_coupled_inside_it_only():
