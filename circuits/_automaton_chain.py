@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
+from circuits import choices, logspace
 from circuits._arcs import Arcs
 from circuits.alignment import Part
 from circuits.compile import CompiledCircuit
@@ -24,7 +24,7 @@ from circuits.graph import Input, Node, Product, Sum
 from circuits.passes import Banks
 from circuits.properties import front_to_back, rank_of_scopes
 from circuits.randomness import Source
-from circuits.semiring import ChoosingSemiring, MaxSemiring, Semiring
+from circuits.semiring import ChoosingSemiring, MaxSemiring, Semiring, TemperedSemiring
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,21 +168,26 @@ def _read(chain: Chain, semiring: ChoosingSemiring, leaf: Tensor, following: Ten
     terms = leaf[..., arcs.label] + following[..., arcs.target]  # (K, B, E)
     index = arcs.source.expand_as(terms)
     empty = terms.new_full((*terms.shape[:-1], arcs.num_states), -torch.inf)
-    if isinstance(semiring, MaxSemiring):
-        return empty.scatter_reduce(2, index, terms, "amax")
     peak = empty.scatter_reduce(2, index, terms.detach(), "amax")
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    total = torch.zeros_like(empty).scatter_add(2, index, (terms - peak[..., arcs.source]).exp())
+    if isinstance(semiring, MaxSemiring):
+        return peak
+    peak, tau = peak.masked_fill(peak == -torch.inf, 0.0), temperature_of(semiring)
+    total = torch.zeros_like(empty).scatter_add(2, index, ((terms - peak[..., arcs.source]) / tau).exp())
     possible = total > 0
-    return torch.where(possible, torch.where(possible, total, 1.0).log() + peak, -torch.inf)
+    return torch.where(possible, torch.where(possible, total, 1.0).log() * tau + peak, -torch.inf)
 
 
 def _plus(semiring: ChoosingSemiring, scores: Tensor) -> Tensor:
     """Add up along the last dimension."""
     if isinstance(semiring, MaxSemiring):
         return scores.amax(-1)
-    possible = (scores > -torch.inf).any(-1)
-    return torch.where(possible, torch.where(possible.unsqueeze(-1), scores, 0.0).logsumexp(-1), -torch.inf)
+    tau = temperature_of(semiring)
+    return logspace.log_sum(scores / tau) * tau
+
+
+def temperature_of(semiring: ChoosingSemiring) -> float:
+    """Return tau of a semiring whose plus is ``tau log sum exp(. / tau)``."""
+    return semiring.temperature if isinstance(semiring, TemperedSemiring) else 1.0
 
 
 class Choices(NamedTuple):
@@ -229,14 +234,14 @@ def downward(chain: Chain, values: Values, num_samples: int, generator: Source) 
     num_columns = len(query)
     everywhere = torch.arange(num_columns, device=query.device)
     place = len(pc.layer_sizes)
-    first = semiring.choose(scores[query], passes.source_at(generator, place, everywhere * 0, everywhere))
+    first = semiring.choose(scores[query], choices.source_at(generator, place, everywhere * 0, everywhere))
     reached, root = _Reached(), pc.circuit.root
     states = first % chain.arcs.num_states
     labels = torch.zeros(num_columns, pc.circuit.num_vars, dtype=torch.int64, device=query.device)
     if root in values.leaves:
         follows = chain.log_accept.unsqueeze(0)
         unit = first // chain.arcs.num_states
-        source = passes.source_at(generator, place, everywhere * 0 + 1, everywhere)
+        source = choices.source_at(generator, place, everywhere * 0 + 1, everywhere)
         arc = _choose_arc(chain, values, (values.leaves[root], unit), (follows, unit * 0), states, query, source)
         states = chain.arcs.label[arc]
     reached.add(root, everywhere, first // chain.arcs.num_states, states, num_columns)
@@ -282,7 +287,7 @@ def _choose_child(
     if latents is not None:
         scores = latents.added(scores, rows, of_query)
     scores = scores + torch.cat([table[child][:, of_query, mark] for child in node.children]).t()
-    chosen = values.semiring.choose(scores, passes.source_at(generator, layer, rows, column))
+    chosen = values.semiring.choose(scores, choices.source_at(generator, layer, rows, column))
     for child in node.children:
         is_here = (chosen >= 0) & (chosen < child.num_units)
         reached.add(child, column[is_here], chosen[is_here], mark[is_here], len(query))
@@ -309,7 +314,7 @@ def _choose_arcs(
         follows = next(after)
         rest = (follows, unit if len(follows) > 1 else torch.zeros_like(unit))
         layer, row = chain.pc.address(child)
-        source = passes.source_at(generator, layer, torch.full_like(column, row), column)
+        source = choices.source_at(generator, layer, torch.full_like(column, row), column)
         arc = _choose_arc(chain, values, (values.leaves[child], own), rest, state, query[column], source)
         reached.add(child, column, own, chain.arcs.label[arc], len(query))
         state = chain.arcs.target[arc]

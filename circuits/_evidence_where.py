@@ -1,4 +1,4 @@
-"""Joining two kinds of evidence, variable by variable."""
+"""Evidence variable by variable: two kinds joined, and where nothing is known."""
 
 from __future__ import annotations
 

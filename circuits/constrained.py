@@ -7,7 +7,7 @@ marginals, samples and mode cost as many times those of the circuit as the autom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arcs import Arcs, arcs_of, log_indicator
-from circuits._automaton_chain import Chain, Vectors, downward, upward
+from circuits._automaton_chain import Chain, Vectors, downward, temperature_of, upward
 from circuits._class_leaves import class_leaves, explicit
+from circuits._constrained_latents import ConstrainedLatentChoice
+from circuits.choices import draw_values
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.conditioning import Conditions
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
@@ -26,7 +28,6 @@ from circuits.precision import own_precision
 from circuits.queries._common import check_temperature, require_finite_values
 from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.deterministic import DeterministicAutomaton
-from circuits.queries.latents import LatentChoice
 from circuits.randomness import RowGenerators, Source
 from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 from circuits.torch_distribution import CircuitDistribution, _factors_at, kept, without_kept
@@ -159,6 +160,7 @@ class ConstrainedDistribution(CircuitDistribution):
         """
         return self._gradient(self._explicit)
 
+    @own_precision
     def _gradient(self, evidence: Evidence) -> Tensor:
         assert evidence.log_factors is not None
         return passes.factor_gradients(
@@ -274,6 +276,7 @@ class ConstrainedDistribution(CircuitDistribution):
             start, accept, arcs = accept, start, arcs.reversed()
         return Chain(self.pc, self._order, arcs, banks, conditions, start, accept)
 
+    @own_precision
     def _log_z(self, evidence: Evidence, index: Tensor | None = None, banks: Banks | None = None) -> Tensor:
         banks = self._banks if banks is None else banks
         chain = self._chain(index, banks, self.pc.conditions(evidence))
@@ -336,7 +339,7 @@ class ConstrainedDistribution(CircuitDistribution):
                 torch.arange(len(columns), device=self.pc.device),
             )
             source = generator.at(int(columns[0])) if isinstance(generator, RowGenerators) else generator
-            drawn.append(passes.draw_values(self.pc, semiring, given, self._banks, units, query, source))
+            drawn.append(draw_values(self.pc, semiring, given, self._banks, units, query, source))
         return torch.cat(drawn)
 
     @staticmethod
@@ -353,48 +356,14 @@ class ConstrainedDistribution(CircuitDistribution):
         return f"ConstrainedDistribution({self.pc.circuit}, {self.automaton}, batch_shape={tuple(self.batch_shape)})"
 
 
-@dataclass(frozen=True, eq=False)
-class ConstrainedLatentChoice(LatentChoice):
-    """Latents together with a path of the automaton, n columns; given both the variables are independent.
-
-    Attributes:
-        labels: which set of values the path reads every variable with, int64 (n, D).
-        classes: int64 (V,), the class of every value.
-        log_label: (M, K), the log-weight with which a set reads a class of values; the set M reads everything.
-    """
-
-    labels: Tensor
-    classes: Tensor
-    log_label: Tensor
-
-    def log_weights(self, values: Tensor | None = None) -> Tensor:
-        """Return ``log p(x_i = v | z)`` where the path allows v, else -inf, of all values or of some.
-
-        Args:
-            values: int64 (n, D, k); None: all.
-
-        Returns:
-            (n, D, C) or (n, D, k).
-        """
-        log_weights = super().log_weights(values)
-        return log_weights + self.log_path(values, slice(None), log_weights.shape[-1])
-
-    def log_path(self, values: Tensor | None, columns: Tensor | slice, num_values: int) -> Tensor:
-        """Return the log-weights with which some columns' paths read values (n, D, k), or all: (n, D, num_values)."""
-        if values is None:
-            values = torch.arange(num_values, device=self.classes.device)
-        read = torch.cat([self.log_label, torch.zeros_like(self.log_label[:1])])
-        classes = self.classes[values.clamp_max(len(self.classes) - 1)]
-        return read[self.labels[columns].unsqueeze(-1), classes]
-
-
 def _by_label(log_label: Tensor, by_class: Tensor, semiring: ChoosingSemiring) -> Tensor:
     """Add up the classes that labels (M, K) read: (F, K, B, classes) to (F, K, B, M)."""
     columns = by_class.flatten(0, 2).t().unsqueeze(0)
     if isinstance(semiring, MaxSemiring):
         summed = semiring.contract(log_label.unsqueeze(0), columns)[0]
     else:
-        summed = log_matmul(log_label.unsqueeze(0), columns)[0]
+        tau = temperature_of(semiring)
+        summed = log_matmul(log_label.unsqueeze(0) / tau, columns / tau)[0] * tau
     return summed.t().unflatten(0, by_class.shape[:3])
 
 

@@ -20,6 +20,7 @@ from circuits._code import evidence_code
 from circuits._evidence_checks import (
     check_distinct,
     check_factors,
+    check_fits,
     check_floats,
     check_integers,
     check_mask,
@@ -384,26 +385,7 @@ class Evidence:
 
         Variables with 0 categories have infinitely many values; the layers of their input units check these.
         """
-        if self.num_vars != len(num_categories):
-            raise ArgumentError(
-                f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
-                f"(shape {tuple(self._stored.shape)})"
-            )
-        if self.device != num_categories.device:
-            raise ArgumentError(
-                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
-                "with evidence.to(pc.device), or x.to(pc.device)"
-            )
-        if self.values is not None:
-            check_range(self.values, num_categories.unsqueeze(-1), "x")
-        elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
-            raise ArgumentError(
-                f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
-                f"{self.log_factors.shape[-1]} (shape {tuple(self.log_factors.shape)})"
-            )
-        for part in (self.otherwise, self.reference):
-            if part is not None:
-                part.check(num_categories)
+        check_fits(self, num_categories)
 
     def without(self, where: Tensor) -> Evidence:
         """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""

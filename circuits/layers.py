@@ -65,6 +65,9 @@ class _InnerLayer(nn.Module):
         super().__init__()
         self.child_units = list(child_units)
         self.register_buffer("addresses", torch.tensor(children), persistent=False)
+        layers = [{addresses[slot][0] for addresses in children} for slot in range(len(child_units))]
+        self.child_layers = [found.pop() if len(found) == 1 else None for found in layers]
+        """Per child, the layer that all nodes have it in; None: in several."""
 
     def all_of(self, outputs: Sequence[Tensor | None]) -> Tensor:
         """Return of which nodes all children are True, (F, 1, B), from bool (F', 1, B) of the layers below."""

@@ -8,14 +8,35 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _DEVICES = ("cpu", "cuda")
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return own_precision(torch.matmul)(left, right)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return own_matmul(grad, right.transpose(-1, -2)), own_matmul(left.transpose(-1, -2), grad)
+
+
+def own_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices of equal batch shapes; the gradients too are computed with autocast switched off."""
+    if torch.compiler.is_compiling():
+        return left @ right
+    product: Tensor = _Matmul.apply(left, right)
+    return product
 
 
 def own_precision(function: Callable[P, R]) -> Callable[P, R]:

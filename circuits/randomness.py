@@ -23,14 +23,15 @@ class RowGenerators:
 
     Args:
         seeds: int64 (B,).
-        offset: of the numbers of :meth:`uniform`, for what is counted from elsewhere than 0.
+        offset: of the numbers of :meth:`uniform`, for what is counted from elsewhere than 0; one for all, or int64
+            (B,).
 
     Raises:
         ArgumentError: ``seeds`` is no int64 tensor of shape (B,).
     """
 
     seeds: Tensor
-    offset: int = 0
+    offset: int | Tensor = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.seeds, Tensor) or self.seeds.dtype != torch.int64 or self.seeds.dim() != 1:
@@ -50,7 +51,8 @@ class RowGenerators:
 
     def uniform(self, num: int = 1) -> Tensor:
         """Return ``num`` numbers in [0, 1) per row, float64 (B, num)."""
-        counter = torch.arange(1 + self.offset, 1 + self.offset + num, device=self.seeds.device)
+        offset = self.offset.unsqueeze(1) if isinstance(self.offset, Tensor) else self.offset
+        counter = torch.arange(1, 1 + num, device=self.seeds.device) + offset
         bits = _mixed(self.seeds.unsqueeze(1) + counter * _GOLDEN)
         return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 

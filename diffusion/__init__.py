@@ -1,13 +1,22 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import evaluation, testing
+from diffusion import compat, evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding import constraints
+from diffusion.decoding import baselines, constraints, controls
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
+from diffusion.decoding.joint import JointHead
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
-from diffusion.denoisers import Denoiser, DenoiserSpec, FeatureDenoiser, TransformerConfig, TransformerDenoiser
+from diffusion.denoisers import (
+    CachingDenoiser,
+    Denoiser,
+    DenoiserSpec,
+    FeatureDenoiser,
+    TransformerConfig,
+    TransformerDenoiser,
+)
+from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 from diffusion.training import masking
@@ -18,6 +27,7 @@ from diffusion.training.logit_cache import LogitCache, cache_logits
 __all__ = [
     "Anywhere",
     "Blocks",
+    "CachingDenoiser",
     "CircuitTraining",
     "Conditioned",
     "Conditioner",
@@ -30,18 +40,23 @@ __all__ = [
     "DynamicWindows",
     "FeatureDenoiser",
     "Generation",
+    "JointHead",
     "LatentPotentials",
     "LogitCache",
     "NoiseCalibration",
     "Prediction",
     "TransformerConfig",
     "TransformerDenoiser",
+    "baselines",
     "cache_logits",
+    "compat",
     "constraints",
+    "controls",
     "evaluation",
     "fit_coupled",
     "generate",
     "infill",
+    "log_likelihood",
     "masking",
     "testing",
     "train_denoiser",

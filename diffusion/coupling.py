@@ -249,6 +249,31 @@ class CoupledDistribution(CircuitDistribution):
         with _explained():
             return super().log_prob(value)
 
+    def log_prob_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return ``log p_hat(x_C | observed tokens)`` of tokens at some positions C, the others summed out.
+
+        It is the ratio of two normalisers, ``Z(x_C observed) prod_{i in C} q_i(x_i) / Z``.
+
+        Args:
+            tokens: int64 (B, L); entries outside C are ignored.
+            positions: bool (B, L), C; what is observed already counts nothing.
+
+        Returns:
+            (B,), in nats; -inf where the tokens are impossible.
+
+        Raises:
+            ArgumentError: shapes or dtypes that do not fit, or a token outside the vocabulary.
+            ImpossibleEvidenceError: the normaliser is zero.
+        """
+        given = self.given(tokens, positions)
+        log_partition = self.log_partition
+        if bool((log_partition == -torch.inf).any()):
+            with _explained():
+                raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+        positions = positions & self.masked
+        log_q = self.prediction.log_prob_of(tokens.masked_fill(~positions, 0)).masked_fill(~positions, 0.0)
+        return given.log_partition + log_q.sum(1) - log_partition
+
     @kept
     def marginal_probs(self) -> Tensor:
         """``p_hat(x_i = v | observed tokens)`` of every position and token, (B, L, V); rows sum to 1."""

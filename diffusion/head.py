@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class CoupledHead(nn.Module):
         activation_threshold: gamma, for decoding; the circuit is used for sequences whose share of masked positions in
             the block is below it (at very high noise a static circuit can hurt), for all sequences when it is 1 or
             more, as by default.
-        temperature: tau >= 0 of the tokens' distribution in decoding: log q / tau; 0 takes the best token.
+        temperature: tau >= 0 of decoding where none is given there; 1 leaves it to decoding's default, 0.
         normalization: "global" or "local", see :mod:`diffusion.coupling`.
         top_k: evidence on the k best tokens only; None: on all.
         conditioners: what makes the product depend on the noise level and the context, applied in this order, see
@@ -89,6 +89,9 @@ class CoupledHead(nn.Module):
         self.normalization = normalization
         self.top_k = top_k
         self.conditioners: Iterable[Conditioner] = cast(Any, nn.ModuleList(chosen))
+
+    modes: ClassVar[frozenset[str]] = frozenset({"independent", "latent", "marginal", "any_order", "joint"})
+    """Ways of decoding that it has: all."""
 
     @property
     def calibration(self) -> NoiseCalibration | None:

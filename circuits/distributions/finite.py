@@ -17,6 +17,7 @@ from circuits._arguments import checked_count
 from circuits.distributions.base import Distribution, Finite, ascend
 from circuits.errors import ArgumentError
 from circuits.logspace import log_normalized
+from circuits.precision import own_matmul
 
 _GREATEST_LOGIT = 1e4
 _FIT_STEPS = 8
@@ -364,7 +365,7 @@ class EmbeddingCategorical(Finite):
     def read(self, raw: Tensor) -> Tensor:
         """Return the log-table."""
         values, units = raw.split([self.num_categories, raw.shape[-2] - self.num_categories], -2)
-        return log_normalized(values @ units.transpose(-1, -2), -2)
+        return log_normalized(own_matmul(values, units.transpose(-1, -2)), -2)
 
     def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
         """Return E with the units' rows of U."""

@@ -7,7 +7,7 @@ into the new compiled circuit, which keeps device and dtype of the old one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -31,7 +31,7 @@ class Rebuild:
         check_compiled(pc)
         self.pc = pc
         self._parameters: dict[ParametricNode, Tensor] = {}
-        self._heirs: dict[ParametricNode, list[ParametricNode]] = {}
+        self._heirs: dict[Hashable, list[ParametricNode]] = {}
 
     def log_weights(self, node: ParametricNode) -> Tensor:
         """Return the normalised log-weights of an old node, float64: sums (K, I), inputs of finite families (C, K)."""
@@ -57,26 +57,15 @@ class Rebuild:
         return self._input(old, table_family(old.distribution), log_weights, log_weights.shape[1], var)
 
     def _input(self, old: Input, family: Distribution, parameters: Tensor, num_units: int, var: int | None) -> Input:
-        tied_to = self._heir(old, parameters, family)
-        node = inputs(
-            old.var if var is None else var,
-            num_units,
-            family,
-            tied_to=tied_to if isinstance(tied_to, Input) else None,
-            name=old.name,
-        )
-        return self._record(node, parameters, old)
+        key = parameter_owner(old)
+        tied_to = self._heir(key, parameters, family)
+        owner = tied_to if isinstance(tied_to, Input) else None
+        node = inputs(old.var if var is None else var, num_units, family, tied_to=owner, name=old.name)
+        return self._record(node, parameters, key)
 
     def sum(self, old: Sum, children: Sequence[Node], log_weights: Tensor) -> Sum:
         """Build sum units with these log-weights (K', I'), in the place of ``old``."""
-        tied_to = self._heir(old, log_weights)
-        node = sum(
-            *children,
-            num_units=len(log_weights),
-            tied_to=tied_to if isinstance(tied_to, Sum) else None,
-            name=old.name,
-        )
-        return self._record(node, log_weights, old)
+        return self.extra_sum(children, log_weights, key=parameter_owner(old), name=old.name)
 
     def copy(
         self, old: ParametricNode, children: Sequence[Node], parameters: Tensor, tied_to: ParametricNode | None
@@ -91,13 +80,36 @@ class Rebuild:
         )
         return self._record(mixed, parameters)
 
-    def extra_input(self, var: int, distribution: Distribution, parameters: Tensor) -> Input:
-        """Build input units of a family with one column of parameters (..., K') per unit, as an additional node."""
-        return self._record(inputs(var, parameters.shape[-1], distribution), parameters)
+    def extra_input(
+        self,
+        var: int,
+        distribution: Distribution,
+        parameters: Tensor,
+        *,
+        key: Hashable = None,
+        name: str | None = None,
+    ) -> Input:
+        """Build input units of a family with one column of parameters (..., K') per unit, as an additional node.
 
-    def extra_sum(self, children: Sequence[Node], log_weights: Tensor) -> Sum:
-        """Build sum units with these log-weights (K', I'), as an additional node."""
-        return self._record(sum(*children, num_units=len(log_weights)), log_weights)
+        Args:
+            var: their variable.
+            distribution: their family.
+            parameters: as the family stores them, or a log-table.
+            key: what the parameters were made of; nodes of one key that have the same ones are tied. None: no node is.
+            name: of the node.
+        """
+        tied_to = self._heir(key, parameters, distribution)
+        owner = tied_to if isinstance(tied_to, Input) else None
+        return self._record(inputs(var, parameters.shape[-1], distribution, tied_to=owner, name=name), parameters, key)
+
+    def extra_sum(
+        self, children: Sequence[Node], log_weights: Tensor, *, key: Hashable = None, name: str | None = None
+    ) -> Sum:
+        """Build sum units with these log-weights (K', I'), as an additional node; see :meth:`extra_input`."""
+        tied_to = self._heir(key, log_weights)
+        owner = tied_to if isinstance(tied_to, Sum) else None
+        node = sum(*children, num_units=len(log_weights), tied_to=owner, name=name)
+        return self._record(node, log_weights, key)
 
     def select(self, node: Node, units: Tensor | None) -> Node:
         """Return a node whose unit k is the unit ``units[k]`` of ``node``: a sum with one-hot weights, if needed."""
@@ -133,10 +145,8 @@ class Rebuild:
                     new.bank[bank][row] = self._parameters[parameter_owner(node)].to(new.device, new.dtype)
         return new
 
-    def _heir(
-        self, old: ParametricNode, parameters: Tensor, family: Distribution | None = None
-    ) -> ParametricNode | None:
-        for heir in self._heirs.get(parameter_owner(old), []):
+    def _heir(self, key: Hashable, parameters: Tensor, family: Distribution | None = None) -> ParametricNode | None:
+        for heir in self._heirs.get(key, []):
             known = self._parameters[heir]
             if isinstance(heir, Input) and heir.distribution != family:
                 continue
@@ -144,11 +154,11 @@ class Rebuild:
                 return heir
         return None
 
-    def _record(self, node: AnyParametric, parameters: Tensor, old: ParametricNode | None = None) -> AnyParametric:
+    def _record(self, node: AnyParametric, parameters: Tensor, key: Hashable = None) -> AnyParametric:
         if node.tied_to is None:
             self._parameters[node] = parameters
-            if old is not None:
-                self._heirs.setdefault(parameter_owner(old), []).append(node)
+            if key is not None:
+                self._heirs.setdefault(key, []).append(node)
         return node
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Gaussian
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
-from circuits.graph import Input, Node, Product, Sum, format_scope, product
+from circuits.graph import Input, Node, ParametricNode, Product, Sum, format_scope, parameter_owner, product
 from circuits.precision import own_precision
 from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise, table_family
 
@@ -31,6 +31,10 @@ def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
     Compatible means that wherever two product units meet, they split their variables in the same way, or one splits
     them more finely than the other. Every pair of units that meet becomes one unit, so the result has up to the product
     of both numbers of units. A circuit is compatible with itself only if it is *structured-decomposable*.
+
+    Products of tied input nodes stay tied. Those of tied sums do only where they have the same weights, because every
+    unit is normalised by what follows it. Nodes keep their names; where two differ, the product of nodes named ``one``
+    and ``other`` is named ``one*other``.
 
     If one circuit has classes the result has them too: ``p(x | class) q(x) / Z_class``. If both do, these are the same
     classes: ``p(x | class) q(x | class) / Z_class``.
@@ -88,6 +92,20 @@ class _Multiplication:
         self.left, self.right = Rebuild(pc), Rebuild(other)
         self.pairs: dict[tuple[Node, Node], _Pair] = {}
         self.groups: dict[tuple[object, ...], Node] = {}
+        self.names: set[str] = set()
+
+    def origin(self, left: Node, right: Node) -> dict[str, Any]:
+        """Return the key under which equal weights of products of tied nodes are tied, and a name that is still free.
+
+        A name that both have, or that only one has, stays; of two names, ``one`` and ``other``, one is made.
+        """
+        owners = (parameter_owner(node) if isinstance(node, ParametricNode) else None for node in (left, right))
+        names = dict.fromkeys(name for name in (left.name, right.name) if name is not None)
+        name = "*".join(names)
+        if not names or name in self.names:
+            return {"key": tuple(owners), "name": None}
+        self.names.add(name)
+        return {"key": tuple(owners), "name": name}
 
     def compile(self, root: _Pair, *, has_classes: bool) -> CompiledCircuit:
         return self.left.compile(self.left.select(root.node, root.units), has_classes=has_classes)
@@ -136,7 +154,8 @@ class _Multiplication:
         one, two = (side.log_weights(n).cpu() for side, n in ((self.left, left), (self.right, right)))
         pairs = (one.unsqueeze(2) + two.unsqueeze(1)).flatten(1)[:, self._kept(left, right)]
         log_weights, log_partition = normalise(pairs, 0)
-        node = self.left.extra_input(left.var, table_family(left.distribution), log_weights)
+        origin = self.origin(left, right)
+        node = self.left.extra_input(left.var, table_family(left.distribution), log_weights, **origin)
         return _Pair(node, None, log_partition)
 
     def _gaussians(self, left: Input, one: Gaussian, right: Input, two: Gaussian) -> _Pair:
@@ -147,7 +166,8 @@ class _Multiplication:
         family = Gaussian(min(one.min_std, two.min_std) / 2)  # a product is narrower, by at most the root of 2
         kept = self._kept(left, right)
         raw = family.raw(torch.stack([part.flatten()[kept] for part in parameters]))
-        return _Pair(self.left.extra_input(left.var, family, raw), None, log_partition.flatten()[kept])
+        node = self.left.extra_input(left.var, family, raw, **self.origin(left, right))
+        return _Pair(node, None, log_partition.flatten()[kept])
 
     def _sum(self, left: Node, right: Node) -> _Pair:
         """Multiply mixtures: ``sum_ij w_ki v_mj c_i d_j``; a node that is no sum is a mixture of itself."""
@@ -165,7 +185,7 @@ class _Multiplication:
                 nodes.append(pair.node)
                 weights.append(_placed(columns, pair))
         log_weights, totals = normalise(torch.cat(weights, 1), 1)
-        return _Pair(self.left.extra_sum(nodes, log_weights), None, totals)
+        return _Pair(self.left.extra_sum(nodes, log_weights, **self.origin(left, right)), None, totals)
 
     def _product(self, left: Node, right: Node) -> _Pair:
         factors = self._factors(left, right)

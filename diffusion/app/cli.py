@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
+from diffusion.app.options import CONFIG_HELP, Decode, DecodingOptions, StrategyName, with_decoding
+from diffusion.decoding.config import DecodingConfig
 from diffusion.errors import ArgumentError, UnfactorError
 
 app = typer.Typer(
@@ -29,13 +31,10 @@ PresetName = Annotated[
 ]
 DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Seed = Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")]
-Decode = Annotated[str, typer.Option(help="independent, latent, marginal, any_order or joint.")]
-StrategyName = Annotated[str, typer.Option(help="low_confidence, margin, entropy, random, top_prob or threshold.")]
-Temperature = Annotated[float, typer.Option(help="Of the tokens; 0 is greedy.")]
 
 _DEFAULT_OUT = Path("unfactor-demo")
 _FEW_STEPS = 4
+_STEPS_OF_BLOCK = 4
 _UsageErrors: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of the copy that typer carries
 
 
@@ -60,7 +59,7 @@ def demo(
     _say(f"\n[bold]Shown:[/] {_conclusion(table.rows[-1])}")
     _say(f"[bold]Files:[/] models and results are in {out}/, the picture is {workspace.results / 'gap.png'}")
     _say(
-        f"[bold]Next:[/] unfactor generate --out {out} --prompt 'If the ' --steps 4; "
+        f"[bold]Next:[/] unfactor generate --out {out} --prompt 'If the ' --steps 8 --temperature 1; "
         "unfactor demo --corpus arithmetic --out arithmetic; or --corpus with a text of your own"
     )
 
@@ -125,55 +124,99 @@ def fit(
 
 
 @app.command()
+@with_decoding
 def generate(
+    decoding: DecodingOptions,
     out: Out = _DEFAULT_OUT,
     prompt: Annotated[str, typer.Option(help="The beginning of the text.")] = "",
-    length: Annotated[int, typer.Option(min=1, help="Tokens to generate, a multiple of the block length.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Denoiser calls, a multiple of the number of blocks.")] = 8,
+    length: Annotated[
+        int, typer.Option("--length", "--gen-length", "--max-new-tokens", min=1, help="Tokens to generate at most.")
+    ] = 64,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            "--block", "--block-length", "--block-size", min=1, help="Tokens of a block.", show_default="the denoiser's"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", "--num-steps", min=1, help="Denoiser calls.", show_default="4 a block")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
-    circuit: Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")] = True,
-    decode: Decode = "latent",
-    strategy: StrategyName = "low_confidence",
-    temperature: Temperature = 1.0,
-    seed: Seed = 0,
     device: DeviceName = "auto",
 ) -> None:
-    """Write text with the models of a folder."""
-    texts = _workspace(out, device, quiet=True).write(
-        [prompt] * samples,
-        gen_length=length,
-        num_steps=steps,
-        use_circuit=circuit,
-        decode=_one_of("decode", decode, _decode_modes()),
-        strategy=_one_of("strategy", strategy, _strategies()),
-        temperature=temperature,
-        seed=seed,
-    )
-    for text in texts:
-        print(prompt + text)
+    """Write text with the models of a folder.
+
+    The default is greedy, and a weak model then writes little but spaces: --temperature 1 draws from the model.
+    """
+    workspace = _workspace(out, device, quiet=True)
+    block_length = block or workspace.denoiser().config.block_length
+    options = {"gen_length": length, "block_length": block_length}
+    options["num_steps"] = steps or min(length, _STEPS_OF_BLOCK * -(-length // block_length))
+    _write(workspace, [prompt] * samples, decoding, is_infill=False, **options)
+
+
+@app.command()
+@with_decoding
+def infill(
+    decoding: DecodingOptions,
+    text: Annotated[
+        str,
+        typer.Argument(help="With holes: ___ is as many tokens as it has underscores, <mask> is one, <mask*8> eight."),
+    ],
+    out: Out = _DEFAULT_OUT,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", "--num-steps", min=1, help="Denoiser calls.", show_default="one a token"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
+    device: DeviceName = "auto",
+) -> None:
+    """Fill the holes in a text with the models of a folder."""
+    _write(_workspace(out, device, quiet=True), [text] * samples, decoding, is_infill=True, num_steps=steps)
+
+
+@app.command()
+def tune(
+    out: Out = _DEFAULT_OUT,
+    windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks.")] = None,
+    temperature: Annotated[bool, typer.Option("--temperature", help="Choose the temperature too.")] = False,
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Choose on held-out text at which mask ratios the circuit is used, and store it in the folder's head."""
+    workspace = _workspace(out, device, quiet)
+    recipe = workspace.recipe()
+    recipe = replace(recipe, gap_windows=windows or recipe.gap_windows)
+    print(workspace.tune(recipe, with_temperature=temperature))
 
 
 @app.command()
 def evaluate(
     out: Out = _DEFAULT_OUT,
     windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks of the gap table.")] = None,
-    texts: Annotated[int | None, typer.Option(min=1, help="Texts of the arithmetic table.")] = None,
-    decode: Decode = "latent",
-    strategy: StrategyName = "low_confidence",
-    temperature: Temperature = 1.0,
+    texts: Annotated[int | None, typer.Option(min=1, help="Texts of the few-step and arithmetic tables.")] = None,
+    few_steps: Annotated[
+        bool, typer.Option("--few-steps/--no-few-steps", help="Measure text written in 1 to 32 calls; takes minutes.")
+    ] = True,
+    decode: Decode = None,
+    strategy: StrategyName = None,
+    temperature: Annotated[float, typer.Option(help=CONFIG_HELP["temperature"])] = 1.0,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure and draw the gap table, and for the arithmetic corpus the share of right texts by number of steps."""
+    """Measure and draw the gap table and the few-step curve, and for the arithmetic corpus the share of right texts.
+
+    The few-step curve is always at temperature 1, in mode joint and by entropy.
+    """
     workspace = _workspace(out, device, quiet)
     recipe = workspace.recipe()
     recipe = replace(recipe, gap_windows=windows or recipe.gap_windows, texts=texts or recipe.texts)
-    options: dict[str, Any] = {
-        "decode": _one_of("decode", decode, _decode_modes()),
-        "strategy": _one_of("strategy", strategy, _strategies()),
-        "temperature": temperature,
-    }
+    chosen = {"decode": decode, "strategy": strategy, "temperature": temperature}
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    DecodingConfig(**options)  # which refuses what it does not know, before anything is measured
     _print_gap(workspace.evaluate_gap(recipe))
+    if few_steps:
+        _print_curve(workspace.evaluate_few_steps(recipe))
     if recipe.text.corpus == "arithmetic":
         _print_few_steps(workspace.evaluate_arithmetic(recipe, **options))
     _say(f"Tables and pictures are in {workspace.results}/")
@@ -227,16 +270,29 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
     return value
 
 
-def _decode_modes() -> tuple[str, ...]:
-    from diffusion.decoding.config import DecodeMode
+def _write(workspace: Any, texts: list[str], decoding: DecodingOptions, *, is_infill: bool, **options: Any) -> None:
+    """Decode, draw what was asked for, and print the texts, with a separator between them."""
+    from diffusion.app.stream import SEPARATOR, streamed
+    from diffusion.app.writing import continue_prompts, fill_holes
+    from diffusion.decoding.pictures import checked_picture, draw_trajectory
 
-    return get_args(DecodeMode)
-
-
-def _strategies() -> tuple[str, ...]:
-    from diffusion.decoding.config import Strategy
-
-    return get_args(Strategy)
+    if decoding.record is not None:
+        checked_picture(decoding.record)
+    tokenizer = workspace.tokenizer()
+    options |= decoding.changes
+    options |= {"controls": decoding.controls(tokenizer), "constraint": decoding.constraint(tokenizer)}
+    options |= {"use_circuit": decoding.circuit, "seed": decoding.seed, "record": decoding.record is not None}
+    write = fill_holes if is_infill else continue_prompts
+    if decoding.stream:
+        with streamed(tokenizer) as on_step:
+            out = write(workspace, texts, on_step=on_step, **options)
+    else:
+        out = write(workspace, texts, **options)
+    if decoding.record is not None:
+        draw_trajectory(out, tokenizer, decoding.record)
+    written = [tokenizer.decode(row.tolist()) for row in out.generated]
+    whole = written if is_infill else [text + new for text, new in zip(texts, written, strict=True)]
+    print(f"\n{SEPARATOR}\n".join(whole))
 
 
 def _say(message: str) -> None:
@@ -292,6 +348,24 @@ def _print_few_steps(table: Any) -> None:
     Console().print(shown)
 
 
+def _print_curve(table: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    titles, *rows = table.cells()
+    shown = Table(
+        title=f"{table.block_length} tokens in few calls, {table.num_texts} texts (nats per token, 95 % intervals)",
+        title_justify="left",
+    )
+    for column, title in enumerate(titles):
+        shown.add_column(title, justify="right" if column else "left")
+    for row in rows:
+        name, *numbers = row
+        lines = (number.replace(" [", "\n\\[") for number in numbers)  # so that seven columns fit a terminal of 80
+        shown.add_row(name.replace(", ", ",\n").replace(" (", "\n("), *lines)
+    Console().print(shown)
+
+
 def _with_interval(estimate: Any) -> str:
     """Write the interval below the value, so that six columns fit a terminal of 80."""
     from diffusion.evaluation.gap import rounded
@@ -308,9 +382,11 @@ def _print_side_by_side(workspace: Any, recipe: Any) -> None:
     prompts = workspace.held_out_prompts(recipe, 4)
     length = recipe.denoiser.block_length
     columns = [
-        workspace.write(prompts, gen_length=length, num_steps=_FEW_STEPS, use_circuit=used) for used in (False, True)
+        workspace.write(prompts, gen_length=length, num_steps=_FEW_STEPS, use_circuit=used, temperature=1.0)
+        for used in (False, True)
     ]
-    shown = Table(title=f"{length} new tokens in {_FEW_STEPS} calls of the same denoiser", show_lines=True)
+    title = f"{length} new tokens in {_FEW_STEPS} calls of the same denoiser, at temperature 1 (greedy: mostly spaces)"
+    shown = Table(title=title, show_lines=True)
     for column in ("prompt", "without circuit", "with circuit"):
         shown.add_column(column)
     for row in zip(prompts, *columns, strict=True):

@@ -18,6 +18,7 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +30,18 @@ from circuits.arguments import checked_device
 from circuits.files import file_hash, replace_file
 from diffusion._json import read_json, write_json
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
-from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, encoded_prompts, load_tokenizer, read_digests
+from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
+from diffusion.app.writing import continue_prompts, fill_holes
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.decoding.config import DecodeMode, Strategy
-from diffusion.decoding.generation import generate
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.evaluation.few_step_curve import FewStepCurve, few_step_curve
 from diffusion.evaluation.few_steps import FewStepTable, few_step_quality
 from diffusion.evaluation.gap import GapTable, misspecification_gap
+from diffusion.evaluation.tuning import TEMPERATURES, Tuning, tune
 from diffusion.head import CoupledHead
-from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, random_windows, windows
+from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, random_windows, windows, windows_and_rest
 from diffusion.text.tokenizer import TextTokenizer, train_tokenizer
 from diffusion.training.circuit import fit_coupled
 from diffusion.training.denoiser import train_denoiser
@@ -210,6 +213,26 @@ class Workspace:
         draw_gap(table, self.results / "gap.png", title=f"corpus: {Path(recipe.text.corpus).name}")
         return table
 
+    def evaluate_few_steps(self, recipe: Recipe) -> FewStepCurve:
+        """Measure text written in 1 to 32 calls per block on held-out prompts, and draw it; results/few_steps.*."""
+        from diffusion.evaluation.plots import draw_few_step_curve
+
+        denoiser = self.denoiser()
+        held_out = self._stream(self._corpus(recipe).held_out)
+        data, rest = windows_and_rest(held_out, length=denoiser.config.span, max_windows=max(2, recipe.texts))
+        table = few_step_curve(
+            denoiser,
+            self.head(),
+            data.to(self.device),
+            rest,
+            steps=[steps for steps in (1, 2, 4, 8, 16, 32) if steps <= denoiser.config.block_length],
+            seed=recipe.seed,
+            progress=self.progress,
+        )
+        self._keep(table, "few_steps")
+        draw_few_step_curve(table, self.results / "few_steps.png")
+        return table
+
     def evaluate_arithmetic(
         self,
         recipe: Recipe,
@@ -256,39 +279,58 @@ class Workspace:
         draw_few_steps(table, self.results / "arithmetic.png")
         return table
 
-    def write(
-        self,
-        prompts: list[str],
-        *,
-        gen_length: int,
-        num_steps: int,
-        use_circuit: bool = True,
-        decode: DecodeMode = "latent",
-        strategy: Strategy = "low_confidence",
-        temperature: float = 1.0,
-        seed: int = 0,
-    ) -> list[str]:
-        """Continue each prompt by ``gen_length`` tokens in ``num_steps`` denoiser calls; return the new texts.
+    def write(self, prompts: list[str], *, gen_length: int, **options: Any) -> list[str]:
+        """Continue each prompt by at most ``gen_length`` tokens; return the new texts.
+
+        Args:
+            prompts: texts.
+            gen_length: tokens to generate.
+            options: of :func:`~diffusion.app.writing.continue_prompts`: ``num_steps``, ``use_circuit``, ``seed``, and
+                of :func:`~diffusion.decoding.generation.generate`: ``config`` and others.
 
         Raises:
-            ArgumentError: as :func:`~diffusion.decoding.generation.generate`; or the tokenizer does not know most of a
-                prompt.
+            ArgumentError: as there; or the tokenizer does not know most of a prompt.
         """
-        denoiser, tokenizer = self.denoiser(), self.tokenizer()
-        encoded = encoded_prompts(self.path, prompts, tokenizer)
-        out = generate(
-            denoiser,
-            [torch.tensor(ids, dtype=torch.int64, device=self.device) for ids in encoded],
-            gen_length=gen_length,
-            block_length=denoiser.config.block_length,
-            num_steps=num_steps,
-            strategy=strategy,
-            head=self.head() if use_circuit else None,
-            decode=decode,
-            temperature=temperature,
-            generator=torch.Generator(device=self.device).manual_seed(seed),
+        out = continue_prompts(self, prompts, gen_length=gen_length, **options)
+        return [self.tokenizer().decode(row.tolist()) for row in out.generated]
+
+    def infill(self, texts: list[str], **options: Any) -> list[str]:
+        """Fill the holes of each text, ``___`` or ``<mask*8>``; return the whole texts.
+
+        Args:
+            texts: with holes, see :func:`~diffusion.app.writing.encoded_holes`.
+            options: of :func:`~diffusion.app.writing.fill_holes`: ``num_steps``, ``use_circuit``, ``seed``, and of
+                :func:`~diffusion.decoding.generation.infill`: ``config`` and others.
+
+        Raises:
+            ArgumentError: as there; or a text has no hole.
+        """
+        out = fill_holes(self, texts, **options)
+        return [self.tokenizer().decode(row.tolist()) for row in out.tokens]
+
+    def tune(self, recipe: Recipe, *, with_temperature: bool = False) -> Tuning:
+        """Choose when the circuit is used on held-out text, and store it in the head; results/tuning.json, .txt.
+
+        Args:
+            recipe: of the folder.
+            with_temperature: whether the temperature is chosen too.
+        """
+        denoiser, head = self.denoiser(), self.head()
+        data = windows(
+            self._stream(self._corpus(recipe).held_out), length=denoiser.config.span, max_windows=recipe.gap_windows
         )
-        return [tokenizer.decode(row.tolist()) for row in out.generated]
+        tuning = tune(
+            denoiser,
+            head,
+            data.to(self.device),
+            temperatures=TEMPERATURES if with_temperature else None,
+            seed=recipe.seed,
+            progress=self.progress,
+        )
+        tuning.apply(head)
+        head.save(self.path / "head")
+        self._keep(tuning, "tuning")
+        return tuning
 
     def held_out_prompts(self, recipe: Recipe, count: int) -> list[str]:
         """Return the beginnings of some held-out documents, one context length each."""
@@ -319,7 +361,7 @@ class Workspace:
         return load_tokenizer(self.path)
 
     def head(self) -> CoupledHead:
-        """Load the output layer, which is active at every mask ratio; raises CheckpointError if it is not there."""
+        """Load the output layer, active at every mask ratio until tuned; raises CheckpointError if it is not there."""
         self.recipe()
         if not (self.path / "head").exists():
             raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
@@ -357,7 +399,7 @@ class Workspace:
         tokenizer = self.tokenizer()
         return join_documents(encoded_corpus(self.path, documents, tokenizer), eos_id=tokenizer.eos_id)
 
-    def _keep(self, table: GapTable | FewStepTable, name: str) -> None:
+    def _keep(self, table: GapTable | FewStepTable | FewStepCurve | Tuning, name: str) -> None:
         table.save(self.results / f"{name}.json")
         with replace_file(self.results / f"{name}.txt") as temporary:
             temporary.write_text(f"{table}\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ def prompted_canvas(
     spec: DenoiserSpec,
     seeds: Tensor,
     constraint: DeterministicAutomaton | None,
+    *,
+    ends: bool = False,
 ) -> Canvas:
     """Return a canvas of prompts, padded at the left, and ``gen_length`` masks; masks in a prompt are holes to fill."""
     tokens, is_valid = padded_rows("prompt", prompt, valid, spec, at_left=True)
@@ -31,7 +33,7 @@ def prompted_canvas(
     new = torch.full((len(tokens), gen_length), spec.mask_id, device=tokens.device)
     tokens, is_valid = torch.cat([tokens, new], 1), torch.cat([is_valid, torch.ones_like(new, dtype=torch.bool)], 1)
     masked, first = (tokens == spec.mask_id) & is_valid, tokens.shape[1] - gen_length
-    return Canvas(tokens, is_valid, masked, first, seeds, spec, _constraint(constraint, spec, tokens.device))
+    return Canvas(tokens, is_valid, masked, first, seeds, spec, _constraint(constraint, spec, tokens.device, ends))
 
 
 def holed_canvas(
@@ -41,6 +43,8 @@ def holed_canvas(
     spec: DenoiserSpec,
     seeds: Tensor,
     constraint: DeterministicAutomaton | None,
+    *,
+    ends: bool = False,
 ) -> Canvas:
     """Return a canvas whose positions ``masked``, or those that hold the mask token, are to be filled."""
     tokens, is_valid = padded_rows("tokens", rows, valid, spec, at_left=False)
@@ -55,14 +59,14 @@ def holed_canvas(
             "masked: expected True at every mask token, got False at one; mark it, or put a token there"
         )
     masked = masked & is_valid
-    tokens, limits = tokens.masked_fill(masked, spec.mask_id), _constraint(constraint, spec, tokens.device)
+    tokens, limits = tokens.masked_fill(masked, spec.mask_id), _constraint(constraint, spec, tokens.device, ends)
     return Canvas(tokens, is_valid, masked, 0, seeds, spec, limits)
 
 
 def _constraint(
-    automaton: DeterministicAutomaton | None, spec: DenoiserSpec, device: torch.device
+    automaton: DeterministicAutomaton | None, spec: DenoiserSpec, device: torch.device, ends: bool
 ) -> Constraint | None:
-    return None if automaton is None else Constraint.of(automaton, spec, device)
+    return None if automaton is None else Constraint.of(automaton, spec, device, ends=ends)
 
 
 def checked_seeds(seeds: Any, generator: torch.Generator | None, rows: Sequence[Tensor]) -> Tensor:
@@ -77,7 +81,8 @@ def checked_seeds(seeds: Any, generator: torch.Generator | None, rows: Sequence[
         return torch.randint(2**62, (batch_size,), generator=source, device=source.device).to(device)
     if generator is not None:
         raise ArgumentError("seeds: give either seeds or generator, not both")
-    values = seeds.tolist() if isinstance(seeds, Tensor) else [seeds] if isinstance(seeds, int) else list(seeds)
+    values = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    values = list(values) if isinstance(values, Iterable) else [values]
     is_whole = all(isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 for value in values)
     if not is_whole or len(values) != batch_size:
         raise ArgumentError(f"seeds: expected {batch_size} integers of 64 bits, one per row, got {seeds!r:.80}")

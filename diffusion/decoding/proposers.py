@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +13,29 @@ from torch import Tensor
 from circuits import RowGenerators
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.config import DecodeMode, DecodingConfig
+from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
+from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """Tokens for all positions of W windows, int64 (W, n), and beliefs about them, which only a ranking asks for."""
+    """Tokens for all positions of W windows, and what may be asked about them.
+
+    Attributes:
+        tokens: int64 (W, n).
+        beliefs: about the positions; only a ranking asks for them.
+        accepted: bool (W, n), which tokens are kept where it is not for a strategy to say.
+        log_prob: the log-probability (W,) that a draw has these tokens at positions bool (W, n); of given tokens only.
+    """
 
     tokens: Tensor
     beliefs: Callable[[], Prediction]
+    accepted: Tensor | None = None
+    log_prob: Callable[[Tensor], Tensor] | None = None
 
 
-Proposer = Callable[[CoupledDistribution, DecodingConfig, RowGenerators], Proposal]
+Proposer = Callable[[Any, DecodingConfig, RowGenerators], Proposal]
 """From the joint distribution of W windows, the options, and random numbers for each window."""
 
 
@@ -40,7 +53,7 @@ def independent(prediction: Prediction, config: DecodingConfig, generators: RowG
     return Proposal(drawn(prediction, config.temperature, generators), lambda: prediction)
 
 
-def latent(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+def latent(dist: LatentDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Choose the circuit's latents, then every token on its own given them; judged given them too.
 
     Given the latents nearly everything is certain, so ``threshold`` judges by the marginals instead.
@@ -52,15 +65,41 @@ def latent(dist: CoupledDistribution, config: DecodingConfig, generators: RowGen
     return Proposal(tokens, dist.posterior if config.chosen_strategy == "threshold" else lambda: beliefs)
 
 
-def marginal(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+def marginal(dist: JointDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose every token on its own from its exact posterior marginal."""
     beliefs = dist.posterior()
     return Proposal(drawn(beliefs, config.temperature, generators), lambda: beliefs)
 
 
-def joint(dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
+def joint(dist: JointDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose all tokens together: an exact joint sample at temperature 1, the most probable explanation at 0."""
+    if isinstance(dist, SelfAccepting):
+        tokens, accepted = dist.draw_accepted(config.temperature, generators)
+        return Proposal(tokens, dist.posterior, accepted)
     return Proposal(dist.draw(config.temperature, generators), dist.posterior)
+
+
+def given(tokens: Tensor, source: JointDistribution | Prediction, decode: DecodeMode) -> Proposal:
+    """Propose tokens that are given, int64 (W, n), in place of draws at temperature 1.
+
+    Args:
+        tokens: what to propose.
+        source: of the draws: the joint distribution of W windows, or a prediction without a circuit.
+        decode: how they would be drawn: all together, or each on its own.
+    """
+    if decode == "joint" and not isinstance(source, Prediction):
+        if not isinstance(source, CoupledDistribution):
+            raise ArgumentError(
+                f"head: expected a circuit, whose joint probabilities are exact, got one of {type(source).__name__}"
+            )
+        return Proposal(tokens, source.posterior, log_prob=partial(source.log_prob_at, tokens))
+    beliefs = source if isinstance(source, Prediction) else source.posterior()
+
+    def log_prob(positions: Tensor) -> Tensor:
+        each = beliefs.normalised().log_prob_of(tokens)  # draws are from the tokens that are listed
+        return each.double().masked_fill(~positions, 0.0).sum(-1)
+
+    return Proposal(tokens, lambda: beliefs, log_prob=log_prob)
 
 
 PROPOSERS: dict[DecodeMode, Proposer] = {
@@ -71,7 +110,7 @@ PROPOSERS: dict[DecodeMode, Proposer] = {
 }
 
 
-def dependence_of(dist: CoupledDistribution, num_candidates: int = 4) -> Tensor:
+def dependence_of(dist: JointDistribution, num_candidates: int = 4) -> Tensor:
     """Return a lower bound of the mutual information of all pairs of positions, (W, n, n), in nats.
 
     It is that of the position's tokens, told apart as its ``num_candidates`` most probable ones and the rest; exact by

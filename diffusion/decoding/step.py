@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
-from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
+from diffusion.decoding.joint import JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
-from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, independent
+from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
+from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
@@ -56,7 +57,7 @@ class Part:
 
 
 def decode_step(
-    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: JointHead | None, config: DecodingConfig
 ) -> None:
     """Commit tokens of one look to the canvas.
 
@@ -96,7 +97,7 @@ def _turns(rows: Tensor, *, is_free: bool) -> list[Tensor]:
 
 
 def _windows_of(
-    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: CoupledHead | None, config: DecodingConfig
+    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: JointHead | None, config: DecodingConfig
 ) -> Part:
     longest = None if head is None or config.decode == "independent" else head.block_length
     start = look.span[0]
@@ -119,39 +120,55 @@ def _chosen_by_prediction(canvas: Canvas, look: Look, prediction: Prediction, co
     """Choose positions by the denoiser's own prediction, before the circuit is asked: bool (B, stop - start)."""
     rows = torch.arange(canvas.batch_size, device=canvas.tokens.device)
     seeds = canvas.generators(rows, torch.full_like(rows, _BEFORE_WINDOWS)).seeds
-    generators = RowGenerators(
-        seeds, offset=look.span[0] - canvas.first
-    )  # a position's number, wherever the row begins
+    generators = RowGenerators(seeds, offset=look.span[0] - canvas.origin)  # a position's number is its own
     tokens = prediction.best()
-    scores = SCORES[config.chosen_strategy](prediction, tokens, generators)
+    scores = _scores(canvas, prediction, tokens, config, generators)
     candidates = look.open[:, slice(*look.span)]
     ranking = Ranking(scores, candidates, look.counts, lambda: prediction)
     return commit(ranking, config) & (look.counts > 0).unsqueeze(1)
 
 
-def _uses_circuit(part: Part, head: CoupledHead | None, config: DecodingConfig) -> Tensor:
+def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) -> Tensor:
     if head is None or config.decode == "independent":
         return torch.zeros_like(part.windows.rows, dtype=torch.bool)
     threshold = head.activation_threshold if config.activation_threshold is None else config.activation_threshold
     present = (~part.absent).sum(1)
-    is_below = part.masked.sum(1) < threshold * present.double()
+    is_below = part.masked.sum(1).double() / present < threshold  # rounded as in CoupledHead.is_active
     return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
-def _decode_part(canvas: Canvas, part: Part, head: CoupledHead | None, config: DecodingConfig) -> None:
-    generators = canvas.generators(part.windows.rows, part.windows.starts - canvas.first)
+def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig) -> None:
+    rows, starts = part.windows.rows, part.windows.starts
+    generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
-        _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
+        _write(canvas, part, _proposal(canvas, part, None, "independent", config, generators), None, config, generators)
         return
     dist = _distribution(canvas, part, head)
     mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
-    if mode == "any_order":
-        _any_order(canvas, part, dist, config, generators)
+    if mode == "any_order" or (mode == "marginal" and canvas.constraint is not None):
+        _in_rounds(canvas, part, dist, config, generators)
         return
-    _write(canvas, part, PROPOSERS[mode](dist, config, generators), dist, config, generators)
+    _write(canvas, part, _proposal(canvas, part, dist, mode, config, generators), dist, config, generators)
 
 
-def _distribution(canvas: Canvas, part: Part, head: CoupledHead | None) -> CoupledDistribution:
+def _proposal(
+    canvas: Canvas,
+    part: Part,
+    dist: JointDistribution | None,
+    mode: DecodeMode,
+    config: DecodingConfig,
+    generators: RowGenerators,
+) -> Proposal:
+    """Return where tokens come from: the teacher, if there is one, or a draw."""
+    if canvas.teacher is not None:
+        tokens = canvas.teacher.tokens[part.windows.rows.unsqueeze(1), part.positions]
+        return given(tokens, part.prediction if dist is None else dist, mode)
+    if dist is None:
+        return independent(part.prediction, config, generators)
+    return PROPOSERS[mode](dist, config, generators)
+
+
+def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDistribution:
     """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
     absent = part.absent if bool(part.absent.any()) else None
     constraint = canvas.constraint
@@ -166,6 +183,8 @@ def _distribution(canvas: Canvas, part: Part, head: CoupledHead | None) -> Coupl
         told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
         return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
     prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"constraint: expected df.CoupledHead or no head, got {type(head).__name__}")
     dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
     return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
 
@@ -174,15 +193,19 @@ def _write(
     canvas: Canvas,
     part: Part,
     proposal: Proposal,
-    dist: CoupledDistribution | None,
+    dist: JointDistribution | None,
     config: DecodingConfig,
     generators: RowGenerators,
 ) -> Tensor:
     """Commit the most reliable proposals; return where, bool (W, n)."""
-    committed, scores = _committed(part, proposal, dist, config, generators)
-    if canvas.constraint is not None and config.decode in ("marginal", "any_order"):
+    is_filtered = canvas.constraint is not None and config.decode in ("marginal", "any_order")
+    needs_scores = is_filtered or config.remask > 0
+    committed, scores = _committed(canvas, part, proposal, dist, config, generators, needs_scores=needs_scores)
+    if is_filtered:
         committed = _compatible(canvas, part, proposal, committed, scores)
     canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
+    if proposal.log_prob is not None:
+        canvas.count(part.windows.rows, proposal.log_prob(committed))
     return committed
 
 
@@ -200,42 +223,66 @@ def _compatible(canvas: Canvas, part: Part, proposal: Proposal, committed: Tenso
 
 
 def _committed(
+    canvas: Canvas,
     part: Part,
     proposal: Proposal,
-    dist: CoupledDistribution | None,
+    dist: JointDistribution | None,
     config: DecodingConfig,
     generators: RowGenerators,
+    *,
+    needs_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all()) and config.decode != "any_order"
-    if nothing_to_rank and not config.remask:
+    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all())
+    if nothing_to_rank and not needs_scores:
         return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
     beliefs = proposal.beliefs()
-    scores = SCORES[config.chosen_strategy](beliefs, proposal.tokens, generators.at(2))
-    dependence = None if dist is None else partial(dependence_of, dist)
-    committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+    if proposal.accepted is None:
+        scores = _scores(canvas, beliefs, proposal.tokens, config, generators.at(2))
+        dependence = None if dist is None else partial(dependence_of, dist)
+        committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+    else:
+        scores = SCORES["low_confidence"](beliefs, proposal.tokens, generators)
+        from_left = part.candidates.cumsum(1) <= part.counts.unsqueeze(1)
+        committed = part.candidates & (proposal.accepted | from_left)
     confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
     return committed, confidence
 
 
-def _any_order(
-    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
-) -> None:
-    """Commit one position after the other; each is given those before, without asking the denoiser again.
+def _scores(
+    canvas: Canvas, beliefs: Prediction, tokens: Tensor, config: DecodingConfig, generators: RowGenerators
+) -> Tensor:
+    """Score positions by the strategy, and by the controls that have a say in it, (W, n)."""
+    scores = SCORES[config.chosen_strategy](beliefs, tokens, generators)
+    for control in canvas.controls:
+        scores = control.scores(scores, tokens, canvas.spec)
+    return scores
 
-    With a threshold or a bound, all positions that these allow go together. A window is done when its own count is.
+
+def _in_rounds(
+    canvas: Canvas, part: Part, dist: JointDistribution, config: DecodingConfig, generators: RowGenerators
+) -> None:
+    """Commit a step's positions in rounds; each is given those before, without asking the denoiser again.
+
+    In ``any_order`` one position a round; with a threshold or a bound, all positions that these allow go together. In
+    ``marginal`` all of them, and in the next round those that the constraint refused. A window is done when its own
+    count is.
     """
+    most = 1 if config.decode == "any_order" else None
     left, rounds = part.counts, 0
     while True:
         waits = (left <= 0).unsqueeze(1)
-        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(max=1))
+        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(0, most))
         source = generators.at(3, rounds)
-        proposal = PROPOSERS["any_order"](dist, config, source)
+        proposal = _proposal(canvas, one, dist, config.decode, config, source)
         committed = _write(canvas, one, proposal, dist, config, source)
-        left = left - committed.sum(1)
+        is_over = canvas.ended[part.windows.rows]  # a teacher's text that cannot be written: nothing follows it
+        left = (left - committed.sum(1)).masked_fill(is_over, 0)
+        committed = committed & ~is_over.unsqueeze(1)
         if not bool((left > 0).any()):
             return
         dist = dist.given(proposal.tokens, committed)
-        part = replace(part, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        tokens = torch.where(committed, proposal.tokens, part.tokens)
+        part = replace(part, tokens=tokens, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
         rounds += 1
 
 

@@ -123,7 +123,7 @@ def independent(denoiser: Denoiser, rule: Rule, *, temperature: float = 1.0) -> 
         q = predicted(denoiser, tokens)
         yield Draws(1.0, *_products(_tempered(q, temperature), tokens, masked), q)
 
-    return _step(draws, rule)
+    return step_of(draws, rule)
 
 
 def coupled(
@@ -160,7 +160,7 @@ def coupled(
     def draws(tokens: Ids, masked: Bools) -> Iterator[Draws]:
         return coupling.draws(predicted(denoiser, tokens), tokens, masked, decode)
 
-    return _step(draws, rule)
+    return step_of(draws, rule)
 
 
 def predicted(denoiser: Denoiser, tokens: Ids) -> Floats:
@@ -206,7 +206,9 @@ def _one_after_the_other(denoiser: Denoiser, coupling: _Coupling, rule: Rule) ->
 
     def step_law(tokens: Tokens, masked: Masked, step: int) -> Iterator[tuple[float, Tokens, Masked]]:
         q = predicted(denoiser, np.array(tokens))
-        one = _step(lambda tokens, masked: coupling.draws(q, tokens, masked, "marginal"), Rule(strategy=rule.strategy))
+        one = step_of(
+            lambda tokens, masked: coupling.draws(q, tokens, masked, "marginal"), Rule(strategy=rule.strategy)
+        )
         law: Law = {(tokens, masked): 1.0}
         for _ in range(rule.count(sum(masked), step)):
             law = advance(law, one, step)
@@ -215,7 +217,14 @@ def _one_after_the_other(denoiser: Denoiser, coupling: _Coupling, rule: Rule) ->
     return step_law
 
 
-def _step(draws: Callable[[Ids, Bools], Iterator[Draws]], rule: Rule) -> StepLaw:
+def step_of(draws: Callable[[Ids, Bools], Iterator[Draws]], rule: Rule) -> StepLaw:
+    """Return the step that draws texts and commits some of their positions.
+
+    Args:
+        draws: what may be drawn, from tokens (L,) and open positions, bool (L,).
+        rule: what is committed.
+    """
+
     def step_law(tokens: Tokens, masked: Masked, step: int) -> Iterator[tuple[float, Tokens, Masked]]:
         before, is_open = np.array(tokens), np.array(masked)
         count = rule.count(int(is_open.sum()), step)

@@ -126,7 +126,7 @@ def train_denoiser(
         Path(checkpoint_path) if checkpoint_path is not None else None,
         {
             "configuration": json.dumps(asdict(config)),
-            "model": json.dumps(asdict(model.config)),
+            "model": json.dumps(model.config.to_dict()),
             "training text": digest(train_tokens),
             "held-out text": digest(held_out_tokens),
         },

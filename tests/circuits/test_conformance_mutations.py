@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits import learning, logspace
+from circuits import learning, logspace, passes, precision
 from circuits.layers import Weights
 from circuits.learning import em
 from circuits.passes import Banks
@@ -179,6 +179,23 @@ def listed_evidence_without_factors(patch):
     replaced(patch, logspace, "log_mix", log_mix)
 
 
+def weights_that_are_read_once(patch):
+    def kept(true, self, name, parameter):
+        if name not in self._cache:
+            self._cache[name] = (parameter.detach().clone(), self._read_weights(name, parameter.detach()))
+        return self._cache[name][1] if not torch.is_grad_enabled() else true(self, name, parameter)
+
+    replaced(patch, ct.CompiledCircuit, "_bank_weights", kept)
+
+
+def passes_in_the_callers_precision(patch):
+    patch.setattr(precision, "_DEVICES", ())
+
+
+def flows_below_what_nobody_observed(patch):
+    patch.setattr(passes, "heard_leaves", passes.leaves)
+
+
 MUTATIONS = {
     wrong_sign: "test_the_partition_function_is_the_sum_over_all_assignments",
     conditional_that_forgets_to_divide: "test_the_conditional_is_the_joint_over_the_marginal",
@@ -201,6 +218,9 @@ MUTATIONS = {
     saving_in_single_precision: "test_saving_and_loading_keeps_every_bit",
     random_weights_without_a_seed: "test_the_same_seed_gives_the_same_weights",
     listed_evidence_without_factors: "test_all_forms_of_evidence_say_the_same",
+    weights_that_are_read_once: "test_every_write_to_the_weights_is_seen",
+    passes_in_the_callers_precision: "test_autocast_changes_no_answer",
+    flows_below_what_nobody_observed: "test_a_row_that_says_nothing_teaches_nothing",
 }
 
 

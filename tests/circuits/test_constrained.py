@@ -242,6 +242,41 @@ def test_samples_have_the_law(kind, generator):
 
 
 @pytest.mark.parametrize("is_listed", [False, True])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_samples_at_a_temperature(temperature, is_listed, generator):
+    """Explanations, latents and values together, are drawn from p(x, z | e, A)^(1 / tau)."""
+    initial, transition, emission = (
+        torch.rand(shape, dtype=torch.float64, generator=generator) for shape in ((2,), (2, 2), (2, 3))
+    )
+    initial, transition, emission = (table / table.sum(-1, keepdim=True) for table in (initial, transition, emission))
+    structure = ct.structures.hmm(3, 2, 3, initial=initial, transition=transition, emission=emission)
+    pc = ct.compile(structure, dtype=torch.float64)
+    evidence = EVIDENCE["listed"](generator) if is_listed else soft((2, 3, 3), generator)
+    x = all_assignments(pc.circuit)
+    z = torch.cartesian_prod(*[torch.arange(2)] * 3).unsqueeze(1)  # (8, 1, 3)
+    log_p = initial[z[..., 0]].log() + transition[z[..., :-1], z[..., 1:]].log().sum(-1)
+    log_p = log_p + emission[z, x].log().sum(-1)  # (8, 27)
+    log_e = evidence.dense(3, torch.float64)[:, torch.arange(3), x].sum(-1)  # (2, 27)
+    is_even = (x == 1).sum(1) % 2 == 0
+    scores = torch.logsumexp((log_p.unsqueeze(1) + log_e) / temperature, 0).masked_fill(~is_even, -torch.inf)
+    table = torch.log_softmax(scores, 1).reshape(2, 3, 3, 3)
+    dist = ct.ConstrainedDistribution(pc, evidence, even_number_of_ones(3))
+    assert_distributed(lambda n: dist.sample((n,), generator=generator, temperature=temperature), table, 3000)
+
+
+def test_autocast_changes_nothing(generator):
+    pc = ct.compile(ct.structures.hmm(4, 8, 20), seed=0)
+    evidence = ct.Evidence.soft(5 * torch.randn(2, 4, 20, generator=generator))
+    dist = ct.ConstrainedDistribution(pc, evidence, even_number_of_ones(20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = ct.ConstrainedDistribution(pc, evidence, even_number_of_ones(20))
+        values = under.log_partition, under.marginal_probs, under.log_prob(under.mode)
+    expected = dist.log_partition, dist.marginal_probs, dist.log_prob(dist.mode)
+    for value, right in zip(values, expected, strict=True):
+        assert torch.equal(value, right)
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
 def test_given_latents_and_path_the_values_are_independent_and_accepted(is_listed, generator):
     """sum over (z, path) of p(z, path | e) prod_i p(x_i | z, path), as an average over draws, is the law."""
     pc = ct.compile(ct.structures.hmm(3, 2, 3), dtype=torch.float64, seed=6)

@@ -126,6 +126,33 @@ def test_multiply_lines_up_products_that_split_more_finely(left, right, modes):
     assert_same(joint_of(result.pc), total - log_z)
 
 
+def test_multiply_keeps_names_and_the_ties_of_inputs():
+    """The product of two homogeneous HMMs has one emission table, of the pairs of states, whatever its length."""
+    one, two = (compiled(ct.structures.hmm(5, num_states, 7), seed=num_states) for num_states in (3, 2))
+    result = ct.transforms.multiply(one, two)
+    assert {node.name for node in result.pc.circuit.sums} == {"initial", *(f"transition{t}" for t in range(4))}
+    assert {node.name for node in result.pc.circuit.inputs} == {f"emission{t}" for t in range(5)}
+    assert [node.tied_to is None for node in result.pc.circuit.inputs].count(True) == 1
+    assert result.pc.circuit.num_parameters == 7 * 6 + 4 * 6 * 6 + 6
+    assert_same(joint_of(result.pc), joint_of(one) + joint_of(two) - result.log_partition)
+
+
+def test_multiply_joins_two_names_and_gives_none_twice():
+    def mixture(*names):
+        leaves = [ct.inputs(var, 2, ct.Categorical(2), name=name) for var, name in enumerate(names)]
+        return compiled(ct.Circuit(ct.sum(ct.product(*leaves), num_units=1, name="root")))
+
+    one = mixture("left", None)
+    product = ct.transforms.multiply(one, mixture("right", "second")).pc.circuit
+    assert {node.name for node in (*product.inputs, *product.sums)} == {"left*right", "second", "root"}
+    leaves = [ct.inputs(0, 1, ct.Categorical(2), name="same"), ct.inputs(0, 1, ct.Categorical(2), name="other")]
+    two = compiled(ct.Circuit(ct.sum(*leaves, num_units=1)))
+    squared = ct.transforms.multiply(two, compiled(ct.Circuit(ct.inputs(0, 1, ct.Categorical(2))))).pc.circuit
+    assert sorted(node.name for node in squared.inputs) == ["other", "same"]
+    names = [node.name for node in ct.transforms.multiply(two, two).pc.circuit.inputs]
+    assert len(set(names) - {None}) == len([name for name in names if name])
+
+
 def test_multiply_refuses_circuits_that_are_not_compatible():
     one = compiled(ct.Circuit(ct.sum(tree(((0, 1), (2, 3)), 2), num_units=1)))
     other = compiled(ct.Circuit(ct.sum(tree(((0, 2), (1, 3)), 2), num_units=1)))

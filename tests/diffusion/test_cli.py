@@ -1,10 +1,15 @@
 """The program: the stages on a small corpus, reuse, and one clear line for everything that is wrong."""
 
+import json
+import re
 import sys
 
 import pytest
 
 from diffusion.app import cli, workspace
+from diffusion.app.options import OPTIONS, described
+from diffusion.app.stream import SEPARATOR
+from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, Estimate, GapRow, GapTable
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
@@ -54,15 +59,67 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     code, text, _ = run("evaluate", "--out", out, "--quiet")
     assert code == 0
     assert "one-step" in text
-    assert {path.name for path in (out / "results").iterdir()} == {"gap.json", "gap.png", "gap.txt"}
+    assert "true text" in text
+    names = {f"{name}.{kind}" for name in ("gap", "few_steps") for kind in ("json", "png", "txt")}
+    assert {path.name for path in (out / "results").iterdir()} == names
+    code, text, _ = run("evaluate", "--out", out, "--no-few-steps", "--quiet")
+    assert code == 0
+    assert "true text" not in text
     options = ("generate", "--out", out, "--prompt", "The 3th", "--length", 64, "--steps", 4, "--seed", 3)
+    options += ("--logits-eos-inf", "--temperature", 1)
     code, first, _ = run(*options)
     assert code == 0
-    assert first.startswith("The 3th")
+    assert re.fullmatch(r"The 3th(.|\n){64}\n", first)
     assert run(*options)[1] == first
     assert run(*options, "--no-circuit")[0] == 0
+    check_what_is_written(run, out, options, first)
+    code, text, _ = run("tune", "--out", out, "--windows", 6, "--temperature", "--quiet")
+    assert code == 0
+    assert "Chosen on 6 held-out blocks: activation threshold" in text
+    tuned, stored = workspace.Workspace(out).head(), json.loads((out / "results" / "tuning.json").read_text())
+    assert (tuned.activation_threshold, tuned.temperature) == (stored["activation_threshold"], stored["temperature"])
     assert run("fit", "--out", out, "--no-calibration", "--quiet")[0] == 0
     assert workspace.Workspace(out).head().calibration is None
+
+
+def check_what_is_written(run, out, options, first):
+    code, two, _ = run(*options, "--samples", 2)
+    assert two.split(f"\n{SEPARATOR}\n")[0] == first.removesuffix("\n")
+    assert two.count(SEPARATOR) == 1
+    names = {"--length": "--max-new-tokens", "--steps": "--num-steps"}
+    assert run(*[names.get(option, option) for option in options])[1] == first
+    assert run(*options, "--alg", "random")[1] == run(*options, "--strategy", "random")[1]
+    assert run(*options, "--block-length", 16)[1] == run(*options, "--block", 16)[1] != first
+    best = run(*options, "--top-k", 1, "--strategy", "random", "--no-circuit")[1]
+    assert run(*options[:-2], "--strategy", "random", "--no-circuit")[1] == best != first  # greedy, by default
+    assert "e" not in run(*options, "--stop", "e", "--stop", " ")[1][7:]
+    code, matched, _ = run(
+        *(one for one in options if one != "--logits-eos-inf"), "--regex", "(th)*e", "--keyword", "thth"
+    )
+    assert re.fullmatch("The 3th(th){2,}e\n", matched)
+    lines = run(*options, "--stream")[1].splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == ["1", "2", "3", "4"]
+    assert lines[0].count("░") == 32 + 16
+    assert "░" not in lines[3]
+    assert "\n".join([*lines[4:], ""]) == first
+    assert run(*options, "--record", out / "text.gif")[1] == first
+    assert (out / "text.gif").read_bytes()[:4] == b"GIF8"
+    code, filled, _ = run("infill", "The ___ text says <mask*2>.", "--out", out, "--samples", 2, "--temperature", 1)
+    assert code == 0
+    for text in filled.removesuffix("\n").split(f"\n{SEPARATOR}\n"):
+        assert re.fullmatch(r"The (.|\n){3} text says (.|\n){2}\.", text)
+    assert "expected a hole" in run("infill", "No hole", "--out", out)[2]
+
+
+def test_the_help_is_that_of_the_tables(run):
+    """Every mode and every strategy, and every option of the configuration, in the words in which they are defined."""
+    said = " ".join(run("generate", "--help")[1].replace("│", " ").split())
+    for name, meaning in (MODES | STRATEGIES).items():
+        assert f"{name}: {meaning}."[:30] in said
+    for name in DecodingConfig.__dataclass_fields__:
+        assert OPTIONS[name]
+    assert described(DecodingConfig)["threshold"] == "Of the strategy threshold, a probability."
+    assert described(DecodingConfig).keys() == DecodingConfig.__dataclass_fields__.keys()
 
 
 def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
@@ -99,8 +156,10 @@ def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
         (("fit", *new), "holds no model"),
         (("evaluate", "--out", models), "holds no circuit yet"),
         (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "at most the denoiser's 128 positions"),
-        (("generate", "--out", models, "--length", "7", "--no-circuit"), "gen_length: expected a multiple"),
-        (("generate", "--out", models, "--decode", "magic"), "decode: expected one of"),
+        (("generate", "--out", models, "--record", tmp_path / "a.jpg", "--no-circuit"), "expected a .png or .gif file"),
+        (("generate", "--out", models, "--top-p", "2", "--no-circuit"), "top_p: expected a number"),
+        (("generate", "--out", models, "--no-circuit", "--steps", "1"), "num_steps: expected at least one for each"),
+        (("generate", "--out", models, "--decode", "magic", "--no-circuit"), "decode: expected one of"),
         (("generate", "--out", models, "--steps", "zero"), "steps"),
         (("nonsense",), "nonsense"),
     ]

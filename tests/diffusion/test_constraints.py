@@ -150,7 +150,7 @@ def test_every_decoded_text_is_accepted(has_circuit, how, generator):
         if how in ("sample", "mode"):
             proposed = dist.sample(generator=generator) if how == "sample" else dist.mode
         elif how in ("latent", "best"):
-            given = dist.given_latents(generator, best=how == "best")
+            given = dist.given_latents(generator, temperature=float(how == "latent"))
             scores = prediction.log_q / 3 + given.log_q  # any temperature
             proposed = Prediction(log_q=scores, vocab_size=5, values=prediction.values).draw(generator)
         else:
@@ -229,7 +229,8 @@ def test_a_list_of_the_best_token_alone_rules_out_no_path(generator):
     constraint = df.constraints.Constraint.of(automaton, SPEC)
     listed = constraint.listed(prediction, 1)
     assert listed.num_listed <= 1 + automaton.num_classes
-    assert distribution(True, listed, tokens, tokens == MASK, automaton).sample().tolist() == [[1, 1]]
+    dist = distribution(True, listed, tokens, tokens == MASK, automaton)
+    assert bool(automaton.accepts(dist.sample((50,), generator=generator)[:, 0]).all())
     for position in range(2):
         values = listed.values[0, position][listed.log_q[0, position] > -torch.inf].tolist()
         assert len(values) == len(set(values))
@@ -262,6 +263,28 @@ def test_what_cannot_be_satisfied_is_refused_with_the_reason(automaton, row, rea
     if automaton.accepting[automaton.start]:  # nothing of row 0 is read, and the empty text is accepted
         with pytest.raises(df.errors.ArgumentError, match=r"1 of 2 rows .* row 1"):
             constraint.check(tokens, tokens == MASK, reads)
+
+
+@pytest.mark.parametrize("accepts_the_end", [False, True])
+def test_texts_end_whatever_the_automaton_makes_of_the_end(accepts_the_end):
+    """(01)*, with the end-of-text token as a part of the text that is asked for, or unknown."""
+    end, padding = 2, 3
+    spec = df.DenoiserSpec(
+        vocab_size=5, mask_id=MASK, eos_ids=(end,), pad_id=padding, forbidden_ids=(MASK, padding), max_length=9
+    )
+    table = torch.full((3, 5), -1)
+    table[0, 0], table[1, 1] = 1, 0
+    if accepts_the_end:
+        table[0, end] = 2
+    automaton = ct.queries.DeterministicAutomaton.from_table(table, [2] if accepts_the_end else [0])
+    x = torch.cartesian_prod(*[torch.arange(5)] * 4)
+    ended = df.constraints.Constraint.of(automaton, spec, ends=True).automaton
+    accepted = {tuple(row) for row in x[ended.accepts(x)].tolist()}
+    texts = {(0, 1, 2), (2,)} | (set() if accepts_the_end else {(0, 1, 0, 1)})
+    expected = {(*text, *rest) for text in texts for rest in itertools.product((end, padding), repeat=4 - len(text))}
+    assert accepted == expected
+    as_it_is = df.constraints.Constraint.of(automaton, spec).automaton
+    assert torch.equal(as_it_is.accepts(x), automaton.accepts(x))
 
 
 def test_what_is_no_constraint():

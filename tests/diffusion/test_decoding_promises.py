@@ -101,6 +101,30 @@ def _alternates(text):
     return rest[0] == 0 and all(a != b for a, b in itertools.pairwise(rest)) if rest else True
 
 
+@pytest.mark.parametrize("decode", MODES)
+def test_texts_that_end_satisfy_their_constraint(decode, head):
+    """Tokens 0 and 1 alternate and then the text ends: the padding after it counts for nothing."""
+
+    class Ending(Reader):
+        def logits(self, *args, **kwargs):
+            return super().logits(*args, **kwargs) + 15.0 * (torch.arange(V) == EOS)
+
+    table = torch.full((2, V), -1)
+    table[0, 0], table[1, 1] = 1, 0
+    automaton = df.constraints.automaton(ct.queries.Automaton.deterministic(table, [0, 1]))
+    out = df.generate(
+        Ending(), [[2]] * 20, gen_length=9, block_length=3, num_steps=5, head=head, decode=decode, temperature=1.0,
+        seeds=range(20), constraint=automaton,
+    )  # fmt: skip
+    lengths = set()
+    for row in out.generated.tolist():
+        text = row[: row.index(EOS)] if EOS in row else row
+        assert text == [i % 2 for i in range(len(text))]
+        assert row[len(text) :] == [EOS, *[PAD] * (8 - len(text))][: 9 - len(text)]
+        lengths.add(len(text))
+    assert len(lengths) > 1
+
+
 def test_a_constraint_that_no_text_satisfies_is_refused_before_the_denoiser_is_asked(head):
     table = torch.full((2, V), -1)
     table[0, 0], table[1, 1] = 1, 0
@@ -111,4 +135,4 @@ def test_a_constraint_that_no_text_satisfies_is_refused_before_the_denoiser_is_a
             raise AssertionError("asked")
 
     with pytest.raises(df.errors.ArgumentError, match="constraint: expected a canvas that some text fits into"):
-        df.generate(Unasked(), [[0]], gen_length=7, head=head, constraint=automaton)
+        df.generate(Unasked(), [[0]], gen_length=7, head=head, constraint=automaton, stop_at_eos=False)

@@ -7,10 +7,11 @@ from circuits.testing.conformance._gradients import GradientLaws
 from circuits.testing.conformance._learning import LearningLaws
 from circuits.testing.conformance._numerics import NumericLaws
 from circuits.testing.conformance._queries import QueryLaws
+from circuits.testing.conformance._state import StateLaws
 from circuits.testing.conformance._transforms import TransformLaws
 
 
-class StructureTestCase(QueryLaws, FurtherQueryLaws, GradientLaws, LearningLaws, TransformLaws, NumericLaws):
+class StructureTestCase(QueryLaws, FurtherQueryLaws, GradientLaws, LearningLaws, TransformLaws, NumericLaws, StateLaws):
     """Tests a structure against enumeration: every query, gradient, learning step, transformation, and limit.
 
     Subclass it in a test module, under a name that pytest collects, and supply :meth:`circuit`::

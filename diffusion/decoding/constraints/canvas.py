@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits.queries import DeterministicAutomaton
+from diffusion.decoding.constraints.vocabulary import with_end
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
@@ -64,9 +65,21 @@ class Constraint:
 
     @classmethod
     def of(
-        cls, automaton: DeterministicAutomaton, spec: DenoiserSpec, device: torch.device | str = "cpu"
+        cls,
+        automaton: DeterministicAutomaton,
+        spec: DenoiserSpec,
+        device: torch.device | str = "cpu",
+        *,
+        ends: bool = False,
     ) -> Constraint:
         """Return a constraint for the tokens of a denoiser, which writes all but its forbidden ones.
+
+        Args:
+            automaton: over its V tokens.
+            spec: of the denoiser.
+            device: of the canvas.
+            ends: whether texts end at an end-of-text token and padding follows, whatever the automaton makes of it. It
+                then has to accept what stands before that token, or up to and with it.
 
         Raises:
             ArgumentError: the automaton is over another number of tokens.
@@ -81,6 +94,12 @@ class Constraint:
                 f"constraint: expected one over the denoiser's {spec.vocab_size} tokens, got {automaton.num_values}; "
                 "build it with df.constraints.vocabulary(tokenizer, vocab_size=...)"
             )
+        if ends:
+            after_eos = automaton.transition[:, automaton.classes[list(spec.eos_ids)]]  # (S, n)
+            can_end = automaton.accepting.unsqueeze(1) | (
+                (after_eos >= 0) & automaton.accepting[after_eos.clamp_min(0)]
+            )
+            automaton = with_end(automaton, can_end, spec.eos_ids, spec.pad_id)
         can_write = torch.ones(spec.vocab_size, dtype=torch.bool, device=device)
         can_write[torch.tensor(spec.forbidden_ids, device=device)] = False
         return cls(automaton.to(device), can_write)
@@ -104,27 +123,22 @@ class Constraint:
             start: in which states it may begin, bool (B, S); None: in its own start.
             accept: in which states it may end; None: in its own accepting states.
         """
-        num_rows, num_positions = tokens.shape
-        num_states = self.automaton.num_states
-        following = self._following(tokens, masked)  # (B, T, S), S where rejected
-        reads = torch.ones_like(masked) if reads is None else reads
+        automaton, (num_rows, num_positions) = self.automaton, tokens.shape
         if start is None:
-            start = (torch.arange(num_states, device=tokens.device) == self.automaton.start).expand(num_rows, -1)
+            start = (torch.arange(automaton.num_states, device=tokens.device) == automaton.start).expand(num_rows, -1)
         if accept is None:
-            accept = self.automaton.accepting.expand(num_rows, -1)
-        forward, backward = [start], [accept]
-        none = torch.zeros(num_rows, num_states + 1, dtype=torch.bool, device=tokens.device)
+            accept = automaton.accepting.expand(num_rows, -1)
+        reads = torch.ones_like(masked) if reads is None else reads
+        matrices, move = self._moves(tokens, masked, reads)
+        is_read = reads.any(0).tolist()
+        forward, backward = [start.float().unsqueeze(1)], [accept.float().unsqueeze(1)]  # (B, 1, S) each
         for t in range(num_positions):
             before = forward[-1]
-            written = none.float().scatter_add(1, following[:, t], before.float())[:, :-1] > 0
-            any_token = before.float() @ self._reaches > 0
-            forward.append(_chosen(reads[:, t], masked[:, t], any_token, written, before))
+            forward.append((before @ matrices[move[:, t]]).clamp_max_(1) if is_read[t] else before)
         for t in reversed(range(num_positions)):
             after = backward[-1]
-            written = torch.cat([after, none[:, :1]], 1).gather(1, following[:, t])
-            any_token = after.float() @ self._reaches.t() > 0
-            backward.append(_chosen(reads[:, t], masked[:, t], any_token, written, after))
-        return Reach(torch.stack(forward, 1), torch.stack(backward[::-1], 1))
+            backward.append((after @ matrices[move[:, t]].mT).clamp_max_(1) if is_read[t] else after)
+        return Reach(torch.cat(forward, 1) > 0, torch.cat(backward[::-1], 1) > 0)
 
     def check(self, tokens: Tensor, masked: Tensor, reads: Tensor | None = None) -> Reach:
         """Return :meth:`reach` of a canvas that can be completed.
@@ -240,11 +254,15 @@ class Constraint:
         """Whether a token that can be written leads from one state to another, as numbers 0 and 1, (S, S)."""
         return self.automaton.reaches_by(self.can_write).float()
 
-    def _following(self, tokens: Tensor, masked: Tensor) -> Tensor:
-        """Return the next state after the token at every position from every state, (B, T, S); S where rejected."""
-        read = self.automaton.transition[:, self.automaton.classes[tokens.masked_fill(masked, 0)]]  # (S, B, T)
-        return torch.where(read < 0, self.automaton.num_states, read).permute(1, 2, 0)
+    def _moves(self, tokens: Tensor, masked: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return matrices that say which state leads to which, 0 or 1, (n, S, S), and which of them at each position.
 
-
-def _chosen(reads: Tensor, masked: Tensor, any_token: Tensor, written: Tensor, unread: Tensor) -> Tensor:
-    return torch.where(reads.unsqueeze(1), torch.where(masked.unsqueeze(1), any_token, written), unread)
+        The last but one is for masked positions, the last for those that are not read.
+        """
+        states = torch.arange(self.automaton.num_states, device=tokens.device)
+        read = self.automaton.classes[tokens.masked_fill(masked, 0)]
+        used, move = read.unique(return_inverse=True)
+        by_class = self.automaton.transition[:, used].t().unsqueeze(2) == states
+        others = torch.stack([self._reaches, torch.eye(len(states), device=tokens.device)])
+        move = torch.where(masked, len(used), move).masked_fill(~reads, len(used) + 1)
+        return torch.cat([by_class.float(), others]), move

@@ -69,18 +69,35 @@ class Vocabulary:
         The text is what stands before the first end-of-text token, or all where there is none. Nothing but end-of-text
         tokens and padding may follow it.
         """
-        num_states, num_classes = automaton.transition.shape
-        after_end, end, padding = num_states, num_classes, num_classes + 1
-        classes = automaton.classes.clone()
-        if self.pad_id is not None:
-            classes[self.pad_id] = padding
-        classes[torch.tensor(self.eos_ids, dtype=torch.int64)] = end
-        transition = torch.full((num_states + 1, num_classes + 2), -1)
-        transition[:-1, :num_classes] = automaton.transition
-        transition[:-1, end] = torch.where(automaton.accepting, after_end, -1)
-        transition[-1, end:] = after_end
-        accepting = torch.cat([automaton.accepting, torch.ones(1, dtype=torch.bool)])
-        return DeterministicAutomaton(classes, transition, accepting, automaton.start).minimized()
+        can_end = automaton.accepting.unsqueeze(1).expand(-1, len(self.eos_ids))
+        return with_end(automaton, can_end, self.eos_ids, self.pad_id)
+
+
+def with_end(
+    automaton: DeterministicAutomaton,
+    can_end: Tensor,  # shape: (S, n)
+    eos_ids: Sequence[int],
+    pad_id: int | None,
+) -> DeterministicAutomaton:
+    """Return an automaton with one more state, after the end: there nothing but end-of-text tokens and padding follow.
+
+    Args:
+        automaton: over tokens; what it does with the ``eos_ids`` does not matter.
+        can_end: bool (S, n), in which of its states each end-of-text token may come.
+        eos_ids: n tokens.
+        pad_id: the padding; None: there is none.
+    """
+    num_states, num_classes = automaton.transition.shape
+    ids = list(dict.fromkeys((*eos_ids, *(() if pad_id is None else (pad_id,)))))
+    classes = automaton.classes.clone()
+    before = automaton.transition[:, classes[ids]]
+    before[:, : can_end.shape[1]] = torch.where(can_end, num_states, -1)
+    classes[ids] = torch.arange(num_classes, num_classes + len(ids), device=classes.device)
+    after = torch.full_like(before[:1], num_states)
+    nothing = torch.full_like(automaton.transition[:1], -1)
+    transition = torch.cat([torch.cat([automaton.transition, before], 1), torch.cat([nothing, after], 1)])
+    accepting = torch.nn.functional.pad(automaton.accepting, (0, 1), value=True)
+    return DeterministicAutomaton(classes, transition, accepting, automaton.start).minimized()
 
 
 def vocabulary(

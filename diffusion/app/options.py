@@ -1,0 +1,167 @@
+"""The options of decoding on the command line; their help is read from the tables and docstrings that define them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusion.decoding import controls
+from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
+
+
+def described(cls: type) -> dict[str, str]:
+    """Return what a class's docstring says of its attributes, by name, as plain text."""
+    _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", attributes, re.MULTILINE)
+    return {name: plain(text) for name, text in entries}
+
+
+def plain(text: str) -> str:
+    """Return a docstring's text in one line, without its markup."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
+    text = " ".join(text.replace("``", "").split())
+    return text[:1].upper() + text[1:]
+
+
+def _table(name: str, known: Mapping[str, str]) -> str:
+    about = re.sub(r",? see [A-Z]+", "", described(DecodingConfig)[name])
+    return f"{about} {' '.join(f'{key}: {text}.' for key, text in known.items())}"
+
+
+def _summary(cls: type) -> str:
+    return plain(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0])
+
+
+def _float(help: str, *names: str) -> Any:
+    return Annotated[float | None, typer.Option(*names, help=help, show_default=False)]
+
+
+def _int(help: str, *names: str) -> Any:
+    return Annotated[int | None, typer.Option(*names, help=help, show_default=False)]
+
+
+CONFIG_HELP = described(DecodingConfig)
+"""What :class:`~diffusion.decoding.config.DecodingConfig` says of its options."""
+Decode = Annotated[str | None, typer.Option(help=_table("decode", MODES), show_default=DecodingConfig.decode)]
+StrategyName = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy", "--remasking", "--alg", help=_table("strategy", STRATEGIES), show_default="by the temperature"
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help=CONFIG_HELP["temperature"], show_default="the head's if that is tuned, else 0")
+]
+
+_IMPLIED = " Alone, it chooses the strategy of its name."
+
+OPTIONS: dict[str, Any] = {
+    "decode": Decode,
+    "strategy": StrategyName,
+    "temperature": Temperature,
+    "threshold": _float(CONFIG_HELP["threshold"] + _IMPLIED, "--threshold"),
+    "entropy_bound": _float(CONFIG_HELP["entropy_bound"] + _IMPLIED, "--entropy-bound"),
+    "activation_threshold": _float(CONFIG_HELP["activation_threshold"], "--activation-threshold"),
+    "remask": _float(CONFIG_HELP["remask"], "--remask"),
+    "top_k": _int(_summary(controls.TopK), "--top-k"),
+    "top_p": _float(_summary(controls.TopP), "--top-p"),
+    "repetition_penalty": _float(_summary(controls.RepetitionPenalty), "--repetition-penalty"),
+    "guidance": _float(_summary(controls.Guidance), "--guidance", "--cfg-scale"),
+    "min_length": _int(_summary(controls.MinLength), "--min-length"),
+    "logits_eos_inf": Annotated[bool, typer.Option("--logits-eos-inf", help="Never end the text.")],
+    "confidence_eos_eot_inf": Annotated[
+        bool, typer.Option("--confidence-eos-eot-inf", help=_summary(controls.EndLast))
+    ],
+    "stop": Annotated[
+        list[str] | None, typer.Option(help=f"{_summary(controls.StopStrings)} May be given several times.")
+    ],
+    "regex": Annotated[str | None, typer.Option(help="A regular expression that all of the new text matches.")],
+    "keyword": Annotated[
+        list[str] | None, typer.Option(help="What has to occur in the new text. May be given several times.")
+    ],
+    "seed": Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")],
+    "circuit": Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")],
+    "record": Annotated[
+        Path | None, typer.Option(help="Draw how the text filled in: a .png, or a .gif, which is animated.")
+    ],
+    "stream": Annotated[bool, typer.Option("--stream", help="Show the text as it fills in.")],
+}
+"""Options of commands that decode, by name: their types and their help."""
+
+_DEFAULTS: dict[str, Any] = {
+    "logits_eos_inf": False, "confidence_eos_eot_inf": False, "seed": 0, "circuit": True, "stream": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """What the command line says about decoding; options that it does not name are None.
+
+    Attributes:
+        given: the values of :data:`OPTIONS`.
+    """
+
+    given: Mapping[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in OPTIONS:
+            raise AttributeError(name)
+        return self.given[name]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the default configuration, by name."""
+        names = DecodingConfig.__dataclass_fields__
+        changes = {name: value for name, value in self.given.items() if name in names and value is not None}
+        implied = [name for name in ("threshold", "entropy_bound") if name in changes]
+        return {"strategy": implied[0], **changes} if implied else changes
+
+    def controls(self, tokenizer: Any) -> list[controls.Control]:
+        """Return the controls that the options ask for, in the order in which they act."""
+        makers: list[tuple[str, Callable[[Any], controls.Control]]] = [
+            ("guidance", controls.Guidance),
+            ("repetition_penalty", controls.RepetitionPenalty),
+            ("logits_eos_inf", lambda _: controls.EndPenalty()),
+            ("min_length", controls.MinLength),
+            ("top_k", controls.TopK),
+            ("top_p", controls.TopP),
+            ("confidence_eos_eot_inf", lambda _: controls.EndLast()),
+            ("stop", lambda strings: controls.StopStrings(strings, tokenizer)),
+        ]
+        return [make(self.given[name]) for name, make in makers if self.given[name] not in (None, False, [])]
+
+    def constraint(self, tokenizer: Any) -> Any:
+        """Return what the text has to satisfy, or None."""
+        from diffusion.decoding import constraints
+
+        parts = []
+        if self.given["regex"] is not None:
+            parts.append(constraints.regex(self.given["regex"], tokenizer))
+        if self.given["keyword"]:
+            parts.append(constraints.keywords(self.given["keyword"], tokenizer))
+        return parts[0] & parts[1] if len(parts) == 2 else parts[0] if parts else None
+
+
+def with_decoding(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command with an argument ``decoding`` the options of decoding, which it gets as one object."""
+    own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "decoding"]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=annotation)
+        for name, annotation in OPTIONS.items()
+    ]
+
+    def run(**given: Any) -> None:
+        taken = {name: given.pop(name) for name in OPTIONS}
+        command(**given, decoding=DecodingOptions(taken))
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *options]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run

@@ -1,0 +1,95 @@
+"""Discrete copula diffusion (Liu et al. 2024, arXiv 2410.01949): the denoiser's marginals, a circuit's dependence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import circuits as ct
+from circuits.arguments import checked_count
+from diffusion.coupling import CoupledDistribution
+from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
+
+
+class CopulaHead:
+    """The distribution with the denoiser's marginals that is nearest to a circuit given what is observed.
+
+    That is the I-projection ``p(x | x_O) prod_i v_i(x_i) / Z``: the circuit keeps its odds ratios, its dependence, and
+    the factors v_i move its marginals onto the prediction. The paper approximates v for an autoregressive model. With a
+    circuit, whose marginals are exact, iterative proportional fitting finds it: one position after the other is scaled.
+
+    Args:
+        pc: the copula, a circuit over L positions, V categories each, fitted on plain blocks (``ct.learning.fit``).
+        num_sweeps: how often all positions are scaled at most.
+        tolerance: stop when no marginal probability is further than this from the prediction's.
+        top_k: list the k best tokens of each position only; None: all.
+
+    Raises:
+        ArgumentError: an argument has a wrong type or value.
+    """
+
+    activation_threshold = 1.0
+    temperature = 1.0
+    needs_features = False
+    modes = frozenset({"latent", "marginal", "any_order", "joint"})
+
+    def __init__(
+        self, pc: ct.CompiledCircuit, *, num_sweeps: int = 50, tolerance: float = 1e-5, top_k: int | None = None
+    ) -> None:
+        if not isinstance(pc, ct.CompiledCircuit):
+            raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
+        checked_count("num_sweeps", num_sweeps)
+        if not tolerance > 0:
+            raise ArgumentError(f"tolerance: expected a number > 0, got {tolerance!r}")
+        self.pc = pc
+        self.num_sweeps = num_sweeps
+        self.tolerance = tolerance
+        self.top_k = top_k
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return max(self.pc.circuit.num_categories)
+
+    @property
+    def block_length(self) -> int:
+        """L, the number of positions the circuit is over."""
+        return self.pc.circuit.num_vars
+
+    def distribution(
+        self,
+        prediction: Prediction,
+        tokens: Tensor,  # shape: (W, L)
+        masked: Tensor,  # shape: (W, L)
+        *,
+        absent: Tensor | None = None,  # shape: (W, L)
+    ) -> CoupledDistribution:
+        """Return the scaled circuit, with all that a coupled distribution can do.
+
+        Where no distribution over the circuit's possible texts has these marginals, they are approached only.
+        """
+        if self.top_k is not None:
+            prediction = prediction.listed(self.top_k).normalised()
+        wanted = prediction.log_q.to(self.pc.dtype)
+        wanted = wanted - wanted.logsumexp(-1, keepdim=True)
+        factors = torch.zeros_like(wanted).masked_fill(wanted == -torch.inf, -torch.inf)
+
+        def scaled() -> CoupledDistribution:
+            return CoupledDistribution.of(self.pc, replace(prediction, log_q=factors), tokens, masked, absent=absent)
+
+        open_positions = masked if absent is None else masked & ~absent
+        dist = scaled()
+        for _ in range(self.num_sweeps):
+            gap = (dist.posterior().log_q.exp() - wanted.exp()).abs().amax(-1)
+            if not bool((gap > self.tolerance)[open_positions].any()):
+                break
+            for position in open_positions.any(0).nonzero().flatten().tolist():
+                change = wanted[:, position] - dist.posterior().log_q[:, position]
+                matters = change.isfinite() & open_positions[:, position].unsqueeze(1)
+                factors = factors.clone()
+                factors[:, position] += torch.where(matters, change, 0.0)
+                dist = scaled()
+        return dist

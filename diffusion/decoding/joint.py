@@ -1,0 +1,126 @@
+"""What decoding asks of a joint output layer: :class:`~diffusion.head.CoupledHead` is one, and so are the baselines."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from circuits import RowGenerators
+from diffusion.decoding.config import DecodingConfig
+from diffusion.denoisers.base import DenoiserSpec
+from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
+
+
+@runtime_checkable
+class JointDistribution(Protocol):
+    """The joint distribution of W windows of n tokens.
+
+    A distribution of which only draws are to be had answers :meth:`posterior` with what its tokens are to be judged
+    by, for instance the denoiser's own prediction, and its head leaves out the modes that need exact marginals. A
+    distribution that decides itself how many of its tokens are kept has a method ``accepted()`` beside these, see
+    :class:`SelfAccepting`.
+    """
+
+    @property
+    def prediction(self) -> Prediction: ...  # noqa: D102
+    @property
+    def masked(self) -> Tensor: ...  # noqa: D102
+
+    def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
+        """Draw all tokens together, int64 (W, n); at temperature 0 the best that can be found."""
+        ...
+
+    def posterior(self) -> Prediction:
+        """Return what is believed about each position on its own: the exact marginals, where there are any."""
+        ...
+
+    def given(self, tokens: Tensor, observed: Tensor) -> JointDistribution:
+        """Return the distribution given more tokens, int64 (W, n), where bool (W, n) ``observed`` is True."""
+        ...
+
+
+class LatentDistribution(JointDistribution, Protocol):
+    """A distribution with latents, given which the tokens are independent: what the mode ``latent`` needs."""
+
+    def given_latents(self, generator: RowGenerators | None = None, *, temperature: float = 1.0) -> Prediction:
+        """Choose the latents; return ``log p(x_i = v | z)`` without the factor that :attr:`prediction` has in it."""
+        ...
+
+
+@runtime_checkable
+class SelfAccepting(Protocol):
+    """A distribution that decides itself how many of its drawn tokens are kept, in place of a strategy."""
+
+    def draw_accepted(self, temperature: float, generator: RowGenerators) -> tuple[Tensor, Tensor]:
+        """Draw all tokens, int64 (W, n); return also which of them are kept, bool (W, n).
+
+        If these are fewer than a step has to commit, the leftmost of the others are committed too.
+        """
+        ...
+
+
+@runtime_checkable
+class JointHead(Protocol):
+    """A joint output layer: from a denoiser's prediction of windows to the joint distribution of their tokens.
+
+    Attributes:
+        block_length: n, the greatest length of a window.
+        vocab_size: V, the number of tokens.
+        activation_threshold: it is used for windows whose share of masked positions is below this, for all at 1.
+        temperature: tau that decoding takes if it is not 1 and nothing else is said.
+        top_k: list the k best tokens of every position only; None: all.
+        needs_features: whether the prediction has to bring the denoiser's hidden states.
+        modes: ways of decoding that it has, of :data:`~diffusion.decoding.config.MODES`.
+    """
+
+    @property
+    def activation_threshold(self) -> float: ...  # noqa: D102
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+    @property
+    def top_k(self) -> int | None: ...  # noqa: D102
+    @property
+    def block_length(self) -> int: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def needs_features(self) -> bool: ...  # noqa: D102
+    @property
+    def modes(self) -> frozenset[str]: ...  # noqa: D102
+
+    def distribution(
+        self,
+        prediction: Prediction,
+        tokens: Tensor,  # shape: (W, n)
+        masked: Tensor,  # shape: (W, n)
+        *,
+        absent: Tensor | None = None,  # shape: (W, n)
+    ) -> Any:
+        """Return the :class:`JointDistribution` of W windows.
+
+        Args:
+            prediction: what the denoiser says about their positions.
+            tokens: int64; entries at masked positions are ignored.
+            masked: bool, True where a token is to be predicted.
+            absent: bool, positions that a shorter window does not have.
+        """
+        ...
+
+
+def check_head(head: JointHead, spec: DenoiserSpec, config: DecodingConfig) -> None:
+    """Raise ArgumentError unless a head has the denoiser's tokens, and the way of decoding that is asked for."""
+    if not isinstance(head, JointHead):
+        raise ArgumentError(
+            f"head: expected df.CoupledHead(pc), another df.JointHead or None, got {type(head).__name__}"
+        )
+    if head.vocab_size != spec.vocab_size:
+        raise ArgumentError(
+            f"head: expected one over the denoiser's {spec.vocab_size} tokens, got {head.vocab_size}; fit one on this "
+            "denoiser's tokens"
+        )
+    if config.decode != "independent" and config.decode not in head.modes:
+        raise ArgumentError(
+            f"decode: expected one of {', '.join(sorted(head.modes))} with {type(head).__name__}, got {config.decode!r}"
+        )
