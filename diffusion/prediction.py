@@ -106,8 +106,7 @@ class Prediction:
         else:
             logits = denoiser.logits(tokens, **given)
         start, stop = (0, tokens.shape[1]) if window is None else window
-        vocab_size = denoiser.spec.vocab_size
-        _check_logits(who, logits, tokens, (start, stop), vocab_size)
+        check_logits(denoiser, logits, tokens, (start, stop))
         dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
         logits = logits.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if logits_hook is not None:
@@ -314,7 +313,9 @@ def _broken_logits(logits: Tensor, who: str, wrong: Tensor, first: int) -> Argum
     )
 
 
-def _check_logits(who: str, logits: Tensor, tokens: Tensor, window: tuple[int, int], vocab_size: int) -> None:
+def check_logits(denoiser: Denoiser, logits: Tensor, tokens: Tensor, window: tuple[int, int]) -> None:
+    """Raise ArgumentError unless a denoiser's answer is floating point (B, L, V) for a window (start, stop)."""
+    who, vocab_size = type(denoiser).__name__, denoiser.spec.vocab_size
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
         got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ArgumentError(f"denoiser: expected floating-point logits (B, L, V) of {who}, got {got}")

@@ -20,6 +20,7 @@ from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError
+from diffusion.prediction import check_logits
 from diffusion.text.corpus import random_windows, windows
 from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
@@ -178,7 +179,8 @@ def held_out_loss(
         batch_size: windows per call of the denoiser.
 
     Raises:
-        ArgumentError: there are no windows, or they are shorter than ``block_length``.
+        ArgumentError: there are no windows, or they are shorter than ``block_length``; or the logits have a wrong shape
+            or dtype, or at a masked position NaN, +inf or no token above -inf.
     """
     if held_out.ndim != 2 or not len(held_out) or not 1 <= block_length <= held_out.shape[1]:
         raise ArgumentError(
@@ -195,8 +197,16 @@ def held_out_loss(
     for chosen, hidden, weight in zip(*(part.split(batch_size) for part in (rows, masked, weights)), strict=True):
         tokens = held_out[chosen.to(held_out.device)]
         context, text = tokens.split([block[0], block_length], dim=1)
-        logits = denoiser.logits(torch.cat([context, text.masked_fill(hidden, denoiser.spec.mask_id)], 1), window=block)
-        total += float(weight @ _mean_per_sequence(_surprisal(logits, text), hidden).double().cpu())
+        canvas = torch.cat([context, text.masked_fill(hidden, denoiser.spec.mask_id)], 1)
+        logits = denoiser.logits(canvas, window=block)
+        check_logits(denoiser, logits, canvas, block)
+        surprisal = _surprisal(logits, text).masked_fill(~hidden, 0.0)  # what stands elsewhere may be anything
+        if bool(surprisal.isnan().any()):
+            raise ArgumentError(
+                f"denoiser: expected rows with at least one finite entry and no NaN or +inf at masked positions, got "
+                f"others from {type(denoiser).__name__}; mend its weights"
+            )
+        total += float(weight @ _mean_per_sequence(surprisal, hidden).double().cpu())
     return total
 
 

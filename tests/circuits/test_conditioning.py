@@ -330,7 +330,7 @@ def test_latent_marginals_are_flows_of_the_node(data, circuit):
     evidence = data.draw(ct.testing.evidence(circuit, impossible_values=False))
     posterior = ct.queries.latent_marginals(pc, evidence)
     flows = ct.learning.expected_flows(pc, evidence).flows
-    nothing = evidence.says_nothing(pc.num_categories)
+    nothing = evidence.levelled(pc.num_categories)[0].says_nothing(pc.num_categories)
     for name in pc.sum_banks:
         nodes = [node for node in posterior if name == "sum_{}x{}".format(*node.parameter_shape)]
         # where nothing is known there is a posterior, and nothing to learn

@@ -79,7 +79,9 @@ def test_every_observed_value_is_used_by_exactly_one_leaf(case):
     expected = torch.zeros(max(pc.circuit.num_categories), dtype=torch.float64)
     if bool(possible.any()):
         marginals = ct.testing.enumerated_marginals(joint, evidence)
-        marginals = marginals.masked_fill(evidence.says_nothing(pc.num_categories).unsqueeze(-1), 0.0)
+        marginals = marginals.masked_fill(
+            evidence.levelled(pc.num_categories)[0].says_nothing(pc.num_categories).unsqueeze(-1), 0.0
+        )
         expected = marginals.sum((0, 1))
     found = torch.zeros_like(expected)
     for name, flow in flows.items():

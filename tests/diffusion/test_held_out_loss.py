@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoisers.base import DenoiserSpec
+from diffusion.errors import ArgumentError
 from diffusion.training.denoiser import held_out_loss
 
 MASK = 3
@@ -116,3 +117,25 @@ def test_a_bayes_optimal_denoiser_has_the_entropy_of_the_text(num_texts: int, le
     assert mean_over_all_masks(Bayes(texts), texts) == pytest.approx(math.log(num_texts) / length, rel=1e-9)
     mean, error = mean_and_error(Bayes(texts), texts, num_seeds=600)
     assert mean == pytest.approx(math.log(num_texts) / length, abs=error)
+
+
+def spoilt(how):
+    """Return a denoiser that is right but for one thing."""
+    spy = Spy(lambda context, num_masked: num_masked)
+    right = spy.logits
+    changes = {
+        "NaN": lambda logits: logits.index_fill(1, torch.tensor([0]), torch.nan),
+        "all forbidden": lambda logits: logits.index_fill(1, torch.tensor([0]), -torch.inf),
+        "wide": lambda logits: torch.cat([logits, logits[..., :1]], -1),
+        "narrow": lambda logits: logits[..., :3],
+        "integers": lambda logits: logits.long(),
+        "one row": lambda logits: logits[:1],
+    }
+    spy.logits = lambda tokens, **options: changes[how](right(tokens, **options))
+    return spy
+
+
+@pytest.mark.parametrize("how", ["NaN", "all forbidden", "wide", "narrow", "integers", "one row"])
+def test_answers_that_are_no_prediction_have_no_loss(how):
+    with pytest.raises(ArgumentError, match="denoiser: expected"):
+        held_out_loss(spoilt(how), torch.ones(6, 4, dtype=torch.int64), block_length=3)

@@ -268,7 +268,7 @@ def test_nothing_as_large_as_the_logits_is_made_once_the_best_tokens_are_listed(
     spec = {"vocab_size": num_tokens, "mask_id": 0, "pad_id": 0, "forbidden_ids": (0,)}
     told = Table(torch.randn(length, num_tokens, generator=torch.Generator().manual_seed(0)), **spec)
     tokens = torch.full((batch_size, length), told.spec.mask_id)
-    canvas = holed_canvas(list(tokens), None, None, told.spec, torch.arange(batch_size))
+    canvas = holed_canvas(list(tokens), None, None, told.spec, torch.arange(batch_size), None)
     look = next(Anywhere(-(-length // 3)).looks(canvas))
     said = Prediction.ask(told, tokens, top_k=head.top_k)
     config = DecodingConfig(decode=decode, temperature=temperature, strategy="entropy")

@@ -25,7 +25,7 @@ class LearningLaws(StructureCases):
         """F = sum_b E[number of uses of the weight | e_b], over all latent configurations, where something is known."""
         flows, log_likelihood = learning.expected_flows(case.pc, case.evidence)
         assert_close(log_likelihood, queries.log_partition(case.pc, case.evidence))
-        nothing = case.evidence.says_nothing(case.pc.num_categories)
+        nothing = case.evidence.levelled(case.pc.num_categories)[0].says_nothing(case.pc.num_categories)
         expected = _posterior_counts(case.pc, case.factors, nothing)
         for name, flow in flows.items():
             assert_close(flow, expected[name])
