@@ -34,7 +34,7 @@ def undoing(world):
 def known():
     """The curve of a world with its Bayes-optimal denoiser."""
     world = worlds.random(3, length=3, concentration=1.0)
-    data, rest = samples(world, 1500, 1), samples(world, 1500, 2)
+    data, rest = samples(world, 700, 1), samples(world, 1500, 2)
     return world, few_step_curve(world.denoiser(), df.CoupledHead(undoing(world)), data, rest, steps=(1, 2, 3))
 
 
