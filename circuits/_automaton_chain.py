@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import logspace, passes
+from circuits import choices, logspace
 from circuits._arcs import Arcs
 from circuits.alignment import Part
 from circuits.compile import CompiledCircuit
@@ -234,14 +234,14 @@ def downward(chain: Chain, values: Values, num_samples: int, generator: Source) 
     num_columns = len(query)
     everywhere = torch.arange(num_columns, device=query.device)
     place = len(pc.layer_sizes)
-    first = semiring.choose(scores[query], passes.source_at(generator, place, everywhere * 0, everywhere))
+    first = semiring.choose(scores[query], choices.source_at(generator, place, everywhere * 0, everywhere))
     reached, root = _Reached(), pc.circuit.root
     states = first % chain.arcs.num_states
     labels = torch.zeros(num_columns, pc.circuit.num_vars, dtype=torch.int64, device=query.device)
     if root in values.leaves:
         follows = chain.log_accept.unsqueeze(0)
         unit = first // chain.arcs.num_states
-        source = passes.source_at(generator, place, everywhere * 0 + 1, everywhere)
+        source = choices.source_at(generator, place, everywhere * 0 + 1, everywhere)
         arc = _choose_arc(chain, values, (values.leaves[root], unit), (follows, unit * 0), states, query, source)
         states = chain.arcs.label[arc]
     reached.add(root, everywhere, first // chain.arcs.num_states, states, num_columns)
@@ -287,7 +287,7 @@ def _choose_child(
     if latents is not None:
         scores = latents.added(scores, rows, of_query)
     scores = scores + torch.cat([table[child][:, of_query, mark] for child in node.children]).t()
-    chosen = values.semiring.choose(scores, passes.source_at(generator, layer, rows, column))
+    chosen = values.semiring.choose(scores, choices.source_at(generator, layer, rows, column))
     for child in node.children:
         is_here = (chosen >= 0) & (chosen < child.num_units)
         reached.add(child, column[is_here], chosen[is_here], mark[is_here], len(query))
@@ -314,7 +314,7 @@ def _choose_arcs(
         follows = next(after)
         rest = (follows, unit if len(follows) > 1 else torch.zeros_like(unit))
         layer, row = chain.pc.address(child)
-        source = passes.source_at(generator, layer, torch.full_like(column, row), column)
+        source = choices.source_at(generator, layer, torch.full_like(column, row), column)
         arc = _choose_arc(chain, values, (values.leaves[child], own), rest, state, query[column], source)
         reached.add(child, column, own, chain.arcs.label[arc], len(query))
         state = chain.arcs.target[arc]

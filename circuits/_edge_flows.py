@@ -22,7 +22,7 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     """
     banks = pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
-        heard = passes.heard_leaves(pc, LogSemiring(), evidence, banks)
+        heard = passes.heard_leaves(pc, LogSemiring(), evidence.levelled(pc.num_categories)[0], banks)
         silent = heard.conditions.silent
         values = LayerValues([value.detach().requires_grad_() for value in heard], heard.conditions)
         outputs = [value for value in passes.upward(pc, LogSemiring(), values, banks, keep=True) if value is not None]

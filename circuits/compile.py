@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from circuits import passes
 from circuits._arguments import checked_device, checked_dtype, checked_seed
+from circuits._built_layers import built_layer
 from circuits.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, external_weights
 from circuits.distributions import Categorical, Direct, Finite
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
-from circuits.input_layers import DirectLayer, InputLayer, TableLayer
+from circuits.graph import Circuit, Input, Node, ParametricNode, Sum, parameter_owner
+from circuits.input_layers import InputLayer
 from circuits.layers import ProductLayer, SumLayer, Weights
-from circuits.plan import Plan, plan_layers
+from circuits.plan import plan_layers
 from circuits.precision import own_precision
-from circuits.rows import Address, ParameterRows
+from circuits.rows import Address
 from circuits.semiring import LogSemiring
 
 _DIRICHLET = Categorical(1)  # its initial log-weights do not depend on the number of categories
@@ -56,7 +57,7 @@ class CompiledCircuit(nn.Module):
             {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in plan.bank_shapes.items()}
         )
         self.sum_banks = [name for name in plan.bank_shapes if name not in plan.families]
-        built = [_built_layer(plan, nodes, circuit.num_vars, dtype) for nodes in plan.layers]
+        built = [built_layer(plan, nodes, circuit.num_vars, dtype) for nodes in plan.layers]
         self.input_layers: Sequence[InputLayer] = cast(
             Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
         )
@@ -66,7 +67,8 @@ class CompiledCircuit(nn.Module):
         self.layer_sizes = plan.layer_sizes
         self.last_uses = plan.last_uses
         self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
-        self._cache: dict[str, tuple[Tensor, Weights]] = {}  # by bank: the parameters, and what they were read as
+        # by bank: the parameters, what they were read as, and how often that had been written into
+        self._cache: dict[str, tuple[Tensor, Weights, int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -314,11 +316,15 @@ class CompiledCircuit(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             raw = parameter.detach()
             cached = self._cache.get(name)
-            if cached is not None and _same_bits(cached[0], raw):
+            if cached is not None and same_bits(cached[0], raw) and cached[1].num_writes == cached[2]:
                 return cached[1]
             weights = self._read_weights(name, raw)
-            self._cache[name] = (raw.clone(), weights)
+            self._cache[name] = (raw.clone(), weights, weights.num_writes)
         return weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of copies and files: it would triple their size."""
+        return {**vars(self), "_cache": {}}
 
     def _read_weights(self, name: str, parameter: Tensor) -> Weights:
         family = self.families.get(name)
@@ -328,7 +334,7 @@ class CompiledCircuit(nn.Module):
         return Weights(torch.log_softmax(parameter, -1))
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
@@ -380,24 +386,3 @@ def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
     """Raise ArgumentError unless ``pc`` is a compiled circuit."""
     if not isinstance(pc, CompiledCircuit):
         raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")
-
-
-def _built_layer(
-    plan: Plan, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype
-) -> InputLayer | ProductLayer | SumLayer:
-    first = nodes[0]
-    children = [[plan.addresses[child] for child in node.children] for node in nodes]
-    child_units = [child.num_units for child in first.children]
-    if isinstance(first, Product):
-        return ProductLayer(children, child_units, first.mode)
-    owners = [plan.bank_addresses[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
-    parameters = ParameterRows(owners[0][0], [row for _, row in owners])
-    if isinstance(first, Sum):
-        num_siblings = len(nodes) // len({node.children for node in nodes})
-        position = plan.addresses[first][0]
-        return SumLayer(children, child_units, parameters, position=position, num_siblings=num_siblings)
-    variables = [node.var for node in nodes if isinstance(node, Input)]
-    family = plan.families[parameters.bank]
-    if isinstance(family, Direct):
-        return DirectLayer(variables, parameters, num_vars, family, dtype)
-    return TableLayer(variables, parameters, num_vars)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from circuits._arcs import Arcs, arcs_of, log_indicator
 from circuits._automaton_chain import Chain, Vectors, downward, temperature_of, upward
 from circuits._class_leaves import class_leaves, explicit
 from circuits._constrained_latents import ConstrainedLatentChoice
+from circuits.choices import draw_values
 from circuits.compile import CompiledCircuit, check_compiled
 from circuits.conditioning import Conditions
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
@@ -30,7 +30,7 @@ from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.randomness import RowGenerators, Source
 from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
-from circuits.torch_distribution import CircuitDistribution, _factors_at
+from circuits.torch_distribution import CircuitDistribution, _factors_at, kept, without_kept
 
 T = TypeVar("T")
 
@@ -96,22 +96,28 @@ class ConstrainedDistribution(CircuitDistribution):
     def given(self, evidence: Evidence) -> ConstrainedDistribution:
         """Return the distribution under other evidence, such as this one's with more values observed."""
         changed: ConstrainedDistribution = object.__new__(type(self))
-        vars(changed).update({name: value for name, value in vars(self).items() if name not in _CACHED})
+        vars(changed).update(without_kept(vars(self)))
         evidence.check(self.pc.num_categories)
         changed.evidence = evidence
         changed._explicit = explicit(evidence, max(self.pc.circuit.num_categories), self.pc.dtype, self._reads)
         return changed
 
-    @cached_property
+    @property
+    def holds_weights(self) -> bool:
+        """True: the weights are those at its beginning."""
+        return True
+
+    @kept
     def log_partition(self) -> Tensor:
         """``log Z = log sum_x p(x) prod_i e_i(x_i) A(x)``, (B,); -inf where nothing that is accepted is possible."""
         return self._log_z(self._explicit)
 
-    @cached_property
+    @kept
     def log_acceptance(self) -> Tensor:
         """``log P(accepted | e)``, (B,), in nats: how much the constraint takes; of weighted automata E[A(x) | e]."""
         return self.log_partition - self._possible(self.pc.log_partition(self._evidence, self._banks))
 
+    @own_precision
     def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
         """Return ``log p(x) prod_i e_i(x_i) A(x)``, (S, B), of values x, (S, B, D)."""
         if self._banks.batch_size > 1 and len(x) > 1:
@@ -134,7 +140,7 @@ class ConstrainedDistribution(CircuitDistribution):
             "log_partition, log_prob, marginal_probs, sample, mode, sample_latents"
         )
 
-    @cached_property
+    @kept
     def marginal_probs(self) -> Tensor:
         """``p(x_i = v | e, A)``, (B, D, C); rows sum to 1, values that a variable does not have are 0."""
         evidence, num_values = self._explicit, max(self.pc.circuit.num_categories)
@@ -145,7 +151,7 @@ class ConstrainedDistribution(CircuitDistribution):
             return gradient[..., :num_values]
         return gradient.new_zeros(*gradient.shape[:2], num_values).scatter_add(2, evidence.values, gradient)
 
-    @cached_property
+    @kept
     def listed_marginal_probs(self) -> Tensor:
         """``p(x_i = v | e, A)`` of the values that the evidence lists, (B, D, k); dense evidence lists all.
 
@@ -240,14 +246,17 @@ class ConstrainedDistribution(CircuitDistribution):
         )
 
     @property
+    @own_precision
     def mean(self) -> Tensor:
         """The mean of every variable's value, taken as a number: (B, D)."""
         return self.marginal_probs @ self._numbers
 
     @property
+    @own_precision
     def variance(self) -> Tensor:
         """The variance of every variable's value, taken as a number: (B, D)."""
-        return self.marginal_probs @ self._numbers.square() - self.mean.square()
+        probs = self.marginal_probs
+        return probs @ self._numbers.square() - (probs @ self._numbers).square()
 
     @property
     def _numbers(self) -> Tensor:
@@ -312,8 +321,8 @@ class ConstrainedDistribution(CircuitDistribution):
             self.pc, choices.units, choices.query, self._banks, choices.labels, self._arcs.classes, self._arcs.log_label
         )
 
-    @torch.no_grad()
     @own_precision
+    @torch.no_grad()
     def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: Source) -> Tensor:
         choice = self._choose(semiring, semiring, num_samples, generator)
         num_columns = len(choice.query)
@@ -330,7 +339,7 @@ class ConstrainedDistribution(CircuitDistribution):
                 torch.arange(len(columns), device=self.pc.device),
             )
             source = generator.at(int(columns[0])) if isinstance(generator, RowGenerators) else generator
-            drawn.append(passes.draw_values(self.pc, semiring, given, self._banks, units, query, source))
+            drawn.append(draw_values(self.pc, semiring, given, self._banks, units, query, source))
         return torch.cat(drawn)
 
     @staticmethod
@@ -345,9 +354,6 @@ class ConstrainedDistribution(CircuitDistribution):
 
     def __repr__(self) -> str:
         return f"ConstrainedDistribution({self.pc.circuit}, {self.automaton}, batch_shape={tuple(self.batch_shape)})"
-
-
-_CACHED = ("log_partition", "log_acceptance", "marginal_probs", "listed_marginal_probs")
 
 
 def _by_label(log_label: Tensor, by_class: Tensor, semiring: ChoosingSemiring) -> Tensor:

@@ -8,7 +8,6 @@ Factors on ordered and real variables that need no list are intervals and normal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,15 @@ from circuits._code import evidence_code
 from circuits._evidence_checks import (
     check_distinct,
     check_factors,
+    check_fits,
     check_floats,
     check_integers,
     check_mask,
     check_range,
     checked_pair,
 )
+from circuits._evidence_dense import dense_factors, unlisted_factors
+from circuits._evidence_levels import even_factors
 from circuits._evidence_where import joined
 from circuits.errors import ArgumentError
 
@@ -313,32 +315,11 @@ class Evidence:
 
     def dense(self, num_categories: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
-        if self.values is None:
-            factors = self.factors(num_categories)[..., :num_categories].to(dtype)
-        else:
-            listed = (
-                torch.zeros_like(self.values, dtype=dtype) if self.log_factors is None else self.log_factors.to(dtype)
-            )
-            factors = listed.new_full((*self.values.shape[:2], num_categories), -torch.inf)
-            exists = (self.values >= 0) & (self.values < num_categories)  # other families have other values
-            values, listed = self.values.long().masked_fill(~exists, 0), listed.masked_fill(~exists, -torch.inf)
-            factors = factors.scatter_reduce(2, values, listed, "amax")
-        if self.missing is None:
-            return factors
-        if self.otherwise is None:
-            return factors.masked_fill(self.missing.unsqueeze(-1), 0.0)
-        return torch.where(self.missing.unsqueeze(-1), self.otherwise.dense(num_categories, dtype), factors)
+        return dense_factors(self, num_categories, dtype)
 
     def factors(self, num_categories: int) -> Tensor:
         """Return the factors of evidence without listed values, (B, D, C); missing variables are not looked at."""
-        if self.log_factors is not None:
-            return self.log_factors
-        stored = self._stored
-        v = torch.arange(num_categories, dtype=stored.dtype, device=stored.device)
-        first, second = stored.split(1, -1)
-        if self.bounds is not None:
-            return torch.where((first < v) & (v <= second), 0.0, -torch.inf).to(stored.dtype)
-        return -0.5 * ((v - first) / second).square() - second.log() - 0.5 * math.log(2 * math.pi)
+        return unlisted_factors(self, num_categories)
 
     def says_nothing(self, num_categories: Tensor) -> Tensor:
         """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
@@ -348,20 +329,22 @@ class Evidence:
         Args:
             num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
         """
-        silent = torch.zeros(self.batch_size, self.num_vars, dtype=torch.bool, device=self.device)
-        if self.bounds is not None:
-            silent = (self.bounds[..., 0] == -torch.inf) & (self.bounds[..., 1] == torch.inf)
-        elif self.log_factors is not None and self.values is None:
-            values = torch.arange(self.log_factors.shape[-1], device=self.device)
-            is_other = values >= num_categories.to(self.device).unsqueeze(1)
-            silent = ((self.log_factors == 0) | is_other).all(-1) & ~is_other[:, 0]
-        if self.reference is not None:
-            here = replace(self, reference=None).says_nothing(num_categories)
-            return here & self.reference.says_nothing(num_categories)
-        if self.missing is None:
-            return silent
-        rest = True if self.otherwise is None else self.otherwise.says_nothing(num_categories)
-        return torch.where(self.missing, rest, silent)
+        return even_factors(self, num_categories) == 0
+
+    def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
+        """Take out the factors that all values of a variable share, which no posterior depends on.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+
+        Returns:
+            The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
+        """
+        even = even_factors(self, num_categories)
+        is_even = ~even.isnan()
+        if not bool(((even != 0) & is_even).any()):
+            return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
+        return self.without(is_even), even.nan_to_num(0.0).sum(1)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
@@ -381,26 +364,7 @@ class Evidence:
 
         Variables with 0 categories have infinitely many values; the layers of their input units check these.
         """
-        if self.num_vars != len(num_categories):
-            raise ArgumentError(
-                f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
-                f"(shape {tuple(self._stored.shape)})"
-            )
-        if self.device != num_categories.device:
-            raise ArgumentError(
-                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
-                "with evidence.to(pc.device), or x.to(pc.device)"
-            )
-        if self.values is not None:
-            check_range(self.values, num_categories.unsqueeze(-1), "x")
-        elif self.log_factors is not None and self.log_factors.shape[-1] < int(num_categories.max()):
-            raise ArgumentError(
-                f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
-                f"{self.log_factors.shape[-1]} (shape {tuple(self.log_factors.shape)})"
-            )
-        for part in (self.otherwise, self.reference):
-            if part is not None:
-                part.check(num_categories)
+        check_fits(self, num_categories)
 
     def without(self, where: Tensor) -> Evidence:
         """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""

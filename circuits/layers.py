@@ -43,6 +43,11 @@ class Weights:
                 self._linear = self.log.detach().exp()
         return self._linear
 
+    @property
+    def num_writes(self) -> int:
+        """How often somebody has written into the tensors in place."""
+        return self.log._version + (0 if self._linear is None else self._linear._version)
+
     def with_log(self, log: Tensor) -> Weights:
         """Return the same weights with another leaf of automatic differentiation, or another view, as ``log``."""
         return Weights(log, self._linear)

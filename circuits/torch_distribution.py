@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +17,36 @@ from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Distribution as InputFamily
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
 
 T = TypeVar("T")
+
+_KEPT = "_kept_"
+
+
+def kept(function: Callable[[Any], Tensor]) -> Any:
+    """Make a property of a method whose answer is kept where nothing that it depends on can change.
+
+    That is without gradients, which an answer that was found without them does not have, and of a distribution that
+    holds its weights: those of the circuit may be others at the next question.
+    """
+    compute, name = own_precision(function), _KEPT + function.__name__
+
+    @functools.wraps(function)
+    def answer(self: Any) -> Tensor:
+        if torch.is_grad_enabled() or not self.holds_weights:
+            return compute(self)
+        if name not in vars(self):
+            vars(self)[name] = compute(self)
+        found: Tensor = vars(self)[name]
+        return found
+
+    return property(answer)
+
+
+def without_kept(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a distribution that are not answers of :func:`kept` properties."""
+    return {name: value for name, value in attributes.items() if not name.startswith(_KEPT)}
 
 
 class CircuitDistribution(Distribution):
@@ -81,7 +109,12 @@ class CircuitDistribution(Distribution):
             f"batch_shape: cannot expand to {tuple(batch_shape)}; repeat the evidence, evidence.rows(index), instead"
         )
 
-    @cached_property
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights are those at its beginning; else they are read when a question is asked."""
+        return self.weights is not None
+
+    @kept
     def log_partition(self) -> Tensor:
         """``log Z(e)``, of ``batch_shape``; 0 without evidence."""
         if self.evidence is None:
@@ -111,11 +144,12 @@ class CircuitDistribution(Distribution):
         x = value.reshape(num_samples, *tail)
         if self.evidence is None:
             return self.pc.log_partition(Evidence.observe(x), self.weights).reshape(value.shape[:-1])
-        if bool((self.log_partition == -torch.inf).any()):
+        log_partition: Tensor = self.log_partition
+        if bool((log_partition == -torch.inf).any()):
             raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
         Evidence.observe(x.flatten(0, 1)).check(self.pc.num_categories)
         log_joint = self._log_joint(self.evidence, x)
-        return (log_joint - self.log_partition).reshape(value.shape[:-1])
+        return (log_joint - log_partition).reshape(value.shape[:-1])
 
     def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
         """Return ``log p(x) prod_i e_i(x_i)``, (S, B), of values x, (S, B, D)."""
@@ -143,7 +177,7 @@ class CircuitDistribution(Distribution):
         draws = self.query(queries.sample, max(1, shape.numel()), generator=generator)[: shape.numel()]
         return draws.reshape(*shape, *self.batch_shape, *self.event_shape)
 
-    @cached_property
+    @kept
     def marginal_probs(self) -> Tensor:
         """``p(x_i = v | e)``, (*batch_shape, D, C); rows sum to 1, values that a variable does not have are 0."""
         if self.evidence is not None:

@@ -8,7 +8,15 @@ from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
 from diffusion.decoding.joint import JointHead
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
-from diffusion.denoisers import Denoiser, DenoiserSpec, FeatureDenoiser, TransformerConfig, TransformerDenoiser
+from diffusion.denoisers import (
+    CachingDenoiser,
+    Denoiser,
+    DenoiserSpec,
+    FeatureDenoiser,
+    TransformerConfig,
+    TransformerDenoiser,
+)
+from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 from diffusion.training import masking
@@ -19,6 +27,7 @@ from diffusion.training.logit_cache import LogitCache, cache_logits
 __all__ = [
     "Anywhere",
     "Blocks",
+    "CachingDenoiser",
     "CircuitTraining",
     "Conditioned",
     "Conditioner",
@@ -47,6 +56,7 @@ __all__ = [
     "fit_coupled",
     "generate",
     "infill",
+    "log_likelihood",
     "masking",
     "testing",
     "train_denoiser",

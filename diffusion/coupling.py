@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
+from circuits.torch_distribution import kept
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
 
@@ -249,7 +249,32 @@ class CoupledDistribution(CircuitDistribution):
         with _explained():
             return super().log_prob(value)
 
-    @cached_property
+    def log_prob_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return ``log p_hat(x_C | observed tokens)`` of tokens at some positions C, the others summed out.
+
+        It is the ratio of two normalisers, ``Z(x_C observed) prod_{i in C} q_i(x_i) / Z``.
+
+        Args:
+            tokens: int64 (B, L); entries outside C are ignored.
+            positions: bool (B, L), C; what is observed already counts nothing.
+
+        Returns:
+            (B,), in nats; -inf where the tokens are impossible.
+
+        Raises:
+            ArgumentError: shapes or dtypes that do not fit, or a token outside the vocabulary.
+            ImpossibleEvidenceError: the normaliser is zero.
+        """
+        given = self.given(tokens, positions)
+        log_partition = self.log_partition
+        if bool((log_partition == -torch.inf).any()):
+            with _explained():
+                raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+        positions = positions & self.masked
+        log_q = self.prediction.log_prob_of(tokens.masked_fill(~positions, 0)).masked_fill(~positions, 0.0)
+        return given.log_partition + log_q.sum(1) - log_partition
+
+    @kept
     def marginal_probs(self) -> Tensor:
         """``p_hat(x_i = v | observed tokens)`` of every position and token, (B, L, V); rows sum to 1."""
         if self.evidence.values is None:
@@ -299,7 +324,7 @@ class CoupledDistribution(CircuitDistribution):
         """
         return self.query(ct.queries.sample_latents, 1, generator=generator).log_weights()
 
-    @cached_property
+    @kept
     def log_prediction(self) -> Tensor:
         """``log q_i(v)`` as it enters the product, (B, L, V): 0 at observed positions, -inf at tokens not listed."""
         return self.prediction.dense().masked_fill(~self.masked.unsqueeze(-1), 0.0)

@@ -16,6 +16,7 @@ import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, is_number
 from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
+from circuits.precision import own_precision
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
@@ -39,7 +40,7 @@ class CoupledHead(nn.Module):
         activation_threshold: gamma, for decoding; the circuit is used for sequences whose share of masked positions in
             the block is below it (at very high noise a static circuit can hurt), for all sequences when it is 1 or
             more, as by default.
-        temperature: tau >= 0 of the tokens' distribution in decoding: log q / tau; 0 takes the best token.
+        temperature: tau >= 0 of decoding where none is given there; 1 leaves it to decoding's default, 0.
         normalization: "global" or "local", see :mod:`diffusion.coupling`.
         top_k: evidence on the k best tokens only; None: on all.
         conditioners: what makes the product depend on the noise level and the context, applied in this order, see
@@ -157,6 +158,7 @@ class CoupledHead(nn.Module):
             absent=absent,
         )
 
+    @own_precision
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
         """Apply the conditioners in order; factors of a changed prediction are normalised, which no result depends on.
 

@@ -33,7 +33,7 @@ pc = ct.compile(ct.structures.hmm(seq_length=2, num_states=2, num_categories=5, 
 ct.learning.fit(pc, TRUE_BLOCKS.repeat(50, 1), optimizer="em", num_epochs=200, progress=False)
 
 # 2. Make it the output layer. (df.fit_coupled trains it further on the denoiser's own predictions.)
-head = df.CoupledHead(pc, activation_threshold=1.0)
+head = df.CoupledHead(pc)
 
 # 3. Generate in ONE denoiser call per block, without and with the circuit.
 for name, used in (("without the circuit", None), ("with the circuit", head)):
@@ -44,7 +44,7 @@ for name, used in (("without the circuit", None), ("with the circuit", head)):
         block_length=2,
         num_steps=1,
         head=used,
-        decode="joint",
+        temperature=1.0,  # draw; 0, the default, takes the best
         generator=torch.Generator().manual_seed(0),
     )
     texts = Counter(" ".join(WORDS[token] for token in row) for row in out.generated.tolist())

@@ -114,10 +114,11 @@ def described():
 def described_in(package, name):
     """Return the modules and names whose description has a public name of a package."""
     try:
-        home = getattr(getattr(package, name), "__module__", None)
+        found = getattr(package, name)
+        home = found.__name__ if isinstance(found, types.ModuleType) else getattr(found, "__module__", None)
     except circuits.ArgumentError:  # scikit-learn is not installed
         home = "circuits.estimator"
-    if home is None:  # a module, or a constant
+    if home is None:  # a constant
         return {package.__name__, f"{package.__name__}.{name}"}
     return {home, home.rpartition(".")[0], f"{home}.{name}", package.__name__}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits import passes
-from circuits.compile import CompiledCircuit
+from circuits.compile import CompiledCircuit, same_bits
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.graph import Circuit
@@ -26,13 +26,14 @@ class JuiceCircuit(CompiledCircuit):
     a very small likelihood where this library gives it none, -inf, and multiplies in reduced precision.
     """
 
-    _compiled: tuple[tuple[object, ...], Any] | None = None
+    _compiled: tuple[list[Tensor], Any] | None = None
+    """The parameters that PyJuice's circuit was compiled with, and that circuit."""
 
     def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log Z(e)``, shape (B,), see :meth:`CompiledCircuit.log_partition`."""
         is_hard = evidence.values is not None and evidence.log_factors is None and evidence.values.shape[-1] == 1
         is_hard = is_hard and evidence.otherwise is None and not evidence.latents and evidence.classes is None
-        is_hard = is_hard and evidence.batch_size > 0
+        is_hard = is_hard and evidence.reference is None and evidence.batch_size > 0
         if not is_hard or weights is not None or torch.is_grad_enabled() or self.device.type != "cuda":
             return super().log_partition(evidence, weights)
         evidence.check(self.num_categories)
@@ -42,11 +43,16 @@ class JuiceCircuit(CompiledCircuit):
 
     def _kernels(self) -> Any:
         """Return PyJuice's circuit of the present weights, compiled again after they changed."""
-        key = tuple((parameter._version, parameter.data_ptr()) for parameter in self.bank.values())
-        if self._compiled is None or self._compiled[0] != key:
+        raw = [parameter.detach() for parameter in self.bank.values()]
+        if self._compiled is None or not all(map(same_bits, self._compiled[0], raw)):
             compiled = import_pyjuice().compile(to_pyjuice(self), device=self.device, verbose=False)
-            self._compiled = key, compiled.to(self.device)  # in a tuple: not a submodule, so not in the state_dict
+            copies = [parameter.clone() for parameter in raw]
+            self._compiled = copies, compiled.to(self.device)  # in a tuple: not a submodule, so not in the state_dict
         return self._compiled[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the kernels out of copies and files too."""
+        return {**super().__getstate__(), "_compiled": None}
 
 
 def kernel_inputs(evidence: Evidence) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,6 +28,18 @@ class Batch(NamedTuple):
     weights: Tensor | None
     """(B,), or None: every sample counts once."""
 
+    def without_silence(self) -> Batch:
+        """Return the batch in which samples that observe nothing have no weight: they are no data.
+
+        They have no flow in any case; but they are not to count in means over the samples, such as a loss, either.
+        """
+        missing = self.evidence.missing
+        silent = None if missing is None else missing.all(1)
+        if silent is None or not bool(silent.any()):
+            return self
+        weights = torch.ones(len(silent), dtype=torch.float64, device=silent.device)
+        return Batch(self.evidence, (weights if self.weights is None else self.weights).masked_fill(silent, 0.0))
+
 
 @dataclass(frozen=True, eq=False)
 class Samples:

@@ -55,7 +55,8 @@ def expected_flows(
     """Return the expected flows ``F = d sum_b a_b log Z_b / d log w`` of a batch.
 
     A missing variable has no flow below it: its units are the constant 1, whatever their weights. So are sum units all
-    of whose variables are missing. So padding counts for nothing: EM on padded sequences is EM on the sequences.
+    of whose variables are missing. So padding counts for nothing: EM on padded sequences is EM on the sequences. A
+    variable all of whose values have one factor counts as missing.
 
     Args:
         pc: the circuit.
@@ -79,12 +80,13 @@ def expected_flows(
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc, weights)
         given.check(pc.num_categories)
+        given, log_level = given.levelled(pc.num_categories)
         log_z = passes.log_root(pc, passes.heard_leaves(pc, LogSemiring(), given, banks), banks)
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)
         flows = torch.autograd.grad(log_z, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
-    return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach())
+    return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach() + log_level.to(log_z))
 
 
 @own_precision
@@ -159,7 +161,7 @@ def anemone_step(
     Args:
         pc: the circuit.
         flows: of one batch, see :func:`expected_flows`.
-        mass: N, how many samples of the batch were possible, or the sum of their weights.
+        mass: N, how many samples of the batch were possible and observe something, or the sum of their weights.
         state: returned by the step before; None at the first one.
         step_size: s, 0 < s <= 1.
         momentum: mu, 0 <= mu < 1.
@@ -246,7 +248,8 @@ def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Te
     if evidence is None or not evidence.batch_size:
         everything = torch.ones(1, pc.circuit.num_vars, dtype=torch.bool, device=pc.device)
         return everything, torch.ones(1, dtype=torch.float64, device=pc.device)
-    observed, which = torch.unique(~evidence.says_nothing(pc.num_categories), dim=0, return_inverse=True)
+    given, _ = evidence.levelled(pc.num_categories)
+    observed, which = torch.unique(~given.says_nothing(pc.num_categories), dim=0, return_inverse=True)
     counts = torch.ones(len(which), dtype=torch.float64, device=pc.device)
     if sample_weights is not None:
         counts = sample_weights.to(counts)

@@ -98,6 +98,8 @@ def convex_weights(
     if not float(counts.sum()) > 0:
         raise ArgumentError("log_likelihoods: expected at least one sample that a member allows, got none")
     scores = scores.masked_fill(~is_possible.unsqueeze(1), 0.0)
+    tells_apart = (scores != scores[:, :1]).any(1)  # others, such as rows that observe nothing, would slow EM down
+    counts = counts * tells_apart if bool((counts * tells_apart > 0).any()) else counts
     shares = counts / counts.sum()
     weights = scores.new_full((scores.shape[1],), 1 / scores.shape[1])
     before = -torch.inf

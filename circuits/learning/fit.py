@@ -38,7 +38,7 @@ class FitResult:
     """What a fit measured; all likelihoods are means in nats per sample."""
 
     train_log_likelihood: tuple[float, ...]
-    """Per epoch, over the possible samples, each under the weights that it found: those before its update."""
+    """Per epoch, over the possible samples that observe something, each under the weights before its update."""
     validation_log_likelihood: tuple[float, ...]
     """Per epoch, after it; empty without validation data. -inf if a validation sample is impossible."""
     best_epoch: int
@@ -185,15 +185,16 @@ def _epoch(
     total = torch.zeros((), dtype=torch.float64, device=pc.device)
     mass, num_impossible = torch.zeros_like(total), torch.zeros_like(total)
     for batch in samples.batches(batch_size, pc.device, order, learner.processes):
-        log_likelihood = learner.update(batch)
-        total += possible_total(log_likelihood, batch.weights)
-        mass += possible_mass(log_likelihood, batch.weights)
+        heard = batch.without_silence()
+        log_likelihood = learner.update(heard)
+        total += possible_total(log_likelihood, heard.weights)
+        mass += possible_mass(log_likelihood, heard.weights)
         num_impossible += (log_likelihood == -torch.inf).sum()
     total, mass, num_impossible = learner.processes.summed(torch.stack([total, mass, num_impossible]))
     if not float(mass) > 0:
         raise ImpossibleEvidenceError(
-            f"data: all {len(samples.x)} samples have probability zero under the circuit, or weight zero, so there is "
-            "nothing to learn from; look for zeros in the weights that nodes were given"
+            f"data: all {len(samples.x)} samples have probability zero under the circuit, or weight zero, or "
+            "observe nothing, so there is nothing to learn from; look for zeros in the weights that nodes were given"
         )
     learner.end_epoch()
     return float(total / mass), int(num_impossible)
@@ -202,9 +203,13 @@ def _epoch(
 @torch.no_grad()
 def _mean_log_likelihood(pc: CompiledCircuit, samples: Samples, batch_size: int, processes: Processes) -> float:
     total = torch.zeros((), dtype=torch.float64, device=pc.device)
+    count = torch.zeros_like(total)
     for batch in samples.batches(batch_size, pc.device, None, processes):
         total += pc.log_partition(batch.evidence).double().sum()
-    return float(processes.summed(total)) / len(samples.x)
+        weights = batch.without_silence().weights
+        count += batch.evidence.batch_size if weights is None else weights.sum()
+    total, count = processes.summed(torch.stack([total, count]))
+    return float(total / count.clamp_min(1))
 
 
 def _shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:

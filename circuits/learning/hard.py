@@ -46,6 +46,7 @@ def viterbi_flows(
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         banks, sources = traced_weights(pc)
+        given, log_level = given.levelled(pc.num_categories)
         root = passes.upward(pc, MaxSemiring(), passes.heard_leaves(pc, LogSemiring(), given, banks), banks)[-1]
         assert root is not None
         score = root[0, 0]
@@ -53,4 +54,4 @@ def viterbi_flows(
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, score)
         flows = torch.autograd.grad(score, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
-    return ExpectedFlows(dict(zip(banks, flows, strict=True)), score.detach())
+    return ExpectedFlows(dict(zip(banks, flows, strict=True)), score.detach() + log_level.to(score))

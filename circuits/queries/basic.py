@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
+from circuits import choices, passes
 from circuits._arguments import checked_count
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
@@ -206,8 +206,8 @@ def sample(
     for start in range(0, num_samples, per_pass):
         count = min(per_pass, num_samples - start)
         source = generator.at(start) if isinstance(generator, RowGenerators) else generator
-        units, query = passes.downward_choice(pc, semiring, outputs, banks, count, source)
-        values = passes.draw_values(pc, semiring, given, banks, units, query, source)
+        units, query = choices.downward_choice(pc, semiring, outputs, banks, count, source)
+        values = choices.draw_values(pc, semiring, given, banks, units, query, source)
         draws.append(values.unflatten(0, (count, given.batch_size)))
     samples = torch.cat(draws)
     return samples.squeeze(1) if evidence is None and banks.batch_size == 1 else samples
@@ -238,8 +238,8 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks
     semiring = MaxSemiring()
     outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
     log_score = checked_possible(_root(outputs))
-    units, query = passes.downward_choice(pc, semiring, outputs, banks, 1, None)
-    assignment = passes.draw_values(pc, semiring, given, banks, units, query, None)
+    units, query = choices.downward_choice(pc, semiring, outputs, banks, 1, None)
+    assignment = choices.draw_values(pc, semiring, given, banks, units, query, None)
     return (MAP if has_one_explanation(pc, given) else MPE)(assignment, log_score)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuits import passes
+from circuits import choices, passes
 from circuits._arguments import checked_count
 from circuits._evidence_checks import check_integers, check_range
 from circuits.compile import CompiledCircuit
@@ -207,7 +207,7 @@ def _chosen(
     root = outputs[-1]
     assert root is not None
     checked_possible(root[0, 0])
-    units, query = passes.downward_choice(pc, semiring, outputs, banks, num_samples, generator)
+    units, query = choices.downward_choice(pc, semiring, outputs, banks, num_samples, generator)
     return LatentChoice(pc, units, query, banks)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from circuits._arguments import checked_count
 from circuits.errors import ArgumentError
+from circuits.precision import own_precision
 
 _MAX_ELEMENTS = 1 << 24
 """How many numbers a table of pairwise counts, and a block of one-hot rows, may have at once."""
@@ -141,6 +142,7 @@ def known_values(data: Tensor, observed: Tensor) -> Tensor:
     return data.masked_fill(~observed.to(data.device), 0)
 
 
+@own_precision
 def pair_counts(
     data: Tensor, counts: Tensor, rows: range, columns: range, weights: Tensor | None, observed: Tensor | None = None
 ) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits import passes
 from circuits._arguments import checked_count, is_number
 from circuits.compile import CompiledCircuit, check_compiled, compile
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
@@ -16,6 +17,7 @@ from circuits.layers import Weights
 from circuits.learning._samples import checked_labels
 from circuits.learning.em import BankFlows, expected_flows
 from circuits.precision import own_precision
+from circuits.semiring import LogSemiring
 from circuits.transforms._rebuild import normalise
 from circuits.transforms.units import trim
 
@@ -163,7 +165,10 @@ def _mean_log_likelihood(pc: CompiledCircuit, evidence: Evidence, masks: Masks, 
         banks[name] = Weights(log)
     total = 0.0
     for part in _batches(evidence, batch_size, pc.device):
-        total += float(pc.log_partition(part, banks).double().sum())
+        # Sums on whose variables nothing is known are 1 in the pruned circuit too, once its weights are normalised.
+        given, log_level = part.levelled(pc.num_categories)
+        log_z = passes.log_root(pc, passes.heard_leaves(pc, LogSemiring(), given, banks), banks)
+        total += float((log_z + log_level).double().sum())
     return total / evidence.batch_size
 
 

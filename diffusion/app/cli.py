@@ -194,14 +194,20 @@ def tune(
 def evaluate(
     out: Out = _DEFAULT_OUT,
     windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks of the gap table.")] = None,
-    texts: Annotated[int | None, typer.Option(min=1, help="Texts of the arithmetic table.")] = None,
+    texts: Annotated[int | None, typer.Option(min=1, help="Texts of the few-step and arithmetic tables.")] = None,
+    few_steps: Annotated[
+        bool, typer.Option("--few-steps/--no-few-steps", help="Measure text written in 1 to 32 calls; takes minutes.")
+    ] = True,
     decode: Decode = None,
     strategy: StrategyName = None,
     temperature: Annotated[float, typer.Option(help=CONFIG_HELP["temperature"])] = 1.0,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure and draw the gap table, and for the arithmetic corpus the share of right texts by number of steps."""
+    """Measure and draw the gap table and the few-step curve, and for the arithmetic corpus the share of right texts.
+
+    The few-step curve is always at temperature 1, in mode joint and by entropy.
+    """
     workspace = _workspace(out, device, quiet)
     recipe = workspace.recipe()
     recipe = replace(recipe, gap_windows=windows or recipe.gap_windows, texts=texts or recipe.texts)
@@ -209,6 +215,8 @@ def evaluate(
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     DecodingConfig(**options)  # which refuses what it does not know, before anything is measured
     _print_gap(workspace.evaluate_gap(recipe))
+    if few_steps:
+        _print_curve(workspace.evaluate_few_steps(recipe))
     if recipe.text.corpus == "arithmetic":
         _print_few_steps(workspace.evaluate_arithmetic(recipe, **options))
     _say(f"Tables and pictures are in {workspace.results}/")
@@ -337,6 +345,24 @@ def _print_few_steps(table: Any) -> None:
         shown.add_column(column, justify="right")
     for row in table.rows:
         shown.add_row(str(row.num_steps), _with_interval(row.without), _with_interval(row.coupled))
+    Console().print(shown)
+
+
+def _print_curve(table: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    titles, *rows = table.cells()
+    shown = Table(
+        title=f"{table.block_length} tokens in few calls, {table.num_texts} texts (nats per token, 95 % intervals)",
+        title_justify="left",
+    )
+    for column, title in enumerate(titles):
+        shown.add_column(title, justify="right" if column else "left")
+    for row in rows:
+        name, *numbers = row
+        lines = (number.replace(" [", "\n\\[") for number in numbers)  # so that seven columns fit a terminal of 80
+        shown.add_row(name.replace(", ", ",\n").replace(" (", "\n("), *lines)
     Console().print(shown)
 
 

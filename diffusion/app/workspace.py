@@ -36,11 +36,12 @@ from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.evaluation.few_step_curve import FewStepCurve, few_step_curve
 from diffusion.evaluation.few_steps import FewStepTable, few_step_quality
 from diffusion.evaluation.gap import GapTable, misspecification_gap
 from diffusion.evaluation.tuning import TEMPERATURES, Tuning, tune
 from diffusion.head import CoupledHead
-from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, random_windows, windows
+from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, random_windows, windows, windows_and_rest
 from diffusion.text.tokenizer import TextTokenizer, train_tokenizer
 from diffusion.training.circuit import fit_coupled
 from diffusion.training.denoiser import train_denoiser
@@ -212,6 +213,26 @@ class Workspace:
         draw_gap(table, self.results / "gap.png", title=f"corpus: {Path(recipe.text.corpus).name}")
         return table
 
+    def evaluate_few_steps(self, recipe: Recipe) -> FewStepCurve:
+        """Measure text written in 1 to 32 calls per block on held-out prompts, and draw it; results/few_steps.*."""
+        from diffusion.evaluation.plots import draw_few_step_curve
+
+        denoiser = self.denoiser()
+        held_out = self._stream(self._corpus(recipe).held_out)
+        data, rest = windows_and_rest(held_out, length=denoiser.config.span, max_windows=max(2, recipe.texts))
+        table = few_step_curve(
+            denoiser,
+            self.head(),
+            data.to(self.device),
+            rest,
+            steps=[steps for steps in (1, 2, 4, 8, 16, 32) if steps <= denoiser.config.block_length],
+            seed=recipe.seed,
+            progress=self.progress,
+        )
+        self._keep(table, "few_steps")
+        draw_few_step_curve(table, self.results / "few_steps.png")
+        return table
+
     def evaluate_arithmetic(
         self,
         recipe: Recipe,
@@ -378,7 +399,7 @@ class Workspace:
         tokenizer = self.tokenizer()
         return join_documents(encoded_corpus(self.path, documents, tokenizer), eos_id=tokenizer.eos_id)
 
-    def _keep(self, table: GapTable | FewStepTable | Tuning, name: str) -> None:
+    def _keep(self, table: GapTable | FewStepTable | FewStepCurve | Tuning, name: str) -> None:
         table.save(self.results / f"{name}.json")
         with replace_file(self.results / f"{name}.txt") as temporary:
             temporary.write_text(f"{table}\n")

@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
+class Teacher:
+    """A text that decoding writes in place of its own, so that what it would have drawn it with can be added up.
+
+    Attributes:
+        tokens: int64 (B, T); those at positions that are not masked do not matter.
+        log_prob: log-probability of what was written so far, float64 (B,), in nats.
+    """
+
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        self.log_prob = torch.zeros(len(self.tokens), dtype=torch.float64, device=self.tokens.device)
+
+
+@dataclass(eq=False)
 class Canvas:
     """B rows of T positions, some of them still masked.
 
@@ -36,6 +51,7 @@ class Canvas:
         num_windows: how many windows of each row were decoded, int64 (B,).
         num_coupled: in how many of them the circuit was used, int64 (B,).
         constraint: what the finished text must satisfy, or None.
+        teacher: the text to write, in place of what would be drawn; or None.
         reads: bool (B, T), the positions that the constraint is about.
         controls: what steers decoding beside the model.
     """
@@ -47,6 +63,7 @@ class Canvas:
     seeds: Tensor
     spec: DenoiserSpec
     constraint: Constraint | None = None
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         self.writable, self.given = self.masked.clone(), self.valid & ~self.masked
@@ -96,6 +113,12 @@ class Canvas:
         self.tokens[row, position] = tokens[committed]
         self.confidence[row, position] = confidence[committed].to(self.confidence.dtype)
         self.masked[row, position] = False
+
+    def count(self, rows: Tensor, log_prob: Tensor) -> None:
+        """Add log-probabilities of what the teacher wrote, (W,), to rows (W,); end rows that cannot be written."""
+        assert self.teacher is not None
+        self.teacher.log_prob.index_add_(0, rows, log_prob.double())
+        self.ended |= self.teacher.log_prob == -torch.inf
 
     def reach(self) -> Reach:
         """Return in which states the constraint's automaton can be at every place of the canvas as it is now."""

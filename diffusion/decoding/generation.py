@@ -17,11 +17,11 @@ from diffusion.decoding.joint import JointHead, check_head
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Look, Plan
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
-from diffusion.denoisers.base import Denoiser, DenoiserSpec
+from diffusion.denoisers.base import CachingDenoiser, Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
-_OTHER_OPTIONS = {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook"}
+_OTHER_OPTIONS = {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook", "cache"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def generate(
         config: all options of a step at once; those above replace its own.
         stop_at_eos: end a text at its first end-of-text token: the rest of it is padding.
         options: ``valid``, ``plan`` (which has ``block_length`` and ``num_steps`` of its own), ``constraint``,
-            ``controls``, ``logits_hook``, ``seeds``, ``generator``, ``on_step``, ``record`` and those of
+            ``controls``, ``logits_hook``, ``seeds``, ``generator``, ``on_step``, ``record``, ``cache`` and those of
             :class:`~diffusion.decoding.config.DecodingConfig`, as for :func:`infill`.
 
     Raises:
@@ -179,7 +179,9 @@ def infill(
             ``logits_hook``: a control of your own, ``hook(logits, view) -> logits``, the last of them. ``seeds``: an
             integer per row: with it a row's text depends on its tokens and its seed, not on the batch, its mates or
             padding. ``generator``: draws the seeds where none are given. ``on_step``: called with a :class:`Step` after
-            every denoiser call. ``record``: keep the tokens of every step. And the options of
+            every denoiser call. ``record``: keep the tokens of every step. ``cache``: whether the denoiser keeps what
+            it computed about the text before a block, see :class:`~diffusion.denoisers.base.CachingDenoiser`: the same
+            text where its attention makes that exact, else an approximation. And the options of
             :class:`~diffusion.decoding.config.DecodingConfig`.
 
     Raises:
@@ -216,6 +218,7 @@ def fill(
     controls: Sequence[Control] = (),
     on_step: Callable[[Step], None] | None = None,
     record: bool = False,
+    cache: bool = False,
 ) -> Generation:
     """Fill a canvas by a plan: what :func:`generate` and :func:`infill` do once they know what was asked.
 
@@ -229,6 +232,7 @@ def fill(
         controls: what steers decoding beside the model.
         on_step: called after every denoiser call.
         record: keep the tokens of every step.
+        cache: whether the denoiser keeps what it computed about the text before a window.
     """
     _check(denoiser, head, config, plan)
     config = config or DecodingConfig()
@@ -237,6 +241,7 @@ def fill(
     _check_controls(controls, canvas, config)
     canvas.controls = tuple(controls)
     history = [canvas.tokens.clone()] if record else []
+    kept = _new_cache(denoiser) if cache else None
     num_steps, asked = 0, list[Look]()
     for look in plan.looks(canvas):
         num_steps += 1
@@ -246,6 +251,7 @@ def fill(
             valid=canvas.valid,
             t=canvas.mask_ratio,
             window=look.span,
+            cache=kept,
             logits_hook=steered(controls, _view(denoiser, canvas, look, num_steps, asked)) if controls else None,
             top_k=None if head is None or canvas.constraint is not None else head.top_k,
             features=head is not None and head.needs_features,
@@ -296,6 +302,14 @@ def _view(denoiser: Denoiser, canvas: Canvas, look: Look, step: int, asked: list
     )
 
 
+def _new_cache(denoiser: Denoiser) -> Any:
+    if not isinstance(denoiser, CachingDenoiser):
+        raise ArgumentError(
+            f"cache: expected a denoiser with a method new_cache, got {type(denoiser).__name__}; decode without a cache"
+        )
+    return denoiser.new_cache()
+
+
 def _check_controls(controls: Sequence[Control], canvas: Canvas, config: DecodingConfig) -> None:
     if canvas.constraint is not None and any(control.cuts_text for control in controls):
         raise ArgumentError(
@@ -320,9 +334,7 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a decoding configuration out of others."""
     names = [name for name in options if name in DecodingConfig.__dataclass_fields__]
     taken = {name: options.pop(name) for name in names}
-    unknown = sorted(
-        set(options) - {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook"}
-    )
+    unknown = sorted(set(options) - _OTHER_OPTIONS)
     if unknown:
         raise ArgumentError(f"{unknown[0]}: no such option; see df.infill and df.DecodingConfig for those there are")
     return taken

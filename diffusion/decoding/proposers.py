@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
+from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
+from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """Tokens for all positions of W windows, int64 (W, n), and beliefs about them, which only a ranking asks for.
+    """Tokens for all positions of W windows, and what may be asked about them.
 
-    ``accepted``, bool (W, n), says which of them are kept where it is not for a strategy to say.
+    Attributes:
+        tokens: int64 (W, n).
+        beliefs: about the positions; only a ranking asks for them.
+        accepted: bool (W, n), which tokens are kept where it is not for a strategy to say.
+        log_prob: the log-probability (W,) that a draw has these tokens at positions bool (W, n); of given tokens only.
     """
 
     tokens: Tensor
     beliefs: Callable[[], Prediction]
     accepted: Tensor | None = None
+    log_prob: Callable[[Tensor], Tensor] | None = None
 
 
 Proposer = Callable[[Any, DecodingConfig, RowGenerators], Proposal]
@@ -69,6 +77,29 @@ def joint(dist: JointDistribution, config: DecodingConfig, generators: RowGenera
         tokens, accepted = dist.draw_accepted(config.temperature, generators)
         return Proposal(tokens, dist.posterior, accepted)
     return Proposal(dist.draw(config.temperature, generators), dist.posterior)
+
+
+def given(tokens: Tensor, source: JointDistribution | Prediction, decode: DecodeMode) -> Proposal:
+    """Propose tokens that are given, int64 (W, n), in place of draws at temperature 1.
+
+    Args:
+        tokens: what to propose.
+        source: of the draws: the joint distribution of W windows, or a prediction without a circuit.
+        decode: how they would be drawn: all together, or each on its own.
+    """
+    if decode == "joint" and not isinstance(source, Prediction):
+        if not isinstance(source, CoupledDistribution):
+            raise ArgumentError(
+                f"head: expected a circuit, whose joint probabilities are exact, got one of {type(source).__name__}"
+            )
+        return Proposal(tokens, source.posterior, log_prob=partial(source.log_prob_at, tokens))
+    beliefs = source if isinstance(source, Prediction) else source.posterior()
+
+    def log_prob(positions: Tensor) -> Tensor:
+        each = beliefs.normalised().log_prob_of(tokens)  # draws are from the tokens that are listed
+        return each.double().masked_fill(~positions, 0.0).sum(-1)
+
+    return Proposal(tokens, lambda: beliefs, log_prob=log_prob)
 
 
 PROPOSERS: dict[DecodeMode, Proposer] = {

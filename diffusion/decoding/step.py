@@ -12,11 +12,11 @@ from torch import Tensor
 from circuits import RowGenerators
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
-from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
 from diffusion.decoding.joint import JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
-from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, independent
+from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
@@ -141,14 +141,31 @@ def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: Dec
     rows, starts = part.windows.rows, part.windows.starts
     generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
-        _write(canvas, part, independent(part.prediction, config, generators), None, config, generators)
+        _write(canvas, part, _proposal(canvas, part, None, "independent", config, generators), None, config, generators)
         return
     dist = _distribution(canvas, part, head)
     mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
     if mode == "any_order" or (mode == "marginal" and canvas.constraint is not None):
         _in_rounds(canvas, part, dist, config, generators)
         return
-    _write(canvas, part, PROPOSERS[mode](dist, config, generators), dist, config, generators)
+    _write(canvas, part, _proposal(canvas, part, dist, mode, config, generators), dist, config, generators)
+
+
+def _proposal(
+    canvas: Canvas,
+    part: Part,
+    dist: JointDistribution | None,
+    mode: DecodeMode,
+    config: DecodingConfig,
+    generators: RowGenerators,
+) -> Proposal:
+    """Return where tokens come from: the teacher, if there is one, or a draw."""
+    if canvas.teacher is not None:
+        tokens = canvas.teacher.tokens[part.windows.rows.unsqueeze(1), part.positions]
+        return given(tokens, part.prediction if dist is None else dist, mode)
+    if dist is None:
+        return independent(part.prediction, config, generators)
+    return PROPOSERS[mode](dist, config, generators)
 
 
 def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDistribution:
@@ -187,6 +204,8 @@ def _write(
     if is_filtered:
         committed = _compatible(canvas, part, proposal, committed, scores)
     canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
+    if proposal.log_prob is not None:
+        canvas.count(part.windows.rows, proposal.log_prob(committed))
     return committed
 
 
@@ -254,14 +273,17 @@ def _in_rounds(
         waits = (left <= 0).unsqueeze(1)
         one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(0, most))
         source = generators.at(3, rounds)
-        proposal = PROPOSERS[config.decode](dist, config, source)
+        proposal = _proposal(canvas, one, dist, config.decode, config, source)
         committed = _write(canvas, one, proposal, dist, config, source)
-        left = left - committed.sum(1)
+        is_over = canvas.ended[part.windows.rows]  # a teacher's text that cannot be written: nothing follows it
+        left = (left - committed.sum(1)).masked_fill(is_over, 0)
+        committed = committed & ~is_over.unsqueeze(1)
         if not bool((left > 0).any()):
             return
         dist = dist.given(proposal.tokens, committed)
         tokens = torch.where(committed, proposal.tokens, part.tokens)
-        part = replace(part, tokens=tokens, masked=part.masked & ~committed, candidates=part.candidates & ~committed)
+        masked, candidates = part.masked & ~committed, part.candidates & ~committed
+        part = replace(part, tokens=tokens, masked=masked, candidates=candidates)
         rounds += 1
 
 

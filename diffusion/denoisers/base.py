@@ -72,7 +72,7 @@ class Denoiser(Protocol):
                 derive it from the number of masks.
             window: ``(start, stop)``: only the logits of positions start..stop-1 are wanted, and the denoiser may
                 choose what it looks at to find them; by default all positions.
-            cache: whatever this denoiser returned from its own way of caching, or None.
+            cache: what :meth:`CachingDenoiser.new_cache` returned, or None.
 
         Returns:
             float32, shape (B, L, V), or (B, stop - start, V) with a window; ``[:, i]`` predicts the token at position
@@ -101,4 +101,16 @@ class FeatureDenoiser(Denoiser, Protocol):
             The logits, (B, L, V) or (B, stop - start, V), and floating-point features of the same positions, (B, L, H)
             or (B, stop - start, H).
         """
+        ...
+
+
+@runtime_checkable
+class CachingDenoiser(Denoiser, Protocol):
+    """A denoiser that can keep what it computed about the text before a window, and use it in its next call.
+
+    It knows by itself when what it kept is of no use any more: the window or the text before it has changed.
+    """
+
+    def new_cache(self) -> Any:
+        """Return an empty cache, to be handed to every call of ``logits`` about one batch of texts."""
         ...

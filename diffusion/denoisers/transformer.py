@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -17,15 +16,17 @@ from torch.nn import functional as F
 
 from circuits.files import not_finite, read_folder, read_tensors, regular_size, replace_folder, write_tensors
 from diffusion.denoisers.base import DenoiserSpec
+from diffusion.denoisers.layers import KeysValues, Layer, PrefixCache, rotation_of
 from diffusion.errors import ArgumentError, CheckpointError
 
 FORMAT = "unfactor-transformer"
 FORMAT_VERSION = 2  # 1 had no hashes
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _WAY_OUT = "save the model again"
-ROTARY_BASE = 10_000.0
 EMBEDDING_STD = 0.02
 """Tied embeddings with a standard deviation near 1 keep training on the unigram plateau."""
+
+Attention = Literal["bidirectional", "block_causal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class TransformerConfig:
         num_layers: attention and feed-forward pairs.
         num_heads: attention heads; ``width / num_heads`` must be an even integer.
         expansion: hidden features of a feed-forward layer, in multiples of ``width``.
+        attention: what a position attends to: "bidirectional", everything; or "block_causal", blocks of
+            ``block_length`` up to its own, counted from the window's beginning (Arriola et al. 2025, arXiv 2503.09573),
+            so that a cache of what stands before a window is exact.
     """
 
     vocab_size: int
@@ -59,6 +63,7 @@ class TransformerConfig:
     num_layers: int = 4
     num_heads: int = 6
     expansion: int = 4
+    attention: Attention = "bidirectional"
 
     def __post_init__(self) -> None:
         for name in ("block_length", "max_length", "width", "num_layers", "num_heads", "expansion"):
@@ -68,10 +73,21 @@ class TransformerConfig:
             raise ArgumentError(f"context_length must be at least 0, got {self.context_length}")
         if self.width % (2 * self.num_heads):
             raise ArgumentError(f"width must be a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.width}")
+        if self.attention not in get_args(Attention):
+            raise ArgumentError(
+                f"attention: expected one of {', '.join(get_args(Attention))}, got {self.attention!r}; see the options"
+            )
         if self.max_length < self.span:
             raise ArgumentError(
                 f"max_length must be at least context_length + block_length = {self.span}, got {self.max_length}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as they stand in a file; bidirectional attention goes unnamed, as it always did."""
+        content = asdict(self)
+        if self.attention == "bidirectional":
+            del content["attention"]
+        return content
 
     @property
     def span(self) -> int:
@@ -102,7 +118,9 @@ class TransformerDenoiser(nn.Module):
             max_length=config.max_length,
         )
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Layer(config.width, config.num_heads, config.expansion) for _ in range(config.num_layers)
+        )
         self.norm = nn.RMSNorm(config.width)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self._initialise(torch.Generator().manual_seed(seed))
@@ -131,7 +149,12 @@ class TransformerDenoiser(nn.Module):
         With ``window=(start, stop)`` the model looks only at positions ``max(0, stop - span) .. stop - 1`` (from
         ``start``, if the window is longer than that), with ``span = context_length + block_length`` as in training: so
         texts up to ``max_length`` can be continued block by block. Without a window every position sees every other,
-        which the model is trained for up to ``span`` positions. ``t`` and ``cache`` are not used.
+        which the model is trained for up to ``span`` positions. ``t`` is not used.
+
+        With ``cache``, see :meth:`new_cache`, the positions before a window are computed when it is asked about first,
+        and again when one of their tokens changes. That is exact with block-causal attention; with bidirectional
+        attention they keep what they saw of the window then (Wu et al. 2025, arXiv 2505.22618). Where gradients are
+        on, it is not used.
 
         Raises:
             ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
@@ -160,22 +183,65 @@ class TransformerDenoiser(nn.Module):
         first = min(start, max(0, stop - self.config.span)) if window is not None else 0
         tokens = tokens[:, first:stop]
         valid = valid[:, first:stop] if valid is not None else None
-        features = self._features(tokens, valid, wanted_from=start - first)
+        if cache is not None and not isinstance(cache, PrefixCache):
+            raise ArgumentError(f"cache: expected what new_cache() returned, got {type(cache).__name__}")
+        if cache is None or start == first or torch.is_grad_enabled():
+            features = self._features(tokens, valid, wanted_from=start - first)[0]
+        else:
+            features = self._cached_features(tokens, valid, (start, stop), start - first, cache)
         return F.linear(features, self.embedding.weight, self.output_bias).float(), features.float()
 
-    def _features(self, tokens: Tensor, valid: Tensor | None, *, wanted_from: int) -> Tensor:
+    def new_cache(self) -> PrefixCache:
+        """Return an empty cache for the ``cache`` argument: of one text, asked about window by window."""
+        return PrefixCache()
+
+    def _cached_features(
+        self, tokens: Tensor, valid: Tensor | None, window: tuple[int, int], wanted_from: int, cache: PrefixCache
+    ) -> Tensor:
+        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        prefix = tokens[:, :wanted_from], valid[:, :wanted_from]
+        stale = cache.stale_rows(window, *prefix)
+        if stale is None:
+            features, layers = self._features(tokens, valid, wanted_from=wanted_from)
+            cache.store(window, *prefix, [(k[:, :, :wanted_from], v[:, :, :wanted_from]) for k, v in layers])
+            return features
+        cache.num_reused += 1
+        if len(stale):
+            layers = self._features(tokens[stale], valid[stale], wanted_from=wanted_from)[1]
+            parts = [(k[:, :, :wanted_from], v[:, :, :wanted_from]) for k, v in layers]
+            cache.replace_rows(stale, prefix[0][stale], prefix[1][stale], parts)
+        return self._features(tokens, valid, wanted_from=wanted_from, past=cache.layers)[0]
+
+    def _features(
+        self, tokens: Tensor, valid: Tensor | None, *, wanted_from: int, past: list[KeysValues] | None = None
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Return features of the wanted positions, and all keys and values; with ``past`` only those are computed."""
         length = tokens.shape[1]
-        rotation = _rotation(length, self.config.width // self.config.num_heads, tokens.device)
-        attended = None
+        rotation = rotation_of(length, self.config.width // self.config.num_heads, tokens.device)
+        attended = self._attended(tokens, valid, wanted_from)
+        begins = wanted_from if past is not None else 0
+        attended = attended[:, :, begins:] if attended is not None else None
+        x = self.embedding(tokens[:, begins:])
+        last, found = len(self.layers) - 1, []
+        for index, layer in enumerate(self.layers):
+            wanted = wanted_from - begins if index == last else 0
+            before = past[index] if past is not None else None
+            x, keys_values = layer(x, rotation, attended, wanted_from=wanted, past=before)
+            found.append(keys_values)
+        return self.norm(x), found
+
+    def _attended(self, tokens: Tensor, valid: Tensor | None, start: int) -> Tensor | None:
+        """Return which positions attend to which, bool (B or 1, 1, L, L); None: all to all."""
+        length, device, attended = tokens.shape[1], tokens.device, None
+        if self.config.attention == "block_causal":
+            block = (torch.arange(length, device=device) - start).div(self.config.block_length, rounding_mode="floor")
+            attended = (block.unsqueeze(1) >= block).unsqueeze(0)
         if valid is not None and not bool(valid.all()):
             # A position always attends to itself, so that no row of the softmax is empty.
-            itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
-            attended = (valid[:, None, :] | itself)[:, None]
-        x = self.embedding(tokens)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, attended, wanted_from=wanted_from if index == last else 0)
-        return self.norm(x)
+            itself = torch.eye(length, dtype=torch.bool, device=device)
+            seen = valid[:, None, :] | itself
+            attended = seen if attended is None else seen & attended
+        return attended.unsqueeze(1) if attended is not None else None
 
     def _check(self, tokens: Tensor, valid: Tensor | None, window: tuple[int, int] | None) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
@@ -206,7 +272,7 @@ class TransformerDenoiser(nn.Module):
     def _initialise(self, generator: torch.Generator) -> None:
         self.embedding.weight.normal_(std=EMBEDDING_STD, generator=generator)
         for layer in self.layers:
-            assert isinstance(layer, _Layer)
+            assert isinstance(layer, Layer)
             layer.initialise(generator, num_layers=len(self.layers))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -217,7 +283,7 @@ class TransformerDenoiser(nn.Module):
         Raises:
             ArgumentError: the folder holds something else, or a weight is NaN or infinite.
         """
-        weights, config = self.state_dict(), asdict(self.config)
+        weights, config = self.state_dict(), self.config.to_dict()
         bad = not_finite(weights)
         if bad is not None:
             raise ArgumentError(f"model: {bad} has NaN or infinite numbers; such a denoiser cannot be saved")
@@ -263,82 +329,6 @@ class TransformerDenoiser(nn.Module):
         return model
 
 
-class _Layer(nn.Module):
-    """Attention and feed-forward, each on normalised input and added to what came in."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.expansion * config.width
-        self.num_heads = config.num_heads
-        self.attention_norm = nn.RMSNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        # queries and keys of unit scale allow a learning rate three times as high (Henry et al. 2020, arXiv 2010.04245)
-        self.query_norm = nn.RMSNorm(width // config.num_heads)
-        self.key_norm = nn.RMSNorm(width // config.num_heads)
-        self.attention_output = nn.Linear(width, width, bias=False)
-        self.feed_forward_norm = nn.RMSNorm(width)
-        self.expand = nn.Linear(width, hidden, bias=False)
-        self.contract = nn.Linear(hidden, width, bias=False)
-
-    def initialise(self, generator: torch.Generator, *, num_layers: int) -> None:
-        """Keep the variance of the residual stream independent of depth (Radford et al. 2019)."""
-        for linear in (self.query, self.key_value, self.expand):
-            linear.weight.normal_(std=0.7 / math.sqrt(linear.in_features), generator=generator)
-        for linear in (self.attention_output, self.contract):
-            std = 0.7 / math.sqrt(2 * num_layers * linear.in_features)
-            linear.weight.normal_(std=std, generator=generator)
-
-    def forward(
-        self,
-        x: Tensor,  # shape: (B, L, width)
-        rotation: tuple[Tensor, Tensor],  # shapes: (L, width / num_heads / 2)
-        attended: Tensor | None,  # shape: (B, 1, L, L)
-        *,
-        wanted_from: int,
-    ) -> Tensor:  # shape: (B, L - wanted_from, width)
-        """Return the features of the positions from ``wanted_from`` on, which attend to all positions."""
-        normalised = self.attention_norm(x)
-        keys, values = self._heads(self.key_value(normalised), 2 * self.num_heads).chunk(2, dim=1)
-        queries = self._heads(self.query(normalised[:, wanted_from:]), self.num_heads)
-        mixed = _attention(
-            _rotate(self.query_norm(queries.float()), rotation, first=wanted_from),
-            _rotate(self.key_norm(keys.float()), rotation, first=0),
-            values,
-            attended[:, :, wanted_from:] if attended is not None else None,
-        )
-        x = x[:, wanted_from:] + self.attention_output(mixed.transpose(1, 2).flatten(2))
-        hidden = F.relu(self.expand(self.feed_forward_norm(x))).square()
-        output: Tensor = x + self.contract(hidden)
-        return output
-
-    @staticmethod
-    def _heads(features: Tensor, num_heads: int) -> Tensor:
-        return features.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, attended: Tensor | None) -> Tensor:
-    if values.device.type == "cpu":
-        # There the fused kernel is about four times slower in bfloat16 than in float32.
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(queries, keys, values.float(), attn_mask=attended)
-    queries, keys = queries.to(values.dtype), keys.to(values.dtype)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=attended)
-
-
-def _rotation(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    half = head_width // 2
-    frequencies = ROTARY_BASE ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor], *, first: int) -> Tensor:
-    cos, sin = (table[first : first + x.shape[-2]] for table in rotation)
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
-
-
 def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
     """Return the format version of a saved denoiser, and the rest of its configuration as it stands there."""
     try:
@@ -358,7 +348,9 @@ def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
 
 def _config_of(content: dict[str, Any], path: Path) -> TransformerConfig:
     known = {field.name for field in fields(TransformerConfig)}
-    if set(content) != known or not all(_is_int_or_ints(value) for value in content.values()):
+    known -= {"attention"}
+    numbers = {name: value for name, value in content.items() if name != "attention"}
+    if set(numbers) != known or not all(_is_int_or_ints(value) for value in numbers.values()):
         raise CheckpointError(f"{path} must hold whole numbers for exactly: {', '.join(sorted(known))}")
     try:
         return TransformerConfig(**content | {"forbidden_ids": tuple(content["forbidden_ids"])})

@@ -1,17 +1,22 @@
 """Evaluation: how much of the factorization barrier a circuit removes, and quality against denoiser calls."""
 
+from diffusion.evaluation.few_step_curve import CurvePoint, FewStepCurve, Quality, few_step_curve
 from diffusion.evaluation.few_steps import FewStepRow, FewStepTable, few_step_quality
 from diffusion.evaluation.gap import Estimate, GapRow, GapTable, misspecification_gap
 from diffusion.evaluation.tuning import Tuning, TuningRow, tune
 
 __all__ = [
+    "CurvePoint",
     "Estimate",
+    "FewStepCurve",
     "FewStepRow",
     "FewStepTable",
     "GapRow",
     "GapTable",
+    "Quality",
     "Tuning",
     "TuningRow",
+    "few_step_curve",
     "few_step_quality",
     "misspecification_gap",
     "tune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import textwrap
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from circuits.files import replace_file
+from diffusion.evaluation.few_step_curve import TRUE_TEXT, WITHOUT, FewStepCurve
 from diffusion.evaluation.few_steps import FewStepTable
 from diffusion.evaluation.gap import Estimate, GapTable, rounded
 
@@ -43,6 +45,11 @@ def draw_gap(table: GapTable, path: str | os.PathLike[str], *, title: str = "") 
 def draw_few_steps(table: FewStepTable, path: str | os.PathLike[str]) -> None:
     """Draw the share of good texts against steps per block, with its intervals, as a PNG."""
     _save(few_steps_figure(table), path)
+
+
+def draw_few_step_curve(table: FewStepCurve, path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Draw loss and trigram divergence against denoiser calls, with their intervals and true text's, as a PNG."""
+    _save(few_step_curve_figure(table, title=title), path)
 
 
 def gap_figure(table: GapTable, *, title: str = "") -> Figure:
@@ -83,6 +90,42 @@ def few_steps_figure(table: FewStepTable) -> Figure:
     return figure
 
 
+def few_step_curve_figure(table: FewStepCurve, *, title: str = "") -> Figure:
+    """Return what :func:`draw_few_step_curve` writes."""
+    figure = _figure(10.0, 4.4)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for axes, name in ((left, "loss"), (right, "divergence")):
+        for (curve, points), style in zip(table.curves.items(), _styles(table), strict=True):
+            estimates = [getattr(point.quality, name) for point in points]
+            _line(axes, [point.num_calls for point in points], estimates, curve, **style)
+        truth = getattr(table.true_text, name)
+        axes.axhline(truth.value, color=_COLOURS["sequential"], linewidth=1, linestyle="--", label=TRUE_TEXT)
+        axes.axhspan(truth.low, truth.high, color=_COLOURS["sequential"], alpha=0.08, linewidth=0)
+        calls = [point.num_calls for point in table.points if point.num_steps is not None]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks := sorted(set(calls)), [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(f"denoiser calls for {table.block_length} tokens")
+    left.set_ylabel("negative log-likelihood per token (nats)")
+    right.set_ylabel("trigram divergence to held-out text (nats)")
+    left.set_title(title or "Text in few steps, judged one token at a time", fontsize=11, loc="left")
+    right.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
+    left.legend(frameon=False, fontsize=9)
+    _tidy(left, right)
+    return figure
+
+
+def _styles(table: FewStepCurve) -> list[dict[str, str]]:
+    """Return a colour and a marker per curve; single points have colours and markers of their own."""
+    others = itertools.cycle([("#d9932f", "s"), ("#7f5aa2", "D")])
+    known = {WITHOUT: (_COLOURS["one_step"], "o")}
+    chosen = [
+        known.get(curve) or (next(others) if curve.startswith(WITHOUT) else (_COLOURS["coupled"], "o"))
+        for curve in table.curves
+    ]
+    return [{"colour": colour, "marker": marker} for colour, marker in chosen]
+
+
 def _shares(axes: Axes, table: GapTable) -> None:
     """Draw a bar with its interval per meaningful row, and words for every other."""
     for position, row in enumerate(table.rows):
@@ -114,14 +157,16 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], label: str, colour: str) -> None:
+def _line(
+    axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], label: str, colour: str, marker: str = "o"
+) -> None:
     """Draw the finite estimates and their intervals; the legend names where the others are."""
     pairs = list(zip(x, estimates, strict=True))
     finite = [pair for pair in pairs if all(map(math.isfinite, asdict(pair[1]).values()))]
     others = ", ".join(f"{position:g}" for position, estimate in pairs if (position, estimate) not in finite)
     label += f" (not finite at {others})" if others else ""
     positions, shown = [pair[0] for pair in finite], [pair[1] for pair in finite]
-    axes.plot(positions, [estimate.value for estimate in shown], marker="o", markersize=4, color=colour, label=label)
+    axes.plot(positions, [estimate.value for estimate in shown], marker=marker, markersize=4, color=colour, label=label)
     low, high = ([getattr(estimate, end) for estimate in shown] for end in ("low", "high"))
     axes.fill_between(
         positions, low, high, color=colour, alpha=0.12, linewidth=0

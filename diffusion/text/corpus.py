@@ -240,6 +240,27 @@ def windows(stream: Tensor, *, length: int, max_windows: int | None = None) -> T
     return cut[torch.arange(kept) * count // kept]
 
 
+def windows_and_rest(stream: Tensor, *, length: int, max_windows: int) -> tuple[Tensor, Tensor]:
+    """Return :func:`windows` spread over a stream, at most half of them all, and the others to compare with.
+
+    Returns:
+        int64, (number of windows, length) and (number of others, length).
+
+    Raises:
+        CorpusError: the stream is shorter than four windows.
+    """
+    everything = windows(stream, length=length)
+    if len(everything) < 4:
+        raise CorpusError(
+            f"corpus: expected at least {4 * length} held-out tokens to compare text with, got {stream.numel()}; "
+            "take a longer text"
+        )
+    kept = min(max_windows, len(everything) // 2)
+    chosen = torch.zeros(len(everything), dtype=torch.bool)
+    chosen[torch.arange(kept) * len(everything) // kept] = True
+    return everything[chosen], everything[~chosen]
+
+
 def random_windows(
     stream: Tensor, *, length: int, num_windows: int, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from circuits.digests import digest
+from circuits.precision import own_precision
 from circuits.progress import progress_bar
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
@@ -57,6 +58,7 @@ class CircuitTraining:
             raise ArgumentError(f"weighting: expected one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
 
 
+@own_precision
 def fit_coupled(
     head: CoupledHead,
     cache: LogitCache,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from circuits.digests import digest
+from circuits.precision import own_precision
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
@@ -82,6 +83,7 @@ class DenoiserTraining:
             raise ArgumentError(f"loss: expected masked_mean or elbo, got {self.loss!r}")
 
 
+@own_precision
 def train_denoiser(
     model: TransformerDenoiser,
     train_tokens: Tensor,  # shape: (N,)
@@ -123,7 +125,7 @@ def train_denoiser(
         Path(checkpoint_path) if checkpoint_path is not None else None,
         {
             "configuration": json.dumps(asdict(config)),
-            "model": json.dumps(asdict(model.config)),
+            "model": json.dumps(model.config.to_dict()),
             "training text": digest(train_tokens),
             "held-out text": digest(held_out_tokens),
         },

@@ -1,5 +1,8 @@
 """Queries without gradients use the present weights, however these were changed; and large tables are normalised."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +82,71 @@ def test_unchanged_weights_are_read_once():
     with torch.no_grad():
         first, second = pc.weights(), pc.weights()
     assert all(first[name] is second[name] for name in first)
+
+
+def test_what_a_caller_writes_into_the_weights_it_got_changes_no_answer():
+    pc = ct.compile(ct.structures.hmm(4, 2, 3), seed=0)
+    x = torch.randint(3, (5, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = pc(x)
+        pc.log_weights(pc.circuit.node("transition0")).zero_()
+        assert torch.equal(pc.log_weights(pc.circuit.node("transition0")).exp().sum(-1), torch.ones(2))
+        pc.weights()["sum_2x2"].linear.mul_(5.0)
+        assert torch.equal(pc(x), first)
+
+
+def test_copies_and_files_hold_the_parameters_alone():
+    pc = ct.compile(ct.structures.hmm(4, 8, 300), seed=0)
+    size = len(pickle.dumps(pc))
+    x = torch.randint(300, (5, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pc(x)
+        assert len(pickle.dumps(pc)) == size
+        assert torch.equal(copy.deepcopy(pc)(x), expected)
+
+
+def distributions(pc):
+    """Return distributions that read the circuit's weights when a question is asked."""
+    evidence = ct.Evidence.soft(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)))
+    return ct.CircuitDistribution(pc, evidence), ct.CircuitDistribution(pc)
+
+
+def test_distributions_answer_with_the_present_weights():
+    x = torch.randint(3, (2, 4), generator=torch.Generator().manual_seed(1))
+    pc = ct.compile(ct.structures.hmm(4, 2, 3), seed=0)
+    old = distributions(pc)
+    with torch.no_grad():
+        for dist in old:
+            dist.log_partition, dist.marginal_probs, dist.log_prob(x)
+        pc.randomize(seed=1)
+        for dist, fresh in zip(old, distributions(pc), strict=True):
+            assert torch.equal(dist.log_prob(x), fresh.log_prob(x))
+            assert torch.equal(dist.marginal_probs, fresh.marginal_probs)
+
+
+@pytest.mark.parametrize("is_constrained", [False, True])
+def test_an_answer_without_gradients_is_not_kept_for_later_ones_with_them(is_constrained):
+    """log p(x | e) is log of a softmax over x, so its gradient sums to 0 along each unit's weights."""
+    pc = ct.compile(ct.structures.hmm(4, 2, 3), seed=0, dtype=torch.float64)
+    x = torch.randint(3, (2, 4), generator=torch.Generator().manual_seed(1))
+    table = torch.arange(3).expand(2, 3) % 2
+
+    def build():
+        evidence = ct.Evidence.soft(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).double())
+        if is_constrained:
+            dfa = ct.queries.DeterministicAutomaton.from_table(table, [0, 1])
+            return ct.ConstrainedDistribution(pc, evidence, dfa, weights=pc.weights())
+        return ct.CircuitDistribution(pc, evidence, weights=pc.weights())
+
+    gradients = []
+    for looks_first in (False, True):
+        dist = build()
+        if looks_first:
+            with torch.no_grad():
+                dist.log_partition, dist.log_prob(x)
+        gradients.append(torch.autograd.grad(dist.log_prob(x).sum(), list(pc.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 # Large vocabularies -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import circuits as ct
-from circuits import passes
+from circuits import choices, passes
 from circuits.layers import SumLayer
 from circuits.queries import basic
 
@@ -102,14 +102,14 @@ def test_em_on_long_chains_has_no_nan(length, generator):
 def test_sampling_many_variables_takes_bounded_memory(monkeypatch):
     pc = ct.compile(ct.structures.mixture(16_384, 2, 2), seed=0)
     reached = []
-    choose = passes.downward_choice
+    choose = choices.downward_choice
 
     def recorded(pc, semiring, outputs, banks, num_samples, generator):
         units, query = choose(pc, semiring, outputs, banks, num_samples, generator)
         reached.append(sum(unit.numel() for unit in units))
         return units, query
 
-    monkeypatch.setattr(passes, "downward_choice", recorded)
+    monkeypatch.setattr(choices, "downward_choice", recorded)
     monkeypatch.setattr(basic, "_MAX_REACHED", 1 << 18)
     assert ct.queries.sample(pc, 24).shape == (24, 16_384)
     assert len(reached) > 1

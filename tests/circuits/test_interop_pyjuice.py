@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.interop import from_pyjuice, load_jpc, save_jpc, to_pyjuice
+from circuits.interop import backend, from_pyjuice, load_jpc, save_jpc, to_pyjuice
 from circuits.interop.backend import kernel_inputs
 
 with warnings.catch_warnings():
@@ -401,3 +401,49 @@ def test_likelihoods_of_the_backend_are_ours():
     gradients = [torch.autograd.grad(pc(x).sum(), list(pc.bank.values())) for pc in (theirs, ours)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class FakeKernels:
+    """Stands for the package: it compiles the present weights into their sum."""
+
+    @staticmethod
+    def compile(weights, **options):
+        return torch.tensor(weights)
+
+
+def on_a_pretended_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "import_pyjuice", lambda: FakeKernels)
+    monkeypatch.setattr(
+        backend, "to_pyjuice", lambda pc: sum(float(p.detach().double().sum()) for p in pc.bank.values())
+    )
+    pc = backend.JuiceCircuit(ct.structures.hmm(4, 2, 3))
+    pc.randomize(seed=0)
+    return pc
+
+
+@pytest.mark.parametrize("write", ["data", "numpy", "optimizer"])
+def test_the_kernels_are_those_of_the_present_weights(write, monkeypatch):
+    pc = on_a_pretended_gpu(monkeypatch)
+    before = float(pc._kernels())
+    assert pc._kernels() is pc._kernels()
+    first = next(iter(pc.parameters()))
+    if write == "data":
+        first.data.sub_(1.0)
+    elif write == "numpy":
+        first.detach().numpy()[...] -= 1.0
+    else:
+        with torch.no_grad():
+            first.sub_(1.0)
+    assert float(pc._kernels()) == pytest.approx(before - first.numel(), rel=1e-6)
+
+
+def test_the_kernels_are_not_asked_about_evidence_that_is_relative_to_other_evidence(monkeypatch):
+    pc = on_a_pretended_gpu(monkeypatch)
+    plain = ct.compile(pc.circuit, seed=0)
+    monkeypatch.setattr(backend.JuiceCircuit, "device", torch.device("cuda"))
+    monkeypatch.setattr(pc, "_kernels", lambda: pytest.fail("the kernels know no relative evidence"))
+    x = torch.tensor([[0, 1, 2, 1]])
+    soft = ct.Evidence.soft(torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0)))
+    evidence = ct.Evidence.observe(x).relative_to(soft)
+    with torch.no_grad():
+        assert torch.equal(pc.log_partition(evidence), plain.log_partition(evidence))

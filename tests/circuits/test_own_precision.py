@@ -98,3 +98,29 @@ def test_other_dtypes_than_those_of_compile_are_refused(half):
             convert()
     assert all(torch.equal(pc.bank[name], parameter) for name, parameter in before.items())
     assert pc.to(torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_counts_of_pairs_are_whole_numbers_under_autocast(half):
+    data = torch.randint(3, (3001, 6), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=half):
+        found = ct.structures.empirical_mutual_information(data)
+    assert torch.equal(found, ct.structures.empirical_mutual_information(data))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_constraints_are_exact_under_autocast(half):
+    pc = ct.compile(ct.structures.hmm(6, 4, 7), seed=0)
+    automaton = queries.DeterministicAutomaton.from_table(torch.arange(21).reshape(3, 7) % 4 - 1, [0, 1])
+    evidence = ct.Evidence.soft(torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(0)))
+
+    def answers():
+        dist = ct.ConstrainedDistribution(pc, evidence, automaton)
+        draws = dist.sample((4,), generator=torch.Generator().manual_seed(0))
+        scores = dist.log_prob(draws)
+        return [dist.log_partition, dist.log_acceptance, dist.marginal_probs, dist.mean, dist.variance, draws, scores]
+
+    expected = answers()
+    with torch.autocast("cpu", dtype=half):
+        found = answers()
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, expected, strict=True))

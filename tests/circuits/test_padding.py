@@ -163,3 +163,84 @@ def test_pruning_does_not_keep_what_only_padding_uses(sequences):
     long = ct.transforms.prune(chain(14), ct.Evidence.observe(data, observed), fraction=0.3)
     assert long.num_removed == plain.num_removed
     assert long.max_loss == pytest.approx(plain.max_loss, abs=1e-9)
+
+
+ADAM, SGD = (lambda p: torch.optim.Adam(p, lr=0.1)), (lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+@pytest.mark.parametrize("method", [*METHODS, ADAM, SGD], ids=[*METHODS, "adam", "sgd"])
+def test_rows_that_observe_nothing_count_nothing(method, sequences):
+    x = sequences[:50]
+    data = torch.cat([x, torch.zeros_like(x)])
+    observed = (torch.arange(100) < 50).unsqueeze(1).expand_as(data)
+    options = {"optimizer": method, "num_epochs": 3, "batch_size": 1000, "progress": False}
+    options |= {"pseudocount": 1.0} if isinstance(method, str) else {}
+    plain, other = chain(10), chain(10)
+    expected = ct.learning.fit(plain, x, validation_data=x, **options)
+    found = ct.learning.fit(
+        other, data, observed=observed, validation_data=data, validation_observed=observed, **options
+    )
+    assert found.train_log_likelihood == pytest.approx(expected.train_log_likelihood, abs=1e-10)
+    assert found.validation_log_likelihood == pytest.approx(expected.validation_log_likelihood, abs=1e-10)
+    for name, table in tables_of(plain).items():
+        torch.testing.assert_close(tables_of(other)[name], table, rtol=1e-9, atol=1e-10)
+
+
+def test_data_without_an_observed_value_are_refused():
+    data = torch.zeros(5, 4, dtype=torch.int64)
+    with pytest.raises(ct.ImpossibleEvidenceError, match="observe nothing"):
+        ct.learning.fit(chain(4), data, observed=torch.zeros(5, 4, dtype=torch.bool), progress=False)
+
+
+def silent_after(x, length, kind):
+    """Return evidence that says nothing after ``length`` variables, and the log of the factor it has there."""
+    log_factor = {"uniform": -np.log(3), "constant": 1.7}.get(kind, 0.0)
+    factors = torch.full((*x.shape, 3), -torch.inf, dtype=torch.float64).scatter(2, x.unsqueeze(-1), 0.0)
+    factors[:, length:] = log_factor
+    lower, upper = x - 0.5, x + 0.5
+    lower[:, length:], upper[:, length:] = -0.5, 7.0
+    if kind == "interval":
+        return ct.Evidence.interval(lower, upper), 0.0
+    if kind == "listed":
+        factors[:, length:] = log_factor = 0.3
+        return ct.Evidence.sparse(torch.arange(3).expand(*x.shape, 3), factors), log_factor
+    return ct.Evidence.soft(factors), log_factor
+
+
+@pytest.mark.parametrize("kind", ["zero", "uniform", "constant", "listed", "interval"])
+@pytest.mark.parametrize("flows_of", [ct.learning.expected_flows, ct.learning.viterbi_flows])
+def test_factors_that_all_values_share_say_nothing(kind, flows_of, sequences):
+    """The posterior does not depend on them: the flows are those of missing values, and log Z has their sum more."""
+    x, pc = sequences[:30], chain(10)
+    evidence, log_factor = silent_after(x, 4, kind)
+    missing = ct.Evidence.observe(x, (torch.arange(10) < 4).expand_as(x))
+    (found, score), (expected, plain) = flows_of(pc, evidence), flows_of(pc, missing)
+    for name, flow in expected.items():
+        torch.testing.assert_close(found[name], flow, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(score, plain + 6 * log_factor, rtol=1e-10, atol=1e-10)
+    own = [ct.learning.top_down_flows(pc, given) for given in (evidence, missing)]
+    for name, flow in own[1].items():
+        torch.testing.assert_close(own[0][name], flow, rtol=1e-9, atol=1e-10)
+
+
+def test_impossible_everywhere_is_not_nothing():
+    evidence = ct.Evidence.soft(torch.full((1, 3, 3), -torch.inf))
+    assert ct.learning.expected_flows(chain(3), evidence).log_likelihood.tolist() == [-torch.inf]
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+def test_the_bound_of_pruning_is_that_of_the_sequences(fraction, sequences):
+    data, observed = padded(sequences, 14)
+    plain = ct.transforms.prune(chain(10), sequences, fraction=fraction)
+    for rows in (0, 100):
+        evidence = ct.Evidence.observe(*(torch.nn.functional.pad(part, (0, 0, 0, rows)) for part in (data, observed)))
+        long = ct.transforms.prune(chain(14), evidence, fraction=fraction)
+        assert long.num_removed == plain.num_removed
+        assert long.max_loss == pytest.approx(plain.max_loss * 300 / (300 + rows), abs=1e-9)
+
+
+def test_rows_that_tell_no_members_apart_do_not_slow_stacking_down():
+    scores = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = ct.learning.convex_weights(scores, max_steps=20)
+    found = ct.learning.convex_weights(torch.cat([scores, torch.zeros(400, 3)]), max_steps=20)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

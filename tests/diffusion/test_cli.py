@@ -59,7 +59,12 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     code, text, _ = run("evaluate", "--out", out, "--quiet")
     assert code == 0
     assert "one-step" in text
-    assert {path.name for path in (out / "results").iterdir()} == {"gap.json", "gap.png", "gap.txt"}
+    assert "true text" in text
+    names = {f"{name}.{kind}" for name in ("gap", "few_steps") for kind in ("json", "png", "txt")}
+    assert {path.name for path in (out / "results").iterdir()} == names
+    code, text, _ = run("evaluate", "--out", out, "--no-few-steps", "--quiet")
+    assert code == 0
+    assert "true text" not in text
     options = ("generate", "--out", out, "--prompt", "The 3th", "--length", 64, "--steps", 4, "--seed", 3)
     options += ("--logits-eos-inf", "--temperature", 1)
     code, first, _ = run(*options)

@@ -274,3 +274,15 @@ def test_features_are_asked_for_wherever_a_head_needs_them(denoiser, windows):
     ]
     assert rows[0].one_step == rows[1].one_step
     assert rows[0].coupled != rows[1].coupled
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_conditioners_compute_in_their_own_precision_under_autocast(half, potentials, said, block):
+    pc = ct.compile(hmm().circuit, seed=0)  # float32: what autocast would turn into half precision
+    head = CoupledHead(pc, conditioners=[NoiseCalibration(V), potentials.float()])
+    prediction = replace(said, log_q=said.log_q.float())
+    expected = head.conditional_log_likelihood(prediction, *block)
+    with torch.autocast("cpu", dtype=half):
+        found = head.conditional_log_likelihood(prediction, *block)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -139,6 +139,9 @@ def test_ends_go_last_where_they_are_most_certain():
     assert firsts == [[EOS, MASK], [MASK, 0]]
     all_ends = df.generate(Fixed([0.0] * 5 + [1.0]), [[]], controls=[controls.EndLast()], **options)
     assert all_ends.generated.tolist() == [[EOS, EOS]]
+    three = options | {"gen_length": 3, "num_steps": 3}
+    all_ends = df.generate(Fixed([0.0] * 5 + [1.0]), [[]], controls=[controls.EndLast()], **three)
+    assert (all_ends.trajectory[:, 0] == MASK).sum(1).tolist() == [3, 2, 1, 0]
     with pytest.raises(df.errors.ArgumentError, match="joint_entropy"):
         df.generate(denoiser, [[]], controls=[controls.EndLast()], **options | {"strategy": "joint_entropy"})
 
@@ -189,7 +192,13 @@ def test_a_text_ends_before_its_first_stop_string():
                                       torch.full((*logits.shape[:2], 1), 50.0))  # fmt: skip
 
     denoiser, letters = Spells([0.5, 0.5]), Letters()
-    for strings, text in [("\n", [0, 1]), (["ba", "b\na"], [0]), ("\na", [0, 1]), ("c", [0, 1, 4, 0, 1, 4])]:
+    for strings, text in [
+        ("\n", [0, 1]),
+        (["ba", "b\na"], [0]),
+        (["\n", "b"], [0]),
+        ("\na", [0, 1]),
+        ("c", [0, 1, 4, 0, 1, 4]),
+    ]:
         for block_length in (1, 3, 6):
             out = df.generate(
                 denoiser, [[3, 3, 4], [4]], gen_length=6, block_length=block_length,
@@ -203,6 +212,24 @@ def test_a_text_ends_before_its_first_stop_string():
     automaton = df.constraints.automaton(ct.queries.Automaton.deterministic(torch.zeros(1, V, dtype=torch.int64), [0]))
     with pytest.raises(df.errors.ArgumentError, match="beside a constraint"):
         df.generate(denoiser, [[]], gen_length=6, constraint=automaton, controls=[controls.StopStrings("\n", letters)])
+
+
+def test_a_stop_string_waits_until_nothing_before_its_end_is_masked():
+    """a ? LF b: what stands in the hole may be a stop string, and earlier."""
+    seen = []
+
+    class Late(Fixed):
+        def logits(self, tokens, **options):
+            logits = super().logits(tokens, **options)
+            logits[:, 2, 4] += 30  # the line feed is written first, and the token before it last
+            return logits
+
+    out = df.infill(
+        Late([0.5, 0.5]), [[3, MASK, MASK, 3]], num_steps=2, on_step=lambda step: seen.append(step.tokens[0].tolist()),
+        controls=[controls.StopStrings(["\n", "a"], Letters())],
+    )  # fmt: skip
+    assert seen == [[3, MASK, 4, 3], [3, PAD, PAD, 3]]
+    assert out.valid.tolist() == [[True, False, False, True]]
 
 
 def test_a_hook_sees_where_decoding_is_and_decides():

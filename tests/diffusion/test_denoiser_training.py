@@ -176,3 +176,12 @@ def test_text_that_does_not_fit_the_model_is_refused() -> None:
 def test_bad_configuration_is_named(change: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(change))):
         replace(TRAINING, **change)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_precision_of_training_is_that_of_its_configuration(half: torch.dtype) -> None:
+    config = replace(TRAINING, precision="float32", steps=3)
+    expected, _ = train(config=config)
+    with torch.autocast("cpu", dtype=half):
+        found, _ = train(config=config)
+    assert same(expected, found)

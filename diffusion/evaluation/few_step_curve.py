@@ -1,0 +1,290 @@
+"""The few-step curve: how probable, how varied and how like real text what few denoiser calls write is.
+
+A block is generated after each held-out prompt, without the circuit and with it, at several numbers of calls. What came
+out is judged by the denoiser itself asked one token at a time, which knows the dependencies that one call cannot write;
+since repetition is probable too, the n-grams are counted beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from circuits.progress import progress_bar
+from diffusion._json import write_json
+from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
+from diffusion.decoding.generation import generate
+from diffusion.denoisers.base import Denoiser
+from diffusion.errors import ArgumentError
+from diffusion.evaluation.gap import Estimate, rounded
+from diffusion.evaluation.likelihood import log_likelihood
+from diffusion.head import CoupledHead
+
+TRUE_TEXT, WITHOUT = "true text", "without circuit"
+_LONGEST_GRAM = 3
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What some texts are like, with 95 % intervals over them.
+
+    Attributes:
+        loss: negative log-likelihood per token under the denoiser asked one token at a time, in nats; bootstrap.
+        distinct: for n = 1, 2, 3 the share of a text's n-grams that are different, a mean over texts; bootstrap.
+        divergence: Jensen-Shannon divergence of all texts' trigrams to those of held-out text, in nats, at most log 2.
+            Its interval is the jackknife's: in a bootstrap a text counts twice, and that alone raises the divergence.
+            Few texts raise it too, so compare it with that of as many true texts.
+    """
+
+    loss: Estimate
+    distinct: tuple[Estimate, ...]
+    divergence: Estimate
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One way of decoding at one number of calls.
+
+    Attributes:
+        curve: which curve it is on: without the circuit or with it, and by which strategy.
+        num_steps: the denoiser calls that were asked for; None where the strategy decides.
+        num_calls: the denoiser calls that a text took, a mean over texts.
+        quality: of what was written.
+    """
+
+    curve: str
+    num_steps: int | None
+    num_calls: float
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class FewStepCurve:
+    """Quality against denoiser calls per block.
+
+    Attributes:
+        points: curve by curve, from few calls to many.
+        true_text: the same measures of what really follows the prompts.
+        num_texts: how many texts each point was measured on.
+        block_length: tokens of each text.
+        seed: of draws, orders and the bootstrap.
+    """
+
+    points: tuple[CurvePoint, ...]
+    true_text: Quality
+    num_texts: int
+    block_length: int
+    seed: int
+
+    @property
+    def curves(self) -> dict[str, tuple[CurvePoint, ...]]:
+        """The points of each curve."""
+        names = dict.fromkeys(point.curve for point in self.points)
+        return {name: tuple(point for point in self.points if point.curve == name) for name in names}
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table in words, a title row first."""
+        num_grams = len(self.true_text.distinct)
+        titles = ("decoding", "calls", "loss", *(f"distinct-{n + 1}" for n in range(num_grams)), "divergence")
+        rows = [(point.curve, f"{point.num_calls:.3g}", *_words(point.quality)) for point in self.points]
+        return [titles, *rows, (TRUE_TEXT, "", *_words(self.true_text))]
+
+    def __str__(self) -> str:
+        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
+        return "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, atomically."""
+        write_json(path, asdict(self))
+
+
+def few_step_curve(
+    denoiser: Denoiser,
+    head: CoupledHead,
+    data: Tensor,  # shape: (N, P + L)
+    reference: Tensor,  # shape: (M, R)
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    decode: DecodeMode = "joint",
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> FewStepCurve:
+    """Generate one block after each prompt at temperature 1, and measure what was written.
+
+    Strategy ``entropy`` commits equal counts per step, without the circuit and with it; without it also ``threshold``
+    0.9 and ``entropy_bound`` 0.1, each at the number of calls that it takes. Every text is judged in one random order
+    of its positions, the same for all ways of decoding and for the true text.
+
+    Args:
+        denoiser: the masked-token predictor; also the judge.
+        head: the circuit over one block of L positions.
+        data: held-out windows of prompt and block, int64, on the denoiser's device.
+        reference: held-out texts that are not in ``data``, int64, for their n-grams.
+        steps: denoiser calls per block, each from 1 to L.
+        decode: how the circuit is used.
+        batch_size: texts at a time.
+        seed: of draws, orders and the bootstrap.
+        progress: draw a progress bar.
+
+    Raises:
+        ArgumentError: data, reference or steps do not fit.
+    """
+    length = head.block_length
+    if not isinstance(data, Tensor) or data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
+        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {_shape(data)}")
+    longest = min(_LONGEST_GRAM, length)
+    if not isinstance(reference, Tensor) or reference.dim() != 2 or 0 in reference[:, longest - 1 :].shape:
+        raise ArgumentError(f"reference: expected int64 (M >= 1, at least {longest}), got {_shape(reference)}")
+    if not steps or not all(isinstance(count, int) and 1 <= count <= length for count in steps):
+        raise ArgumentError(f"steps: expected integers from 1 to the block length, {length}, got {steps!r}")
+    settings = _settings(sorted(steps), decode)
+    judge = _Judge(denoiser, data[:, :-length], reference, batch_size, seed)
+    points = []
+    with progress_bar("measuring the few-step curve", len(settings) + 1, enabled=progress) as advance:
+        true_text = judge.quality(data[:, -length:])
+        advance()
+        for curve, num_steps, config in settings:
+            used = None if curve.startswith(WITHOUT) else head
+            texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, batch_size, seed)
+            points.append(CurvePoint(curve, num_steps, num_calls, judge.quality(texts)))
+            advance()
+    return FewStepCurve(tuple(points), true_text, len(data), length, seed)
+
+
+def _settings(steps: Sequence[int], decode: DecodeMode) -> list[tuple[str, int | None, DecodingConfig]]:
+    """Return the name of the curve, the number of steps and the options of every point."""
+
+    def config(strategy: Strategy) -> DecodingConfig:
+        return DecodingConfig(decode=decode, strategy=strategy, temperature=1.0, threshold=0.9, entropy_bound=0.1)
+
+    counted: list[tuple[str, int | None, DecodingConfig]] = [
+        (curve, count, config("entropy")) for curve in (WITHOUT, f"with circuit ({decode})") for count in steps
+    ]
+    adaptive: list[tuple[str, int | None, DecodingConfig]] = [
+        (f"{WITHOUT}, threshold 0.9", None, config("threshold")),
+        (f"{WITHOUT}, entropy bound 0.1", None, config("entropy_bound")),
+    ]
+    return [*counted, *adaptive]
+
+
+def _written(
+    denoiser: Denoiser,
+    prompts: Tensor,
+    head: CoupledHead | None,
+    config: DecodingConfig,
+    num_steps: int | None,
+    length: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, float]:
+    """Return blocks, int64 (N, L), and how many calls each took, a mean."""
+    texts, calls = [], []
+    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
+    for prompt, seeds_of in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
+        out = generate(
+            denoiser,
+            prompt,
+            gen_length=length,
+            block_length=length,
+            num_steps=num_steps,
+            head=head,
+            config=config,
+            stop_at_eos=False,
+            seeds=seeds_of,
+        )
+        texts.append(out.generated)
+        calls.append(out.row_calls.double())
+    return torch.cat(texts), float(torch.cat(calls).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    denoiser: Denoiser
+    prompts: Tensor  # (N, P)
+    reference: Tensor  # (M, R)
+    batch_size: int
+    seed: int
+    num_bootstrap: int = 1000
+
+    def quality(self, texts: Tensor) -> Quality:
+        """Return what blocks after the prompts are like, int64 (N, L)."""
+        loss = self._loss(texts)
+        resamples = np.random.default_rng(self.seed).integers(len(loss), size=(self.num_bootstrap, len(loss)))
+        tokens, held_out = texts.cpu().numpy(), self.reference.cpu().numpy()
+        longest = min(_LONGEST_GRAM, tokens.shape[1])
+        distinct = (distinct_share(tokens, n) for n in range(1, longest + 1))
+        return Quality(
+            _bootstrap(loss, resamples),
+            tuple(_bootstrap(shares, resamples) for shares in distinct),
+            gram_divergence(tokens, held_out, longest),
+        )
+
+    def _loss(self, texts: Tensor) -> NDArray[np.float64]:
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.rand(texts.shape, generator=generator).argsort(1)
+        parts = zip(*(part.split(self.batch_size) for part in (self.prompts, texts, order)), strict=True)
+        log_probs = [
+            log_likelihood(self.denoiser, prompt, text, method="sequential", order=turns)
+            for prompt, text, turns in parts
+        ]
+        return np.asarray(-torch.cat(log_probs).cpu().numpy() / texts.shape[1])
+
+
+def distinct_share(texts: NDArray[np.int64], n: int) -> NDArray[np.float64]:
+    """Return the share of each text's n-grams that are different (Li et al. 2016, "distinct-n"): (N, L) to (N,)."""
+    grams = np.lib.stride_tricks.sliding_window_view(texts, n, axis=1)  # (N, L - n + 1, n)
+    return np.array([len(np.unique(row, axis=0)) / len(row) for row in grams])
+
+
+def gram_divergence(texts: NDArray[np.int64], reference: NDArray[np.int64], n: int) -> Estimate:
+    """Return the Jensen-Shannon divergence of the n-grams of texts (N, L) and of others (M, R), in nats.
+
+    With a 95 % interval from the jackknife over texts.
+    """
+    grams = np.lib.stride_tricks.sliding_window_view(texts, n, axis=1)
+    held_out = np.lib.stride_tricks.sliding_window_view(reference, n, axis=1).reshape(-1, n)
+    everything = np.concatenate([grams.reshape(-1, n), held_out])
+    names, index = np.unique(everything, axis=0, return_inverse=True)
+    index = index.reshape(-1)
+    split = grams.shape[0] * grams.shape[1]
+    q = np.bincount(index[split:], minlength=len(names)) / len(held_out)
+    counts = np.zeros((len(texts), len(names)))
+    np.add.at(counts, (np.repeat(np.arange(len(texts)), grams.shape[1]), index[:split]), 1.0)
+    total = counts.sum(0)
+    value = float(_jensen_shannon(total[None], q)[0])
+    without = np.concatenate(
+        [_jensen_shannon(total - part, q) for part in np.array_split(counts, -(-len(texts) // 32))]
+    )
+    error = float(np.sqrt((len(texts) - 1) * np.var(without)))
+    return Estimate(value, max(0.0, value - _Z * error), min(float(np.log(2)), value + _Z * error))
+
+
+def _jensen_shannon(counts: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the divergence of each row of counts, (S, G), made a distribution, and q, (G,)."""
+    p = counts / counts.sum(1, keepdims=True)
+    middle = np.where(p + q > 0, (p + q) / 2, 1.0)
+    parts = [np.where(one > 0, one * np.log(np.where(one > 0, one, 1.0) / middle), 0.0) for one in (p, q)]
+    return np.asarray(sum(part.sum(-1) for part in parts) / 2)
+
+
+def _bootstrap(values: NDArray[np.float64], resamples: NDArray[Any]) -> Estimate:
+    low, high = np.quantile(values[resamples].mean(1), [0.025, 0.975], method="inverted_cdf")
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _words(quality: Quality) -> tuple[str, ...]:
+    shares = (rounded(share.value) for share in quality.distinct)
+    return (str(quality.loss), *shares, str(quality.divergence))
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

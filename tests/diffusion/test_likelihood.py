@@ -1,0 +1,418 @@
+"""The log-probability of texts: the decoder's own against its enumerated law, one token at a time, and the bound."""
+
+import itertools
+import math
+import typing
+
+import numpy as np
+import pytest
+import torch
+
+import circuits as ct
+import diffusion as df
+from diffusion.decoding.config import KEEPS_LAW, DecodeMode, Strategy
+from diffusion.decoding.plans import Plan
+from diffusion.errors import ArgumentError, ImpossibleEvidenceError
+from diffusion.testing import decoder_law, reference, worlds
+from diffusion.testing.components import Components
+from diffusion.testing.reference import Rule
+
+EXACT = 2e-5  # nats, in float32
+RULES = ["entropy", "margin", "top_prob"]
+WORLD = worlds.random(3, length=3, concentration=1.0)
+V, MASK = 3, 3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def all_texts(length, num_words=V):
+    return torch.tensor(list(itertools.product(range(num_words), repeat=length)))
+
+
+def nothing(count):
+    return torch.zeros(count, 0, dtype=torch.int64)
+
+
+def hmm_head(length, vocab_size, **options):
+    return df.CoupledHead(ct.compile(ct.structures.hmm(length, 2, vocab_size), seed=1), 1.0, **options)
+
+
+class Reader:
+    """A denoiser whose prediction depends on all visible tokens by their distance: nothing is symmetric."""
+
+    spec = df.DenoiserSpec(vocab_size=V + 2, mask_id=MASK, eos_ids=(), pad_id=4, forbidden_ids=(MASK, 4), max_length=12)
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        self.effect = torch.randn(25, V + 2, V + 2, generator=generator, dtype=torch.float64)
+
+    def logits(self, tokens, *, valid=None, t=None, window=None, cache=None):
+        start, stop = window or (0, tokens.shape[1])
+        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        places = torch.arange(tokens.shape[1])
+        effects = self.effect[places[start:stop].unsqueeze(1) - places + 12][:, places, tokens]  # (n, B, T, V)
+        return (effects * valid.unsqueeze(-1)).sum(2).transpose(0, 1).float()
+
+
+READER = Reader()
+
+
+@pytest.mark.parametrize("strategy", RULES)
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_the_decoder_has_the_likelihood_of_its_law_without_a_circuit(strategy, num_steps):
+    law = decoder_law(
+        reference.independent(WORLD.denoiser(), Rule(strategy=strategy, num_steps=num_steps)), WORLD.blank
+    )
+    texts = all_texts(3)
+    found = df.log_likelihood(WORLD.denoiser(), nothing(27), texts, strategy=strategy, num_steps=num_steps)
+    assert found.exp().sum().item() == pytest.approx(1.0, abs=EXACT)
+    assert found.exp().tolist() == pytest.approx(law.prob(texts).tolist(), abs=EXACT)
+
+
+@pytest.mark.parametrize("strategy", RULES)
+@pytest.mark.parametrize(
+    ("decode", "normalization"),
+    [("joint", "global"), ("joint", "local"), ("marginal", "global"), ("marginal", "local"), ("any_order", "global")],
+)
+def test_the_decoder_has_the_likelihood_of_its_law_with_a_circuit(decode, normalization, strategy):
+    head, texts = hmm_head(3, WORLD.spec.vocab_size, normalization=normalization), all_texts(3)
+    for num_steps in (1, 2):
+        step_law = reference.coupled(
+            WORLD.denoiser(), head.pc, Rule(strategy=strategy, num_steps=num_steps), decode=decode,
+            normalization=normalization,
+        )  # fmt: skip
+        law = decoder_law(step_law, WORLD.blank)
+        found = df.log_likelihood(
+            WORLD.denoiser(), nothing(27), texts, head=head, decode=decode, strategy=strategy, num_steps=num_steps
+        )
+        assert found.exp().tolist() == pytest.approx(law.prob(texts).tolist(), abs=EXACT)
+
+
+@pytest.mark.parametrize("normalization", ["global", "local"])
+def test_in_any_order_one_step_is_the_joint_distribution_by_the_chain_rule(normalization):
+    head, texts = hmm_head(3, WORLD.spec.vocab_size, normalization=normalization), all_texts(3)
+    q = reference.predicted(WORLD.denoiser(), WORLD.blank.numpy())
+    mixture = Components.of(head.pc).coupled(q, WORLD.blank.numpy(), np.ones(3, bool), normalization)
+    for strategy in RULES:
+        found = df.log_likelihood(
+            WORLD.denoiser(), nothing(27), texts, head=head, decode="any_order", strategy=strategy, num_steps=1
+        )
+        assert found.exp().tolist() == pytest.approx(mixture.prob(texts.numpy()).tolist(), abs=EXACT)
+
+
+def test_an_entropy_bound_commits_what_its_law_commits():
+    texts = all_texts(3)
+    for bound in (0.3, 1.2):
+        rule = Rule(strategy="entropy", entropy_bound=bound)
+        law = decoder_law(reference.independent(WORLD.denoiser(), rule), WORLD.blank)
+        found = df.log_likelihood(WORLD.denoiser(), nothing(27), texts, strategy="entropy_bound", entropy_bound=bound)
+        assert found.exp().tolist() == pytest.approx(law.prob(texts).tolist(), abs=EXACT)
+
+
+def test_blocks_have_the_likelihood_of_the_blocks_one_after_the_other():
+    """Prompt of 1, blocks of 2 and 1 tokens, each in one joint step."""
+    head, prompt, texts = hmm_head(2, 5), torch.tensor([2]), all_texts(3)
+    components = Components.of(head.pc)
+    found = df.log_likelihood(READER, prompt.expand(27, 1), texts, head=head, num_steps=2)
+    for text, log_prob in zip(texts.tolist(), found.tolist(), strict=True):
+        canvas = np.array([2, MASK, MASK, MASK])
+        q = reference.predicted(READER, canvas)
+        first = components.coupled(q[1:3], canvas[1:3], np.array([True, True]), "global").prob(np.array([text[:2]]))
+        canvas[1:3] = text[:2]
+        q = np.concatenate([reference.predicted(READER, canvas)[3:], np.ones((1, 5))])  # the last block has one token
+        last = components.coupled(q, np.zeros(2, int), np.array([True, True]), "global").marginals[0, text[2]]
+        assert log_prob == pytest.approx(math.log(first[0]) + math.log(last), abs=EXACT)
+
+
+PLANS: dict[str, typing.Callable[[], Plan]] = {
+    "blocks": lambda: df.Blocks(2, 3),
+    "anywhere": lambda: df.Anywhere(3),
+    "windows": lambda: df.DynamicWindows(2),
+    "short windows": lambda: df.DynamicWindows(3, length=1),
+}
+
+
+@pytest.mark.parametrize("strategy", sorted(KEEPS_LAW))
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_probabilities_of_all_answers_sum_to_one(plan, strategy):
+    """With every plan, mode and strategy that keeps the law; the order that is drawn is the seeds'."""
+    texts = all_texts(4)
+    for decode in ("independent", "marginal", "any_order", "joint"):
+        head = None if decode == "independent" or plan == "anywhere" else hmm_head(2, 5)
+        found = df.log_likelihood(
+            READER, [[0, 1]] * 81, texts, head=head, decode=decode, strategy=strategy, plan=PLANS[plan](),
+            seeds=[5] * 81, entropy_bound=1.0,
+        )  # fmt: skip
+        assert found.exp().sum().item() == pytest.approx(1.0, abs=1e-4), decode
+
+
+def test_listed_tokens_share_all_probability():
+    found = df.log_likelihood(READER, nothing(27), all_texts(3), head=hmm_head(3, 5, top_k=2), num_steps=1)
+    assert found.exp().sum().item() == pytest.approx(1.0, abs=EXACT)
+    assert int((found > -torch.inf).sum()) == 8
+    head = hmm_head(3, 5, top_k=2)
+    head.activation_threshold = 0.0  # the circuit is never used, the list is
+    found = df.log_likelihood(READER, nothing(27), all_texts(3), head=head, num_steps=1)
+    assert found.exp().sum().item() == pytest.approx(1.0, abs=EXACT)
+
+
+@pytest.mark.parametrize("plan", ["blocks", "windows"])
+def test_a_row_has_the_likelihood_that_it_has_alone(plan):
+    """Whatever the lengths of its mates' prompts and answers."""
+    prompts, answers = [[0, 1, 2], [], [2]], [[1, 0, 2, 2, 1], [2, 1], [0, 0, 1]]
+    for decode, strategy in (("joint", "entropy"), ("any_order", "random"), ("marginal", "margin")):
+        options = {"head": hmm_head(2, 5), "decode": decode, "strategy": strategy, "plan": PLANS[plan]()}
+        together = df.log_likelihood(READER, prompts, answers, seeds=[1, 2, 3], **options)
+        for row in range(3):
+            alone = df.log_likelihood(
+                READER, prompts[row : row + 1], answers[row : row + 1], seeds=[row + 1], **options
+            )
+            assert alone.item() == pytest.approx(together[row].item(), abs=EXACT)
+    padded = torch.tensor([[1, 0, 2, 2, 1], [2, 1, 4, 4, 4], [0, 0, 1, 4, 4]])
+    for method in ("sequential", "elbo"):
+        ragged = df.log_likelihood(READER, prompts, answers, method=method, block_length=2, seeds=[1, 2, 3])
+        found = df.log_likelihood(READER, prompts, padded, method=method, block_length=2, seeds=[1, 2, 3])
+        assert torch.equal(ragged, found)
+        alone = df.log_likelihood(READER, prompts[1:2], answers[1:2], method=method, block_length=2, seeds=[2])
+        assert alone.item() == pytest.approx(ragged[1].item(), abs=EXACT)
+
+
+def test_a_random_order_is_the_one_that_the_seed_draws():
+    """Two tokens, one after the other, in one of two orders: given each order the law is the chain's."""
+    world = worlds.hidden_markov(2, num_words=2, seed=4)
+    weak = Reader()
+    by_order = []
+    for first in (0, 1):
+        canvas = np.array([MASK, MASK])
+        table = np.zeros((V, V))
+        for one in range(V):
+            canvas[:] = MASK
+            p = reference.predicted(weak, canvas)[first, one]
+            canvas[first] = one
+            row = reference.predicted(weak, canvas)[1 - first]
+            for other in range(V):
+                table[(one, other) if first == 0 else (other, one)] = p * row[other]
+        by_order.append(math.log(table[1, 2]))
+    assert abs(by_order[0] - by_order[1]) > 0.01
+    assert world.length == 2
+    count = 400
+    found = df.log_likelihood(weak, nothing(count), [[1, 2]] * count, strategy="random", seeds=list(range(count)))
+    is_first = (found - by_order[0]).abs() < EXACT
+    assert bool((is_first | ((found - by_order[1]).abs() < EXACT)).all())
+    assert 150 < int(is_first.sum()) < 250
+
+
+def test_the_teacher_follows_the_decoder():
+    """The likelihood of what was generated, with its seeds, is what the record of the generation says."""
+    out = df.generate(
+        READER, [[0, 1], [2]], gen_length=4, num_steps=2, temperature=1.0, strategy="random", seeds=[3, 4], record=True,
+        stop_at_eos=False,
+    )  # fmt: skip
+    expected = torch.zeros(2)
+    for before, after in itertools.pairwise(out.trajectory):
+        valid = torch.tensor([[True] * 6, [False] + [True] * 5])
+        log_q = df.Prediction.ask(READER, before, valid=valid, window=(2, 6)).log_prob_of(after[:, 2:].clamp(max=2))
+        expected += (log_q * ((before != after) & valid)[:, 2:]).sum(1)
+    found = df.log_likelihood(READER, [[0, 1], [2]], out.generated, num_steps=2, strategy="random", seeds=[3, 4])
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=EXACT)
+
+
+def test_impossible_texts_have_log_probability_minus_infinity_and_their_mates_do_not():
+    world = worlds.parity(4)
+    pc = world.circuit()
+    texts = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]])
+    for decode in ("joint", "marginal", "any_order"):
+        for num_steps in (1, 2, 4):
+            found = df.log_likelihood(
+                world.uniform_denoiser(), nothing(3), texts, head=df.CoupledHead(pc), decode=decode, num_steps=num_steps
+            )
+            sure = decode != "marginal" or num_steps == 4
+            assert found.isneginf().tolist() == [sure, False, sure], (decode, num_steps)
+            if sure:
+                assert found[1].item() == pytest.approx(math.log(1 / 8), abs=EXACT)
+    never = df.log_likelihood(READER, nothing(2), [[0, 1, 0], [0, 0, 1]], head=hmm_head(3, 5, top_k=1), num_steps=2)
+    assert bool(never.isneginf().any())
+
+
+def test_what_follows_an_impossible_token_is_not_asked_for():
+    """AABA is impossible from its second token on; ABAB beside it has its probability, in every mode and plan."""
+    world = worlds.alternating(4)
+    texts = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 1]])
+    head, denoiser = df.CoupledHead(world.circuit()), world.uniform_denoiser()
+    for decode, num_steps in (("any_order", 1), ("any_order", 2), ("marginal", 4), ("joint", 2), ("joint", 4)):
+        for plan in (df.Blocks(4, num_steps), df.DynamicWindows(num_steps)):
+            found = df.log_likelihood(denoiser, nothing(2), texts, head=head, decode=decode, plan=plan)
+            assert found[0].item() == -torch.inf
+            assert found[1].item() == pytest.approx(math.log(1 / 2), abs=EXACT)
+    found = df.log_likelihood(denoiser, nothing(2), texts, head=head, method="sequential")
+    assert found.isneginf().tolist() == [True, False]
+    with pytest.raises(ImpossibleEvidenceError, match="rule out every text"):  # with AA visible nothing has a marginal
+        df.log_likelihood(denoiser, nothing(2), texts, head=head, method="elbo", seeds=[1, 2])
+
+
+@pytest.mark.parametrize("order", [None, [2, 0, 1], [[1, 2, 0]]])
+def test_one_token_at_a_time_is_the_chain_rule(order):
+    """With the Bayes-optimal denoiser it is log p in any order; with another the product of its conditionals."""
+    order = None if order is None else torch.tensor(order)
+    world, texts = worlds.hidden_markov(3, seed=2), all_texts(3)
+    found = df.log_likelihood(world.denoiser(), nothing(27), texts, method="sequential", order=order)
+    assert found.tolist() == pytest.approx(world.log_prob(texts).tolist(), abs=1e-4)
+    text = [2, 0, 1]
+    (found,) = df.log_likelihood(READER, [[1]], [text], method="sequential", order=order)
+    canvas, expected = np.array([1, MASK, MASK, MASK]), 0.0
+    for place in [0, 1, 2] if order is None else order.flatten().tolist():
+        expected += math.log(reference.predicted(READER, canvas)[1 + place, text[place]])
+        canvas[1 + place] = text[place]
+    assert found.item() == pytest.approx(expected, abs=EXACT)
+
+
+def test_one_token_at_a_time_with_a_head_asks_for_its_marginals():
+    """The circuit over 3 positions alone: the chain rule gives its own probability, in any order."""
+    world, texts = worlds.hidden_markov(3, seed=2), all_texts(3)
+    head, uniform = df.CoupledHead(world.circuit()), world.uniform_denoiser()
+    found = df.log_likelihood(
+        uniform, nothing(27), texts, head=head, method="sequential", order=torch.tensor([2, 0, 1])
+    )
+    assert found.tolist() == pytest.approx(world.log_prob(texts).tolist(), abs=1e-4)
+
+
+def exact_bound(denoiser, prompt, text):
+    """Return the mean over all orders of the product of conditionals: (mean, order by order)."""
+    values = []
+    for order in itertools.permutations(range(len(text))):
+        canvas = np.array([*prompt, *[MASK] * len(text)])
+        total = 0.0
+        for place in order:
+            total += math.log(reference.predicted(denoiser, canvas)[len(prompt) + place, text[place]])
+            canvas[len(prompt) + place] = text[place]
+        values.append(total)
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 4])
+def test_the_elbo_is_unbiased(num_samples):
+    """Its mean over seeds is the mean over all orders, which is the integral over times."""
+    expected, count = exact_bound(READER, [1], [2, 0, 1]), 3000
+    found = df.log_likelihood(
+        READER, [[1]] * count, [[2, 0, 1]] * count, method="elbo", num_samples=num_samples, seeds=list(range(count))
+    )
+    assert abs(found.mean().item() - expected) < 4 * found.std().item() / count**0.5
+    steps = torch.linspace(0, 1, 2001)[1:].double() - 1 / 4000
+    integral = 0.0
+    for hidden in itertools.product([False, True], repeat=3):
+        canvas = np.array(
+            [1, *(MASK if is_masked else word for word, is_masked in zip([2, 0, 1], hidden, strict=True))]
+        )
+        q = reference.predicted(READER, canvas)[1:]
+        log_q = sum(math.log(q[i, word]) for i, word in enumerate([2, 0, 1]) if hidden[i])
+        share = float((steps ** (sum(hidden) - 1) * (1 - steps) ** (3 - sum(hidden))).mean()) if any(hidden) else 0.0
+        integral += share * log_q
+    assert expected == pytest.approx(integral, abs=1e-5)
+
+
+def test_levels_are_evenly_spread():
+    """Two tokens, two samples: one and two masked once each; only which one is masked is random."""
+    pair = [2, 1]
+    values = []
+    both = reference.predicted(READER, np.array([MASK, MASK]))
+    for place in (0, 1):
+        canvas = np.array(pair)
+        canvas[place] = MASK
+        one = reference.predicted(READER, canvas)[place, pair[place]]
+        values.append((2 * math.log(one) + math.log(both[0, 2]) + math.log(both[1, 1])) / 2)
+    found = df.log_likelihood(READER, nothing(50), [pair] * 50, method="elbo", num_samples=2, seeds=list(range(50)))
+    nearest = torch.stack([(found - value).abs() for value in values]).min(0)
+    assert float(nearest.values.max()) < EXACT
+    assert set(nearest.indices.tolist()) == {0, 1}
+
+
+def test_the_elbo_of_the_truth_is_the_truth_and_of_blocks_the_sum():
+    world, count = worlds.hidden_markov(3, seed=2), 2000
+    text = [[0, 1, 1]] * count
+    expected = float(world.log_prob(torch.tensor(text[:1])))
+    for head, denoiser in ((None, world.denoiser()), (df.CoupledHead(world.circuit()), world.uniform_denoiser())):
+        found = df.log_likelihood(
+            denoiser, nothing(count), text, head=head, method="elbo", num_samples=3, seeds=list(range(count))
+        )
+        assert abs(found.mean().item() - expected) < 4 * found.std().item() / count**0.5 + EXACT
+    one_by_one = df.log_likelihood(READER, [[1]], [[2, 0, 1]], method="sequential")
+    blocks = df.log_likelihood(READER, [[1]], [[2, 0, 1]], method="elbo", block_length=1, num_samples=2)
+    assert blocks.item() == pytest.approx(one_by_one.item(), abs=EXACT)
+
+
+def test_a_circuit_gives_the_probability_of_some_positions():
+    """Against the enumeration of its components, with absent and observed positions, both normalisations."""
+    generator = torch.Generator().manual_seed(0)
+    pc = ct.compile(ct.structures.hmm(3, 2, 4), seed=5, dtype=torch.float64)
+    logits = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
+    tokens, masked = torch.tensor([[1, 3, 0]]), torch.tensor([[True, False, True]])
+    texts = all_texts(3, 4).numpy()
+    for normalization in ("global", "local"):
+        dist = df.CoupledDistribution(pc, logits, tokens, masked, normalization=normalization)
+        q = torch.softmax(logits[0], -1).numpy()
+        mixture = Components.of(pc).coupled(q, tokens[0].numpy(), masked[0].numpy(), normalization)
+        for token in range(4):
+            asked = torch.tensor([[token, 2, 0]])
+            found = dist.log_prob_at(asked, torch.tensor([[True, True, False]]))
+            expected = mixture.prob(texts)[texts[:, 0] == token].sum()
+            assert found.exp().item() == pytest.approx(expected, rel=1e-9)
+        assert dist.log_prob_at(tokens, masked).item() == pytest.approx(dist.log_prob(tokens).item(), rel=1e-9)
+    impossible = df.CoupledDistribution(worlds.parity(3).circuit(), torch.zeros(1, 3, 3), tokens.clamp(max=1), masked)
+    assert impossible.log_prob_at(torch.tensor([[0, 1, 0]]), masked).item() == -torch.inf
+    never = df.CoupledDistribution(
+        worlds.parity(2).circuit(), torch.zeros(1, 2, 3), torch.tensor([[2, 0]]), torch.tensor([[False, True]])
+    )
+    with pytest.raises(ImpossibleEvidenceError, match="rule out every text"):
+        never.log_prob_at(torch.tensor([[2, 0]]), torch.tensor([[False, True]]))
+
+
+BAD = [
+    ({"temperature": 0.5}, "temperature: expected 1, got 0.5"),
+    ({"config": df.DecodingConfig()}, "temperature: expected 1, got 0.0"),
+    ({"decode": "latent", "strategy": "random"}, "decode: expected one of independent, marginal, any_order, joint"),
+    ({"remask": 0.1}, "remask: expected 0"),
+    ({"strategy": "low_confidence"}, "strategy: expected one of entropy, .*, got 'low_confidence'"),
+    ({"strategy": "threshold"}, "strategy: expected one of entropy"),
+    ({"method": "exact"}, "method: expected one of decoder, elbo, sequential, got 'exact'"),
+    ({"method": "elbo", "num_steps": 2}, "num_steps: method='elbo' has no such option; expected one of num_samples"),
+    ({"num_samples": 2}, "num_samples: method='decoder' has no such option"),
+    ({"method": "elbo", "num_samples": 0}, "num_samples"),
+    ({"method": "sequential", "order": torch.tensor([0, 0])}, "order: expected every position from 0 to 1 once"),
+    ({"method": "sequential", "order": torch.tensor([0])}, r"order: expected int64 \(2,\) or \(1, 2\)"),
+    ({"block_length": 0}, "block_length"),
+    ({"seeds": [1, 2]}, "seeds: expected 1 integers"),
+    ({"answer": [[0, MASK]]}, r"answer: expected texts without mask tokens \(3\)"),
+    ({"prompt": [[0, MASK]]}, r"prompt: expected texts without mask tokens \(3\)"),
+    ({"answer": [[4, 0]]}, "answer: expected padding at the right only"),
+    ({"answer": [[0, 1], [0, 1]]}, "answer: expected as many rows as prompt, 1, got 2"),
+    ({"answer": [[0, 9]]}, "answer: expected token ids from 0 to 4, got 9"),
+    ({"answer": "text"}, "answer: .*got text"),
+    ({"answer": [[0] * 12]}, "answer: expected at most the denoiser's 12 positions"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_what_has_no_likelihood_is_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        df.log_likelihood(READER, options.pop("prompt", [[0]]), options.pop("answer", [[0, 1]]), **options)
+
+
+def test_every_mode_and_strategy_is_either_measured_or_refused():
+    for decode, strategy in itertools.product(typing.get_args(DecodeMode), typing.get_args(Strategy)):
+        config = df.DecodingConfig(decode=decode, strategy=strategy, temperature=1.0)
+        keeps = config.keeps_law and decode != "latent"
+        try:
+            found = df.log_likelihood(READER, [[0]], [[0, 1]], head=hmm_head(2, 5), config=config)
+        except ArgumentError:
+            assert not keeps
+        else:
+            assert keeps
+            assert -20 < found.item() < 0
+
+
+def test_an_empty_answer_is_certain():
+    for method in ("decoder", "elbo", "sequential"):
+        assert df.log_likelihood(READER, [[0, 1]], [[]], method=method).tolist() == [0.0]
+    found = df.log_likelihood(READER, [[0, 1], [2]], [[], [1]])
+    assert found[0].item() == 0
+    assert found[1].item() < 0
