@@ -150,7 +150,7 @@ def test_every_decoded_text_is_accepted(has_circuit, how, generator):
         if how in ("sample", "mode"):
             proposed = dist.sample(generator=generator) if how == "sample" else dist.mode
         elif how in ("latent", "best"):
-            given = dist.given_latents(generator, best=how == "best")
+            given = dist.given_latents(generator, temperature=0.0 if how == "best" else 1.0)
             scores = prediction.log_q / 3 + given.log_q  # any temperature
             proposed = Prediction(log_q=scores, vocab_size=5, values=prediction.values).draw(generator)
         else:
