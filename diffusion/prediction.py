@@ -313,6 +313,24 @@ def _broken_logits(logits: Tensor, who: str, wrong: Tensor, first: int) -> Argum
     )
 
 
+def raw_logits(
+    denoiser: Denoiser,
+    tokens: Tensor,  # shape: (B, length)
+    *,
+    valid: Tensor | None,  # shape: (B, length)
+    t: Tensor | None,  # shape: (B,)
+    window: tuple[int, int],
+) -> Tensor:
+    """Return a denoiser's own logits of a window, (B, L, V), for controls that combine several of them.
+
+    Raises:
+        ArgumentError: the logits have a wrong shape or dtype.
+    """
+    logits = denoiser.logits(tokens, valid=valid, t=t, window=window)
+    check_logits(denoiser, logits, tokens, window)
+    return logits
+
+
 def check_logits(denoiser: Denoiser, logits: Tensor, tokens: Tensor, window: tuple[int, int]) -> None:
     """Raise ArgumentError unless a denoiser's answer is floating point (B, L, V) for a window (start, stop)."""
     who, vocab_size = type(denoiser).__name__, denoiser.spec.vocab_size

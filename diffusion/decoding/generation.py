@@ -19,7 +19,7 @@ from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompt
 from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import CachingDenoiser, Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
-from diffusion.prediction import Prediction
+from diffusion.prediction import Prediction, raw_logits
 
 _OTHER_OPTIONS = {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook", "cache"}
 
@@ -287,7 +287,7 @@ def _view(denoiser: Denoiser, canvas: Canvas, look: Look, step: int, asked: list
     def ask(tokens: Tensor) -> Tensor:
         asked.append(look)
         canvas.num_extra_calls += (look.counts > 0).long()
-        return denoiser.logits(tokens, valid=valid, t=t, window=look.span)
+        return raw_logits(denoiser, tokens, valid=valid, t=t, window=look.span)
 
     return View(
         tokens=canvas.tokens.clone(),
