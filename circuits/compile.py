@@ -338,7 +338,10 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
-    as_integers = torch.int64 if one.element_size() == 8 else torch.int32  # twice as fast to compare
+    if one.is_contiguous() and other.is_contiguous() and one.numel() * one.element_size() % 8 == 0:
+        one, other = one.view(-1), other.view(-1)
+        return torch.equal(one.view(torch.int64), other.view(torch.int64))  # four times as fast as comparing floats
+    as_integers = torch.int64 if one.element_size() == 8 else torch.int32
     return torch.equal(one.view(as_integers), other.view(as_integers))
 
 
