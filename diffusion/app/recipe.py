@@ -103,6 +103,17 @@ PRESETS: dict[str, Recipe] = {
         ),
         gap_windows=1024,
     ),
+    "gsm8k": Recipe(
+        text=TextRecipe(tokenizer="bpe", vocab_size=1024),
+        denoiser=DenoiserRecipe(
+            context_length=64,
+            width=256,
+            num_heads=8,
+            training=DenoiserTraining(steps=12_000, batch_size=32, validate_every=1000),
+        ),
+        circuit=CircuitRecipe(likelihood_blocks=60_000, cached_blocks=24_576, training=CircuitTraining(steps=1200)),
+        gap_windows=256,
+    ),
     "tiny": Recipe(
         denoiser=DenoiserRecipe(
             width=48, num_layers=2, num_heads=2, training=DenoiserTraining(steps=120, batch_size=32)

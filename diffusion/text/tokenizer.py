@@ -124,7 +124,7 @@ def train_tokenizer(
     Args:
         documents: the training text.
         kind: ``characters``, one token per character; or ``bpe``, byte-pair encoding of UTF-8 bytes, which knows every
-            text.
+            text and writes numbers digit by digit.
         vocab_size: number of tokens with the special ones. Of characters the most frequent are kept, by default all.
             For ``bpe`` an upper limit, by default 1,024.
 
@@ -171,7 +171,10 @@ def _byte_pair_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer
             f"vocab_size must be at least {smallest}, all bytes and the special tokens: got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Digit by digit, so that the parts of a number keep their places and arithmetic can be learnt.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
