@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from diffusion.app import cli, workspace
+from diffusion.app import cli, terminal, workspace
 from diffusion.app.options import OPTIONS, described
 from diffusion.app.stream import SEPARATOR
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
@@ -184,7 +184,7 @@ def test_the_demo_ends_with_what_its_table_shows(capsys):
     usual, above = row_of(), row_of(mask_ratio=0.25, share_closed=Estimate(3.67, 1.2, 9.0))
     weak = row_of(share_closed=Estimate(3.67, -4.0, 9.0), is_meaningful=False)
     for row in (usual, above, weak):
-        cli._say(cli._conclusion(row))
+        terminal.say(terminal.conclusion(row))
     lines = capsys.readouterr().out.splitlines()
     assert "the circuit closes 0.88 [0.38, 1.38] of the gap, in nats." in lines[0]
     assert "with every token of a block masked" in lines[0]
@@ -196,13 +196,13 @@ def test_the_demo_ends_with_what_its_table_shows(capsys):
 
 
 def test_the_printed_table_has_no_share_where_there_is_none(capsys):
-    cli._print_gap(GapTable((row_of(), row_of(share_closed=Estimate(3.67, -4, 9), is_meaningful=False)), 48, 0))
+    terminal.print_gap(GapTable((row_of(), row_of(share_closed=Estimate(3.67, -4, 9), is_meaningful=False)), 48, 0))
     text = capsys.readouterr().out
     assert "0.38..1.38" in text
     assert "3.67" not in text
     assert NOT_MEANINGFUL in text
     assert ABOVE_ONE not in text
-    cli._print_gap(GapTable((row_of(share_closed=Estimate(1.57, 1.35, 1.84)),), 48, 0))
+    terminal.print_gap(GapTable((row_of(share_closed=Estimate(1.57, 1.35, 1.84)),), 48, 0))
     assert ABOVE_ONE in capsys.readouterr().out
 
 

@@ -1,0 +1,63 @@
+"""What commands share: the program itself, options that several have, and how they speak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusion.errors import ArgumentError
+
+app = typer.Typer(
+    name="unfactor",
+    help="Probabilistic circuits as joint output layers of masked diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the models and results.")]
+CorpusName = Annotated[
+    str, typer.Option(help="'embedded' (Python's documentation), 'arithmetic', or a .txt/.jsonl file, also .gz.")
+]
+FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")]
+PresetName = Annotated[
+    str,
+    typer.Option(
+        help="'default', 'large' (better figures, about 10 minutes), 'gsm8k' (for worked answers, two hours) or "
+        "'tiny' (a test)."
+    ),
+]
+DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+DEFAULT_OUT = Path("unfactor-demo")
+
+
+def open_workspace(out: Path, device: str, quiet: bool) -> Any:
+    """Return the folder's workspace."""
+    from diffusion.app.workspace import Workspace
+
+    return Workspace(out, progress=not quiet, device=chosen_device(device))
+
+
+def chosen_device(name: str) -> str:
+    """Return the device that "auto" stands for, or the one that was named."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def preset_recipe(preset: str, corpus: str, field: str | None) -> Any:
+    """Return a preset for a corpus."""
+    from diffusion.app.recipe import PRESETS
+
+    return PRESETS[one_of("preset", preset, tuple(PRESETS))].with_text(corpus, field)
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
+    """Return the value; raises ArgumentError unless it is known."""
+    if value not in known:
+        raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
