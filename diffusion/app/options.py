@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
+from diffusion.app.option_groups import OptionGroup
 from diffusion.decoding import controls
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 
@@ -94,25 +94,14 @@ OPTIONS: dict[str, Any] = {
 }
 """Options of commands that decode, by name: their types and their help."""
 
-_DEFAULTS: dict[str, Any] = {
-    "logits_eos_inf": False, "confidence_eos_eot_inf": False, "seed": 0, "circuit": True, "stream": False,
-}  # fmt: skip
 
+class DecodingOptions(OptionGroup):
+    """What the command line says about decoding."""
 
-@dataclass(frozen=True)
-class DecodingOptions:
-    """What the command line says about decoding; options that it does not name are None.
-
-    Attributes:
-        given: the values of :data:`OPTIONS`.
-    """
-
-    given: Mapping[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in OPTIONS:
-            raise AttributeError(name)
-        return self.given[name]
+    OPTIONS = OPTIONS
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "logits_eos_inf": False, "confidence_eos_eot_inf": False, "seed": 0, "circuit": True, "stream": False,
+    }  # fmt: skip
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -146,22 +135,3 @@ class DecodingOptions:
         if self.given["keyword"]:
             parts.append(constraints.keywords(self.given["keyword"], tokenizer))
         return parts[0] & parts[1] if len(parts) == 2 else parts[0] if parts else None
-
-
-def with_decoding(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command with an argument ``decoding`` the options of decoding, which it gets as one object."""
-    own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "decoding"]
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=annotation)
-        for name, annotation in OPTIONS.items()
-    ]
-
-    def run(**given: Any) -> None:
-        taken = {name: given.pop(name) for name in OPTIONS}
-        command(**given, decoding=DecodingOptions(taken))
-
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *options]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from circuits.files import file_hash
 from diffusion._json import read_json
@@ -68,18 +69,18 @@ def encoded_corpus(folder: Path, documents: Sequence[str], tokenizer: TextTokeni
     return encoded
 
 
-def encoded_prompts(folder: Path, prompts: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
+def encoded_prompts(name: str, prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the prompts' tokens; raises ArgumentError if the tokenizer does not know most of one."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if _share_unknown([ids], tokenizer) > MOST_UNKNOWN:
             raise ArgumentError(
-                f"prompt: expected characters of the text that {folder} was made from, got {prompt!r:.80}, most of "
+                f"prompt: expected characters of the text that {name} was made from, got {prompt!r:.80}, most of "
                 "which became <unk>; write others, or train on a text that has them"
             )
     return encoded
 
 
-def _share_unknown(encoded: Sequence[Sequence[int]], tokenizer: TextTokenizer) -> float:
+def _share_unknown(encoded: Sequence[Sequence[int]], tokenizer: Any) -> float:
     unknown = 0 if tokenizer.unk_id is None else sum(ids.count(tokenizer.unk_id) for ids in encoded)
     return unknown / max(1, sum(map(len, encoded)))

@@ -18,7 +18,6 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +28,9 @@ from circuits import CompiledCircuit
 from circuits.arguments import checked_device
 from circuits.files import file_hash, replace_file
 from diffusion._json import read_json, write_json
+from diffusion.app.models import Models
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
 from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
-from diffusion.app.writing import continue_prompts, fill_holes
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
@@ -279,34 +278,11 @@ class Workspace:
         draw_few_steps(table, self.results / "arithmetic.png")
         return table
 
-    def write(self, prompts: list[str], *, gen_length: int, **options: Any) -> list[str]:
-        """Continue each prompt by at most ``gen_length`` tokens; return the new texts.
-
-        Args:
-            prompts: texts.
-            gen_length: tokens to generate.
-            options: of :func:`~diffusion.app.writing.continue_prompts`: ``num_steps``, ``use_circuit``, ``seed``, and
-                of :func:`~diffusion.decoding.generation.generate`: ``config`` and others.
-
-        Raises:
-            ArgumentError: as there; or the tokenizer does not know most of a prompt.
-        """
-        out = continue_prompts(self, prompts, gen_length=gen_length, **options)
-        return [self.tokenizer().decode(row.tolist()) for row in out.generated]
-
-    def infill(self, texts: list[str], **options: Any) -> list[str]:
-        """Fill the holes of each text, ``___`` or ``<mask*8>``; return the whole texts.
-
-        Args:
-            texts: with holes, see :func:`~diffusion.app.writing.encoded_holes`.
-            options: of :func:`~diffusion.app.writing.fill_holes`: ``num_steps``, ``use_circuit``, ``seed``, and of
-                :func:`~diffusion.decoding.generation.infill`: ``config`` and others.
-
-        Raises:
-            ArgumentError: as there; or a text has no hole.
-        """
-        out = fill_holes(self, texts, **options)
-        return [self.tokenizer().decode(row.tolist()) for row in out.tokens]
+    def models(self, head: CoupledHead | None = None) -> Models:
+        """Return what decodes: the denoiser, the tokenizer, and a head if one is given."""
+        return Models(
+            name=str(self.path), denoiser=self.denoiser(), tokenizer=self.tokenizer(), head=head, device=self.device
+        )
 
     def tune(self, recipe: Recipe, *, with_temperature: bool = False) -> Tuning:
         """Choose when the circuit is used on held-out text, and store it in the head; results/tuning.json, .txt.

@@ -11,6 +11,7 @@ from test_cli import SMALLEST
 
 from diffusion.app.recipe import TextRecipe
 from diffusion.app.workspace import Workspace
+from diffusion.app.writing import continue_prompts
 from diffusion.errors import ArgumentError, CheckpointError, CorpusError
 from diffusion.text.corpus import load_corpus
 
@@ -120,10 +121,10 @@ def test_a_text_that_becomes_unknown_is_refused_where_nothing_else_tells(stage, 
 
 
 def test_a_prompt_that_becomes_unknown_is_refused(trained):
-    options = {"gen_length": 32, "num_steps": 2, "use_circuit": False}
+    options = {"gen_length": 32, "num_steps": 2}
     with pytest.raises(ArgumentError, match=r"prompt: expected characters of the text .*most of which became <unk>"):
-        trained.write(["The text", "ÄÖÜ a"], **options)
-    assert len(trained.write(["The text", "", "Ä text"], **options)) == 3
+        continue_prompts(trained.models(), ["The text", "ÄÖÜ a"], **options)
+    assert len(continue_prompts(trained.models(), ["The text", "", "Ä text"], **options).generated) == 3
 
 
 def test_a_folder_in_which_nothing_was_learnt_takes_another_text(file, tmp_path):

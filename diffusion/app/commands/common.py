@@ -32,21 +32,13 @@ PresetName = Annotated[
 DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
-DEFAULT_OUT = Path("unfactor-demo")
-
 
 def open_workspace(out: Path, device: str, quiet: bool) -> Any:
     """Return the folder's workspace."""
+    from diffusion.app.models import chosen_device
     from diffusion.app.workspace import Workspace
 
     return Workspace(out, progress=not quiet, device=chosen_device(device))
-
-
-def chosen_device(name: str) -> str:
-    """Return the device that "auto" stands for, or the one that was named."""
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def preset_recipe(preset: str, corpus: str, field: str | None) -> Any:

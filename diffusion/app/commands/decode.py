@@ -6,17 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import DEFAULT_OUT, DeviceName, Out, app, open_workspace
-from diffusion.app.options import DecodingOptions, with_decoding
+from diffusion.app.commands.common import app
+from diffusion.app.models import ModelOptions, Models
+from diffusion.app.option_groups import with_options
+from diffusion.app.options import DecodingOptions
 
 _STEPS_OF_BLOCK = 4
 
 
 @app.command()
-@with_decoding
+@with_options
 def generate(
+    models: ModelOptions,
     decoding: DecodingOptions,
-    out: Out = DEFAULT_OUT,
     prompt: Annotated[str, typer.Option(help="The beginning of the text.")] = "",
     length: Annotated[
         int, typer.Option("--length", "--gen-length", "--max-new-tokens", min=1, help="Tokens to generate at most.")
@@ -24,47 +26,45 @@ def generate(
     block: Annotated[
         int | None,
         typer.Option(
-            "--block", "--block-length", "--block-size", min=1, help="Tokens of a block.", show_default="the denoiser's"
+            "--block", "--block-length", "--block-size", min=1, help="Tokens of a block.", show_default="the head's"
         ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", "--num-steps", min=1, help="Denoiser calls.", show_default="4 a block")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
-    device: DeviceName = "auto",
 ) -> None:
-    """Write text with the models of a folder.
+    """Write text with the models of a folder, or with a real one.
 
     The default is greedy, and a weak model then writes little but spaces: --temperature 1 draws from the model.
     """
-    workspace = open_workspace(out, device, quiet=True)
-    block_length = block or workspace.denoiser().config.block_length
+    opened = models.open(use_circuit=decoding.circuit)
+    block_length = block or opened.block_length
     options = {"gen_length": length, "block_length": block_length}
     options["num_steps"] = steps or min(length, _STEPS_OF_BLOCK * -(-length // block_length))
-    _write(workspace, [prompt] * samples, decoding, is_infill=False, **options)
+    _write(opened, [prompt] * samples, decoding, is_infill=False, **options)
 
 
 @app.command()
-@with_decoding
+@with_options
 def infill(
+    models: ModelOptions,
     decoding: DecodingOptions,
     text: Annotated[
         str,
         typer.Argument(help="With holes: ___ is as many tokens as it has underscores, <mask> is one, <mask*8> eight."),
     ],
-    out: Out = DEFAULT_OUT,
     steps: Annotated[
         int | None,
         typer.Option("--steps", "--num-steps", min=1, help="Denoiser calls.", show_default="one a token"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
-    device: DeviceName = "auto",
 ) -> None:
-    """Fill the holes in a text with the models of a folder."""
-    _write(open_workspace(out, device, quiet=True), [text] * samples, decoding, is_infill=True, num_steps=steps)
+    """Fill the holes in a text with the models of a folder, or with a real one."""
+    _write(models.open(use_circuit=decoding.circuit), [text] * samples, decoding, is_infill=True, num_steps=steps)
 
 
-def _write(workspace: Any, texts: list[str], decoding: DecodingOptions, *, is_infill: bool, **options: Any) -> None:
+def _write(models: Models, texts: list[str], decoding: DecodingOptions, *, is_infill: bool, **options: Any) -> None:
     """Decode, draw what was asked for, and print the texts, with a separator between them."""
     from diffusion.app.stream import SEPARATOR, streamed
     from diffusion.app.writing import continue_prompts, fill_holes
@@ -72,16 +72,16 @@ def _write(workspace: Any, texts: list[str], decoding: DecodingOptions, *, is_in
 
     if decoding.record is not None:
         checked_picture(decoding.record)
-    tokenizer = workspace.tokenizer()
+    tokenizer = models.tokenizer
     options |= decoding.changes
     options |= {"controls": decoding.controls(tokenizer), "constraint": decoding.constraint(tokenizer)}
-    options |= {"use_circuit": decoding.circuit, "seed": decoding.seed, "record": decoding.record is not None}
+    options |= {"seed": decoding.seed, "record": decoding.record is not None}
     write = fill_holes if is_infill else continue_prompts
     if decoding.stream:
         with streamed(tokenizer) as on_step:
-            out = write(workspace, texts, on_step=on_step, **options)
+            out = write(models, texts, on_step=on_step, **options)
     else:
-        out = write(workspace, texts, **options)
+        out = write(models, texts, **options)
     if decoding.record is not None:
         draw_trajectory(out, tokenizer, decoding.record)
     written = [tokenizer.decode(row.tolist()) for row in out.generated]

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import DEFAULT_OUT, DeviceName, Out, Quiet, app, open_workspace
+from diffusion.app.commands.common import DeviceName, Out, Quiet, app, open_workspace
+from diffusion.app.models import DEFAULT_OUT
 from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
 from diffusion.app.terminal import print_curve, print_few_steps, print_gap, say
 from diffusion.decoding.config import DecodingConfig

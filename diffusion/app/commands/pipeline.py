@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from diffusion.app.commands.common import (
-    DEFAULT_OUT,
     CorpusName,
     DeviceName,
     FieldName,
@@ -19,6 +18,7 @@ from diffusion.app.commands.common import (
     open_workspace,
     preset_recipe,
 )
+from diffusion.app.models import DEFAULT_OUT
 from diffusion.app.terminal import conclusion, print_few_steps, print_gap, say
 
 _FEW_STEPS = 4
@@ -129,12 +129,15 @@ def _print_side_by_side(workspace: Any, recipe: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from diffusion.app.writing import continue_prompts
+
     prompts = workspace.held_out_prompts(recipe, 4)
     length = recipe.denoiser.block_length
-    columns = [
-        workspace.write(prompts, gen_length=length, num_steps=_FEW_STEPS, use_circuit=used, temperature=1.0)
-        for used in (False, True)
-    ]
+    columns = []
+    for head in (None, workspace.head()):
+        models = workspace.models(head)
+        out = continue_prompts(models, prompts, gen_length=length, num_steps=_FEW_STEPS, temperature=1.0)
+        columns.append([models.tokenizer.decode(row.tolist()) for row in out.generated])
     title = f"{length} new tokens in {_FEW_STEPS} calls of the same denoiser, at temperature 1 (greedy: mostly spaces)"
     shown = Table(title=title, show_lines=True)
     for column in ("prompt", "without circuit", "with circuit"):
