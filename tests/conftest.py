@@ -14,6 +14,9 @@ settings.register_profile("thorough", max_examples=10_000, deadline=None, suppre
 def pytest_configure(config):
     if not config.getoption("--hypothesis-profile", None):  # the command line goes before the environment
         settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_workers > 1:  # threads of several processes would wait for each other
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
 
 
 @pytest.fixture

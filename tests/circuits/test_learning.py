@@ -582,7 +582,7 @@ def test_a_stopped_run_stays_stopped(tmp_path):
         ({"observed": torch.ones(60, 4, dtype=torch.bool)}, "data"),
         ({"sample_weights": torch.ones(60)}, "data"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_checkpoints_of_other_runs_are_refused(tmp_path, options, named):
     path = tmp_path / "run.safetensors"
