@@ -62,6 +62,7 @@ class CircuitRecipe:
         likelihood_epochs: passes over them.
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
         is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.conditioners`.
+        has_potentials: whether potentials on the latents are read from the denoiser's hidden states.
         training: the coupled fit.
     """
 
@@ -70,6 +71,7 @@ class CircuitRecipe:
     likelihood_epochs: int = 5
     cached_blocks: int = 16_384
     is_calibrated: bool = True
+    has_potentials: bool = False
     training: CircuitTraining = field(default_factory=CircuitTraining)
 
 
@@ -111,7 +113,12 @@ PRESETS: dict[str, Recipe] = {
             num_heads=8,
             training=DenoiserTraining(steps=12_000, batch_size=32, validate_every=1000),
         ),
-        circuit=CircuitRecipe(likelihood_blocks=60_000, cached_blocks=24_576, training=CircuitTraining(steps=1200)),
+        circuit=CircuitRecipe(
+            likelihood_blocks=60_000,
+            cached_blocks=24_576,
+            has_potentials=True,
+            training=CircuitTraining(steps=1200),
+        ),
         gap_windows=256,
     ),
     "tiny": Recipe(
@@ -153,13 +160,17 @@ def write_recipe(recipe: Recipe, path: Path, digests: Mapping[str, str]) -> None
     write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe), "digests": dict(digests)})
 
 
+def circuit_recipe_from(content: dict[str, Any]) -> CircuitRecipe:
+    """Build a circuit's recipe from what ``asdict`` made of it; options that it does not name are at their defaults."""
+    return CircuitRecipe(**{**content, "training": CircuitTraining(**content["training"])})
+
+
 def _recipe_from(content: dict[str, Any]) -> Recipe:
     denoiser = dict(content["denoiser"])
-    circuit = dict(content["circuit"])
     return Recipe(
         text=TextRecipe(**content["text"]),
         denoiser=DenoiserRecipe(**{**denoiser, "training": DenoiserTraining(**denoiser["training"])}),
-        circuit=CircuitRecipe(**{**circuit, "training": CircuitTraining(**circuit["training"])}),
+        circuit=circuit_recipe_from(content["circuit"]),
         gap_windows=content["gap_windows"],
         texts=content["texts"],
         seed=content["seed"],

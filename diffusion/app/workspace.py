@@ -4,7 +4,7 @@
     tokenizer.json      text to tokens
     denoiser/           the masked-token predictor
     likelihood/         the circuit fitted by maximum likelihood
-    head/               the output layer: circuit and calibration, fitted on the coupled objective
+    head/               the output layer: circuit and conditioners, fitted on the coupled objective
     checkpoints/        of runs that were interrupted
     cache/              the denoiser's predictions that the circuit trains on
     results/            tables and pictures
@@ -19,7 +19,6 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,11 +26,11 @@ import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_device
 from circuits.files import file_hash, replace_file
-from diffusion._json import read_json, write_json
+from diffusion._json import write_json
+from diffusion.app.fitting import initial_head, was_fitted
 from diffusion.app.models import Models
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
 from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
-from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
@@ -120,15 +119,16 @@ class Workspace:
             self._stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
         )
         held_out = windows(self._stream(corpus.held_out), length=span, max_windows=256)
-        caches = []
+        caches, features = [], recipe.circuit.has_potentials
         for name, data in (("train", train), ("held-out", held_out)):
-            folder = self.path / "cache" / f"{name}-{len(data)}"
+            folder = self.path / "cache" / f"{name}-{len(data)}{'-features' if features else ''}"
             caches.append(
                 cache_logits(
                     denoiser,
                     data,
                     folder,
                     block_length=shape.block_length,
+                    features=features,
                     seed=recipe.seed,
                     progress=self.progress,
                     device=self.device,
@@ -139,9 +139,8 @@ class Workspace:
     def fit(self, recipe: Recipe) -> CoupledHead:
         """Fit the circuit: maximum likelihood on blocks, then the coupled objective on cached predictions."""
         self._claim(recipe)
-        settings = {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
         stamp = self.path / "circuit.json"
-        if stamp.exists() and read_json(stamp) == settings:
+        if stamp.exists() and was_fitted(stamp, recipe):
             return self.head()
         if stamp.exists():  # another circuit for the same denoiser: its checkpoints are of no use
             for name in ("likelihood", "head"):
@@ -149,8 +148,7 @@ class Workspace:
             stamp.unlink()  # last: without it, what is there would be gone on from
         pc = self._fit_likelihood(recipe)
         train, held_out = self.cache(recipe)
-        calibration = self._calibration(train) if recipe.circuit.is_calibrated else None
-        head = CoupledHead(pc, activation_threshold=1.0, calibration=calibration)
+        head = initial_head(pc, recipe.circuit, train)
         fit_coupled(
             head,
             train,
@@ -160,13 +158,9 @@ class Workspace:
             progress=self.progress,
         )
         head.save(self.path / "head")
-        write_json(stamp, settings)
+        write_json(stamp, {"circuit": asdict(recipe.circuit), "seed": recipe.seed})
         shutil.rmtree(self.path / "cache")
         return head
-
-    def _calibration(self, cache: LogitCache) -> NoiseCalibration:
-        counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
-        return NoiseCalibration.dividing_out(torch.from_numpy(counts)).to(self.device)
 
     def _fit_likelihood(self, recipe: Recipe) -> CompiledCircuit:
         settings, corpus = recipe.circuit, self._corpus(recipe)

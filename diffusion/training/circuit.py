@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class CircuitTraining:
         steps: optimizer updates.
         batch_size: noised blocks an update.
         learning_rate: of Adam on the log-weights, at the peak; it falls to 0 along a cosine.
+        feature_learning_rate: the same for conditioners that read the denoiser's features, whose many inputs move a
+            log-factor together and ask for smaller steps.
         weighting: ``masked_mean``: a block's CLL divided by its number of masked tokens, averaged over the blocks that
             have a mask, which under the linear schedule has nearly the expectation of the ELBO, and less variance;
             ``uniform``: CLL per block.
@@ -43,6 +45,7 @@ class CircuitTraining:
     steps: int = 800
     batch_size: int = 128
     learning_rate: float = 0.03
+    feature_learning_rate: float = 1e-3
     weighting: Weighting = "masked_mean"
     validate_every: int = 200
     checkpoint_every: int = 100
@@ -52,8 +55,9 @@ class CircuitTraining:
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ArgumentError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "feature_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name} must be positive, got {getattr(self, name)}")
         if self.weighting not in get_args(Weighting):
             raise ArgumentError(f"weighting: expected one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
 
@@ -70,7 +74,7 @@ def fit_coupled(
 ) -> TrainingCurve:
     """Raise ``E[w(t) CLL]`` of a frozen denoiser's cached predictions over the head's parameters, in place.
 
-    These are the circuit's weights and, where the head has one, its calibration.
+    These are the circuit's weights and those of its conditioners, where the head has some.
 
     The gradient with respect to the log-weights is the flows at the true tokens minus the flows under the evidence (Li
     et al. 2026, arXiv 2603.00045, section 4). An interrupted run that is repeated from the same weights with the same
@@ -97,7 +101,8 @@ def fit_coupled(
             f"cache: blocks of {cache.block_length} tokens from {cache.vocab_size} do not fit {head.pc.circuit} of "
             f"{sorted(set(head.pc.circuit.num_categories))} categories"
         )
-    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(_parameter_groups(head, config), betas=(0.9, 0.95))
+    peaks = [group["lr"] for group in optimizer.param_groups]
     checkpoint = TrainingCheckpoint(
         Path(checkpoint_path) if checkpoint_path is not None else None,
         {
@@ -110,8 +115,8 @@ def fit_coupled(
     state = checkpoint.restore(head, optimizer)
     with progress_bar("fitting the circuit", config.steps, enabled=progress, completed=state.step) as advance:
         while state.step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 + math.cos(math.pi * state.step / config.steps)) / 2
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * (1 + math.cos(math.pi * state.step / config.steps)) / 2
             loss = _loss(head, _training_batch(cache, head, config, state.step), config)
             optimizer.zero_grad()
             loss.backward()
@@ -163,6 +168,17 @@ def _description(head: CoupledHead) -> str:
     conditioners = [(type(made).__qualname__, made.settings()) for made in head.conditioners]
     moved = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in head.named_parameters()]
     return digest(repr(head.pc.circuit), head.normalization, str(head.top_k), str(conditioners), str(moved))
+
+
+def _parameter_groups(head: CoupledHead, config: CircuitTraining) -> list[dict[str, Any]]:
+    """Return the head's parameters with their learning rates: those that read features apart from the rest."""
+    featured = [parameter for one in head.conditioners if one.needs_features for parameter in one.parameters()]
+    read = set(map(id, featured))
+    groups = [
+        {"params": [one for one in head.parameters() if id(one) not in read], "lr": config.learning_rate},
+        {"params": featured, "lr": config.feature_learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _loss(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 from diffusion.app import cli, terminal, workspace
 from diffusion.app.options import OPTIONS, described
 from diffusion.app.stream import SEPARATOR
+from diffusion.conditioners import LatentPotentials
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, Estimate, GapRow, GapTable
 from diffusion.training.circuit import CircuitTraining
@@ -78,8 +79,10 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert "Chosen on 6 held-out blocks: activation threshold" in text
     tuned, stored = workspace.Workspace(out).head(), json.loads((out / "results" / "tuning.json").read_text())
     assert (tuned.activation_threshold, tuned.temperature) == (stored["activation_threshold"], stored["temperature"])
-    assert run("fit", "--out", out, "--no-calibration", "--quiet")[0] == 0
-    assert workspace.Workspace(out).head().calibration is None
+    assert run("fit", "--out", out, "--no-calibration", "--potentials", "--quiet")[0] == 0
+    (potentials,) = workspace.Workspace(out).head().conditioners
+    assert isinstance(potentials, LatentPotentials)
+    assert 0 < potentials.linear.weight.abs().max() <= 3 * 1e-3 + 1e-6  # three updates of Adam
 
 
 def check_what_is_written(run, out, options, first):

@@ -244,12 +244,24 @@ def test_potentials_are_trained_on_a_cache_with_features(top_k, denoiser, window
 
     without, conditioned = head(), head(LatentPotentials.for_hmm(head().pc, 16))
     assert coupled_loss(without, cache) == pytest.approx(coupled_loss(conditioned, cache), rel=1e-5)
-    config = CircuitTraining(steps=80, batch_size=60, learning_rate=0.05)
+    config = CircuitTraining(steps=80, batch_size=60, learning_rate=0.05, feature_learning_rate=0.05)
     for one in (without, conditioned):
         fit_coupled(one, cache, config=config, progress=False)
     assert coupled_loss(conditioned, cache) < coupled_loss(without, cache) - 0.05
     with pytest.raises(ArgumentError, match=r"cache_logits\(\.\.\., features=True\)"):
         coupled_loss(conditioned, plain)
+
+
+def test_conditioners_that_read_features_have_a_learning_rate_of_their_own(denoiser, windows, tmp_path):
+    cache = cache_logits(denoiser, windows, tmp_path, block_length=LENGTH, features=True, progress=False)
+    pc = ct.compile(ct.structures.hmm(LENGTH, 6, TOKENS), seed=0)
+    calibration, potentials = NoiseCalibration(TOKENS), LatentPotentials.for_hmm(pc, 16)
+    head = CoupledHead(pc, conditioners=[calibration, potentials])
+    config = CircuitTraining(steps=1, batch_size=60, learning_rate=0.05, feature_learning_rate=0.002)
+    fit_coupled(head, cache, config=config, progress=False)
+    # Adam's first update moves every parameter by its learning rate, whatever the gradient's size
+    assert potentials.linear.weight.abs().max().item() == pytest.approx(0.002, rel=1e-3)
+    assert calibration.bias.abs().max().item() == pytest.approx(0.05, rel=1e-3)
 
 
 def test_features_are_asked_for_wherever_a_head_needs_them(denoiser, windows):

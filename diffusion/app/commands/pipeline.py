@@ -93,6 +93,14 @@ def fit(
     calibration: Annotated[
         bool, typer.Option("--calibration/--no-calibration", help="Calibrate the prediction by the noise level.")
     ] = True,
+    potentials: Annotated[
+        bool | None,
+        typer.Option(
+            "--potentials/--no-potentials",
+            help="Read potentials on the latents from the denoiser's hidden states.",
+            show_default="the preset's",
+        ),
+    ] = None,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -105,6 +113,8 @@ def fit(
         training = replace(recipe.circuit.training, steps=steps)
         recipe = replace(recipe, circuit=replace(recipe.circuit, training=training))
     recipe = replace(recipe, circuit=replace(recipe.circuit, is_calibrated=calibration))
+    if potentials is not None:
+        recipe = replace(recipe, circuit=replace(recipe.circuit, has_potentials=potentials))
     head = workspace.fit(recipe)
     say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 

@@ -1,0 +1,47 @@
+"""The head that a recipe asks for, before it is fitted on the coupled objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from circuits import CompiledCircuit
+from diffusion._json import read_json
+from diffusion.app.recipe import CircuitRecipe, Recipe, circuit_recipe_from
+from diffusion.conditioners.base import Conditioner
+from diffusion.conditioners.latent_potentials import LatentPotentials
+from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.head import CoupledHead
+from diffusion.training.logit_cache import LogitCache
+
+
+def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache) -> CoupledHead:
+    """Return a head on a circuit of maximum likelihood, with the conditioners that a recipe asks for.
+
+    Args:
+        pc: a hidden Markov model over the cache's blocks.
+        settings: which conditioners.
+        cache: the predictions that it will be fitted on, with features where ``settings.has_potentials``.
+    """
+    conditioners: list[Conditioner] = []
+    if settings.is_calibrated:
+        counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
+        conditioners.append(NoiseCalibration.dividing_out(torch.from_numpy(counts)))
+    if settings.has_potentials and cache.features is not None:
+        conditioners.append(LatentPotentials.for_hmm(pc, cache.features.shape[2]))
+    return CoupledHead(pc, conditioners=conditioners).to(pc.device)
+
+
+def was_fitted(stamp: Path, recipe: Recipe) -> bool:
+    """Return whether a head was fitted as a recipe says, by the settings that were written beside it.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    found = read_json(stamp)
+    try:
+        return circuit_recipe_from(found["circuit"]) == recipe.circuit and found["seed"] == recipe.seed
+    except (KeyError, TypeError, AttributeError):
+        return False
