@@ -16,6 +16,7 @@ from diffusion.denoisers import (
     TransformerConfig,
     TransformerDenoiser,
 )
+from diffusion.denoisers.pretrained import load_denoiser
 from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
@@ -56,6 +57,7 @@ __all__ = [
     "fit_coupled",
     "generate",
     "infill",
+    "load_denoiser",
     "log_likelihood",
     "masking",
     "testing",

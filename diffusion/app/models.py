@@ -82,7 +82,7 @@ def open_models(
         raise ArgumentError(f"out: expected a folder or a model, got both ({out} and {model}); leave out one of them")
     if dtype is not None and dtype not in _DTYPES:
         raise ArgumentError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    from diffusion.denoisers.pretrained import load_denoiser  # type: ignore[import-not-found]
+    from diffusion.denoisers.pretrained import load_denoiser
     from diffusion.text.hub_tokenizer import load_tokenizer  # type: ignore[import-not-found]
 
     denoiser = load_denoiser(
