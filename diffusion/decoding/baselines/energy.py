@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
-from diffusion.decoding.baselines.models import BlockModel, check_model, check_trailing
+from diffusion.decoding.baselines.base import DrawnDistribution, ModelHead
+from diffusion.decoding.baselines.models import BlockModel
 from diffusion.decoding.proposers import drawn
 from diffusion.prediction import Prediction
 
 
-class EnergyHead:
+class EnergyHead(ModelHead["EnergyDistribution"]):
     """Importance sampling of ``q(x) exp(-E(x))``, with the energy of a small model of blocks p.
 
     By default ``E(x) = log q(x) - log p(x)``, the paper's autoregressive energy, so that the target is p given what is
@@ -32,53 +33,23 @@ class EnergyHead:
         ArgumentError: an argument has a wrong type or value.
     """
 
-    activation_threshold = 1.0
-    temperature = 1.0
-    top_k: int | None = None
-    needs_features = False
-    modes = frozenset({"joint"})
-
     def __init__(self, model: BlockModel, *, num_candidates: int = 16, multiplies: bool = False) -> None:
-        check_model(model)
+        super().__init__(model)
         checked_count("num_candidates", num_candidates)
-        self.model = model
         self.num_candidates = num_candidates
         self.multiplies = multiplies
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return self.model.vocab_size
-
-    @property
-    def block_length(self) -> int:
-        """L, the number of positions of the model."""
-        return self.model.block_length
-
-    def distribution(
-        self,
-        prediction: Prediction,
-        tokens: Tensor,  # shape: (W, L)
-        masked: Tensor,  # shape: (W, L)
-        *,
-        absent: Tensor | None = None,  # shape: (W, L)
+    def _of_blocks(
+        self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None
     ) -> EnergyDistribution:
-        """Return what candidates are drawn and weighed by; positions that are absent have to be the last ones."""
-        check_trailing(absent)
-        present = torch.ones_like(masked) if absent is None else ~absent
-        tokens = tokens.masked_fill(masked | ~present, 0)
-        return EnergyDistribution(self, prediction, tokens, masked & present, present)
+        return EnergyDistribution(self, prediction, tokens, masked, absent)
 
 
 @dataclass(frozen=True, eq=False)
-class EnergyDistribution:
+class EnergyDistribution(DrawnDistribution):
     """Draws by importance sampling; see :class:`EnergyHead`."""
 
     head: EnergyHead
-    prediction: Prediction
-    tokens: Tensor
-    masked: Tensor
-    present: Tensor
 
     def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
         """Draw S candidates, and one of them by its weight: int64 (W, L)."""
@@ -107,17 +78,3 @@ class EnergyDistribution:
             return scores
         log_q = torch.stack([self.prediction.log_prob_of(one) for one in candidates.unbind(1)], 1)
         return scores - log_q.double().masked_fill(~self.masked.unsqueeze(1), 0.0).sum(2)
-
-    def posterior(self) -> Prediction:
-        """Return the denoiser's own prediction."""
-        return self.prediction
-
-    def given(self, tokens: Tensor, observed: Tensor) -> EnergyDistribution:
-        """Return the distribution given more tokens."""
-        observed = observed & self.masked
-        return replace(
-            self,
-            prediction=self.prediction.with_observed(tokens, observed),
-            tokens=torch.where(observed, tokens, self.tokens),
-            masked=self.masked & ~observed,
-        )

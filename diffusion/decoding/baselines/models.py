@@ -108,9 +108,3 @@ def check_model(model: BlockModel) -> None:
         raise ArgumentError(
             f"model: expected a BlockModel such as CircuitModel(pc) or AutoregressiveModel, got {type(model).__name__}"
         )
-
-
-def check_trailing(absent: Tensor | None) -> None:
-    """Raise ArgumentError if a position that a window does not have stands before one that it has."""
-    if absent is not None and bool((absent[:, :-1] & ~absent[:, 1:]).any()):
-        raise ArgumentError("absent: expected missing positions at a window's end only; use plan=df.Blocks(length)")
