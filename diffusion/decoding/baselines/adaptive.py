@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class AdaptiveHead(ModelHead["AdaptiveDistribution"]):
     Raises:
         ArgumentError: an argument has a wrong type or value.
     """
+
+    no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its model"
 
     def __init__(self, model: BlockModel, *, mixture_weight: float = 0.5, corrects: bool = False) -> None:
         super().__init__(model)

@@ -26,6 +26,8 @@ class BlockHead(Generic[D]):
     top_k: int | None = None
     from_left: ClassVar[bool] = True
     """Whether it knows beginnings of blocks only, not blocks with a gap."""
+    no_constraint: ClassVar[str | None] = None
+    """Why it is not exact under a constraint; None: it is."""
 
     def distribution(
         self,
@@ -34,6 +36,7 @@ class BlockHead(Generic[D]):
         masked: Tensor,  # shape: (W, L)
         *,
         absent: Tensor | None = None,  # shape: (W, L)
+        keeps_list: bool = False,
     ) -> D:
         """Return the joint distribution of W blocks.
 
@@ -42,6 +45,7 @@ class BlockHead(Generic[D]):
             tokens: int64; entries at masked positions are ignored.
             masked: bool, True where a token is to be predicted.
             absent: bool, positions that a shorter block does not have: the last ones, if the head knows no others.
+            keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
 
         Raises:
             ArgumentError: a position is absent before one that is there, and the head cannot leave it out.
@@ -52,11 +56,21 @@ class BlockHead(Generic[D]):
                     "absent: expected missing positions at a window's end only; use plan=df.Blocks(length)"
                 )
             tokens, masked = tokens.masked_fill(absent, 0), masked & ~absent
+        if self.top_k is not None and not keeps_list:
+            prediction = prediction.listed(self.top_k)
         return self._of_blocks(prediction, tokens.masked_fill(masked, 0), masked, absent)
 
     def _of_blocks(self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None) -> D:
         """Return the distribution; nothing is masked that is absent, and tokens of neither kind are 0."""
         raise NotImplementedError
+
+    def check_constraint(self) -> None:
+        """Raise ArgumentError unless its distributions are exact under a constraint too; says why."""
+        if self.no_constraint is not None:
+            raise ArgumentError(
+                f"constraint: expected a head that is exact under one, got {type(self).__name__}, "
+                f"{self.no_constraint}; decode without a head, or with another than AdaptiveHead and CausalHead"
+            )
 
 
 class ModelHead(BlockHead[D]):

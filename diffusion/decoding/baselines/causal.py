@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class CausalHead(BlockHead["CausalDistribution"], nn.Module):
     Raises:
         ArgumentError: an argument is no positive integer.
     """
+
+    no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its network"
 
     def __init__(self, vocab_size: int, block_length: int, *, width: int = 64, seed: int = 0) -> None:
         super().__init__()

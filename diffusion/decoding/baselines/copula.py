@@ -12,6 +12,7 @@ import circuits as ct
 from circuits.arguments import checked_count
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.baselines.base import BlockHead
+from diffusion.decoding.constraints.coupled import check_chain
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -60,11 +61,13 @@ class CopulaHead(BlockHead[CoupledDistribution]):
         """L, the number of positions the circuit is over."""
         return self.pc.circuit.num_vars
 
+    def check_constraint(self) -> None:
+        """Raise ArgumentError unless the circuit is a chain, whose product with an automaton is exact."""
+        check_chain(self.pc)
+
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None
     ) -> CoupledDistribution:
-        if self.top_k is not None:
-            prediction = prediction.listed(self.top_k).normalised()
         wanted = prediction.log_q.to(self.pc.dtype)
         wanted = wanted - wanted.logsumexp(-1, keepdim=True)
         factors = torch.zeros_like(wanted).masked_fill(wanted == -torch.inf, -torch.inf)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
+from circuits.queries import DeterministicAutomaton
 from diffusion.decoding.baselines.base import DrawnDistribution, ModelHead
 from diffusion.decoding.baselines.models import BlockModel
+from diffusion.decoding.constraints import ConstrainedCoupledDistribution
 from diffusion.decoding.proposers import drawn
 from diffusion.prediction import Prediction
 
@@ -50,23 +52,50 @@ class EnergyDistribution(DrawnDistribution):
     """Draws by importance sampling; see :class:`EnergyHead`."""
 
     head: EnergyHead
+    constrained: ConstrainedCoupledDistribution | None = None
+    """The prediction under the constraint, if there is one."""
+
+    def under(self, automaton: DeterministicAutomaton, **ends: Tensor) -> EnergyDistribution:
+        """Return the distribution with candidates that an automaton accepts: exact draws of q under the constraint.
+
+        The weights stay as they are, so that the law of the draw tends to the target under the constraint.
+
+        Args:
+            automaton: over the V tokens.
+            **ends: of :meth:`~diffusion.decoding.constraints.ConstrainedCoupledDistribution.under`.
+        """
+        constrained = ConstrainedCoupledDistribution.independent(
+            self.prediction, self.tokens, self.masked, automaton, **ends
+        )
+        return replace(self, constrained=constrained)
 
     def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
         """Draw S candidates, and one of them by its weight: int64 (W, L)."""
         if temperature == 0:  # a row has the same candidates, whoever asks
             generator = RowGenerators(torch.zeros_like(generator.seeds))
-        candidates = torch.stack(
-            [
-                drawn(self.prediction, temperature or 1.0, generator.at(4, number))
-                for number in range(self.head.num_candidates)
-            ],
-            1,
-        )
+        numbers = range(self.head.num_candidates)
+        candidates = torch.stack([self._candidate(temperature or 1.0, generator.at(4, n)) for n in numbers], 1)
         candidates = torch.where(self.masked.unsqueeze(1), candidates, self.tokens.unsqueeze(1))  # (W, S, L)
         scores = self._log_weights(candidates)
         scores = torch.where((scores > -torch.inf).any(1, keepdim=True), scores, 0.0)  # the model allows none of them
         chosen = scores.argmax(1) if temperature == 0 else generator.at(5).choose(scores / temperature)
         return candidates.take_along_dim(chosen[:, None, None], 1).squeeze(1)
+
+    def _candidate(self, temperature: float, generator: RowGenerators) -> Tensor:
+        if self.constrained is not None:
+            return self.constrained.draw(temperature, generator)
+        return drawn(self.prediction, temperature, generator)
+
+    def posterior(self) -> Prediction:
+        """Return the denoiser's own prediction, or its marginals under the constraint."""
+        return self.prediction if self.constrained is None else self.constrained.posterior()
+
+    def given(self, tokens: Tensor, observed: Tensor) -> EnergyDistribution:
+        """Return the distribution given more tokens; see the base class."""
+        dist = super().given(tokens, observed)
+        if self.constrained is None:
+            return dist
+        return replace(dist, constrained=self.constrained.given(tokens, observed & self.masked))
 
     def _log_weights(self, candidates: Tensor) -> Tensor:
         """Return ``-E`` up to a constant, (W, S)."""

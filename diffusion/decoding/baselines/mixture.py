@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
+from circuits.queries import DeterministicAutomaton
 from diffusion.decoding.baselines.base import BlockHead
+from diffusion.decoding.baselines.constrained_mixture import ConstrainedMixture
 from diffusion.decoding.baselines.encoder import BlockEncoder
 from diffusion.prediction import Prediction
 
@@ -83,6 +85,10 @@ class MixtureDistribution:
     tokens: Tensor
     masked: Tensor
     absent: Tensor | None = None
+
+    def under(self, automaton: DeterministicAutomaton, **ends: Tensor) -> ConstrainedMixture:
+        """Return the mixture given that an automaton accepts the blocks, exact; see :class:`ConstrainedMixture`."""
+        return ConstrainedMixture(self, automaton, **ends)
 
     def _made_sure(self) -> MixtureDistribution:
         """Return it with factors that are sure of the observed tokens."""
