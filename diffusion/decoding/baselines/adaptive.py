@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class AdaptiveHead(ModelHead["AdaptiveDistribution"]):
         ArgumentError: an argument has a wrong type or value.
     """
 
+    kind: ClassVar[str] = "adaptive"
     no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its model"
 
     def __init__(self, model: BlockModel, *, mixture_weight: float = 0.5, corrects: bool = False) -> None:
@@ -42,6 +43,9 @@ class AdaptiveHead(ModelHead["AdaptiveDistribution"]):
             raise ArgumentError(f"mixture_weight: expected a number from 0 to 1, got {mixture_weight!r}")
         self.mixture_weight = mixture_weight
         self.corrects = corrects
+
+    def _settings(self) -> dict[str, Any]:
+        return {"mixture_weight": self.mixture_weight, "corrects": self.corrects}
 
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion.decoding.baselines.models import BlockModel, check_model
+from diffusion.decoding.baselines.models import AutoregressiveModel, BlockModel, CircuitModel, check_model
+from diffusion.decoding.baselines.saving import KINDS, Content, load_content, module_of, save_content
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 D = TypeVar("D")
 AnyDrawn = TypeVar("AnyDrawn", bound="DrawnDistribution")
@@ -18,6 +23,9 @@ AnyDrawn = TypeVar("AnyDrawn", bound="DrawnDistribution")
 
 class BlockHead(Generic[D]):
     """A head that is always used, at decoding's own temperature, on all tokens; see :class:`~..joint.JointHead`."""
+
+    kind: ClassVar[str]
+    """What its files call it; of a class of your own another one."""
 
     activation_threshold: ClassVar[float] = 1.0
     temperature: ClassVar[float] = 1.0
@@ -72,6 +80,56 @@ class BlockHead(Generic[D]):
                 f"{self.no_constraint}; decode without a head, or with another than AdaptiveHead and CausalHead"
             )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder: settings and weights in ``baseline.safetensors``, a circuit in ``circuit/``; no pickle.
+
+        The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
+
+        Raises:
+            ArgumentError: ``path`` holds something else, a weight is NaN or infinite, or the head is one of your own,
+                or around a model of your own.
+        """
+        save_content(path, self.kind, type(self), self._content())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt, of a newer format, does not belong to the others, or holds
+                another kind of head.
+        """
+        return load_content(path, cls, device)
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
+
+    def _content(self) -> Content:
+        """Return what a file has to hold."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_content(cls, content: Content) -> Self:
+        """Build a head of what a file holds."""
+        raise NotImplementedError
+
+
+class NetworkHead(BlockHead[D], nn.Module):
+    """A head that is a network, built of its sizes."""
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the arguments that it was built with."""
+        raise NotImplementedError
+
+    def _content(self) -> Content:
+        return Content(self._sizes(), self.state_dict())
+
+    @classmethod
+    def from_content(cls, content: Content) -> Self:
+        """Build a head of what a file holds."""
+        return module_of(cls, content.settings, content.tensors)
+
 
 class ModelHead(BlockHead[D]):
     """A head around a model of blocks.
@@ -93,6 +151,33 @@ class ModelHead(BlockHead[D]):
     def block_length(self) -> int:
         """L, the number of positions of the model."""
         return self.model.block_length
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the arguments beside the model."""
+        raise NotImplementedError
+
+    def _content(self) -> Content:
+        model = self.model
+        if isinstance(model, CircuitModel):
+            return Content({**self._settings(), "model": None}, {}, model.pc)
+        if isinstance(model, AutoregressiveModel):
+            return Content({**self._settings(), "model": model.sizes()}, model.state_dict())
+        raise ArgumentError(
+            f"model: expected CircuitModel or AutoregressiveModel, got {type(model).__name__}; save "
+            "your own model yourself, and build the head again around it"
+        )
+
+    @classmethod
+    def from_content(cls, content: Content) -> Self:
+        """Build a head of what a file holds."""
+        settings = dict(content.settings)
+        sizes = settings.pop("model")
+        model: BlockModel
+        if sizes is None:
+            model = CircuitModel(content.needed_circuit())
+        else:
+            model = module_of(AutoregressiveModel, sizes, content.tensors)
+        return cls(model, **settings)
 
 
 @dataclass(frozen=True, eq=False)

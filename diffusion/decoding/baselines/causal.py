@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
-from diffusion.decoding.baselines.base import BlockHead, DrawnDistribution
+from diffusion.decoding.baselines.base import DrawnDistribution, NetworkHead
 from diffusion.decoding.baselines.encoder import BlockEncoder
 from diffusion.prediction import Prediction
 
 
-class CausalHead(BlockHead["CausalDistribution"], nn.Module):
+class CausalHead(NetworkHead["CausalDistribution"]):
     """Writes the masked tokens of a block from left to right, ``p(x_i | x_<i, q, x_O)``, with a small network.
 
     It sees the denoiser's distributions of all positions, and the tokens that are observed there, from both sides, and
@@ -33,6 +33,7 @@ class CausalHead(BlockHead["CausalDistribution"], nn.Module):
         ArgumentError: an argument is no positive integer.
     """
 
+    kind: ClassVar[str] = "causal"
     no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its network"
 
     def __init__(self, vocab_size: int, block_length: int, *, width: int = 64, seed: int = 0) -> None:
@@ -49,6 +50,13 @@ class CausalHead(BlockHead["CausalDistribution"], nn.Module):
             self.output = nn.Linear(width, vocab_size)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+
+    def _sizes(self) -> dict[str, int]:
+        return {
+            "vocab_size": self.vocab_size,
+            "block_length": self.block_length,
+            "width": self.output.in_features,
+        }
 
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None

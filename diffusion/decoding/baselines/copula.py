@@ -12,6 +12,7 @@ import circuits as ct
 from circuits.arguments import checked_count
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.baselines.base import BlockHead
+from diffusion.decoding.baselines.saving import Content
 from diffusion.decoding.constraints.coupled import check_chain
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
@@ -35,6 +36,7 @@ class CopulaHead(BlockHead[CoupledDistribution]):
         ArgumentError: an argument has a wrong type or value.
     """
 
+    kind: ClassVar[str] = "copula"
     modes: ClassVar[frozenset[str]] = frozenset({"latent", "marginal", "any_order", "joint"})
     from_left: ClassVar[bool] = False
 
@@ -60,6 +62,15 @@ class CopulaHead(BlockHead[CoupledDistribution]):
     def block_length(self) -> int:
         """L, the number of positions the circuit is over."""
         return self.pc.circuit.num_vars
+
+    def _content(self) -> Content:
+        settings = {"num_sweeps": self.num_sweeps, "tolerance": self.tolerance, "top_k": self.top_k}
+        return Content(settings, {}, self.pc)
+
+    @classmethod
+    def from_content(cls, content: Content) -> CopulaHead:
+        """Build a head of what a file holds."""
+        return cls(content.needed_circuit(), **content.settings)
 
     def check_constraint(self) -> None:
         """Raise ArgumentError unless the circuit is a chain, whose product with an automaton is exact."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,11 +36,16 @@ class EnergyHead(ModelHead["EnergyDistribution"]):
         ArgumentError: an argument has a wrong type or value.
     """
 
+    kind: ClassVar[str] = "energy"
+
     def __init__(self, model: BlockModel, *, num_candidates: int = 16, multiplies: bool = False) -> None:
         super().__init__(model)
         checked_count("num_candidates", num_candidates)
         self.num_candidates = num_candidates
         self.multiplies = multiplies
+
+    def _settings(self) -> dict[str, Any]:
+        return {"num_candidates": self.num_candidates, "multiplies": self.multiplies}
 
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None

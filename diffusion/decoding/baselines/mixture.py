@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from circuits import RowGenerators
 from circuits.arguments import checked_count
 from circuits.queries import DeterministicAutomaton
-from diffusion.decoding.baselines.base import BlockHead
+from diffusion.decoding.baselines.base import NetworkHead
 from diffusion.decoding.baselines.constrained_mixture import ConstrainedMixture
 from diffusion.decoding.baselines.encoder import BlockEncoder
 from diffusion.prediction import Prediction
 
 
-class MixtureHead(BlockHead["MixtureDistribution"], nn.Module):
+class MixtureHead(NetworkHead["MixtureDistribution"]):
     """``sum_k w_k prod_i p_k,i(x_i)``, whose weights and factors a small network makes of prediction and block.
 
     The factors correct ``log q_i``; a latent shared by all positions ties them together. Everything about it is exact:
@@ -36,6 +36,7 @@ class MixtureHead(BlockHead["MixtureDistribution"], nn.Module):
         ArgumentError: an argument is no positive integer.
     """
 
+    kind: ClassVar[str] = "mixture"
     modes: ClassVar[frozenset[str]] = frozenset({"latent", "marginal", "any_order", "joint"})
     from_left: ClassVar[bool] = False
 
@@ -54,6 +55,11 @@ class MixtureHead(BlockHead["MixtureDistribution"], nn.Module):
             self.components = nn.Parameter(torch.randn(num_components, block_length, width))
             self.output = nn.Linear(width, vocab_size)
             self.weights = nn.Linear(width, num_components)
+
+    def _sizes(self) -> dict[str, int]:
+        num_components, block_length, width = self.components.shape
+        sizes = {"vocab_size": self.vocab_size, "block_length": block_length, "width": width}
+        return {**sizes, "num_components": num_components}
 
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None

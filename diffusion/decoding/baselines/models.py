@@ -95,6 +95,14 @@ class AutoregressiveModel(nn.Module):
             self.recurrence = nn.GRU(width, width, batch_first=True)
             self.output = nn.Linear(width, vocab_size)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the arguments that it was built with."""
+        return {
+            "vocab_size": self.vocab_size,
+            "block_length": self.block_length,
+            "width": self.recurrence.hidden_size,
+        }
+
     def log_conditionals(self, blocks: Tensor) -> Tensor:
         """Return ``log p(x_i = v | x_0 .. x_i-1)``, (N, L, V)."""
         start = torch.full_like(blocks[:, :1], self.vocab_size)
