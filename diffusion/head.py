@@ -207,7 +207,7 @@ class CoupledHead(nn.Module):
             metadata = {
                 "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
                 "conditioners": json.dumps([_described(conditioner) for conditioner in self.conditioners]),
-                "circuit_sha256": _circuit_hash(folder),
+                "circuit_sha256": circuit_hash(folder),
             }
             write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
@@ -223,7 +223,7 @@ class CoupledHead(nn.Module):
     @classmethod
     def _loaded(cls, folder: Path) -> CoupledHead:
         metadata, tensors = read_tensors(folder / _FILE, format=FORMAT, versions=(1, FORMAT_VERSION), way_out=_WAY_OUT)
-        if metadata.get("circuit_sha256") != _circuit_hash(folder):
+        if metadata.get("circuit_sha256") != circuit_hash(folder):
             raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")
         bad = not_finite(tensors)
         if bad is not None:
@@ -261,8 +261,8 @@ def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditi
 _SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k")
 
 
-def _circuit_hash(folder: Path) -> str:
-    """Return a hash of the circuit's structure file, which holds the hash of the weights."""
+def circuit_hash(folder: Path) -> str:
+    """Return a hash of the structure file of a head's circuit, which holds the hash of the weights."""
     try:
         return file_hash(folder / "circuit" / "structure.json")
     except OSError as error:

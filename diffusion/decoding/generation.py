@@ -13,7 +13,7 @@ from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.controls import Control, View, all_controls, steered
-from diffusion.decoding.joint import JointHead, check_head
+from diffusion.decoding.joint import JointHead, check_constrained, check_head
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Look, Plan
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
@@ -236,6 +236,8 @@ def fill(
     """
     _check(denoiser, head, config, plan)
     config = config or DecodingConfig()
+    if head is not None and canvas.constraint is not None:
+        check_constrained(head, config)
     if on_step is not None and not callable(on_step):
         raise ArgumentError(f"on_step: expected a function of a step, or None, got {type(on_step).__name__}")
     _check_controls(controls, canvas, config)

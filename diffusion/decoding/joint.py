@@ -8,8 +8,10 @@ from torch import Tensor
 
 from circuits import RowGenerators
 from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.constraints.coupled import check_chain
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
+from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
 
@@ -107,6 +109,54 @@ class JointHead(Protocol):
             absent: bool, positions that a shorter window does not have.
         """
         ...
+
+
+@runtime_checkable
+class ConstrainableHead(Protocol):
+    """A head that decodes under a constraint: its distributions are coupled ones with a chain, or have ``under``.
+
+    ``dist.under(automaton, start=, accept=, reads=)`` returns the :class:`JointDistribution` given that the automaton
+    accepts, see :meth:`~diffusion.decoding.constraints.ConstrainedCoupledDistribution.under`.
+    """
+
+    def check_constraint(self) -> None:
+        """Raise ArgumentError if that would not be exact."""
+        ...
+
+    def distribution(
+        self,
+        prediction: Prediction,
+        tokens: Tensor,  # shape: (W, n)
+        masked: Tensor,  # shape: (W, n)
+        *,
+        absent: Tensor | None = None,  # shape: (W, n)
+        keeps_list: bool = False,
+    ) -> Any:
+        """Return what :meth:`JointHead.distribution` does.
+
+        Args:
+            prediction: what the denoiser says about the positions.
+            tokens: int64; entries at masked positions are ignored.
+            masked: bool, True where a token is to be predicted.
+            absent: bool, positions that a shorter window does not have.
+            keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
+        """
+        ...
+
+
+def check_constrained(head: JointHead, config: DecodingConfig) -> None:
+    """Raise ArgumentError unless decoding with a head is exact under a constraint, or does not use the head."""
+    if config.decode == "independent":
+        return
+    if isinstance(head, CoupledHead):
+        check_chain(head.pc)
+    elif isinstance(head, ConstrainableHead):
+        head.check_constraint()
+    else:
+        raise ArgumentError(
+            f"constraint: expected df.CoupledHead, another head with check_constraint, or no head, got "
+            f"{type(head).__name__}; decode without a head"
+        )
 
 
 def check_head(head: JointHead, spec: DenoiserSpec, config: DecodingConfig) -> None:

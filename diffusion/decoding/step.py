@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
+from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
 from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
-from diffusion.decoding.joint import JointDistribution, JointHead
+from diffusion.decoding.joint import ConstrainableHead, JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
 from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
-from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 
@@ -183,10 +183,12 @@ def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDi
         told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
         return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
     prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
-    if not isinstance(head, CoupledHead):
-        raise ArgumentError(f"constraint: expected df.CoupledHead or no head, got {type(head).__name__}")
+    assert isinstance(head, CoupledHead | ConstrainableHead)  # checked before the first call
     dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
-    return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
+    if isinstance(dist, CoupledDistribution):
+        return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
+    constrained: JointDistribution = dist.under(constraint.automaton, **options)
+    return constrained
 
 
 def _write(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import circuits as ct
 from diffusion import CoupledHead, LogitCache, NoiseCalibration, TransformerConfig, TransformerDenoiser, cache_logits
 from diffusion import head as head_module
+from diffusion.decoding.baselines import CausalHead, CopulaHead, load_head
 from diffusion.errors import ArgumentError, CheckpointError
 
 V, L = 9, 4
@@ -31,6 +32,10 @@ def new_denoiser(seed=0):
 def new_head(seed=0, **options):
     pc = ct.compile(ct.structures.hmm(L, 2, V), seed=seed)
     return CoupledHead(pc, temperature=1.0 + seed, calibration=NoiseCalibration(V, num_knots=2), **options)
+
+
+def new_network(seed=0):
+    return CausalHead(V, L, width=4, seed=seed)
 
 
 def cached(path, denoiser=None, **options):
@@ -71,12 +76,16 @@ def same(one, other):
 SAVED = {
     "denoiser": (lambda path: new_denoiser().save(path), TransformerDenoiser.load),
     "head": (lambda path: new_head().save(path), CoupledHead.load),
+    "network": (lambda path: new_network().save(path), CausalHead.load),
+    "copula": (lambda path: CopulaHead(new_head().pc).save(path), load_head),
     "cache": (cached, LogitCache.open),
     "interrupted cache": (interrupted_cache, cached),
 }
 FILES = {
     "denoiser": ["config.json", "model.safetensors"],
     "head": ["head.safetensors", "circuit/structure.json", "circuit/weights.safetensors"],
+    "network": ["baseline.safetensors"],
+    "copula": ["baseline.safetensors", "circuit/structure.json", "circuit/weights.safetensors"],
     "cache": ["meta.json", "tokens.npy", "masked.npy", "log_q.npy", "values.npy"],
     "interrupted cache": ["meta.json", "tokens.npy", "masked.npy", "log_q.npy", "values.npy"],
 }
@@ -190,7 +199,7 @@ def test_a_cache_that_was_interrupted_while_it_was_created_is_begun_again(tmp_pa
 # Two versions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["read_tensors", "_circuit_hash", "ct.load"])
+@pytest.mark.parametrize("place", ["read_tensors", "circuit_hash", "ct.load"])
 def test_a_reader_of_a_head_who_is_overtaken_gets_one_version(place, tmp_path, monkeypatch):
     """Heads 0 and 1 differ in circuit and temperature; the second is saved after some step of reading the first."""
     first, second = new_head(0), new_head(1)
@@ -236,9 +245,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", ["denoiser", "head"])
+@pytest.mark.parametrize("kind", ["denoiser", "head", "network"])
 def test_a_writer_who_is_killed_leaves_the_version_before_or_the_new_one(kind, tmp_path, monkeypatch):
-    make, load = {"denoiser": (new_denoiser, TransformerDenoiser.load), "head": (new_head, CoupledHead.load)}[kind]
+    make = {"denoiser": new_denoiser, "head": new_head, "network": new_network}[kind]
+    load = SAVED[kind][1]
     first, second, place = make(0), make(1), tmp_path / "saved"
     for num_renames in range(20):
         first.save(place)

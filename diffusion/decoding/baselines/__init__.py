@@ -8,7 +8,8 @@ Each is written from its paper's description, with small models of our own, to c
 - :class:`CausalHead`: a small network writes the block from left to right, told the prediction (CoDiLA-like).
 - :class:`MixtureHead`: a mixture of products whose weights and leaves depend on the prediction (Di4C, IMDM).
 
-They go wherever ``head=`` stands in :func:`~diffusion.decoding.generation.generate` and its relatives.
+They go wherever ``head=`` stands in :func:`~diffusion.decoding.generation.generate` and its relatives. Their ``save``
+writes a folder, which ``load``, or :func:`load_head` whatever it holds, reads.
 """
 
 from diffusion.decoding.baselines.adaptive import AdaptiveHead
@@ -18,6 +19,7 @@ from diffusion.decoding.baselines.energy import EnergyHead
 from diffusion.decoding.baselines.fit import fit_autoregressive, fit_conditional
 from diffusion.decoding.baselines.mixture import MixtureHead
 from diffusion.decoding.baselines.models import AutoregressiveModel, BlockModel, CircuitModel
+from diffusion.decoding.baselines.saving import load_head
 
 __all__ = [
     "AdaptiveHead",
@@ -30,4 +32,5 @@ __all__ = [
     "MixtureHead",
     "fit_autoregressive",
     "fit_conditional",
+    "load_head",
 ]

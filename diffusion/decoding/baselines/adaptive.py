@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from diffusion.decoding.baselines.models import BlockModel, check_model, check_trailing
+from diffusion.decoding.baselines.base import DrawnDistribution, ModelHead
+from diffusion.decoding.baselines.models import BlockModel
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 
-class AdaptiveHead:
+class AdaptiveHead(ModelHead["AdaptiveDistribution"]):
     """Tokens of the prediction, from left to right, as far as a target drawn with the same random numbers agrees.
 
     The target of position i is ``q_i(v)^R p(v | x_0 .. x_i-1)^(1 - R)``, normalised, with a small autoregressive model
@@ -32,52 +34,30 @@ class AdaptiveHead:
         ArgumentError: an argument has a wrong type or value.
     """
 
-    activation_threshold = 1.0
-    temperature = 1.0
-    top_k: int | None = None
-    needs_features = False
-    modes = frozenset({"joint"})
+    kind: ClassVar[str] = "adaptive"
+    no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its model"
 
     def __init__(self, model: BlockModel, *, mixture_weight: float = 0.5, corrects: bool = False) -> None:
-        check_model(model)
+        super().__init__(model)
         if not 0 <= mixture_weight <= 1:
             raise ArgumentError(f"mixture_weight: expected a number from 0 to 1, got {mixture_weight!r}")
-        self.model = model
         self.mixture_weight = mixture_weight
         self.corrects = corrects
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return self.model.vocab_size
+    def _settings(self) -> dict[str, Any]:
+        return {"mixture_weight": self.mixture_weight, "corrects": self.corrects}
 
-    @property
-    def block_length(self) -> int:
-        """L, the number of positions of the model."""
-        return self.model.block_length
-
-    def distribution(
-        self,
-        prediction: Prediction,
-        tokens: Tensor,  # shape: (W, L)
-        masked: Tensor,  # shape: (W, L)
-        *,
-        absent: Tensor | None = None,  # shape: (W, L)
+    def _of_blocks(
+        self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None
     ) -> AdaptiveDistribution:
-        """Return what draft and target are drawn from; positions that are absent have to be the last ones."""
-        check_trailing(absent)
-        present = torch.ones_like(masked) if absent is None else ~absent
-        return AdaptiveDistribution(self, prediction, tokens.masked_fill(masked | ~present, 0), masked & present)
+        return AdaptiveDistribution(self, prediction, tokens, masked, absent)
 
 
 @dataclass(frozen=True, eq=False)
-class AdaptiveDistribution:
+class AdaptiveDistribution(DrawnDistribution):
     """Draws a draft and the target that judges it; see :class:`AdaptiveHead`."""
 
     head: AdaptiveHead
-    prediction: Prediction
-    tokens: Tensor
-    masked: Tensor
 
     def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
         """Draw all tokens, int64 (W, L); :meth:`draw_accepted` also says which of them count."""
@@ -111,17 +91,3 @@ class AdaptiveDistribution:
         possible = ~ruled_out.all(-1, keepdim=True)
         mixed = torch.where(possible, mixed.masked_fill(ruled_out, -torch.inf), log_q)
         return torch.log_softmax(mixed, -1)
-
-    def posterior(self) -> Prediction:
-        """Return the denoiser's own prediction."""
-        return self.prediction
-
-    def given(self, tokens: Tensor, observed: Tensor) -> AdaptiveDistribution:
-        """Return the distribution given more tokens."""
-        observed = observed & self.masked
-        return replace(
-            self,
-            prediction=self.prediction.with_observed(tokens, observed),
-            tokens=torch.where(observed, tokens, self.tokens),
-            masked=self.masked & ~observed,
-        )

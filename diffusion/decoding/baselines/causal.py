@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
+from diffusion.decoding.baselines.base import DrawnDistribution, NetworkHead
 from diffusion.decoding.baselines.encoder import BlockEncoder
-from diffusion.decoding.baselines.models import check_trailing
 from diffusion.prediction import Prediction
 
 
-class CausalHead(nn.Module):
+class CausalHead(NetworkHead["CausalDistribution"]):
     """Writes the masked tokens of a block from left to right, ``p(x_i | x_<i, q, x_O)``, with a small network.
 
     It sees the denoiser's distributions of all positions, and the tokens that are observed there, from both sides, and
@@ -33,11 +33,8 @@ class CausalHead(nn.Module):
         ArgumentError: an argument is no positive integer.
     """
 
-    activation_threshold: ClassVar[float] = 1.0
-    temperature: ClassVar[float] = 1.0
-    top_k: ClassVar[int | None] = None
-    needs_features: ClassVar[bool] = False
-    modes: ClassVar[frozenset[str]] = frozenset({"joint"})
+    kind: ClassVar[str] = "causal"
+    no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its network"
 
     def __init__(self, vocab_size: int, block_length: int, *, width: int = 64, seed: int = 0) -> None:
         super().__init__()
@@ -54,30 +51,24 @@ class CausalHead(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def distribution(
-        self,
-        prediction: Prediction,
-        tokens: Tensor,  # shape: (W, L)
-        masked: Tensor,  # shape: (W, L)
-        *,
-        absent: Tensor | None = None,  # shape: (W, L)
+    def _sizes(self) -> dict[str, int]:
+        return {
+            "vocab_size": self.vocab_size,
+            "block_length": self.block_length,
+            "width": self.output.in_features,
+        }
+
+    def _of_blocks(
+        self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None
     ) -> CausalDistribution:
-        """Return the distribution of W blocks; positions that are absent have to be the last ones."""
-        check_trailing(absent)
-        if absent is not None:
-            tokens, masked = tokens.masked_fill(absent, 0), masked & ~absent
-        return CausalDistribution(self, prediction, tokens.masked_fill(masked, 0), masked, absent)
+        return CausalDistribution(self, prediction, tokens, masked, absent)
 
 
 @dataclass(frozen=True, eq=False)
-class CausalDistribution:
+class CausalDistribution(DrawnDistribution):
     """Conditionals from left to right; see :class:`CausalHead`."""
 
     head: CausalHead
-    prediction: Prediction
-    tokens: Tensor
-    masked: Tensor
-    absent: Tensor | None = None
 
     def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
         """Draw all tokens, int64 (W, L): at temperature 1 exactly, at 0 the best token given those before."""
@@ -94,7 +85,7 @@ class CausalDistribution:
         texts = value.reshape(-1, *self.masked.shape)
         found = [self._walk(lambda position, _, text=text: text[:, position])[1] for text in texts]  # type: ignore[misc]
         log_p = torch.stack(found)
-        differs = ((texts != self.tokens) & ~self.masked & ~(self.absent if self.absent is not None else False)).any(-1)
+        differs = ((texts != self.tokens) & ~self.masked & self.present).any(-1)
         return log_p.masked_fill(differs, -torch.inf).reshape(value.shape[:-1])
 
     def _walk(self, choose: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,17 +106,3 @@ class CausalDistribution:
             written.append(token)
             previous = token
         return torch.stack(written, 1), total
-
-    def posterior(self) -> Prediction:
-        """Return the denoiser's own prediction."""
-        return self.prediction
-
-    def given(self, tokens: Tensor, observed: Tensor) -> CausalDistribution:
-        """Return what the network makes of more tokens: with those to the right it is another distribution."""
-        observed = observed & self.masked
-        return replace(
-            self,
-            prediction=self.prediction.with_observed(tokens, observed),
-            tokens=torch.where(observed, tokens, self.tokens),
-            masked=self.masked & ~observed,
-        )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
-from diffusion.decoding.baselines.models import BlockModel, check_model, check_trailing
+from circuits.queries import DeterministicAutomaton
+from diffusion.decoding.baselines.base import DrawnDistribution, ModelHead
+from diffusion.decoding.baselines.models import BlockModel
+from diffusion.decoding.constraints import ConstrainedCoupledDistribution
 from diffusion.decoding.proposers import drawn
 from diffusion.prediction import Prediction
 
 
-class EnergyHead:
+class EnergyHead(ModelHead["EnergyDistribution"]):
     """Importance sampling of ``q(x) exp(-E(x))``, with the energy of a small model of blocks p.
 
     By default ``E(x) = log q(x) - log p(x)``, the paper's autoregressive energy, so that the target is p given what is
@@ -32,70 +36,72 @@ class EnergyHead:
         ArgumentError: an argument has a wrong type or value.
     """
 
-    activation_threshold = 1.0
-    temperature = 1.0
-    top_k: int | None = None
-    needs_features = False
-    modes = frozenset({"joint"})
+    kind: ClassVar[str] = "energy"
 
     def __init__(self, model: BlockModel, *, num_candidates: int = 16, multiplies: bool = False) -> None:
-        check_model(model)
+        super().__init__(model)
         checked_count("num_candidates", num_candidates)
-        self.model = model
         self.num_candidates = num_candidates
         self.multiplies = multiplies
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return self.model.vocab_size
+    def _settings(self) -> dict[str, Any]:
+        return {"num_candidates": self.num_candidates, "multiplies": self.multiplies}
 
-    @property
-    def block_length(self) -> int:
-        """L, the number of positions of the model."""
-        return self.model.block_length
-
-    def distribution(
-        self,
-        prediction: Prediction,
-        tokens: Tensor,  # shape: (W, L)
-        masked: Tensor,  # shape: (W, L)
-        *,
-        absent: Tensor | None = None,  # shape: (W, L)
+    def _of_blocks(
+        self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None
     ) -> EnergyDistribution:
-        """Return what candidates are drawn and weighed by; positions that are absent have to be the last ones."""
-        check_trailing(absent)
-        present = torch.ones_like(masked) if absent is None else ~absent
-        tokens = tokens.masked_fill(masked | ~present, 0)
-        return EnergyDistribution(self, prediction, tokens, masked & present, present)
+        return EnergyDistribution(self, prediction, tokens, masked, absent)
 
 
 @dataclass(frozen=True, eq=False)
-class EnergyDistribution:
+class EnergyDistribution(DrawnDistribution):
     """Draws by importance sampling; see :class:`EnergyHead`."""
 
     head: EnergyHead
-    prediction: Prediction
-    tokens: Tensor
-    masked: Tensor
-    present: Tensor
+    constrained: ConstrainedCoupledDistribution | None = None
+    """The prediction under the constraint, if there is one."""
+
+    def under(self, automaton: DeterministicAutomaton, **ends: Tensor) -> EnergyDistribution:
+        """Return the distribution with candidates that an automaton accepts: exact draws of q under the constraint.
+
+        The weights stay as they are, so that the law of the draw tends to the target under the constraint.
+
+        Args:
+            automaton: over the V tokens.
+            **ends: of :meth:`~diffusion.decoding.constraints.ConstrainedCoupledDistribution.under`.
+        """
+        constrained = ConstrainedCoupledDistribution.independent(
+            self.prediction, self.tokens, self.masked, automaton, **ends
+        )
+        return replace(self, constrained=constrained)
 
     def draw(self, temperature: float, generator: RowGenerators) -> Tensor:
         """Draw S candidates, and one of them by its weight: int64 (W, L)."""
         if temperature == 0:  # a row has the same candidates, whoever asks
             generator = RowGenerators(torch.zeros_like(generator.seeds))
-        candidates = torch.stack(
-            [
-                drawn(self.prediction, temperature or 1.0, generator.at(4, number))
-                for number in range(self.head.num_candidates)
-            ],
-            1,
-        )
+        numbers = range(self.head.num_candidates)
+        candidates = torch.stack([self._candidate(temperature or 1.0, generator.at(4, n)) for n in numbers], 1)
         candidates = torch.where(self.masked.unsqueeze(1), candidates, self.tokens.unsqueeze(1))  # (W, S, L)
         scores = self._log_weights(candidates)
         scores = torch.where((scores > -torch.inf).any(1, keepdim=True), scores, 0.0)  # the model allows none of them
         chosen = scores.argmax(1) if temperature == 0 else generator.at(5).choose(scores / temperature)
         return candidates.take_along_dim(chosen[:, None, None], 1).squeeze(1)
+
+    def _candidate(self, temperature: float, generator: RowGenerators) -> Tensor:
+        if self.constrained is not None:
+            return self.constrained.draw(temperature, generator)
+        return drawn(self.prediction, temperature, generator)
+
+    def posterior(self) -> Prediction:
+        """Return the denoiser's own prediction, or its marginals under the constraint."""
+        return self.prediction if self.constrained is None else self.constrained.posterior()
+
+    def given(self, tokens: Tensor, observed: Tensor) -> EnergyDistribution:
+        """Return the distribution given more tokens; see the base class."""
+        dist = super().given(tokens, observed)
+        if self.constrained is None:
+            return dist
+        return replace(dist, constrained=self.constrained.given(tokens, observed & self.masked))
 
     def _log_weights(self, candidates: Tensor) -> Tensor:
         """Return ``-E`` up to a constant, (W, S)."""
@@ -107,17 +113,3 @@ class EnergyDistribution:
             return scores
         log_q = torch.stack([self.prediction.log_prob_of(one) for one in candidates.unbind(1)], 1)
         return scores - log_q.double().masked_fill(~self.masked.unsqueeze(1), 0.0).sum(2)
-
-    def posterior(self) -> Prediction:
-        """Return the denoiser's own prediction."""
-        return self.prediction
-
-    def given(self, tokens: Tensor, observed: Tensor) -> EnergyDistribution:
-        """Return the distribution given more tokens."""
-        observed = observed & self.masked
-        return replace(
-            self,
-            prediction=self.prediction.with_observed(tokens, observed),
-            tokens=torch.where(observed, tokens, self.tokens),
-            masked=self.masked & ~observed,
-        )

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from circuits import RowGenerators
 from circuits.arguments import checked_count
+from circuits.queries import DeterministicAutomaton
+from diffusion.decoding.baselines.base import NetworkHead
+from diffusion.decoding.baselines.constrained_mixture import ConstrainedMixture
 from diffusion.decoding.baselines.encoder import BlockEncoder
 from diffusion.prediction import Prediction
 
 
-class MixtureHead(nn.Module):
+class MixtureHead(NetworkHead["MixtureDistribution"]):
     """``sum_k w_k prod_i p_k,i(x_i)``, whose weights and factors a small network makes of prediction and block.
 
     The factors correct ``log q_i``; a latent shared by all positions ties them together. Everything about it is exact:
@@ -33,11 +36,9 @@ class MixtureHead(nn.Module):
         ArgumentError: an argument is no positive integer.
     """
 
-    activation_threshold: ClassVar[float] = 1.0
-    temperature: ClassVar[float] = 1.0
-    top_k: ClassVar[int | None] = None
-    needs_features: ClassVar[bool] = False
+    kind: ClassVar[str] = "mixture"
     modes: ClassVar[frozenset[str]] = frozenset({"latent", "marginal", "any_order", "joint"})
+    from_left: ClassVar[bool] = False
 
     def __init__(
         self, vocab_size: int, block_length: int, num_components: int, *, width: int = 64, seed: int = 0
@@ -55,21 +56,20 @@ class MixtureHead(nn.Module):
             self.output = nn.Linear(width, vocab_size)
             self.weights = nn.Linear(width, num_components)
 
-    def distribution(
-        self,
-        prediction: Prediction,
-        tokens: Tensor,  # shape: (W, L)
-        masked: Tensor,  # shape: (W, L)
-        *,
-        absent: Tensor | None = None,  # shape: (W, L)
+    def _sizes(self) -> dict[str, int]:
+        num_components, block_length, width = self.components.shape
+        sizes = {"vocab_size": self.vocab_size, "block_length": block_length, "width": width}
+        return {**sizes, "num_components": num_components}
+
+    def _of_blocks(
+        self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None
     ) -> MixtureDistribution:
-        """Return the mixtures of W blocks; what is absent is summed out."""
         features = self.encoder(prediction, tokens, masked, absent)
         hidden = torch.tanh(features.unsqueeze(1) + self.components)  # (W, K, L, width)
         log_leaves = torch.log_softmax(prediction.dense().unsqueeze(1) + self.output(hidden), -1)
         log_weights = torch.log_softmax(self.weights(features.mean(1)), -1)
-        observed = ~masked if absent is None else ~masked & ~absent
-        return MixtureDistribution(log_weights, log_leaves, prediction, tokens, ~observed, absent)._made_sure()
+        unknown = masked if absent is None else masked | absent
+        return MixtureDistribution(log_weights, log_leaves, prediction, tokens, unknown, absent)._made_sure()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,10 @@ class MixtureDistribution:
     tokens: Tensor
     masked: Tensor
     absent: Tensor | None = None
+
+    def under(self, automaton: DeterministicAutomaton, **ends: Tensor) -> ConstrainedMixture:
+        """Return the mixture given that an automaton accepts the blocks, exact; see :class:`ConstrainedMixture`."""
+        return ConstrainedMixture(self, automaton, **ends)
 
     def _made_sure(self) -> MixtureDistribution:
         """Return it with factors that are sure of the observed tokens."""

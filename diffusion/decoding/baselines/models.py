@@ -95,6 +95,14 @@ class AutoregressiveModel(nn.Module):
             self.recurrence = nn.GRU(width, width, batch_first=True)
             self.output = nn.Linear(width, vocab_size)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the arguments that it was built with."""
+        return {
+            "vocab_size": self.vocab_size,
+            "block_length": self.block_length,
+            "width": self.recurrence.hidden_size,
+        }
+
     def log_conditionals(self, blocks: Tensor) -> Tensor:
         """Return ``log p(x_i = v | x_0 .. x_i-1)``, (N, L, V)."""
         start = torch.full_like(blocks[:, :1], self.vocab_size)
@@ -108,9 +116,3 @@ def check_model(model: BlockModel) -> None:
         raise ArgumentError(
             f"model: expected a BlockModel such as CircuitModel(pc) or AutoregressiveModel, got {type(model).__name__}"
         )
-
-
-def check_trailing(absent: Tensor | None) -> None:
-    """Raise ArgumentError if a position that a window does not have stands before one that it has."""
-    if absent is not None and bool((absent[:, :-1] & ~absent[:, 1:]).any()):
-        raise ArgumentError("absent: expected missing positions at a window's end only; use plan=df.Blocks(length)")

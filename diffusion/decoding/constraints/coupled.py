@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import circuits as ct
-from circuits import CompiledCircuit, ConstrainedDistribution
+from circuits import CompiledCircuit, ConstrainedDistribution, PropertyError
 from circuits.queries import DeterministicAutomaton
+from circuits.queries.automata import reading_order
 from diffusion.coupling import IGNORED_LABEL, CoupledDistribution
+from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 T = TypeVar("T")
@@ -165,6 +167,17 @@ class ConstrainedCoupledDistribution(CoupledDistribution):
     def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Refuse; see :meth:`circuits.ConstrainedDistribution.query`."""
         return self.constrained.query(function, *arguments, **options)
+
+
+def check_chain(pc: CompiledCircuit) -> None:
+    """Raise ArgumentError unless a circuit is a chain, whose product with an automaton is exact."""
+    try:
+        reading_order(pc, "constraint")
+    except PropertyError as error:
+        raise ArgumentError(
+            f"constraint: expected a head whose circuit is a chain, got another; {error}; use ct.structures.hmm, or "
+            "decode without the head"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
