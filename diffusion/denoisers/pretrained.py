@@ -54,21 +54,45 @@ class Source:
             raise CheckpointError(f"{self.folder / CONFIG}: {key}: expected a whole number, got {value!r:.80}")
         return value
 
+    @property
+    def one_device(self) -> torch.device | str:
+        """The device, where it is a single one; raises ArgumentError where the weights are to be spread."""
+        if not isinstance(self.device, str | torch.device) or self.device == "auto":
+            raise ArgumentError(f"device: expected one device for this model, got {self.device!r:.80}; name it")
+        return self.device
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Refuse a config that asks for what an adapter does not do.
+
+        Args:
+            expected: by key, the only value that is implemented; a key may also be absent.
+
+        Raises:
+            ArgumentError: another value.
+        """
+        for key, value in expected.items():
+            found = self.config.get(key, value)
+            if found != value:
+                raise ArgumentError(
+                    f"{self.name}: {key}: expected {value!r}, got {found!r:.80}; write an adapter for this architecture"
+                )
+
 
 ADAPTERS: dict[str, str] = {
-    "unfactor-transformer": "diffusion.denoisers.adapters.own",
-    "llada": "diffusion.denoisers.adapters.llada",
-    "dream": "diffusion.denoisers.adapters.dream",
-    "mdlm": "diffusion.denoisers.adapters.mdlm",
-    "bd3lm": "diffusion.denoisers.adapters.bd3lm",
-    "sdar": "diffusion.denoisers.adapters.sdar",
-    "llada2_moe": "diffusion.denoisers.adapters.remote",
-    "sdar_moe": "diffusion.denoisers.adapters.remote",
+    "unfactor-transformer": "diffusion.denoisers.adapters.own:load",
+    "llada": "diffusion.denoisers.adapters.llada:load",
+    "illada": "diffusion.denoisers.adapters.llada:load_illada",
+    "dream": "diffusion.denoisers.adapters.dream:load",
+    "mdlm": "diffusion.denoisers.adapters.mdlm:load",
+    "bd3lm": "diffusion.denoisers.adapters.bd3lm:load",
+    "sdar": "diffusion.denoisers.adapters.sdar:load",
+    "llada2_moe": "diffusion.denoisers.adapters.remote:load",
+    "sdar_moe": "diffusion.denoisers.adapters.remote:load",
 }
-"""From ``model_type`` in a config, in lower case, to the module with ``load(source: Source) -> Denoiser``."""
+"""From ``model_type`` in a config, in lower case, to ``module:function``: from a :class:`Source` to a denoiser."""
 
-MASKED_LM = "diffusion.denoisers.masked_lm"
-"""The module for every architecture that is called ``...ForMaskedLM``."""
+MASKED_LM = "diffusion.denoisers.masked_lm:load"
+"""The function for every architecture that is called ``...ForMaskedLM``."""
 
 REFUSED: dict[str, str] = {
     "diffusion_gemma": "it replaces tokens by uniformly random ones and has no mask; a circuit here couples masked ones"
@@ -105,7 +129,8 @@ def load_denoiser(
     source = replace(
         source, device=device, dtype=_dtype_of(dtype), trust_remote_code=trust_remote_code, folder=_with_weights(source)
     )
-    return cast(Denoiser, importlib.import_module(adapter).load(source))
+    module, _, function = adapter.partition(":")
+    return cast(Denoiser, getattr(importlib.import_module(module), function)(source))
 
 
 def fetch(name_or_path: str | os.PathLike[str], patterns: tuple[str, ...], *, revision: str | None = None) -> Path:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from circuits.files import not_finite, read_folder, read_tensors, regular_size, replace_folder, write_tensors
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.layers import KeysValues, Layer, PrefixCache, rotation_of
+from diffusion.denoisers.questions import check_question
 from diffusion.errors import ArgumentError, CheckpointError
 
 FORMAT = "unfactor-transformer"
@@ -178,7 +179,7 @@ class TransformerDenoiser(nn.Module):
         Raises:
             ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
-        self._check(tokens, valid, window)
+        check_question(self.spec, tokens, valid, window)
         start, stop = window if window is not None else (0, tokens.shape[1])
         first = min(start, max(0, stop - self.config.span)) if window is not None else 0
         tokens = tokens[:, first:stop]
@@ -242,31 +243,6 @@ class TransformerDenoiser(nn.Module):
             seen = valid[:, None, :] | itself
             attended = seen if attended is None else seen & attended
         return attended.unsqueeze(1) if attended is not None else None
-
-    def _check(self, tokens: Tensor, valid: Tensor | None, window: tuple[int, int] | None) -> None:
-        if tokens.ndim != 2 or tokens.dtype != torch.int64:
-            raise ArgumentError(
-                f"tokens must be int64 of shape (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}"
-            )
-        length = tokens.shape[1]
-        if length > self.spec.max_length:
-            raise ArgumentError(
-                f"tokens must have at most max_length = {self.spec.max_length} positions, got {length}: "
-                "shorten the prompt, or build the model with a larger max_length"
-            )
-        if tokens.numel():
-            smallest, largest = (int(value) for value in torch.aminmax(tokens))
-            if smallest < 0 or largest >= self.spec.vocab_size:
-                raise ArgumentError(
-                    f"tokens must be ids in 0..{self.spec.vocab_size - 1}, got ids from {smallest} to {largest}: "
-                    "encode the text with the tokenizer that the model was trained with"
-                )
-        if valid is not None and (valid.dtype != torch.bool or valid.shape != tokens.shape):
-            raise ArgumentError(
-                f"valid must be bool of shape {tuple(tokens.shape)}, got {valid.dtype} of shape {tuple(valid.shape)}"
-            )
-        if window is not None and not 0 <= window[0] <= window[1] <= length:
-            raise ArgumentError(f"window must satisfy 0 <= start <= stop <= {length}, got {window}")
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
