@@ -20,6 +20,7 @@ from diffusion.denoisers.pretrained import load_denoiser
 from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
+from diffusion.text.hub_tokenizer import HubTokenizer, load_tokenizer
 from diffusion.training import masking
 from diffusion.training.circuit import CircuitTraining, fit_coupled
 from diffusion.training.denoiser import DenoiserTraining, train_denoiser
@@ -41,6 +42,7 @@ __all__ = [
     "DynamicWindows",
     "FeatureDenoiser",
     "Generation",
+    "HubTokenizer",
     "JointHead",
     "LatentPotentials",
     "LogitCache",
@@ -58,6 +60,7 @@ __all__ = [
     "generate",
     "infill",
     "load_denoiser",
+    "load_tokenizer",
     "log_likelihood",
     "masking",
     "testing",

@@ -83,7 +83,7 @@ def open_models(
     if dtype is not None and dtype not in _DTYPES:
         raise ArgumentError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     from diffusion.denoisers.pretrained import load_denoiser
-    from diffusion.text.hub_tokenizer import load_tokenizer  # type: ignore[import-not-found]
+    from diffusion.text.hub_tokenizer import load_tokenizer
 
     denoiser = load_denoiser(
         model,

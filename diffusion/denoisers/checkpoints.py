@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from circuits.files import regular_size
 from diffusion.errors import CheckpointError
+from diffusion.hub import read_json
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 FILE_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 FALLBACK_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _INDEX = ".index.json"
-_MAX_JSON = 64 << 20
 _NAMED = 5
 _WAY_OUT = "download the model again"
 
 Module = TypeVar("Module", bound=nn.Module)
 Names = Callable[[str], "str | None"]
 """From the name of a tensor in a file to its name in a module; None: it is left out on purpose."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        CheckpointError: the file is missing, too large, or holds something else.
-    """
-    try:
-        size = regular_size(path)
-        if size > _MAX_JSON:
-            raise CheckpointError(f"{path}: expected at most {_MAX_JSON} bytes, got {size}; {_WAY_OUT}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {_WAY_OUT}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; {_WAY_OUT}")
-    return content
 
 
 def tensor_files(folder: Path) -> list[Path]:

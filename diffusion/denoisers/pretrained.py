@@ -12,11 +12,9 @@ from typing import Any, cast
 import torch
 
 from diffusion.denoisers.base import Denoiser
-from diffusion.denoisers.checkpoints import FALLBACK_PATTERNS, FILE_PATTERNS, read_json
+from diffusion.denoisers.checkpoints import FALLBACK_PATTERNS, FILE_PATTERNS
 from diffusion.errors import ArgumentError, CheckpointError
-
-CONFIG = "config.json"
-_OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,41 +131,19 @@ def load_denoiser(
     return cast(Denoiser, getattr(importlib.import_module(module), function)(source))
 
 
-def fetch(name_or_path: str | os.PathLike[str], patterns: tuple[str, ...], *, revision: str | None = None) -> Path:
-    """Return a local folder: the one that is named, or the hub's repository with the files of these patterns.
-
-    Raises:
-        ArgumentError: there is no such folder or repository.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    name = os.fspath(name_or_path)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, ValueError, HFValidationError) as error:
-        raise ArgumentError(
-            f"name_or_path: expected a folder or a repository of the hub, got {name!r}: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
-
-
 def _described(name_or_path: str | os.PathLike[str], revision: str | None) -> Source:
     if not isinstance(name_or_path, str | os.PathLike):
         raise ArgumentError(f"name_or_path: expected a name or a path, got {type(name_or_path).__name__}")
-    folder = fetch(name_or_path, _OTHER_FILES, revision=revision)
+    folder = fetch(name_or_path, SMALL_FILES, revision=revision)
     config = read_json(folder / CONFIG)
     return Source(name=os.fspath(name_or_path), folder=folder, config=config, revision=revision)
 
 
 def _with_weights(source: Source) -> Path:
     """Return the folder once the weights are in it: safetensors, or what else there is."""
-    folder = fetch(source.name, (*_OTHER_FILES, *FILE_PATTERNS), revision=source.revision)
+    folder = fetch(source.name, (*SMALL_FILES, *FILE_PATTERNS), revision=source.revision)
     if not any(folder.glob(FILE_PATTERNS[0])):
-        folder = fetch(source.name, (*_OTHER_FILES, *FALLBACK_PATTERNS), revision=source.revision)
+        folder = fetch(source.name, (*SMALL_FILES, *FALLBACK_PATTERNS), revision=source.revision)
     return folder
 
 

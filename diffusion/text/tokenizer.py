@@ -75,7 +75,7 @@ class TextTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer as JSON, to this file or, if ``path`` is not named ``*.json``, into this folder."""
-        with replace_file(_file(path)) as temporary:
+        with replace_file(tokenizer_file(path)) as temporary:
             temporary.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
@@ -87,7 +87,7 @@ class TextTokenizer:
         """
         from tokenizers import Tokenizer
 
-        file = _file(path)
+        file = tokenizer_file(path)
         try:
             regular_size(file)
             content = file.read_text(encoding="utf-8")
@@ -183,6 +183,7 @@ def _byte_pair_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer
     return tokenizer
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
+    """Return the file that a tokenizer is saved as: ``path``, or ``tokenizer.json`` in the folder ``path``."""
     path = Path(path)
     return path if path.suffix == ".json" else path / FILE_NAME

@@ -14,6 +14,7 @@ from diffusion.denoisers.checkpoints import Names, load_weights
 from diffusion.denoisers.layers import KeysValues
 from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError
+from diffusion.hub import require_transformers
 
 Model = TypeVar("Model", bound=BackboneDenoiser)
 
@@ -91,17 +92,6 @@ def configured(source: Source, **more: Any) -> dict[str, Any]:
         "max_position_embeddings": source.number("max_position_embeddings"),
         **more,
     }
-
-
-def require_transformers() -> Any:
-    """Return the package transformers; raise ArgumentError where it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ArgumentError(
-            "name_or_path: expected the package transformers for this model, got none; pip install 'unfactor[hf]'"
-        ) from error
-    return transformers
 
 
 def output_layer(width: int, vocab_size: int) -> nn.Linear:

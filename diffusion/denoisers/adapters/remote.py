@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.denoisers.adapters.backbone import BlockCausalDenoiser
-from diffusion.denoisers.adapters.decoder import require_transformers
 from diffusion.denoisers.adapters.vocabulary import Specials, spec_of
 from diffusion.denoisers.layers import KeysValues
 from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError
+from diffusion.hub import require_transformers
 
 LLADA2 = Specials(masks=("<|mask|>",), mask_id=156895, ends=("<|role_end|>",), end_ids=(156892,), pad_id=156892)
 SDAR = Specials(masks=("<|MASK|>",), mask_id=151669, ends=("<|im_end|>",), pad_id=151643)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.denoisers.base import DenoiserSpec
-from diffusion.denoisers.checkpoints import read_json
-from diffusion.denoisers.pretrained import CONFIG, Source
+from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.hub import CONFIG, read_json
 
 
 def token_ids(folder: Path) -> dict[str, int]:

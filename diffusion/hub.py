@@ -1,0 +1,73 @@
+"""Files of pretrained models, from a folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from circuits.files import regular_size
+from diffusion.errors import ArgumentError, CheckpointError
+
+CONFIG = "config.json"
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Patterns of all that is small: configs, tokenizers, chat templates."""
+_MAX_JSON = 64 << 20
+_WAY_OUT = "download the model again"
+
+
+def fetch(name_or_path: str | os.PathLike[str], patterns: tuple[str, ...], *, revision: str | None = None) -> Path:
+    """Return a local folder: the one that is named, or that of the hub's repository.
+
+    Args:
+        name_or_path: a folder, or the name of a repository.
+        patterns: of the files that are wanted.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        ArgumentError: there is no such folder or repository.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    name = os.fspath(name_or_path)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ArgumentError(
+            f"name_or_path: expected a folder or a repository of the hub, got {name!r}: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or holds something else.
+    """
+    try:
+        size = regular_size(path)
+        if size > _MAX_JSON:
+            raise CheckpointError(f"{path}: expected at most {_MAX_JSON} bytes, got {size}; {_WAY_OUT}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; {_WAY_OUT}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; {_WAY_OUT}")
+    return content
+
+
+def require_transformers() -> Any:
+    """Return the package transformers; raise ArgumentError where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ArgumentError(
+            "name_or_path: expected the package transformers for this model, got none; pip install 'unfactor[hf]'"
+        ) from error
+    return transformers
