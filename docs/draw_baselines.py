@@ -24,9 +24,10 @@ from diffusion.decoding.baselines import (
     MixtureHead,
     fit_conditional,
 )
+from diffusion.decoding.config import STRATEGIES
 from diffusion.testing import Table, decoder_law, reference, worlds
 from diffusion.testing.heads import with_adaptive_head, with_head
-from diffusion.testing.reference import Mode, Rule, Strategy
+from diffusion.testing.reference import Mode, Rule
 from diffusion.testing.worlds import World
 
 WORLDS = {
@@ -65,8 +66,9 @@ def modes(world: World) -> dict[str, list[Point]]:
     circuit, denoiser = world.circuit(dtype=torch.float64), world.denoiser()
     steps = range(1, world.length + 1)
     ways = {}
-    for strategy in get_args(Strategy):
-        rules = [Rule(strategy=strategy, num_steps=number) for number in steps]
+    for strategy in STRATEGIES:
+        decides = strategy in ("threshold", "entropy_bound", "joint_entropy")  # how many calls, by what was drawn
+        rules = [Rule.of(strategy)] if decides else [Rule.of(strategy, num_steps=number) for number in steps]
         ways[f"independent, {strategy}"] = [reference.independent(denoiser, rule) for rule in rules]
         for mode in get_args(Mode):
             for normalization in ("global", "local"):

@@ -1,10 +1,16 @@
-"""Draw and print the exact distance from the truth of every way of decoding, against the number of calls."""
+"""Draw and print the exact distance from the truth of every way of decoding, against the number of calls.
+
+In the upper row so many calls are asked for. In the lower one the strategy says how many positions go together, and how
+many calls that takes depends on what was drawn: there a point stands at the expected number of calls.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -18,8 +24,10 @@ WORLDS = {
     "parity, 0 1 1 0 0": worlds.parity(5),
     "endings, a b <eos> <eos> <eos>": worlds.endings(5),
 }
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+BOUNDS = (3.0, 1.0, 0.3, 0.1)
 _HOLLOW = {"markerfacecolor": "none", "markersize": 9}  # seen also where another line lies on top
-SHOWN = {
+COUNTED = {
     "independent, low_confidence": {"color": "#c0504d", "linestyle": "--", "marker": "s", **_HOLLOW},
     "independent, random": {"color": "#c0504d", "marker": "o"},
     "circuit x prediction, global, random": {"color": "#e0a030", "marker": "^"},
@@ -27,12 +35,31 @@ SHOWN = {
     "circuit alone, low_confidence": {"color": "#1f6fb4", "linestyle": "--", "marker": "s", **_HOLLOW},
     "circuit alone, random": {"color": "#1f6fb4", "marker": "o"},
 }
+ADAPTIVE = {
+    "independent, threshold": {"color": "#c0504d", "linestyle": "--", "marker": "s", **_HOLLOW},
+    "independent, entropy_bound": {"color": "#c0504d", "marker": "o"},
+    "circuit x prediction, local, entropy_bound": {"color": "#4f9d69", "marker": "D", **_HOLLOW, "markersize": 11},
+    "circuit x prediction, local, joint_entropy": {"color": "#4f9d69", "linestyle": "--", "marker": "x"},
+    "circuit alone, threshold": {"color": "#1f6fb4", "linestyle": "--", "marker": "s", **_HOLLOW},
+    "circuit alone, entropy_bound": {"color": "#1f6fb4", "marker": "o"},
+    "circuit alone, joint_entropy": {"color": "#1f6fb4", "linestyle": ":", "marker": "x"},
+}
 
 
-def law_of(world: World, way: str, num_steps: int) -> DecoderLaw:
+def rules(strategy: str, world: World) -> Iterator[tuple[str, Rule]]:
+    """Yield the rules of one line, from few calls to many, and what each is called."""
+    if strategy == "threshold":
+        yield from ((f"{value:g}", Rule.of("threshold", threshold=value)) for value in THRESHOLDS)
+    elif strategy in ("entropy_bound", "joint_entropy"):
+        yield from ((f"{value:g}", Rule.of(strategy, entropy_bound=value)) for value in BOUNDS)
+    else:
+        counts = range(1, world.length + 1)
+        yield from ((str(count), Rule.of(strategy, num_steps=count)) for count in counts)
+
+
+def law_of(world: World, way: str, rule: Rule) -> DecoderLaw:
     """Return the law of one way of decoding; "prediction" is the Bayes-optimal one, "circuit" the true one."""
-    who, *normalization, strategy = way.split(", ")
-    rule = Rule(strategy=strategy, num_steps=num_steps)
+    who, *normalization = way.split(", ")[:-1]
     if who == "independent":
         return decoder_law(reference.independent(world.denoiser(), rule), world.blank)
     denoiser = world.uniform_denoiser() if who == "circuit alone" else world.denoiser()
@@ -41,24 +68,38 @@ def law_of(world: World, way: str, num_steps: int) -> DecoderLaw:
     return decoder_law(step_law, world.blank)
 
 
+def draw(axes: Axes, world: World, shown: dict[str, dict]) -> None:
+    """Print and draw the lines of one world."""
+    for way, style in shown.items():
+        laws = {name: law_of(world, way, rule) for name, rule in rules(way.split(", ")[-1], world)}
+        calls = [law.expected_steps for law in laws.values()]
+        distances = [world.total_variation(law) for law in laws.values()]
+        cells = [f"{name}: {law.expected_steps:.2f} calls " * (shown is ADAPTIVE) for name, law in laws.items()]
+        cells = [
+            f"{cell}{distance:.3f}/{world.kl(law):.3f}"
+            for cell, distance, law in zip(cells, distances, laws.values(), strict=True)
+        ]
+        print(f"  {way:44}" + "  ".join(cells), flush=True)
+        axes.plot(calls, distances, label=way, **{"markersize": 5, **style})
+    steps = list(range(1, world.length + 1))
+    axes.set(xlabel="calls of the denoiser", ylim=(-0.05, 0.9), xticks=steps, xlim=(0.8, world.length + 0.2))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def main() -> None:
     """Print a table per world, and write the picture."""
-    figure = Figure(figsize=(9, 6.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(15, 8.4), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, world) in zip(figure.subplots(2, 2).flat, WORLDS.items(), strict=True):
-        steps = range(1, world.length + 1)
-        print(f"\n{name}: total variation / KL(truth || decoder) in nats, at 1 to {world.length} calls")
-        for way, style in SHOWN.items():
-            laws = [law_of(world, way, num_steps) for num_steps in steps]
-            distances = [world.total_variation(law) for law in laws]
-            cells = [f"{d:.3f}/{world.kl(law):.3f}" for d, law in zip(distances, laws, strict=True)]
-            print(f"  {way:38}" + "  ".join(cells))
-            axes.plot(steps, distances, label=way, **{"markersize": 5, **style})
-        axes.set_title(name, fontsize=10, loc="left")
-        axes.set(xlabel="calls of the denoiser", ylabel="total variation", ylim=(-0.05, 0.9), xticks=list(steps))
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    rows = figure.subfigures(2, 1)
+    for row, shown in zip(rows, (COUNTED, ADAPTIVE), strict=True):
+        for axes, (name, world) in zip(row.subplots(1, 4, sharey=True), WORLDS.items(), strict=True):
+            asked = f"1 to {world.length} calls" if shown is COUNTED else "thresholds, and bounds in nats"
+            print(f"\n{name}: total variation / KL(truth || decoder) in nats, at {asked}")
+            draw(axes, world, shown)
+            axes.set_title(name, fontsize=10, loc="left")
+        row.axes[0].set_ylabel("total variation")
+        handles, labels = axes.get_legend_handles_labels()
+        row.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(Path(__file__).parent / "pictures" / "worlds.png", metadata={"Software": None})
 
 

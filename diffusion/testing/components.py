@@ -88,6 +88,25 @@ class Components:
         """``p(x_i = v)``, (L, V)."""
         return np.asarray(np.tensordot(self.weights, self.leaves, 1))
 
+    def mutual_information(self, num_candidates: int = 4) -> Floats:
+        """Return the mutual information of all pairs of positions, (L, L), in nats.
+
+        Args:
+            num_candidates: how many of its most probable tokens a position tells apart; all others are one.
+        """
+        length, num_tokens = self.marginals.shape
+        order = np.argsort(-np.round(self.marginals, 12), 1, kind="stable")
+        cell = np.empty_like(order)
+        np.put_along_axis(cell, order, np.minimum(np.arange(num_tokens), num_candidates)[None].repeat(length, 0), 1)
+        sorts = np.arange(min(num_candidates + 1, num_tokens))
+        told = np.einsum("zlv,lvc->zlc", self.leaves, (cell[:, :, None] == sorts).astype(float))
+        pairs = np.einsum("z,zic,zjd->ijcd", self.weights, told, told)
+        apart = pairs.sum(3, keepdims=True) * pairs.sum(2, keepdims=True)
+        ratio = np.where(pairs > 0, pairs / np.where(apart > 0, apart, 1.0), 1.0)
+        information = (pairs * np.log(ratio)).sum((2, 3))
+        np.fill_diagonal(information, 0.0)
+        return np.asarray(information)
+
     def prob(self, texts: Ids) -> Floats:
         """Return the probabilities (S,) of texts (S, L)."""
         total = np.zeros(len(texts))

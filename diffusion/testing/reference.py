@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 import circuits as ct
+from diffusion.decoding.config import Strategy as DecodingStrategy
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.testing.components import Components
@@ -35,8 +36,8 @@ _DECIMALS = 9
 class Rule:
     """Which of the open positions a step commits: those with the highest scores.
 
-    A step with n open positions and s steps left commits n / s of them, rounded up, and whatever ``threshold`` or
-    ``entropy_bound`` adds. Scores that differ by less than 1e-9 tie; ties go to the left.
+    A step with n open positions and s steps left commits n / s of them, rounded up, and whatever ``threshold``,
+    ``entropy_bound`` or ``joint_entropy`` adds. Scores that differ by less than 1e-9 tie; ties go to the left.
 
     Attributes:
         strategy: the score: ``low_confidence``: the probability of the token that was drawn; ``top_prob``: of the best
@@ -46,18 +47,48 @@ class Rule:
         threshold: commit also every position whose score is greater.
         entropy_bound: commit also the most certain positions, as long as their entropies without the greatest sum to at
             most this, in nats (Ben-Hamu et al. 2025, arXiv 2505.24857).
+        joint_entropy: commit also, one after the other, the position that adds the least to a bound of the joint
+            entropy of what is committed, as long as that is at most this, in nats: position i adds ``H_i - max_j I(i;
+            j)`` over those before, where each position tells apart its four most probable tokens and the rest.
     """
 
     strategy: Strategy = "random"
     num_steps: int | None = None
     threshold: float | None = None
     entropy_bound: float | None = None
+    joint_entropy: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        strategy: DecodingStrategy,
+        *,
+        num_steps: int | None = None,
+        threshold: float = 0.9,
+        entropy_bound: float = 0.1,
+    ) -> Rule:
+        """Return the rule of a strategy of decoding, see :data:`diffusion.decoding.config.STRATEGIES`.
+
+        Args:
+            strategy: its name.
+            num_steps: how many steps there are; None: a step commits at least one position.
+            threshold: of ``threshold``.
+            entropy_bound: of ``entropy_bound`` and ``joint_entropy``, in nats.
+        """
+        if strategy == "threshold":
+            return cls(strategy="low_confidence", num_steps=num_steps, threshold=threshold)
+        if strategy == "entropy_bound":
+            return cls(strategy="entropy", num_steps=num_steps, entropy_bound=entropy_bound)
+        if strategy == "joint_entropy":
+            return cls(strategy="entropy", num_steps=num_steps, joint_entropy=entropy_bound)
+        return cls(strategy=strategy, num_steps=num_steps)
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise ArgumentError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {self.strategy!r}")
-        if self.entropy_bound is not None and self.strategy != "entropy":
-            raise ArgumentError(f"entropy_bound: expected strategy='entropy', got {self.strategy!r}")
+        for name in ("entropy_bound", "joint_entropy"):
+            if getattr(self, name) is not None and self.strategy != "entropy":
+                raise ArgumentError(f"{name}: expected strategy='entropy', got {self.strategy!r}")
 
     def count(self, num_open: int, step: int) -> int:
         """Return how many positions a step commits at least."""
@@ -73,6 +104,9 @@ class Rule:
                 chosen[list(subset)] = True
                 yield 1 / len(subsets), np.broadcast_to(chosen, draws.texts.shape)
             return
+        if self.joint_entropy is not None:
+            yield 1.0, np.broadcast_to(self._jointly_certain(draws, masked, count), draws.texts.shape)
+            return
         scores = self._scores(draws)
         ranked = np.argsort(np.where(masked, -scores, np.inf), axis=1, kind="stable")
         rank = np.argsort(ranked, axis=1, kind="stable")
@@ -84,6 +118,20 @@ class Rule:
             within = np.cumsum(entropies, 1) - entropies <= self.entropy_bound
             chosen |= np.take_along_axis(within, rank, 1)
         yield 1.0, chosen & masked
+
+    def _jointly_certain(self, draws: Draws, masked: Bools, count: int) -> Bools:
+        """Return the positions that ``joint_entropy`` commits, at least ``count`` of them: bool (L,)."""
+        entropies = -np.sum(draws.judge * np.log(np.where(draws.judge > 0, draws.judge, 1.0)), 1)
+        adds, chosen, total = entropies.copy(), np.zeros_like(masked), 0.0
+        for number in range(int(masked.sum())):
+            position = int(np.where(masked & ~chosen, np.round(adds, _DECIMALS), np.inf).argmin())
+            total += adds[position]
+            if number >= count and total > (self.joint_entropy or 0.0):
+                break
+            chosen[position] = True
+            if draws.dependence is not None:
+                adds = np.minimum(adds, np.maximum(entropies - draws.dependence[position], 0.0))
+        return chosen
 
     def _scores(self, draws: Draws) -> Floats:
         """Return the score of every position in every draw, (S, L)."""
@@ -108,6 +156,7 @@ class Draws(NamedTuple):
     texts: Ids  # shape: (S, L)
     probs: Floats  # shape: (S,)
     judge: Floats  # shape: (L, V)
+    dependence: Floats | None = None  # shape: (L, L), the positions' mutual information in nats; None: there is none
 
 
 def independent(denoiser: Denoiser, rule: Rule, *, temperature: float = 1.0) -> StepLaw:
@@ -143,13 +192,14 @@ def coupled(
         rule: what is committed.
         decode: ``joint``: the tokens are drawn from the coupled distribution; ``marginal``: every token on its own,
             from its marginal; both are judged by the marginals. ``latent``: the latents are drawn, then every token on
-            its own given them, which also judge. ``any_order``: the positions of a step are committed one after the
-            other as ``marginal`` does; the circuit is asked again in between, the denoiser is not.
+            its own given them, which also judge; but a threshold is one on the marginals. ``any_order``: a step commits
+            in rounds as ``marginal`` does, in each one position and those that a threshold or bound adds, until it has
+            its count; the circuit is asked again in between, the denoiser is not.
         normalization: see :class:`~diffusion.coupling.CoupledDistribution`.
         window: ``(start, stop)``, the positions that the circuit is over; None: all. Open ones lie in it.
 
     Raises:
-        ArgumentError: an unknown mode, or ``any_order`` with a rule that commits more than a count.
+        ArgumentError: an unknown mode.
     """
     if decode not in get_args(Mode):
         raise ArgumentError(f"decode: expected one of {', '.join(get_args(Mode))}, got {decode!r}")
@@ -158,7 +208,7 @@ def coupled(
         return _one_after_the_other(denoiser, coupling, rule)
 
     def draws(tokens: Ids, masked: Bools) -> Iterator[Draws]:
-        return coupling.draws(predicted(denoiser, tokens), tokens, masked, decode)
+        return coupling.draws(predicted(denoiser, tokens), tokens, masked, decode, rule)
 
     return step_of(draws, rule)
 
@@ -179,16 +229,20 @@ class _Coupling:
     normalization: str
     window: tuple[int, int] | None
 
-    def draws(self, q: Floats, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
+    def draws(self, q: Floats, tokens: Ids, masked: Bools, decode: str, rule: Rule) -> Iterator[Draws]:
         """Yield what a step may draw, given the prediction q, (L, V), for the whole text."""
         inside = slice(*(self.window or (0, len(tokens))))
         mixture = self.components.coupled(q[inside], tokens[inside], masked[inside], self.normalization)
+        dependence = None
+        if rule.joint_entropy is not None:
+            dependence = np.zeros((len(tokens), len(tokens)))
+            dependence[inside, inside] = mixture.mutual_information()
         for drawn in self._inside(mixture, tokens[inside], masked[inside], decode):
             texts = np.repeat(tokens[None], len(drawn.texts), 0)
             texts[:, inside] = drawn.texts
             judge = q.copy()
-            judge[inside] = drawn.judge
-            yield drawn._replace(texts=texts, judge=judge)
+            judge[inside] = mixture.marginals if rule.threshold is not None else drawn.judge
+            yield drawn._replace(texts=texts, judge=judge, dependence=dependence)
 
     @staticmethod
     def _inside(mixture: Components, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
@@ -201,18 +255,17 @@ class _Coupling:
 
 
 def _one_after_the_other(denoiser: Denoiser, coupling: _Coupling, rule: Rule) -> StepLaw:
-    if rule.threshold is not None or rule.entropy_bound is not None:
-        raise ArgumentError("rule: expected no threshold and no entropy_bound with decode='any_order'")
+    of_round = replace(rule, num_steps=None)
 
     def step_law(tokens: Tokens, masked: Masked, step: int) -> Iterator[tuple[float, Tokens, Masked]]:
         q = predicted(denoiser, np.array(tokens))
-        one = step_of(
-            lambda tokens, masked: coupling.draws(q, tokens, masked, "marginal"), Rule(strategy=rule.strategy)
-        )
+        one = step_of(lambda tokens, masked: coupling.draws(q, tokens, masked, "marginal", of_round), of_round)
+        most_open = sum(masked) - rule.count(sum(masked), step)
         law: Law = {(tokens, masked): 1.0}
-        for _ in range(rule.count(sum(masked), step)):
+        while law:
             law = advance(law, one, step)
-        yield from ((prob, *state) for state, prob in law.items())
+            yield from ((prob, *state) for state, prob in law.items() if sum(state[1]) <= most_open)
+            law = {state: prob for state, prob in law.items() if sum(state[1]) > most_open}
 
     return step_law
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import circuits as ct
 import diffusion as df
-from diffusion.testing import Table, decoder_law, random_worlds, reference, worlds
+from diffusion.testing import Table, chi_square, decoder_law, random_worlds, reference, worlds
 from diffusion.testing.components import Components
 from diffusion.testing.reference import Rule
 from diffusion.testing.worlds import World
@@ -281,16 +282,68 @@ def test_an_entropy_bound_commits_what_is_certain_together():
     assert list(steps.values()) == [2, 2, 1]
 
 
+@pytest.mark.parametrize(("bound", "expected_steps"), [(0.8, 2), (1.5, 1)])
+def test_a_joint_entropy_commits_what_is_coupled_together(bound, expected_steps):
+    """Two equal coins have log 2 nats together; a fair coin of its own joins them at 2 log 2."""
+    coins = World(torch.tensor([[0, 0, 0], [0, 0, 1], [1, 1, 0], [1, 1, 1]]))
+    rule = Rule.of("joint_entropy", entropy_bound=bound)
+    for decode in ("joint", "latent"):
+        step_law = reference.coupled(coins.uniform_denoiser(), coins.circuit(), rule, decode=decode)
+        law = decoder_law(step_law, coins.blank)
+        steps = {"latent": 1}.get(decode, expected_steps)  # given the latents all is certain
+        assert law.expected_steps == pytest.approx(steps), decode
+        assert law.total_variation(coins) < EXACT
+    apart = decoder_law(reference.independent(coins.denoiser(), rule), coins.blank)  # who knows of no dependence
+    assert apart.expected_steps == pytest.approx(2)
+    assert (apart.total_variation(coins) < EXACT) == (bound == 0.8)  # the second coin is certain, or drawn apart
+
+
+@pytest.mark.parametrize("num_candidates", [1, 2, 6])
+def test_mutual_information_is_that_of_pairs_of_told_apart_tokens(num_candidates):
+    generator = torch.Generator().manual_seed(num_candidates)
+    joint = torch.rand(5, 5, 5, generator=generator, dtype=torch.float64) ** 4
+    joint = joint / joint.sum()
+    found = Components.of(World.from_joint(joint.log()).circuit(dtype=torch.float64))
+    found = found.mutual_information(num_candidates)
+    for i, j in itertools.permutations(range(3), 2):
+        marginals = (joint.sum((1, 2)), joint.sum((0, 2)), joint.sum((0, 1)))
+        ranks = [marginal.argsort(descending=True).argsort() for marginal in marginals]
+        cells = torch.zeros(5, 5, dtype=torch.float64)
+        for x in itertools.product(range(5), repeat=3):
+            a, b = (min(int(ranks[k][x[k]]), num_candidates) for k in (i, j))
+            cells[a, b] += joint[x]
+        apart = cells.sum(1, keepdim=True) * cells.sum(0)
+        expected = torch.where(cells > 0, cells * (cells / apart).log(), 0.0).sum()
+        assert found[i, j] == pytest.approx(float(expected), abs=1e-9)
+    assert not found.diagonal().any()
+
+
+@pytest.mark.parametrize(("strategy", "bound"), [("threshold", 0.0), ("entropy_bound", 1.3), ("joint_entropy", 1.75)])
+def test_expected_steps_are_the_calls_that_the_decoder_takes(strategy, bound):
+    world = worlds.random(3, length=3, concentration=1.0)
+    pc = ct.compile(ct.structures.hmm(3, 2, world.spec.vocab_size), dtype=torch.float64, seed=1)
+    options = {"strategy": strategy, "threshold": 0.45, "entropy_bound": bound}
+    rule = Rule.of(**options)
+    for decode in get_args(reference.Mode):
+        law = decoder_law(reference.coupled(world.denoiser(), pc, rule, decode=decode), world.blank)
+        out = df.generate(
+            world.denoiser(), torch.zeros(1500, 0, dtype=torch.int64), gen_length=3, head=df.CoupledHead(pc),
+            decode=decode, temperature=1.0, seeds=range(1500), **options,
+        )  # fmt: skip
+        calls = out.row_calls.double()
+        error = max(0.1, float(calls.std())) / len(calls) ** 0.5
+        assert abs(float(calls.mean()) - law.expected_steps) < 4.5 * error, decode
+        assert 1.05 < law.expected_steps < 2.95, decode
+        assert chi_square(out.generated, law) > 1e-4, decode
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda pc, d: Rule(strategy="best"), "strategy: expected one of low_confidence"),
         (lambda pc, d: Rule(strategy="margin", entropy_bound=1.0), "entropy_bound: expected strategy='entropy'"),
         (lambda pc, d: reference.coupled(d, pc, Rule(), decode="all"), "decode: expected one of joint"),
-        (
-            lambda pc, d: reference.coupled(d, pc, Rule(strategy="top_prob", threshold=0.5), decode="any_order"),
-            "rule: expected no threshold",
-        ),
+        (lambda pc, d: Rule(joint_entropy=1.0), "joint_entropy: expected strategy='entropy'"),
         (
             lambda pc, d: Components.of(ct.compile(ct.structures.hmm(20, 2, 2))),
             "pc: expected at most 16384 latent configurations",

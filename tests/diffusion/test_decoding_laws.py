@@ -18,11 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_SAMPLES = 1500
 THRESHOLD, BOUND = 0.45, 0.6
-RULES = {
-    **{name: Rule(strategy=name) for name in ("low_confidence", "top_prob", "margin", "entropy", "random")},
-    "threshold": Rule(strategy="low_confidence", threshold=THRESHOLD),
-    "entropy_bound": Rule(strategy="entropy", entropy_bound=BOUND),
-}
+RULES = {name: Rule.of(name, threshold=THRESHOLD, entropy_bound=BOUND) for name in STRATEGIES}
 ANYWHERE, IN_BLOCKS = worlds.random(3, length=3, concentration=1.0), worlds.random(5, length=4, num_words=2)
 
 
@@ -50,54 +46,16 @@ def config_of(decode, strategy, temperature=1.0):
     )
 
 
-class Frozen:
-    """A denoiser that says what another one said of one text."""
-
-    def __init__(self, denoiser, tokens):
-        self.spec, self.said = denoiser.spec, denoiser.logits(torch.tensor([tokens]))
-
-    def logits(self, tokens, **_):
-        return self.said
-
-
-def in_any_order(denoiser, pc, rule, window=None):
-    """Rounds of ``marginal`` that commit one position, or what threshold or bound allow, until the count is reached."""
-
-    def step_law(tokens, masked, step):
-        frozen = Frozen(denoiser, tokens)
-        one = reference.coupled(frozen, pc, replace(rule, num_steps=None), decode="marginal", window=window)
-        law = {(tokens, masked, rule.count(sum(masked), step)): 1.0}
-        while law:
-            (tokens_now, masked_now, left), prob = law.popitem()
-            if left <= 0:
-                yield prob, tokens_now, masked_now
-                continue
-            for share, after, open_after in one(tokens_now, masked_now, 0):
-                state = after, open_after, left - sum(masked_now) + sum(open_after)
-                law[state] = law.get(state, 0.0) + prob * share
-
-    return step_law
-
-
 def step_law_of(world, pc, decode, rule, window=None):
     if decode == "independent":
         return reference.independent(world.denoiser(), rule)
-    if decode == "any_order":
-        return in_any_order(world.denoiser(), pc, rule, window)
     return reference.coupled(world.denoiser(), pc, rule, decode=decode, window=window)
-
-
-def has_reference(decode, strategy):
-    """The reference judges by the latents in ``latent``, but a threshold is one on the marginals."""
-    return (decode, strategy) != ("latent", "threshold")
 
 
 @pytest.mark.parametrize("decode", MODES)
 def test_whole_canvases_follow_the_law_of_their_reference(decode):
     pc = hmm(3, ANYWHERE)
     for strategy, rule in RULES.items():
-        if not has_reference(decode, strategy):
-            continue
         law = decoder_law(step_law_of(ANYWHERE, pc, decode, replace(rule, num_steps=2)), ANYWHERE.blank)
         found = samples(ANYWHERE, pc, df.Anywhere(2), config_of(decode, strategy))
         assert chi_square(found, law) > 1e-4, strategy
@@ -108,8 +66,6 @@ def test_blocks_follow_the_law_of_their_reference(decode):
     """Four positions in two blocks, three steps in all: one for the first block, two for the second."""
     pc = hmm(2, IN_BLOCKS)
     for strategy, rule in RULES.items():
-        if not has_reference(decode, strategy):
-            continue
         first = step_law_of(IN_BLOCKS, pc, decode, replace(rule, num_steps=1), window=(0, 2))
         second = step_law_of(IN_BLOCKS, pc, decode, replace(rule, num_steps=2), window=(2, 4))
         law = decoder_law(first, IN_BLOCKS.blank, [True, True, False, False])
