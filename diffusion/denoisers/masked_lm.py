@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from circuits.files import not_finite
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.text.fingerprint import tokenizer_fingerprint
+from diffusion.fingerprint import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from diffusion.denoisers.pretrained import Source
@@ -41,7 +41,7 @@ class MaskedLMDenoiser(nn.Module):
         max_length: the largest number of tokens of a text, special ones not counted; None: what the model's position
             embeddings allow.
         tokenizer_fingerprint: of the tokenizer whose ids these are, see
-            :func:`~diffusion.text.fingerprint.tokenizer_fingerprint`; None: unknown.
+            :func:`~diffusion.fingerprint.tokenizer_fingerprint`; None: unknown.
 
     Raises:
         ArgumentError: an id outside the vocabulary, or no room for a text.
