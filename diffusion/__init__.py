@@ -16,6 +16,7 @@ from diffusion.denoisers import (
     TransformerConfig,
     TransformerDenoiser,
 )
+from diffusion.denoisers.masked_lm import MaskedLMDenoiser
 from diffusion.denoisers.pretrained import load_denoiser
 from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
@@ -46,6 +47,7 @@ __all__ = [
     "JointHead",
     "LatentPotentials",
     "LogitCache",
+    "MaskedLMDenoiser",
     "NoiseCalibration",
     "Prediction",
     "TransformerConfig",

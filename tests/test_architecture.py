@@ -21,7 +21,7 @@ LAYERS = (
     ("coupling",),
     ("prediction",),
     ("denoisers", "text"),
-    ("_json",),
+    ("_json", "fingerprint"),
     ("errors",),
 )
 HEIGHT = {part: len(LAYERS) - number for number, parts in enumerate(LAYERS) for part in parts}

@@ -73,6 +73,10 @@ class TextTokenizer:
                 texts[id] = token.encode() if alphabet is None else bytes(alphabet[c] for c in token)
         return texts
 
+    def get_vocab(self) -> dict[str, int]:
+        """Return the table from tokens, as the tokenizer writes them, to their ids."""
+        return dict(self._tokenizer.get_vocab())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer as JSON, to this file or, if ``path`` is not named ``*.json``, into this folder."""
         with replace_file(tokenizer_file(path)) as temporary:
