@@ -1,4 +1,4 @@
-"""The head that a recipe asks for, before it is fitted on the coupled objective."""
+"""The denoiser and the head that a recipe asks for, before they are trained."""
 
 from __future__ import annotations
 
@@ -13,8 +13,31 @@ from diffusion.app.recipe import CircuitRecipe, Recipe, circuit_recipe_from
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.head import CoupledHead
+from diffusion.text.tokenizer import TextTokenizer
 from diffusion.training.logit_cache import LogitCache
+
+
+def initial_denoiser(recipe: Recipe, tokenizer: TextTokenizer) -> TransformerDenoiser:
+    """Return a denoiser of a recipe's shape for the tokens of a tokenizer, with the weights of the recipe's seed."""
+    shape = recipe.denoiser
+    return TransformerDenoiser(
+        TransformerConfig(
+            vocab_size=tokenizer.vocab_size,
+            mask_id=tokenizer.mask_id,
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
+            forbidden_ids=tokenizer.forbidden_ids,
+            context_length=shape.context_length,
+            block_length=shape.block_length,
+            max_length=shape.max_length,
+            width=shape.width,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+        ),
+        seed=recipe.seed,
+    )
 
 
 def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache) -> CoupledHead:

@@ -22,8 +22,8 @@ class TextRecipe:
     """Which text, and how it becomes tokens.
 
     Attributes:
-        corpus: "embedded", "arithmetic", or a path, see :func:`~diffusion.text.corpus.load_corpus`; a path becomes an
-            absolute one, which means the same in every folder.
+        corpus: "embedded", "arithmetic", "gsm8k", or a path, see :func:`~diffusion.text.corpus.load_corpus`; a path
+            becomes an absolute one, which means the same in every folder.
         field: the key of the text in a .jsonl corpus.
         tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
         vocab_size: of the "bpe" tokenizer.
@@ -35,7 +35,7 @@ class TextRecipe:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.corpus not in ("embedded", "arithmetic"):
+        if self.corpus not in ("embedded", "arithmetic", "gsm8k"):
             object.__setattr__(self, "corpus", os.path.abspath(self.corpus))
 
 

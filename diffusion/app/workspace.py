@@ -8,6 +8,7 @@
     checkpoints/        of runs that were interrupted
     cache/              the denoiser's predictions that the circuit trains on
     results/            tables and pictures
+    held_out.jsonl.gz   in a folder that was packed: held-out documents, in place of the whole text
 
 Every stage is skipped when its result is there, and continued when it was interrupted.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,24 +29,37 @@ from circuits import CompiledCircuit
 from circuits.arguments import checked_device
 from circuits.files import file_hash, replace_file
 from diffusion._json import write_json
-from diffusion.app.fitting import initial_head, was_fitted
+from diffusion.app.fitting import initial_denoiser, initial_head, was_fitted
 from diffusion.app.models import Models
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe, read_recipe, write_recipe
 from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
 from diffusion.decoding.config import DecodeMode, Strategy
-from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.evaluation.annotations import AnnotationTable
 from diffusion.evaluation.few_step_curve import FewStepCurve, few_step_curve
 from diffusion.evaluation.few_steps import FewStepTable, few_step_quality
 from diffusion.evaluation.gap import GapTable, misspecification_gap
 from diffusion.evaluation.tuning import TEMPERATURES, Tuning, tune
 from diffusion.head import CoupledHead
-from diffusion.text.corpus import Corpus, check_arithmetic, join_documents, random_windows, windows, windows_and_rest
+from diffusion.text.corpus import (
+    Corpus,
+    check_arithmetic,
+    join_documents,
+    load_corpus,
+    random_windows,
+    windows,
+    windows_and_rest,
+)
 from diffusion.text.tokenizer import TextTokenizer, train_tokenizer
 from diffusion.training.circuit import fit_coupled
 from diffusion.training.denoiser import train_denoiser
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
+STEPS = (1, 2, 4, 8, 16, 32)
+"""Denoiser calls per block that are compared, those that a block has room for."""
+HELD_OUT = "held_out.jsonl.gz"
+"""The held-out documents of a folder that was packed; its texts are called "text"."""
 _LEARNT = ("denoiser", "likelihood", "head", "circuit.json", "checkpoints", "cache")
 
 
@@ -82,28 +97,12 @@ class Workspace:
         tokenizer = train_tokenizer(corpus.train, kind=recipe.text.tokenizer, vocab_size=recipe.text.vocab_size)
         tokenizer.save(self.path / "tokenizer.json")
         self._record(recipe, corpus=corpus.digest, tokenizer=file_hash(self.path / "tokenizer.json"))
-        shape = recipe.denoiser
-        model = TransformerDenoiser(
-            TransformerConfig(
-                vocab_size=tokenizer.vocab_size,
-                mask_id=tokenizer.mask_id,
-                pad_id=tokenizer.pad_id,
-                eos_id=tokenizer.eos_id,
-                forbidden_ids=tokenizer.forbidden_ids,
-                context_length=shape.context_length,
-                block_length=shape.block_length,
-                max_length=shape.max_length,
-                width=shape.width,
-                num_layers=shape.num_layers,
-                num_heads=shape.num_heads,
-            ),
-            seed=recipe.seed,
-        ).to(self.device)
+        model = initial_denoiser(recipe, tokenizer).to(self.device)
         train_denoiser(
             model,
             self._stream(corpus.train),
             self._stream(corpus.held_out),
-            config=shape.training,
+            config=recipe.denoiser.training,
             checkpoint_path=self._checkpoint("denoiser"),
             progress=self.progress,
         )
@@ -191,9 +190,7 @@ class Workspace:
         from diffusion.evaluation.plots import draw_gap
 
         denoiser = self.denoiser()
-        data = windows(
-            self._stream(self._corpus(recipe).held_out), length=denoiser.config.span, max_windows=recipe.gap_windows
-        )
+        data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.gap_windows)
         table = misspecification_gap(
             denoiser,
             self.head(),
@@ -202,27 +199,28 @@ class Workspace:
             seed=recipe.seed,
             progress=self.progress,
         )
-        self._keep(table, "gap")
+        self.keep(table, "gap")
         draw_gap(table, self.results / "gap.png", title=f"corpus: {Path(recipe.text.corpus).name}")
         return table
 
-    def evaluate_few_steps(self, recipe: Recipe) -> FewStepCurve:
-        """Measure text written in 1 to 32 calls per block on held-out prompts, and draw it; results/few_steps.*."""
+    def evaluate_few_steps(self, recipe: Recipe, *, steps: Sequence[int] = STEPS) -> FewStepCurve:
+        """Measure text written in few calls per block on held-out prompts, and draw it; results/few_steps.*."""
         from diffusion.evaluation.plots import draw_few_step_curve
 
         denoiser = self.denoiser()
-        held_out = self._stream(self._corpus(recipe).held_out)
-        data, rest = windows_and_rest(held_out, length=denoiser.config.span, max_windows=max(2, recipe.texts))
+        data, rest = windows_and_rest(
+            self.held_out_stream(recipe), length=denoiser.config.span, max_windows=max(2, recipe.texts)
+        )
         table = few_step_curve(
             denoiser,
             self.head(),
             data.to(self.device),
             rest,
-            steps=[steps for steps in (1, 2, 4, 8, 16, 32) if steps <= denoiser.config.block_length],
+            steps=[count for count in steps if count <= denoiser.config.block_length],
             seed=recipe.seed,
             progress=self.progress,
         )
-        self._keep(table, "few_steps")
+        self.keep(table, "few_steps")
         draw_few_step_curve(table, self.results / "few_steps.png")
         return table
 
@@ -247,9 +245,7 @@ class Workspace:
             )
         denoiser, tokenizer = self.denoiser(), self.tokenizer()
         length, context = denoiser.config.block_length, denoiser.config.context_length
-        data = windows(
-            self._stream(self._corpus(recipe).held_out), length=denoiser.config.span, max_windows=recipe.texts
-        )
+        data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.texts)
 
         def is_right(prompt: Tensor, generated: Tensor) -> bool:
             texts = (tokenizer.decode(part.tolist()) for part in (prompt, generated))
@@ -261,14 +257,14 @@ class Workspace:
             data[:, :context].to(self.device),
             is_right,
             criterion="all lines well-formed and right",
-            steps=[steps for steps in (1, 2, 4, 8, 16, 32) if steps <= length],
+            steps=[count for count in STEPS if count <= length],
             decode=decode,
             strategy=strategy,
             temperature=temperature,
             seed=recipe.seed,
             progress=self.progress,
         )
-        self._keep(table, "arithmetic")
+        self.keep(table, "arithmetic")
         draw_few_steps(table, self.results / "arithmetic.png")
         return table
 
@@ -286,9 +282,7 @@ class Workspace:
             with_temperature: whether the temperature is chosen too.
         """
         denoiser, head = self.denoiser(), self.head()
-        data = windows(
-            self._stream(self._corpus(recipe).held_out), length=denoiser.config.span, max_windows=recipe.gap_windows
-        )
+        data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.gap_windows)
         tuning = tune(
             denoiser,
             head,
@@ -299,14 +293,15 @@ class Workspace:
         )
         tuning.apply(head)
         head.save(self.path / "head")
-        self._keep(tuning, "tuning")
+        self.keep(tuning, "tuning")
         return tuning
 
     def held_out_prompts(self, recipe: Recipe, count: int) -> list[str]:
-        """Return the beginnings of some held-out documents, one context length each."""
+        """Return the beginnings of some held-out documents, one context length each; the recipe's seed chooses."""
         tokenizer, length = self.tokenizer(), recipe.denoiser.context_length
-        documents = [document for document in self._corpus(recipe).held_out if len(tokenizer.encode(document)) > length]
-        return [tokenizer.decode(tokenizer.encode(document)[:length]) for document in documents[:count]]
+        documents = [document for document in self.held_out(recipe) if len(tokenizer.encode(document)) > length]
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        return [tokenizer.decode(tokenizer.encode(documents[index])[:length]) for index in order[:count]]
 
     def recipe(self) -> Recipe:
         """Return what the folder was made from.
@@ -365,11 +360,23 @@ class Workspace:
         check_corpus(self.path, corpus)
         return corpus
 
+    def held_out(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the documents that training did not see: all of them, or those that a packed folder has."""
+        packed = self.path / HELD_OUT
+        if packed.exists():
+            return load_corpus(packed, field="text", held_out_fraction=0.0).train
+        return self._corpus(recipe).held_out
+
+    def held_out_stream(self, recipe: Recipe) -> Tensor:
+        """Return the tokens of :meth:`held_out`, with the end of each."""
+        return self._stream(self.held_out(recipe))
+
     def _stream(self, documents: tuple[str, ...]) -> Tensor:
         tokenizer = self.tokenizer()
         return join_documents(encoded_corpus(self.path, documents, tokenizer), eos_id=tokenizer.eos_id)
 
-    def _keep(self, table: GapTable | FewStepTable | FewStepCurve | Tuning, name: str) -> None:
+    def keep(self, table: GapTable | FewStepTable | FewStepCurve | AnnotationTable | Tuning, name: str) -> None:
+        """Write a table to the results, as JSON and as text."""
         table.save(self.results / f"{name}.json")
         with replace_file(self.results / f"{name}.txt") as temporary:
             temporary.write_text(f"{table}\n")

@@ -1,11 +1,23 @@
 """Evaluation: how much of the factorization barrier a circuit removes, and quality against denoiser calls."""
 
+from diffusion.evaluation.annotations import (
+    AnnotationCheck,
+    AnnotationRow,
+    AnnotationShare,
+    AnnotationTable,
+    annotation_quality,
+    check_annotations,
+)
 from diffusion.evaluation.few_step_curve import CurvePoint, FewStepCurve, Quality, few_step_curve
 from diffusion.evaluation.few_steps import FewStepRow, FewStepTable, few_step_quality
 from diffusion.evaluation.gap import Estimate, GapRow, GapTable, misspecification_gap
 from diffusion.evaluation.tuning import Tuning, TuningRow, tune
 
 __all__ = [
+    "AnnotationCheck",
+    "AnnotationRow",
+    "AnnotationShare",
+    "AnnotationTable",
     "CurvePoint",
     "Estimate",
     "FewStepCurve",
@@ -16,6 +28,8 @@ __all__ = [
     "Quality",
     "Tuning",
     "TuningRow",
+    "annotation_quality",
+    "check_annotations",
     "few_step_curve",
     "few_step_quality",
     "misspecification_gap",

@@ -76,6 +76,7 @@ class FewStepCurve:
         num_texts: how many texts each point was measured on.
         block_length: tokens of each text.
         seed: of draws, orders and the bootstrap.
+        judge_samples: at how many noise levels each text was judged; None: one token at a time.
     """
 
     points: tuple[CurvePoint, ...]
@@ -83,6 +84,7 @@ class FewStepCurve:
     num_texts: int
     block_length: int
     seed: int
+    judge_samples: int | None = None
 
     @property
     def curves(self) -> dict[str, tuple[CurvePoint, ...]]:
@@ -114,6 +116,7 @@ def few_step_curve(
     *,
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
     decode: DecodeMode = "joint",
+    judge_samples: int | None = None,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = False,
@@ -122,7 +125,8 @@ def few_step_curve(
 
     Strategy ``entropy`` commits equal counts per step, without the circuit and with it; without it also ``threshold``
     0.9 and ``entropy_bound`` 0.1, each at the number of calls that it takes. Every text is judged in one random order
-    of its positions, the same for all ways of decoding and for the true text.
+    of its positions, the same for all ways of decoding and for the true text; or, with ``judge_samples``, by an
+    estimate of the mean over all orders, which takes fewer calls.
 
     Args:
         denoiser: the masked-token predictor; also the judge.
@@ -131,6 +135,9 @@ def few_step_curve(
         reference: held-out texts that are not in ``data``, int64, for their n-grams.
         steps: denoiser calls per block, each from 1 to L.
         decode: how the circuit is used.
+        judge_samples: at how many noise levels each text is judged, the same for all ways of decoding: method ``elbo``
+            of :func:`~diffusion.evaluation.likelihood.log_likelihood`, whose expectation is the mean of ``sequential``
+            over orders. None: one token at a time.
         batch_size: texts at a time.
         seed: of draws, orders and the bootstrap.
         progress: draw a progress bar.
@@ -147,7 +154,7 @@ def few_step_curve(
     if not steps or not all(isinstance(count, int) and 1 <= count <= length for count in steps):
         raise ArgumentError(f"steps: expected integers from 1 to the block length, {length}, got {steps!r}")
     settings = _settings(sorted(steps), decode)
-    judge = _Judge(denoiser, data[:, :-length], reference, batch_size, seed)
+    judge = _Judge(denoiser, data[:, :-length], reference, batch_size, seed, judge_samples)
     points = []
     with progress_bar("measuring the few-step curve", len(settings) + 1, enabled=progress) as advance:
         true_text = judge.quality(data[:, -length:])
@@ -157,7 +164,7 @@ def few_step_curve(
             texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, batch_size, seed)
             points.append(CurvePoint(curve, num_steps, num_calls, judge.quality(texts)))
             advance()
-    return FewStepCurve(tuple(points), true_text, len(data), length, seed)
+    return FewStepCurve(tuple(points), true_text, len(data), length, seed, judge_samples)
 
 
 def _settings(steps: Sequence[int], decode: DecodeMode) -> list[tuple[str, int | None, DecodingConfig]]:
@@ -213,6 +220,7 @@ class _Judge:
     reference: Tensor  # (M, R)
     batch_size: int
     seed: int
+    samples: int | None = None
     num_bootstrap: int = 1000
 
     def quality(self, texts: Tensor) -> Quality:
@@ -231,10 +239,13 @@ class _Judge:
     def _loss(self, texts: Tensor) -> NDArray[np.float64]:
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.rand(texts.shape, generator=generator).argsort(1)
-        parts = zip(*(part.split(self.batch_size) for part in (self.prompts, texts, order)), strict=True)
+        seeds = torch.randint(2**62, (len(texts),), generator=generator)
+        parts = zip(*(part.split(self.batch_size) for part in (self.prompts, texts, order, seeds)), strict=True)
         log_probs = [
             log_likelihood(self.denoiser, prompt, text, method="sequential", order=turns)
-            for prompt, text, turns in parts
+            if self.samples is None
+            else log_likelihood(self.denoiser, prompt, text, method="elbo", num_samples=self.samples, seeds=seeds_of)
+            for prompt, text, turns, seeds_of in parts
         ]
         return np.asarray(-torch.cat(log_probs).cpu().numpy() / texts.shape[1])
 

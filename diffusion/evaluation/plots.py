@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from circuits.files import replace_file
+from diffusion.evaluation.annotations import AnnotationTable
 from diffusion.evaluation.few_step_curve import TRUE_TEXT, WITHOUT, FewStepCurve
 from diffusion.evaluation.few_steps import FewStepTable
 from diffusion.evaluation.gap import Estimate, GapTable, rounded
@@ -52,6 +53,11 @@ def draw_few_step_curve(table: FewStepCurve, path: str | os.PathLike[str], *, ti
     _save(few_step_curve_figure(table, title=title), path)
 
 
+def draw_annotations(table: AnnotationTable, path: str | os.PathLike[str]) -> None:
+    """Draw the share of right calculator annotations against denoiser calls, with intervals, as a PNG."""
+    _save(annotations_figure(table), path)
+
+
 def gap_figure(table: GapTable, *, title: str = "") -> Figure:
     """Return what :func:`draw_gap` writes."""
     notes = "\n".join(textwrap.fill(note[0].upper() + note[1:] + ".", 160) for note in table.notes)
@@ -84,6 +90,30 @@ def few_steps_figure(table: FewStepTable) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, map(str, steps))
     axes.set(xlabel="denoiser calls per block", ylabel=f"share of texts: {table.criterion}", ylim=(-0.02, 1.02))
+    axes.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
+    axes.legend(frameon=False, fontsize=9)
+    _tidy(axes)
+    return figure
+
+
+def annotations_figure(table: AnnotationTable) -> Figure:
+    """Return what :func:`draw_annotations` writes; a number of calls at which there are none has no point."""
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    for name, label, colour in (
+        ("without", "factorized", _COLOURS["one_step"]),
+        ("coupled", f"with the circuit ({table.decode})", _COLOURS["coupled"]),
+    ):
+        pairs = [(row.num_steps, getattr(row, name).share) for row in table.rows if getattr(row, name).share]
+        _line(axes, [pair[0] for pair in pairs], [pair[1] for pair in pairs], label, colour)
+    if table.true_text.share is not None:
+        axes.axhline(
+            table.true_text.share.value, color=_COLOURS["sequential"], linewidth=1, linestyle="--", label=TRUE_TEXT
+        )
+    steps = [row.num_steps for row in table.rows]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, map(str, steps))
+    axes.set(xlabel="denoiser calls per block", ylabel="share of annotations that are right", ylim=(-0.02, 1.02))
     axes.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
     axes.legend(frameon=False, fontsize=9)
     _tidy(axes)

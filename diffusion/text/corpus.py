@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuits.digests import digest
 from diffusion.errors import ArgumentError, CorpusError
+from diffusion.text.gsm8k import FIELD, gsm8k_train
 
 ARITHMETIC_DOCUMENTS = 2_000
 ARITHMETIC_LINES = (10, 40)
@@ -50,9 +51,10 @@ def load_corpus(
 
     Args:
         source: ``"embedded"``, the language reference that comes with Python (``pydoc_data.topics``, a document per
-            topic); ``"arithmetic"``, generated sums (``arithmetic_documents``); or the path of a ``.txt`` file, whose
-            documents are separated by blank lines, or of a ``.jsonl`` file with a document per line. Either file may
-            be compressed, with ``.gz`` appended to its name.
+            topic); ``"arithmetic"``, generated sums (``arithmetic_documents``); ``"gsm8k"``, its worked answers, which
+            are downloaded once (:mod:`~diffusion.text.gsm8k`); or the path of a ``.txt`` file, whose documents are
+            separated by blank lines, or of a ``.jsonl`` file with a document per line. Either file may be compressed,
+            with ``.gz`` appended to its name.
         field: the key that holds the text in each line of a ``.jsonl`` file.
         held_out_fraction: share of the documents that is held out, in [0, 1).
         seed: chooses which documents are held out, and generates the arithmetic.
@@ -64,6 +66,9 @@ def load_corpus(
     if not 0 <= held_out_fraction < 1:
         raise ArgumentError(f"held_out_fraction must lie in [0, 1), got {held_out_fraction}")
     name = str(source)
+    if name == "gsm8k":
+        documents = _documents_of_jsonl(str(gsm8k_train()), field or FIELD)
+        return _corpus(name, documents, held_out_fraction, seed)
     is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
     if field is not None and not is_jsonl:
         raise ArgumentError(f"field={field!r} applies to .jsonl files only, and the source is {name!r}: leave it out")
@@ -80,8 +85,12 @@ def load_corpus(
     else:
         raise CorpusError(
             f"cannot tell the format of {name!r}: "
-            "expected 'embedded', 'arithmetic', or a path that ends in .txt, .jsonl, .txt.gz or .jsonl.gz"
+            "expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .txt.gz or .jsonl.gz"
         )
+    return _corpus(name, documents, held_out_fraction, seed)
+
+
+def _corpus(name: str, documents: list[str], held_out_fraction: float, seed: int) -> Corpus:
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise CorpusError(f"{name} holds no text")

@@ -19,7 +19,10 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option("--out", help="Folder of the models and results.")]
 CorpusName = Annotated[
-    str, typer.Option(help="'embedded' (Python's documentation), 'arithmetic', or a .txt/.jsonl file, also .gz.")
+    str,
+    typer.Option(
+        help="'embedded' (Python's documentation), 'arithmetic', 'gsm8k' (downloaded), or a .txt/.jsonl file, also .gz."
+    ),
 ]
 FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")]
 PresetName = Annotated[

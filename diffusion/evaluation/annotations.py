@@ -1,0 +1,281 @@
+"""Calculator annotations, ``<<48/2=24>>``: worked answers say what they compute, and can be checked without a judge.
+
+An annotation is well-formed when it is an expression of decimal numbers, ``+ - * /`` and parentheses, then ``=`` and
+a number; it is right when the two sides are equal as rational numbers. GSM8K's answers have them (Cobbe et al. 2021,
+arXiv 2110.14168).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from circuits.progress import progress_bar
+from diffusion._json import write_json
+from diffusion.decoding.config import DecodeMode, Strategy
+from diffusion.decoding.generation import generate
+from diffusion.denoisers.base import Denoiser
+from diffusion.errors import ArgumentError
+from diffusion.evaluation.gap import Estimate
+from diffusion.head import CoupledHead
+
+_MARK = re.compile("<<|>>")
+_TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/()]")
+_LONGEST = 200  # characters; a number of many digits would take the time of its square
+_NUM_BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class AnnotationCheck:
+    """How many annotations a text completes, how many of those are well-formed, and how many right."""
+
+    num_annotations: int
+    num_well_formed: int
+    num_right: int
+
+
+def check_annotations(context: str, text: str) -> AnnotationCheck:
+    """Judge the annotations that ``text`` completes, as a continuation of ``context``.
+
+    One that ``context`` began counts, one that ``text`` leaves open does not, for it may yet become anything. A ``>>``
+    that closes nothing and a ``<<`` inside another are annotations that are not well-formed.
+    """
+    whole, opened = context + text, None
+    closed: list[str | None] = []
+    for mark in _MARK.finditer(whole):
+        is_new = mark.end() > len(context)
+        if mark[0] == "<<":
+            if opened is not None and is_new:
+                closed.append(None)
+            opened = mark.end()
+        else:
+            if is_new:
+                closed.append(None if opened is None else whole[opened : mark.start()])
+            opened = None
+    sides = [_sides(inside) for inside in closed if inside is not None]
+    formed = [pair for pair in sides if pair is not None]
+    return AnnotationCheck(len(closed), len(formed), sum(left == right for left, right in formed))
+
+
+def _sides(annotation: str) -> tuple[Fraction | None, Fraction] | None:
+    """Return both sides of ``48/2=24``, None on the left for a division by 0; None if it is not well-formed."""
+    left, equals, right = annotation.partition("=")
+    number = re.fullmatch(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)", right)
+    if len(annotation) > _LONGEST or not equals or number is None:
+        return None
+    try:
+        return _Expression(left).value(), Fraction(_padded(right))
+    except ValueError:
+        return None
+    except ZeroDivisionError:
+        return None, Fraction(_padded(right))
+
+
+class _Expression:
+    """Sums of products of numbers and parentheses, read from left to right; ValueError where it is none of them."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = _TOKEN.findall(text)
+        if "".join(self.tokens) != text:
+            raise ValueError(text)
+        self.position = 0
+
+    def value(self) -> Fraction:
+        result = self._sum()
+        if self.position < len(self.tokens):
+            raise ValueError("something follows the expression")
+        return result
+
+    def _sum(self) -> Fraction:
+        result = self._product()
+        while sign := self._next("+-"):
+            result += self._product() if sign == "+" else -self._product()
+        return result
+
+    def _product(self) -> Fraction:
+        result = self._factor()
+        while sign := self._next("*/"):
+            factor = self._factor()
+            result = result * factor if sign == "*" else result / factor
+        return result
+
+    def _factor(self) -> Fraction:
+        if sign := self._next("+-"):
+            return self._factor() if sign == "+" else -self._factor()
+        if self._next("("):
+            result = self._sum()
+            if not self._next(")"):
+                raise ValueError("a parenthesis is not closed")
+            return result
+        if self.position == len(self.tokens) or self.tokens[self.position] in "+-*/()":
+            raise ValueError("a number is missing")
+        self.position += 1
+        return Fraction(_padded(self.tokens[self.position - 1]))
+
+    def _next(self, expected: str) -> str:
+        """Return the next token and step over it if it is one of these, else nothing."""
+        if self.position < len(self.tokens) and self.tokens[self.position] in expected:
+            self.position += 1
+            return str(self.tokens[self.position - 1])
+        return ""
+
+
+def _padded(number: str) -> str:
+    """Write ``.5`` and ``5.`` as every version of Python reads them."""
+    sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
+    whole, _, decimals = digits.partition(".")
+    return f"{sign}{whole or 0}.{decimals or 0}"
+
+
+@dataclass(frozen=True)
+class AnnotationShare:
+    """Annotations of some texts: how many there are, and the share that is right, with a 95 % bootstrap interval."""
+
+    num_annotations: int
+    num_well_formed: int
+    num_right: int
+    share: Estimate | None
+
+    @classmethod
+    def of(cls, checks: Sequence[AnnotationCheck], seed: int = 0) -> AnnotationShare:
+        """Add up the checks of texts; the interval is over texts, for the annotations of one are not independent."""
+        counts = np.array([(one.num_annotations, one.num_well_formed, one.num_right) for one in checks]).reshape(-1, 3)
+        total, formed, right = (int(count) for count in counts.sum(0))
+        share = _share_of(counts[:, 0], counts[:, 2], seed) if total else None
+        return cls(total, formed, right, share)
+
+    def __str__(self) -> str:
+        return f"{self.share or 'none'} ({self.num_right} of {self.num_annotations})"
+
+
+def _share_of(total: NDArray[np.int64], right: NDArray[np.int64], seed: int) -> Estimate:
+    resamples = np.random.default_rng(seed).integers(len(total), size=(_NUM_BOOTSTRAP, len(total)))
+    totals, rights = total[resamples].sum(1), right[resamples].sum(1)
+    shares = rights[totals > 0] / totals[totals > 0]
+    low, high = np.quantile(shares, [0.025, 0.975], method="inverted_cdf")
+    return Estimate(float(right.sum() / total.sum()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class AnnotationRow:
+    """Annotations at one number of denoiser calls per block."""
+
+    num_steps: int
+    without: AnnotationShare
+    coupled: AnnotationShare
+
+
+@dataclass(frozen=True)
+class AnnotationTable:
+    """Share of right calculator annotations against denoiser calls per block.
+
+    Attributes:
+        rows: one per number of calls.
+        true_text: of what really follows the prompts.
+        num_texts: how many texts each share was measured on.
+        decode: how the circuit was used.
+        strategy: which positions a step committed.
+        temperature: of the tokens.
+        seed: of the draws and the bootstrap.
+    """
+
+    rows: tuple[AnnotationRow, ...]
+    true_text: AnnotationShare
+    num_texts: int
+    decode: str
+    strategy: str
+    temperature: float
+    seed: int
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table in words, a title row first."""
+        rows = [(str(row.num_steps), str(row.without), str(row.coupled)) for row in self.rows]
+        titles = ("calls per block", "without circuit", f"with circuit ({self.decode})")
+        return [titles, *rows, ("true text", str(self.true_text), "")]
+
+    def __str__(self) -> str:
+        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
+        return "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, atomically."""
+        write_json(path, asdict(self))
+
+
+def annotation_quality(
+    denoiser: Denoiser,
+    head: CoupledHead,
+    data: Tensor,  # shape: (N, P + L)
+    decoded: Callable[[Tensor], str],
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    strategy: Strategy = "entropy",
+    decode: DecodeMode = "joint",
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> AnnotationTable:
+    """Generate one block after each prompt, without and with the circuit, and check its calculator annotations.
+
+    Args:
+        denoiser: the masked-token predictor.
+        head: the circuit over one block of L positions.
+        data: held-out windows of prompt and block, int64, on the denoiser's device.
+        decoded: the text of token ids, int64 (any number,).
+        steps: denoiser calls per block, each from 1 to L.
+        strategy: which positions a step commits.
+        decode: how the circuit is used.
+        temperature: of the tokens, with and without the circuit.
+        batch_size: texts at a time.
+        seed: of the draws and the bootstrap.
+        progress: draw a progress bar.
+
+    Raises:
+        ArgumentError: the data does not fit, or an argument that ``generate`` refuses.
+    """
+    length = head.block_length
+    if data.dim() != 2 or not len(data) or data.shape[1] < length:
+        raise ArgumentError(f"data: expected int64 (N >= 1, at least {length}), got {tuple(data.shape)}")
+    prompts = data[:, :-length]
+    contexts = [decoded(prompt) for prompt in prompts]
+    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
+
+    def checked(texts: Tensor) -> AnnotationShare:
+        pairs = zip(contexts, texts, strict=True)
+        return AnnotationShare.of([check_annotations(context, decoded(text)) for context, text in pairs], seed)
+
+    def written(used: CoupledHead | None, num_steps: int) -> Tensor:
+        parts = []
+        for prompt, seeds_of in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
+            out = generate(
+                denoiser,
+                prompt,
+                gen_length=length,
+                block_length=length,
+                num_steps=num_steps,
+                strategy=strategy,
+                head=used,
+                decode=decode,
+                temperature=temperature,
+                stop_at_eos=False,
+                seeds=seeds_of,
+            )
+            parts.append(out.generated)
+            advance()
+        return torch.cat(parts)
+
+    num_batches = -(-len(prompts) // batch_size)
+    with progress_bar("checking annotations", 2 * len(steps) * num_batches, enabled=progress) as advance:
+        rows = [
+            AnnotationRow(count, *(checked(written(used, count)) for used in (None, head))) for count in sorted(steps)
+        ]
+    return AnnotationTable(tuple(rows), checked(data[:, -length:]), len(prompts), decode, strategy, temperature, seed)
