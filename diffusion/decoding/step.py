@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
+from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
 from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
+from diffusion.decoding.controls import Control
 from diffusion.decoding.joint import JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
 from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
+from diffusion.decoding.rounds import Outlook
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
@@ -145,6 +149,9 @@ def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: Dec
         return
     dist = _distribution(canvas, part, head)
     mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
+    if mode == "any_order" and isinstance(dist, CoupledDistribution) and _is_free(canvas) and Outlook.serves(config):
+        _one_by_one(canvas, part, dist, config, generators)
+        return
     if mode == "any_order" or (mode == "marginal" and canvas.constraint is not None):
         _in_rounds(canvas, part, dist, config, generators)
         return
@@ -256,6 +263,29 @@ def _scores(
     for control in canvas.controls:
         scores = control.scores(scores, tokens, canvas.spec)
     return scores
+
+
+def _is_free(canvas: Canvas) -> bool:
+    """Whether nothing but the distribution has a say in what is drawn and in its scores."""
+    has_scores = any(type(control).scores is not Control.scores for control in canvas.controls)
+    return canvas.constraint is None and canvas.teacher is None and not has_scores
+
+
+def _one_by_one(
+    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
+) -> None:
+    """Commit a step's positions one after the other, as :func:`_in_rounds`, looking at few of them each time."""
+    outlook, left, candidates = Outlook(dist, config), part.counts, part.candidates
+    for number in itertools.count():
+        turn = outlook.turn(dist, candidates & (left > 0).unsqueeze(1), generators.at(3, number))
+        ranking = Ranking(turn.scores, turn.scores > -torch.inf, left, dist.posterior)
+        committed = ranking.best(left.clamp(0, 1))
+        canvas.write(part.windows.rows, part.positions, turn.tokens, committed, turn.scores)
+        left, candidates = left - committed.sum(1), candidates & ~committed
+        if not bool(((left > 0) & candidates.any(1)).any()):
+            return
+        previous, dist = dist, dist.given(turn.tokens, committed)
+        outlook.after(dist, previous)
 
 
 def _in_rounds(
