@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from diffusion.decoding.rounds import Outlook
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
+
+if TYPE_CHECKING:
+    from circuits.passes import Banks
 
 _BEFORE_WINDOWS = 1 << 40
 """A place for random numbers that no window begins at."""
@@ -61,7 +64,14 @@ class Part:
 
 
 def decode_step(
-    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: JointHead | None, config: DecodingConfig
+    canvas: Canvas,
+    look: Look,
+    prediction: Prediction,
+    plan: Plan,
+    head: JointHead | None,
+    config: DecodingConfig,
+    *,
+    weights: Banks | None = None,
 ) -> None:
     """Commit tokens of one look to the canvas.
 
@@ -75,6 +85,7 @@ def decode_step(
         plan: lays the windows.
         head: the circuit; None: the factorized baseline.
         config: how to choose.
+        weights: of a :class:`~diffusion.head.CoupledHead`'s circuit, where they were read before.
     """
     canvas.num_calls += (look.counts > 0).long()
     part = _windows_of(canvas, look, prediction, plan, head, config)
@@ -87,7 +98,7 @@ def decode_step(
         for chosen, coupled_head in ((turn & uses, head), (turn & ~uses, None)):
             if bool(chosen.any()):
                 one = part if bool(chosen.all()) else part.select(chosen.nonzero().flatten())
-                _decode_part(canvas, one, coupled_head, config)
+                _decode_part(canvas, one, coupled_head, config, weights)
     if config.remask:
         _take_back(canvas, look, config.remask)
 
@@ -141,13 +152,15 @@ def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) ->
     return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
-def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig) -> None:
+def _decode_part(
+    canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig, weights: Banks | None
+) -> None:
     rows, starts = part.windows.rows, part.windows.starts
     generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
         _write(canvas, part, _proposal(canvas, part, None, "independent", config, generators), None, config, generators)
         return
-    dist = _distribution(canvas, part, head)
+    dist = _distribution(canvas, part, head, weights)
     mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
     if mode == "any_order" and isinstance(dist, CoupledDistribution) and _is_free(canvas) and Outlook.serves(config):
         _one_by_one(canvas, part, dist, config, generators)
@@ -175,24 +188,25 @@ def _proposal(
     return PROPOSERS[mode](dist, config, generators)
 
 
-def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDistribution:
+def _distribution(canvas: Canvas, part: Part, head: JointHead | None, weights: Banks | None) -> JointDistribution:
     """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
     absent = part.absent if bool(part.absent.any()) else None
     constraint = canvas.constraint
     if constraint is None:
         assert head is not None
-        return head.distribution(part.prediction, part.tokens, part.masked, absent=absent)
+        told: dict[str, Any] = {"weights": weights} if isinstance(head, CoupledHead) else {}
+        return head.distribution(part.prediction, part.tokens, part.masked, absent=absent, **told)
     rows, windows = part.windows.rows, part.windows
     start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
     reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
     options: dict[str, Any] = {"start": start, "accept": accept, "reads": reads}
     if head is None:
-        told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
-        return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
+        asked = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
+        return ConstrainedCoupledDistribution.independent(*asked, constraint.automaton, **options)
     prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
     if not isinstance(head, CoupledHead):
         raise ArgumentError(f"constraint: expected df.CoupledHead or no head, got {type(head).__name__}")
-    dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
+    dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True, weights=weights)
     return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
 
 
