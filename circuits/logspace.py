@@ -17,6 +17,8 @@ from torch import Tensor
 from circuits.precision import own_precision
 
 _REPAIR_CHUNK = 1 << 22
+_ROWS_AT_ONCE = 1 << 20
+_FEW_COLUMNS, _LARGE_MATRIX = 8, 1 << 14
 _FEW_TERMS = 256
 """So many float32 numbers can be added one by one with an error below 1e-6."""
 
@@ -65,7 +67,7 @@ def contract(
     """Multiply in log space, outside autograd; with ``record`` also return what :func:`contract_adjoint` needs."""
     peak = column_peak(x)
     scaled = torch.sub(x, peak).exp_()
-    total = torch.bmm(weights, scaled)
+    total = product(weights, scaled)
     all_safe = bool(total.min() >= smallest_safe_sum(x.dtype, x.shape[1])) if total.numel() else True
     saved = Contraction(scaled, total, None) if record else None
     if all_safe:
@@ -86,7 +88,7 @@ def contract_adjoint(
     scale = grad / saved.total
     if saved.repaired is not None:
         scale = scale.masked_fill_(saved.total < smallest_safe_sum(grad.dtype, weights.shape[-1]), 0.0)
-    grad_x = torch.bmm(weights.transpose(1, 2), scale).mul_(saved.scaled)
+    grad_x = product(weights.transpose(1, 2), scale).mul_(saved.scaled)
     for entries in saved.repaired or ():
         flow = grad[entries.fold, entries.out, entries.column].unsqueeze(1) * entries.posterior
         grad_x.transpose(1, 2).index_put_((entries.fold, entries.column), flow, accumulate=True)
@@ -98,6 +100,18 @@ def repaired_weight_flows(grad: Tensor, saved: Contraction, out: Tensor) -> None
     for entries in saved.repaired or ():
         flow = grad[entries.fold, entries.out, entries.column].unsqueeze(1) * entries.posterior
         out.index_put_((entries.fold, entries.out), flow, accumulate=True)
+
+
+def product(weights: Tensor, x: Tensor) -> Tensor:
+    """Return the batched product of (F, O, I) and (F, I, B), (F, O, B).
+
+    On a CPU, products with few columns are made in the other order: a decoder asks about few queries at a time, and the
+    libraries' kernels for that shape take 3 to 10 times as long as for the transposed one.
+    """
+    is_thin = x.shape[2] <= _FEW_COLUMNS and x.shape[0] * x.shape[2] > 1 and weights.numel() >= _LARGE_MATRIX
+    if x.device.type != "cpu" or not is_thin:
+        return torch.bmm(weights, x)
+    return torch.bmm(x.mT.contiguous(), weights.mT).mT.contiguous()
 
 
 def column_peak(x: Tensor) -> Tensor:
@@ -224,6 +238,53 @@ def log_mix(
     terms = log_table[values[row], unit.unsqueeze(1)] + log_factors[row]
     possible = (terms > -torch.inf).any(1)  # where nothing is, logsumexp has the gradient NaN
     return out.index_put((row[possible], unit[possible]), torch.logsumexp(terms[possible], 1))
+
+
+def mix_adjoint(
+    log_table: Tensor,  # shape: (V, K)
+    table: Tensor,  # shape: (V, K), exp(log_table)
+    values: Tensor | None,  # shape: (n, k)
+    log_factors: Tensor,  # shape: (n, k)
+    log_mixed: Tensor,  # shape: (n, K)
+    grad: Tensor,  # shape: (n, K)
+) -> Tensor:  # shape: (n, k)
+    """Return the gradient of ``log_factors``: ``sum_u grad[n, u] e^(log_factors[n, j] + log_table[v_j, u] - mixed[n, u])``.
+
+    Args:
+        log_table: (V, K), at most 0.
+        table: exp(log_table).
+        values: rows of the table, int64 (n, k); None: all V, in order.
+        log_factors: (n, k); -inf leaves a row out.
+        log_mixed: what :func:`log_mix` made of them, or of more of them.
+        grad: its gradient, 0 where it is -inf.
+    """
+    peak = log_factors.amax(1, keepdim=True)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    total = (log_mixed - peak).exp()
+    low = total < smallest_safe_sum(log_table.dtype, log_factors.shape[1])
+    scale = torch.where(low, 0.0, grad / torch.where(low, 1.0, total))
+    out = (scale @ table.t() if values is None else _row_products(table, values, scale)) * (log_factors - peak).exp()
+    row, unit = (low & (grad != 0)).nonzero(as_tuple=True)
+    for part in range(0, len(row), max(1, _REPAIR_CHUNK // log_factors.shape[1])):
+        r, u = (index[part : part + max(1, _REPAIR_CHUNK // log_factors.shape[1])] for index in (row, unit))
+        weights = log_table.t()[u] if values is None else log_table[values[r], u.unsqueeze(1)]
+        shares = (weights + log_factors[r] - log_mixed[r, u].unsqueeze(1)).exp()
+        out.index_add_(0, r, grad[r, u].unsqueeze(1) * shares)
+    return out
+
+
+def _row_products(table: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """Return the products of the rows ``values`` (n, k) of a table (V, K) with vectors (n, K): (n, k)."""
+    (num, num_listed), num_units = values.shape, table.shape[1]
+    per_chunk = max(1, (_ROWS_AT_ONCE if table.device.type == "cpu" else _REPAIR_CHUNK) // (num_listed * num_units))
+    rows = table.new_empty(min(num, per_chunk) * num_listed, num_units)
+    out = torch.empty_like(values, dtype=table.dtype)
+    for start in range(0, num, per_chunk):
+        listed = values[start : start + per_chunk]
+        read = torch.index_select(table, 0, listed.flatten(), out=rows[: listed.numel()])
+        torch.bmm(read.unflatten(0, listed.shape), x[start : start + per_chunk].unsqueeze(2),
+                  out=out[start : start + per_chunk].unsqueeze(2))
+    return out
 
 
 def log_normalized(log_weights: Tensor, dim: int) -> Tensor:

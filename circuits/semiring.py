@@ -17,7 +17,13 @@ from torch import Tensor
 from circuits import logspace
 from circuits.randomness import RowGenerators, Source
 
-_MAX_CHUNK = 1 << 24
+_MAX_CHUNK, _CACHED_CHUNK = 1 << 24, 1 << 18
+"""How many numbers an intermediate result may have: to bound the memory, and to fit a processor's cache."""
+_FEW_COLUMNS = 16
+
+
+def _chunk_of(like: Tensor) -> int:
+    return _CACHED_CHUNK if like.device.type == "cpu" else _MAX_CHUNK
 
 
 class Semiring(ABC):
@@ -57,7 +63,7 @@ class Semiring(ABC):
         table: Tensor | None = None,  # shape: (V, K), exp(log_table)
     ) -> Tensor:  # shape: (n, K, *E)
         """Add up over j the products of factor (n, j) and table row ``values[n, j]``."""
-        chunk = max(1, _MAX_CHUNK // max(1, values.shape[1] * log_table.shape[1]))
+        chunk = max(1, _chunk_of(log_table) // max(1, values.shape[1] * log_table.shape[1]))
         pieces = []
         for listed, factors in zip(values.split(chunk), log_factors.split(chunk), strict=True):
             rows = log_table[listed].transpose(1, 2)  # (n, K, k)
@@ -110,10 +116,12 @@ class MaxSemiring(Semiring):
 
     def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """Maximise over i, in chunks of output units that bound the memory."""
-        per_output = max(1, x.numel())
-        chunk = max(1, _MAX_CHUNK // per_output)
-        pieces = [(part.unsqueeze(-1) + x.unsqueeze(1)).amax(2) for part in log_weights.split(chunk, 1)]
-        return torch.cat(pieces, 1)
+        chunk = max(1, _chunk_of(x) // max(1, x.numel()))
+        parts = log_weights.split(chunk, 1)
+        if x.shape[2] > _FEW_COLUMNS:
+            return torch.cat([(part.unsqueeze(-1) + x.unsqueeze(1)).amax(2) for part in parts], 1)
+        columns = x.mT.unsqueeze(2).contiguous()  # (F, B, 1, I): the maximum is over what lies together in memory
+        return torch.cat([(part.unsqueeze(1) + columns).amax(3) for part in parts], 2).mT.contiguous()
 
     def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Return the index of the largest score of each row, (n, I) to (n,)."""

@@ -72,6 +72,7 @@ class CoupledDistribution(CircuitDistribution):
     """
 
     evidence: Evidence
+    _posterior: ct.queries.Posterior | None = None
 
     def __init__(
         self,
@@ -223,6 +224,8 @@ class CoupledDistribution(CircuitDistribution):
         all_tokens = torch.where(observed, tokens, self.tokens)
         dist._condition(self.pc, evidence, sure, all_tokens, self.masked & ~observed, self.normalization, self.weights)
         dist.summed_out = self.summed_out
+        if self._posterior is not None and not torch.is_grad_enabled():
+            dist._posterior = self._posterior.given(tokens, observed)
         return dist
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -284,9 +287,51 @@ class CoupledDistribution(CircuitDistribution):
 
     def posterior(self) -> Prediction:
         """Return the exact marginals of every position, as a prediction of the tokens that this one's lists."""
+        if self._inputs() is not None:
+            query, position = self.masked.nonzero(as_tuple=True)
+            log_q = self.prediction.log_q.clone()
+            log_q[query, position] = self.posterior_at(query, position).log_q.squeeze(1)
+            return replace(self.prediction, log_q=log_q)
         if self.evidence.values is None:
             return replace(self.prediction, log_q=self.marginal_probs.log())
         return replace(self.prediction, log_q=self.query(ct.queries.listed_marginals).log())
+
+    def posterior_at(self, query: Tensor, position: Tensor) -> Prediction:
+        """Return the exact marginals of n single positions, as a prediction (n, 1); without gradients.
+
+        Args:
+            query: which of the B blocks, int64 (n,).
+            position: which masked position of it, int64 (n,).
+        """
+        inputs = self._inputs()
+        if inputs is None:
+            return self.posterior().rows(query).at(position.unsqueeze(1))
+        with _explained():
+            probs = inputs.probs_at(query, position)
+        values = self.prediction.values
+        listed = None if values is None else values[query, position].unsqueeze(1)
+        return Prediction(log_q=probs.log().unsqueeze(1), vocab_size=self.num_tokens, values=listed)
+
+    def distance(self, other: CoupledDistribution) -> Tensor:
+        """Return bounds of the total variation distances between marginals here and there, (B, L).
+
+        Args:
+            other: that this one was made of by :meth:`given`; positions that became known mean nothing.
+        """
+        here, there = self._inputs(), other._inputs()
+        if here is None or there is None:
+            return torch.ones(self.masked.shape, dtype=self.pc.dtype, device=self.masked.device)
+        with _explained():
+            return here.distance(there)
+
+    def _inputs(self) -> ct.queries.Posterior | None:
+        """Return the posterior that is asked in part, kept for the distributions given more; None with gradients."""
+        if torch.is_grad_enabled():
+            return None
+        if "_posterior" not in vars(self):
+            with contextlib.suppress(ct.PropertyError):
+                self._posterior = self.query(ct.queries.posterior)
+        return self._posterior
 
     def given_latents(
         self, generator: torch.Generator | ct.RowGenerators | None = None, *, temperature: float = 1.0

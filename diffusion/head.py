@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction, check_token_ids
+
+if TYPE_CHECKING:
+    from circuits.passes import Banks
 
 FORMAT = "unfactor-coupled-head"
 FORMAT_VERSION = 2  # 1 had no hash of what the file holds, and a calibration at most
@@ -126,6 +129,7 @@ class CoupledHead(nn.Module):
         include: Tensor | None = None,  # shape: (B, L)
         absent: Tensor | None = None,  # shape: (B, L)
         keeps_list: bool = False,
+        weights: Banks | None = None,
     ) -> CoupledDistribution:
         """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
@@ -136,6 +140,8 @@ class CoupledHead(nn.Module):
             include: int64, tokens that ``top_k`` must not drop, for instance the true ones in training.
             absent: bool, positions that a shorter block does not have; they are summed out.
             keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
+            weights: the circuit's, ``pc.weights()``, where the caller has read them; None: they are read, and compared
+                with what was kept, now.
 
         Raises:
             ArgumentError: shapes or dtypes that do not fit, or a conditioner misses the denoiser's features.
@@ -146,7 +152,8 @@ class CoupledHead(nn.Module):
         elif self.top_k is not None and not keeps_list:
             prediction = prediction.listed(self.top_k, include)
         conditioned = self.condition(prediction, masked)
-        weights = self.pc.weights(external=conditioned.weights) if conditioned.weights else None
+        if conditioned.weights:
+            weights = self.pc.weights(external=conditioned.weights)
         return CoupledDistribution.of(
             self.pc,
             conditioned.prediction,

@@ -27,6 +27,7 @@ from circuits.queries.expectations import covariance, expectation, mean, moments
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
 from circuits.queries.latents import LatentChoice, best_latents, class_posterior, latent_marginals, sample_latents
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
+from circuits.queries.posterior import Posterior, posterior
 from circuits.queries.without_replacement import DistinctSamples, sample_without_replacement
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "KBestAssignments",
     "KBestExplanations",
     "LatentChoice",
+    "Posterior",
     "automaton_log_probability",
     "best_latents",
     "cauchy_schwarz_divergence",
@@ -66,6 +68,7 @@ __all__ = [
     "mutual_information",
     "order_log_probability",
     "pairwise_marginals",
+    "posterior",
     "renyi_divergence",
     "sample",
     "sample_latents",

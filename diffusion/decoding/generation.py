@@ -19,6 +19,7 @@ from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompt
 from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import CachingDenoiser, Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
+from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction, raw_logits
 
 _OTHER_OPTIONS = {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook", "cache"}
@@ -244,6 +245,8 @@ def fill(
     canvas.controls = tuple(controls)
     history = [canvas.tokens.clone()] if record else []
     kept = _new_cache(denoiser) if cache else None
+    # read once: at every step, comparing large ones with what was kept takes as long as the step itself
+    weights = head.pc.weights() if isinstance(head, CoupledHead) and config.decode != "independent" else None
     num_steps, asked = 0, list[Look]()
     for look in plan.looks(canvas):
         num_steps += 1
@@ -258,7 +261,7 @@ def fill(
             top_k=None if head is None or canvas.constraint is not None else head.top_k,
             features=head is not None and head.needs_features,
         )
-        decode_step(canvas, look, prediction, plan, head, config)
+        decode_step(canvas, look, prediction, plan, head, config, weights=weights)
         if stop_at_eos:
             canvas.end_texts(look.span[1])
         for control in controls:

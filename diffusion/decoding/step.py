@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,16 @@ from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
 from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
+from diffusion.decoding.controls import Control
 from diffusion.decoding.joint import ConstrainableHead, JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
 from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
+from diffusion.decoding.rounds import Outlook
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
+
+if TYPE_CHECKING:
+    from circuits.passes import Banks
 
 _BEFORE_WINDOWS = 1 << 40
 """A place for random numbers that no window begins at."""
@@ -57,7 +63,14 @@ class Part:
 
 
 def decode_step(
-    canvas: Canvas, look: Look, prediction: Prediction, plan: Plan, head: JointHead | None, config: DecodingConfig
+    canvas: Canvas,
+    look: Look,
+    prediction: Prediction,
+    plan: Plan,
+    head: JointHead | None,
+    config: DecodingConfig,
+    *,
+    weights: Banks | None = None,
 ) -> None:
     """Commit tokens of one look to the canvas.
 
@@ -71,6 +84,7 @@ def decode_step(
         plan: lays the windows.
         head: the circuit; None: the factorized baseline.
         config: how to choose.
+        weights: of a :class:`~diffusion.head.CoupledHead`'s circuit, where they were read before.
     """
     canvas.num_calls += (look.counts > 0).long()
     part = _windows_of(canvas, look, prediction, plan, head, config)
@@ -83,7 +97,7 @@ def decode_step(
         for chosen, coupled_head in ((turn & uses, head), (turn & ~uses, None)):
             if bool(chosen.any()):
                 one = part if bool(chosen.all()) else part.select(chosen.nonzero().flatten())
-                _decode_part(canvas, one, coupled_head, config)
+                _decode_part(canvas, one, coupled_head, config, weights)
     if config.remask:
         _take_back(canvas, look, config.remask)
 
@@ -137,14 +151,19 @@ def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) ->
     return is_below if threshold < 1 else torch.ones_like(is_below)
 
 
-def _decode_part(canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig) -> None:
+def _decode_part(
+    canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig, weights: Banks | None
+) -> None:
     rows, starts = part.windows.rows, part.windows.starts
     generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
         _write(canvas, part, _proposal(canvas, part, None, "independent", config, generators), None, config, generators)
         return
-    dist = _distribution(canvas, part, head)
+    dist = _distribution(canvas, part, head, weights)
     mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
+    if mode == "any_order" and isinstance(dist, CoupledDistribution) and _is_free(canvas) and Outlook.serves(config):
+        _one_by_one(canvas, part, dist, config, generators)
+        return
     if mode == "any_order" or (mode == "marginal" and canvas.constraint is not None):
         _in_rounds(canvas, part, dist, config, generators)
         return
@@ -168,23 +187,24 @@ def _proposal(
     return PROPOSERS[mode](dist, config, generators)
 
 
-def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDistribution:
+def _distribution(canvas: Canvas, part: Part, head: JointHead | None, weights: Banks | None) -> JointDistribution:
     """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
     absent = part.absent if bool(part.absent.any()) else None
     constraint = canvas.constraint
+    told: dict[str, Any] = {"weights": weights} if isinstance(head, CoupledHead) else {}
     if constraint is None:
         assert head is not None
-        return head.distribution(part.prediction, part.tokens, part.masked, absent=absent)
+        return head.distribution(part.prediction, part.tokens, part.masked, absent=absent, **told)
     rows, windows = part.windows.rows, part.windows
     start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
     reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
     options: dict[str, Any] = {"start": start, "accept": accept, "reads": reads}
     if head is None:
-        told = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
-        return ConstrainedCoupledDistribution.independent(*told, constraint.automaton, **options)
+        asked = part.prediction, part.tokens.masked_fill(part.absent, 0), part.masked
+        return ConstrainedCoupledDistribution.independent(*asked, constraint.automaton, **options)
     prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
     assert isinstance(head, CoupledHead | ConstrainableHead)  # checked before the first call
-    dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
+    dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True, **told)
     if isinstance(dist, CoupledDistribution):
         return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
     constrained: JointDistribution = dist.under(constraint.automaton, **options)
@@ -258,6 +278,29 @@ def _scores(
     for control in canvas.controls:
         scores = control.scores(scores, tokens, canvas.spec)
     return scores
+
+
+def _is_free(canvas: Canvas) -> bool:
+    """Whether nothing but the distribution has a say in what is drawn and in its scores."""
+    has_scores = any(type(control).scores is not Control.scores for control in canvas.controls)
+    return canvas.constraint is None and canvas.teacher is None and not has_scores
+
+
+def _one_by_one(
+    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
+) -> None:
+    """Commit a step's positions one after the other, as :func:`_in_rounds`, looking at few of them each time."""
+    outlook, left, candidates = Outlook(dist, config), part.counts, part.candidates
+    for number in itertools.count():
+        turn = outlook.turn(dist, candidates & (left > 0).unsqueeze(1), generators.at(3, number))
+        ranking = Ranking(turn.scores, turn.scores > -torch.inf, left, dist.posterior)
+        committed = ranking.best(left.clamp(0, 1))
+        canvas.write(part.windows.rows, part.positions, turn.tokens, committed, turn.scores)
+        left, candidates = left - committed.sum(1), candidates & ~committed
+        if not bool(((left > 0) & candidates.any(1)).any()):
+            return
+        previous, dist = dist, dist.given(turn.tokens, committed)
+        outlook.after(dist, previous)
 
 
 def _in_rounds(
