@@ -25,9 +25,46 @@ from circuits.interop.pyjuice import Reader, import_pyjuice, to_pyjuice
 _KINDS: dict[str, Literal["input", "product", "sum"]] = {"Input": "input", "Product": "product", "Sum": "sum"}
 _CATEGORICAL = ("Categorical", "ExternProductCategorical", "SoftEvidenceCategorical")
 _EXTERNAL = ("BlockScaleSumParams", "LowRankSumParams")
+_FILES = ("pc_model.jpc", "model.jpc")
 _LEAST_LIMIT = 1 << 28
 _MAX_CATEGORIES = 1 << 24
 _SIZE_NAMES = (("num_node_blocks", "block_size"), ("num_node_groups", "group_size"), ("num_nodes", None))
+
+
+def find_jpc(path_or_repo: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+    """Return the checkpoint that is meant: the file itself, or that of a folder or of a repository of the hub.
+
+    Args:
+        path_or_repo: a file; a folder with ``model.jpc`` or ``pc_model.jpc``, as CoDD has them, or another ``.jpc``
+            file as its only one; or the name of a repository, of which these files are fetched.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        CheckpointError: there is none, or it is not clear which one is meant.
+    """
+    path = Path(path_or_repo)
+    if path.suffix == ".jpc" or path.is_file():
+        return path
+    folder = path if path.is_dir() else _fetched(os.fspath(path_or_repo), revision)
+    found = sorted(folder.glob("*.jpc"))
+    named = [file for file in found if file.name in _FILES]
+    if len(named or found) != 1:
+        raise CheckpointError(
+            f"{path}: expected one checkpoint, {' or '.join(_FILES)}, got {', '.join(file.name for file in found)!r}; "
+            "name the file"
+        )
+    return (named or found)[0]
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.jpc"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: no file, no folder and no repository of the hub: {reason}") from error
 
 
 def load_jpc(
