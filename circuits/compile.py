@@ -28,6 +28,8 @@ from circuits.precision import own_precision
 from circuits.rows import Address
 from circuits.semiring import LogSemiring
 
+_ROWS = 4096
+"""Of a table that is set: copies are made of so many at a time."""
 _DIRICHLET = Categorical(1)  # its initial log-weights do not depend on the number of categories
 
 
@@ -198,7 +200,8 @@ class CompiledCircuit(nn.Module):
             raise ArgumentError(
                 f"weights: expected numbers >= 0 of shape {node.parameter_shape} for {node}, got {tuple(weights.shape)}"
             )
-        self.bank[bank][row] = weights.to(self.device, torch.float64).log().to(self.dtype)
+        for own, given in zip(self.bank[bank][row].split(_ROWS), weights.split(_ROWS), strict=True):
+            own.copy_(given.to(self.device, torch.float64).log())
 
     @torch.no_grad()
     def randomize(self, *, seed: int | None = None, generator: torch.Generator | None = None) -> None:

@@ -1,6 +1,6 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
-from diffusion import compat, evaluation, testing
+from diffusion import codd, compat, evaluation, testing
 from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding import baselines, constraints, controls
@@ -54,6 +54,7 @@ __all__ = [
     "TransformerDenoiser",
     "baselines",
     "cache_logits",
+    "codd",
     "compat",
     "constraints",
     "controls",

@@ -228,6 +228,35 @@ class CoupledHead(nn.Module):
         return read_folder(path, cls._loaded).to(device)
 
     @classmethod
+    def from_jpc(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> CoupledHead:
+        """Make a head of a circuit that PyJuice wrote, such as those of CoDD. Nothing in the file is executed.
+
+        Args:
+            path_or_repo: a ``.jpc`` file, or a folder or a repository of the hub with one; see also
+                :func:`diffusion.codd.load`.
+            device: where the circuit goes.
+            dtype: torch.float32 or torch.float64.
+            revision: branch, tag or commit of the repository.
+            settings: of the head, ``activation_threshold=0.5`` for instance.
+
+        Raises:
+            ArgumentError: a wrong setting.
+            CheckpointError: there is no such file, or it is corrupt or hostile.
+        """
+        from circuits.interop import find_jpc, load_jpc
+
+        path = find_jpc(path_or_repo, revision=revision)
+        return cls(load_jpc(path, device=device, dtype=dtype), **settings)
+
+    @classmethod
     def _loaded(cls, folder: Path) -> CoupledHead:
         metadata, tensors = read_tensors(folder / _FILE, format=FORMAT, versions=(1, FORMAT_VERSION), way_out=_WAY_OUT)
         if metadata.get("circuit_sha256") != circuit_hash(folder):

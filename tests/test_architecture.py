@@ -13,7 +13,7 @@ FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in ("circui
 # From the top down: what stands lower never imports what stands higher.
 LAYERS = (
     ("app", "compat"),
-    ("evaluation", "testing"),
+    ("codd", "evaluation", "testing"),
     ("training",),
     ("decoding",),
     ("head",),

@@ -1,6 +1,6 @@
 """Exchange of circuits with other libraries."""
 
-from circuits.interop.jpc import load_jpc, save_jpc
+from circuits.interop.jpc import find_jpc, load_jpc, save_jpc
 from circuits.interop.pyjuice import from_pyjuice, to_pyjuice
 
-__all__ = ["from_pyjuice", "load_jpc", "save_jpc", "to_pyjuice"]
+__all__ = ["find_jpc", "from_pyjuice", "load_jpc", "save_jpc", "to_pyjuice"]

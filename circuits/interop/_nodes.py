@@ -6,21 +6,28 @@ units. Products and sums alternate: a product multiplies inputs and sums, a sum 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, compile
+from circuits.compile import CompiledCircuit
 from circuits.distributions import Bernoulli, Distribution
 from circuits.errors import ArgumentError
-from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
+from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner
 
-_MAX_UNITS = 1 << 20
-_MAX_DENSE = 1 << 28
-_MAX_DRAWN = 1 << 24
+
+class Numbers(Protocol):
+    """Parameters that may still be in their file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Their sizes."""
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Return the numbers from ``start`` to ``stop`` of all of them, by rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +42,10 @@ class JuiceNode:
     edges: Tensor | None = None
     """int64: products (blocks or units, children), which block or unit of each child; sums (2, edges), which block of
     the node and of its children taken together."""
-    parameters: Tensor | None = None
+    parameters: Tensor | Numbers | None = None
     """Sums (edges, block size, child block size); inputs as PyJuice stores them, flat; None: not initialised."""
+    zeros: Tensor | None = None
+    """Of a sum's parameters, bool: those that are 0 whatever is stored."""
     var: int = 0
     distribution: Distribution | None = None
     source: int | None = None
@@ -46,185 +55,6 @@ class JuiceNode:
     def num_units(self) -> int:
         """K."""
         return self.num_blocks * self.block_size
-
-
-def build_circuit(
-    nodes: Sequence[JuiceNode], *, device: torch.device | str, dtype: torch.dtype, seed: int | None
-) -> CompiledCircuit:
-    """Build and compile the circuit whose root is the last node that is no one's source only.
-
-    Raises:
-        ArgumentError: edges or parameters do not fit.
-        StructureError: the nodes are no smooth and decomposable circuit with one root unit.
-    """
-    builder = _Builder(nodes, seed)
-    for position in range(len(nodes)):
-        builder.build(position)
-    circuit = Circuit(builder.built[-1])
-    pc = compile(circuit, device=device, dtype=dtype, seed=0)
-    for node in circuit.nodes:
-        if isinstance(node, ParametricNode):
-            pc.set_weights(node, builder.weights[parameter_owner(node)])
-    return pc
-
-
-class _Builder:
-    def __init__(self, nodes: Sequence[JuiceNode], seed: int | None) -> None:
-        self.nodes = nodes
-        self.built: list[Node] = []
-        self.weights: dict[ParametricNode, Tensor] = {}
-        self.generator = torch.Generator()
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self._heirs: dict[int, list[ParametricNode]] = {}
-        self._drawn: dict[int, Tensor] = {}
-        self._selected: dict[tuple[Node, tuple[int, ...]], Node] = {}
-
-    def build(self, position: int) -> None:
-        node = self.nodes[position]
-        if node.num_units > _MAX_UNITS:
-            raise ArgumentError(f"num_blocks: a node of {node.num_units} units; the limit is {_MAX_UNITS}")
-        children = [self.built[child] for child in node.children]
-        if node.kind == "input":
-            self.built.append(self._input(position, node))
-        elif node.kind == "product":
-            self.built.append(self._product(node, children))
-        else:
-            self.built.append(self._sum(position, node, children))
-
-    def _input(self, position: int, node: JuiceNode) -> Input:
-        assert node.distribution is not None
-        weights = self._input_weights(position, node, node.distribution)
-        heir = self._heir(position, weights)
-        tied_to = heir if isinstance(heir, Input) and heir.distribution == node.distribution else None
-        leaf = inputs(node.var, node.num_units, node.distribution, tied_to=tied_to)
-        self._record(position, leaf, weights)
-        return leaf
-
-    def _input_weights(self, position: int, node: JuiceNode, distribution: Distribution) -> Tensor:
-        num_categories = distribution.num_values
-        count = node.num_units * (1 if isinstance(distribution, Bernoulli) else num_categories)
-        stored = self._parameters(position, (count,))
-        if isinstance(distribution, Bernoulli):
-            weights = torch.stack([1 - stored, stored])
-        else:
-            weights = stored.reshape(node.num_units, num_categories).t()
-        return _checked_weights(weights, 0, node)
-
-    def _product(self, node: JuiceNode, children: Sequence[Node]) -> Node:
-        assert node.edges is not None
-        edges = node.edges
-        if len(edges) == node.num_blocks and node.block_size > 1:
-            edges = (edges.unsqueeze(1) * node.block_size + torch.arange(node.block_size).reshape(1, -1, 1)).flatten(
-                0, 1
-            )
-        sizes = [child.num_units for child in children]
-        limits = torch.tensor(sizes)
-        if edges.shape != (node.num_units, len(children)) or bool(((edges < 0) | (edges >= limits)).any()):
-            raise ArgumentError(
-                f"edges: expected for {node.num_units} units which unit of {len(children)} children with {sizes} units "
-                f"they multiply, got {tuple(edges.shape)} of values up to {int(edges.max()) if len(edges) else 0}"
-            )
-        everything = torch.arange(node.num_units)
-        if node.num_units == int(limits.prod()) and len(children) > 1:
-            combinations = torch.stack(torch.unravel_index(everything, sizes), 1)
-            if torch.equal(edges, combinations) and max(sizes) > 1:
-                return product(*children, mode="outer")
-        selected = [self._select(child, edges[:, slot]) for slot, child in enumerate(children)]
-        return selected[0] if len(selected) == 1 else product(*selected)
-
-    def _select(self, node: Node, units: Tensor) -> Node:
-        if torch.equal(units, torch.arange(node.num_units)):
-            return node
-        key = (node, tuple(units.tolist()))
-        _check_dense(len(units), node.num_units)
-        if key not in self._selected:
-            weights = torch.nn.functional.one_hot(units, node.num_units).double()
-            selection = sum(node, num_units=len(units))
-            self.weights[selection] = weights
-            self._selected[key] = selection
-        return self._selected[key]
-
-    def _sum(self, position: int, node: JuiceNode, children: Sequence[Node]) -> Sum:
-        assert node.edges is not None
-        sizes = {self.nodes[child].block_size for child in node.children}
-        if len(sizes) != 1:
-            raise ArgumentError(f"block_size: children of a sum need one block size, got {sorted(sizes)}")
-        child_block = sizes.pop()
-        num_child_blocks = torch.tensor([self.nodes[child].num_blocks for child in node.children]).sum().item()
-        limits = torch.tensor([[node.num_blocks], [num_child_blocks]])
-        edges = node.edges
-        if edges.dim() != 2 or len(edges) != 2 or bool(((edges < 0) | (edges >= limits)).any()):
-            raise ArgumentError(
-                f"edges: expected (2, edges) of {node.num_blocks} blocks with {num_child_blocks} child blocks, got "
-                f"shape {tuple(edges.shape)} and values up to {int(edges.max()) if edges.numel() else 0}"
-            )
-        if len(edges[0].unique()) != node.num_blocks:
-            raise ArgumentError(f"edges: some of the {node.num_blocks} blocks of a sum have no edge")
-        _check_dense(node.num_units, int(num_child_blocks) * child_block)
-        stored = self._parameters(position, (edges.shape[1], node.block_size, child_block))
-        blocks = torch.zeros(node.num_blocks, int(num_child_blocks), node.block_size, child_block, dtype=torch.float64)
-        blocks.index_put_((edges[0], edges[1]), stored, accumulate=True)
-        weights = _checked_weights(blocks.transpose(1, 2).flatten(2).flatten(0, 1), 1, node)
-        heir = self._heir(position, weights)
-        tied_to = heir if isinstance(heir, Sum) else None
-        mixed = sum(*children, num_units=node.num_units, tied_to=tied_to)
-        self._record(position, mixed, weights)
-        return mixed
-
-    def _source(self, position: int) -> int:
-        seen = set()
-        source = self.nodes[position].source
-        while source is not None:
-            if source in seen:
-                raise ArgumentError("source: the tied nodes point to each other in a circle")
-            seen.add(source)
-            position, source = source, self.nodes[source].source
-        return position
-
-    def _parameters(self, position: int, shape: tuple[int, ...]) -> Tensor:
-        """Return the stored parameters of a node or of its source, or draw them where there are none."""
-        source = self._source(position)
-        stored = self.nodes[source].parameters
-        if stored is None:
-            if torch.Size(shape).numel() > _MAX_DRAWN:
-                raise ArgumentError(f"parameters: none are given, and the limit to draw is {_MAX_DRAWN} of them")
-            if source not in self._drawn:
-                draw = torch.empty(shape, dtype=torch.float64).exponential_(generator=self.generator)
-                self._drawn[source] = draw / draw.max()
-            stored = self._drawn[source]
-        if stored.numel() != torch.Size(shape).numel() or (len(shape) > 1 and tuple(stored.shape) != shape):
-            raise ArgumentError(
-                f"parameters: expected shape {shape} for {self.nodes[position].kind} node {position}, "
-                f"got {tuple(stored.shape)}"
-            )
-        return stored.double().reshape(shape)
-
-    def _heir(self, position: int, weights: Tensor) -> ParametricNode | None:
-        for heir in self._heirs.get(self._source(position), []):
-            if torch.equal(self.weights[heir], weights):
-                return heir
-        return None
-
-    def _record(self, position: int, node: ParametricNode, weights: Tensor) -> None:
-        if node.tied_to is None:
-            self.weights[node] = weights
-            self._heirs.setdefault(self._source(position), []).append(node)
-
-
-def _check_dense(num_rows: int, num_columns: int) -> None:
-    """Raise ArgumentError for weights that could fit a block-sparse file and not the dense tables of this library."""
-    if num_rows * num_columns > _MAX_DENSE:
-        raise ArgumentError(f"edges: weights {num_rows} x {num_columns} are too large, the limit is {_MAX_DENSE}")
-
-
-def _checked_weights(weights: Tensor, axis: int, node: JuiceNode) -> Tensor:
-    if not bool((weights >= 0).all() and (weights < torch.inf).all()) or not bool((weights.sum(axis) > 0).all()):
-        raise ArgumentError(
-            f"parameters: expected finite weights >= 0, and some weight for every unit, of a {node.kind} node of "
-            f"{node.num_units} units; the least is {float(weights.min()):.6g}, the least sum "
-            f"{float(weights.sum(axis).min()):.6g}"
-        )
-    return weights
 
 
 def list_nodes(pc: CompiledCircuit, block_size: int | None) -> list[JuiceNode]:
@@ -363,8 +193,8 @@ class _Lister:
 def _are_equal_sums(one: JuiceNode, other: JuiceNode) -> bool:
     assert one.edges is not None
     assert other.edges is not None
-    assert one.parameters is not None
-    assert other.parameters is not None
+    assert isinstance(one.parameters, Tensor)
+    assert isinstance(other.parameters, Tensor)
     return (
         one.block_size == other.block_size
         and torch.equal(one.edges, other.edges)

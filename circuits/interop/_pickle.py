@@ -2,15 +2,19 @@
 
 A pickle is a program for a stack machine that may call any function. This is a machine without calls: where the program
 wants one, it gets a :class:`Call` that only says what was to be called, and NumPy arrays are put together from their
-bytes. So nothing that the file says is imported or executed.
+bytes. So nothing that the file says is imported or executed. Long runs of bytes stay in the file until somebody reads
+them, a part at a time.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import pickletools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 
@@ -40,31 +44,95 @@ class Call:
     """What the object was to be given afterwards."""
 
 
+@dataclass(frozen=True)
+class FileBytes:
+    """A run of bytes in an open file, which is read when it is needed."""
+
+    file: BinaryIO
+    start: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes from ``start`` to ``stop`` of the run; raises CheckpointError if the file lost them."""
+        self.file.seek(self.start + start)
+        data = self.file.read(stop - start)
+        if len(data) != stop - start:
+            raise CheckpointError("the file became shorter while it was read")
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """A NumPy array in a pickle, of which parts can be read.
+
+    Attributes:
+        data: its bytes.
+        dtype: of its numbers.
+        shape: its sizes.
+        order: of its bytes, by rows (C) or by columns (F).
+    """
+
+    data: bytes | bytearray | FileBytes
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return all of it."""
+        return self._numbers(0, self.size).reshape(self.shape, order=self.order)
+
+    def part(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Return the numbers from ``start`` to ``stop`` of all of them, by rows."""
+        if self.order == "C" or len(self.shape) < 2:
+            return self._numbers(start, stop)
+        return self.read().reshape(-1)[start:stop]
+
+    def _numbers(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        first, last = start * self.dtype.itemsize, stop * self.dtype.itemsize
+        data = self.data.read(first, last) if isinstance(self.data, FileBytes) else memoryview(self.data)[first:last]
+        return np.frombuffer(data, self.dtype)
+
+
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"}
 _TEXTS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-_CONSTANTS = _NUMBERS | _TEXTS | _BYTES
+_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+"""How many bytes say the length."""
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+_LONG_RUN = 1 << 16
+_GREATEST_BITS = 64
+_CONSTANTS = _NUMBERS | _TEXTS | set(_BYTES)
 _FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _DTYPES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
 _NUMPY = ("numpy.core.", "numpy._core.")
 
 
-def read_pickle(data: bytes) -> Any:
+def read_pickle(source: bytes | BinaryIO) -> Any:
     """Return what a pickle describes, with a :class:`Call` wherever it wants something called.
+
+    Args:
+        source: the pickle, or a file of it, which has to stay open for as long as arrays of it are read.
 
     Raises:
         CheckpointError: the bytes are no pickle, or one that needs more than data.
     """
     try:
-        return _Machine().run(data)
+        return _Machine().run(io.BytesIO(source) if isinstance(source, bytes) else source)
     except CheckpointError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"corrupt or truncated pickle: {error}") from error
 
 
-def array_of(value: Any) -> np.ndarray[Any, Any]:
+def array_of(value: Any) -> StoredArray:
     """Return the NumPy array of numbers or booleans that was pickled.
 
     Raises:
@@ -83,13 +151,13 @@ def array_of(value: Any) -> np.ndarray[Any, Any]:
 
 def integer_of(value: Any) -> int:
     """Return a pickled integer, Python's or NumPy's; raises CheckpointError if it is something else."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _GREATEST_BITS:
         return value
     is_scalar = isinstance(value, Call) and value.function.name == "scalar" and len(value.arguments) == 2
     if is_scalar and value.function.module.startswith(_NUMPY):
         array = _array(value.arguments[1], value.arguments[0], (), "C")
         if array.dtype.kind in "iu":
-            return int(array)
+            return int(array.read())
     raise CheckpointError(f"expected an integer, got {describe(value)}")
 
 
@@ -99,6 +167,8 @@ def describe(value: Any) -> str:
         return f"a call of {value.function}"
     if isinstance(value, Name):
         return f"the name {value}"
+    if isinstance(value, int) and value.bit_length() > _GREATEST_BITS:
+        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, (int, float, bool, str)) or value is None:
         return f"{value!r:.60}"
     return f"a {type(value).__name__}"
@@ -110,9 +180,8 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
-            name = opcode.name
+    def run(self, file: BinaryIO) -> Any:
+        for name, argument in _instructions(file):
             if name == "STOP":
                 return self.stack.pop()
             if name in _CONSTANTS:
@@ -139,6 +208,8 @@ class _Machine:
             self._top(list).extend(values)
         elif name in ("SETITEM", "SETITEMS"):
             values = self._pop(2) if name == "SETITEM" else self._pop_to_mark()
+            if not all(isinstance(key, str) for key in values[::2]):  # the hash of a deep tuple overflows C's stack
+                raise CheckpointError("corrupt pickle: a key of a dictionary that is no text")
             self._top(dict).update(zip(values[::2], values[1::2], strict=True))
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = self.stack[-1]
@@ -149,7 +220,10 @@ class _Machine:
         elif name == "GLOBAL":
             self.stack.append(Name(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            self.stack.append(Name(*self._pop(2)))
+            module, attribute = self._pop(2)
+            if not isinstance(module, str) or not isinstance(attribute, str):
+                raise CheckpointError(f"corrupt pickle: {describe(module)} as the name of a module")
+            self.stack.append(Name(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self._pop(2)
             if not isinstance(function, Name) or not isinstance(arguments, tuple):
@@ -181,14 +255,34 @@ class _Machine:
         return values
 
 
-def _array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray[Any, Any]:
+def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Yield the names of a pickle's instructions and their arguments; long runs of bytes are left where they are."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    while code := file.read(1):
+        opcode = _OPCODES.get(code)
+        if opcode is None:
+            raise CheckpointError(f"corrupt or truncated pickle: {code!r} is no instruction")
+        if opcode.name in _BYTES:
+            size = int.from_bytes(file.read(_BYTES[opcode.name]), "little")
+            if size > end - file.tell():
+                raise CheckpointError(f"corrupt or truncated pickle: {size} bytes, and it has {end - file.tell()} more")
+            run = FileBytes(file, file.tell(), size)
+            after = file.tell() + size
+            yield opcode.name, run if size >= _LONG_RUN else run.read(0, size)
+            file.seek(after)
+        else:
+            yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> StoredArray:
     kind = _dtype_of(dtype)
-    if not isinstance(data, (bytes, bytearray)) or not isinstance(shape, tuple) or len(shape) > 8:
+    if not isinstance(data, (bytes, bytearray, FileBytes)) or not isinstance(shape, tuple) or len(shape) > 8:
         raise CheckpointError(f"corrupt array: {describe(data)} in the shape {describe(shape)}")
     sizes = [integer_of(size) for size in shape]
     if min(sizes, default=0) < 0 or math.prod(sizes) * kind.itemsize != len(data):
         raise CheckpointError(f"corrupt array: {len(data)} bytes cannot have the shape {sizes!s:.60} of {kind}")
-    return np.frombuffer(data, kind).reshape(sizes, order=order)
+    return StoredArray(data, kind, tuple(sizes), order)
 
 
 def _dtype_of(value: Any) -> np.dtype[Any]:

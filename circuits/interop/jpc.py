@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,54 @@ from circuits.compile import CompiledCircuit
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.files import regular_size, replace_file
-from circuits.interop._nodes import JuiceNode, build_circuit
-from circuits.interop._pickle import Call, array_of, describe, integer_of, read_pickle
-from circuits.interop.pyjuice import import_pyjuice, to_pyjuice
+from circuits.interop._build import build_circuit
+from circuits.interop._nodes import JuiceNode
+from circuits.interop._pickle import Call, StoredArray, array_of, describe, integer_of, read_pickle
+from circuits.interop.pyjuice import Reader, import_pyjuice, to_pyjuice
 
 _KINDS: dict[str, Literal["input", "product", "sum"]] = {"Input": "input", "Product": "product", "Sum": "sum"}
+_CATEGORICAL = ("Categorical", "ExternProductCategorical", "SoftEvidenceCategorical")
+_EXTERNAL = ("BlockScaleSumParams", "LowRankSumParams")
+_FILES = ("pc_model.jpc", "model.jpc")
+_LEAST_LIMIT = 1 << 28
+_MAX_CATEGORIES = 1 << 24
 _SIZE_NAMES = (("num_node_blocks", "block_size"), ("num_node_groups", "group_size"), ("num_nodes", None))
+
+
+def find_jpc(path_or_repo: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+    """Return the checkpoint that is meant: the file itself, or that of a folder or of a repository of the hub.
+
+    Args:
+        path_or_repo: a file; a folder with ``model.jpc`` or ``pc_model.jpc``, as CoDD has them, or another ``.jpc``
+            file as its only one; or the name of a repository, of which these files are fetched.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        CheckpointError: there is none, or it is not clear which one is meant.
+    """
+    path = Path(path_or_repo)
+    if path.suffix == ".jpc" or path.is_file():
+        return path
+    folder = path if path.is_dir() else _fetched(os.fspath(path_or_repo), revision)
+    found = sorted(folder.glob("*.jpc"))
+    named = [file for file in found if file.name in _FILES]
+    if len(named or found) != 1:
+        raise CheckpointError(
+            f"{path}: expected one checkpoint, {' or '.join(_FILES)}, got {', '.join(file.name for file in found)!r}; "
+            "name the file"
+        )
+    return (named or found)[0]
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.jpc"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: no file, no folder and no repository of the hub: {reason}") from error
 
 
 def load_jpc(
@@ -34,7 +77,11 @@ def load_jpc(
     """Load a circuit from a checkpoint that ``pyjuice.save`` wrote. Nothing in the file is executed.
 
     A ``.jpc`` file is a pickle. Its instructions are read as data; what would be a call is never made. PyJuice does not
-    need to be installed.
+    need to be installed. Tables are read a part at a time: beside the circuit itself little memory is needed.
+
+    Inputs that take soft evidence there (``ExternProductCategorical``, ``SoftEvidenceCategorical``) are categorical
+    here, where any input takes it. Of sums with ``external_params`` the shared weights are read, the only ones that a
+    file holds; what PyJuice is given at each call, ``pc.weights(external=)`` takes here.
 
     Args:
         path: the file.
@@ -49,21 +96,19 @@ def load_jpc(
     checked_dtype("dtype", dtype)
     checked_device("device", device)
     try:
-        regular_size(path)
-        data = Path(path).read_bytes()
+        size = regular_size(path)
+        with open(path, "rb") as file:
+            nodes = _nodes_of(read_pickle(file))
+            return build_circuit(nodes, device=device, dtype=dtype, seed=seed, limit=max(_LEAST_LIMIT, size))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; give a file that pyjuice.save wrote") from error
-    try:
-        records = read_pickle(data)
-        if not isinstance(records, list) or not records:
-            raise CheckpointError(f"expected a list of nodes, got {describe(records)}")
-        nodes = [_node_of(record, position, len(records)) for position, record in enumerate(records)]
-        return build_circuit(nodes, device=device, dtype=dtype, seed=seed)
     except (CheckpointError, ArgumentError, StructureError) as error:
         raise CheckpointError(f"{path}: {error}; give a file that pyjuice.save wrote") from error
 
 
-def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: int | None = None) -> None:
+def save_jpc(
+    pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: int | None = None, for_: Reader = "pyjuice"
+) -> None:
     """Write a circuit as a checkpoint that ``pyjuice.load`` reads.
 
     A ``.jpc`` file is a pickle, which PyJuice executes when it loads it: exchange such files with people you trust, and
@@ -73,16 +118,25 @@ def save_jpc(pc: CompiledCircuit, path: str | os.PathLike[str], *, block_size: i
         pc: the circuit; its inputs are categorical or Bernoulli.
         path: the file to write; its name ends in ``.jpc``, and its folder is made if it is not there.
         block_size: units per block, see ``to_pyjuice``.
+        for_: who reads the file, "pyjuice" or "codd", see ``to_pyjuice``.
 
     Raises:
-        ArgumentError: another ending, a wrong block size, or PyJuice is not installed.
+        ArgumentError: another ending, a wrong block size or reader, or PyJuice is not installed.
         PropertyError: another input family.
     """
     if Path(path).suffix != ".jpc":
         raise ArgumentError(f"path: expected a file name that ends in .jpc, got {os.fspath(path)!r}")
-    nodes = to_pyjuice(pc, block_size=block_size)
+    nodes = to_pyjuice(pc, block_size=block_size, for_=for_)
     with replace_file(path) as temporary:
         import_pyjuice().save(os.fspath(temporary), nodes)
+
+
+def _nodes_of(records: Any) -> list[JuiceNode]:
+    if not isinstance(records, list) or not records:
+        raise CheckpointError(f"expected a list of nodes, got {describe(records)}")
+    if len(set(map(id, records))) != len(records):
+        raise CheckpointError("it has one node several times")
+    return [_node_of(record, position, len(records)) for position, record in enumerate(records)]
 
 
 def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:
@@ -93,7 +147,7 @@ def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:
         if kind is None:
             raise CheckpointError(f"type: expected Input, Product or Sum, got {describe(record.get('type'))}")
         if "external_params" in record:
-            raise CheckpointError("it has external parameters, which this library's circuits do not have")
+            _check_external(record["external_params"])
         num_blocks, block_size = _sizes_of(record)
         children = _positions(record.get("chs"), position)
         if bool(children) == (kind == "input"):
@@ -101,15 +155,18 @@ def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:
         source = None
         if "source_node" in record:
             source = _integer(record, "source_node", 0, num_nodes - 1)
-        parameters = None if "params" not in record else _numbers(record["params"], "f")
+        parameters = None if "params" not in record else _Stored(_array_of(record["params"], "f"))
         if kind == "input":
             family = _family_of(record.get("dist"))
-            var = _variable_of(record.get("scope"))
+            var = _variable_of(record.get("scope"), num_nodes)
             return JuiceNode(
                 kind, num_blocks, block_size, parameters=parameters, var=var, distribution=family, source=source
             )
-        edges = _numbers(record.get("edge_ids"), "iu").long()
-        return JuiceNode(kind, num_blocks, block_size, children, edges, parameters, source=source)
+        edges = torch.from_numpy(_array_of(record.get("edge_ids"), "iu").read().astype(np.int64))
+        zeros = None
+        if record.get("zero_param_mask") is not None:
+            zeros = torch.from_numpy(_array_of(record["zero_param_mask"], "b").read().copy())
+        return JuiceNode(kind, num_blocks, block_size, children, edges, parameters, zeros, source=source)
     except CheckpointError as error:
         raise CheckpointError(f"node {position}: {error}") from error
 
@@ -126,7 +183,7 @@ def _sizes_of(record: Mapping[str, Any]) -> tuple[int, int]:
 def _integer(record: Mapping[str, Any], key: str, least: int, greatest: int) -> int:
     value = integer_of(record.get(key))
     if not least <= value <= greatest:
-        raise CheckpointError(f"{key}: expected an integer from {least} to {greatest}, got {value!r:.30}")
+        raise CheckpointError(f"{key}: expected an integer from {least} to {greatest}, got {value}")
     return value
 
 
@@ -139,17 +196,48 @@ def _positions(value: Any, position: int) -> tuple[int, ...]:
     return positions
 
 
-def _numbers(value: Any, kinds: str) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """Parameters in the file."""
+
+    array: StoredArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Their sizes."""
+        return self.array.shape
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Return the numbers from ``start`` to ``stop`` of all of them, by rows; half precision as float32."""
+        part = self.array.part(start, stop)
+        kind = np.float64 if part.dtype.itemsize == 8 else np.float32
+        return torch.from_numpy(part.astype(kind))
+
+
+def _array_of(value: Any, kinds: str) -> StoredArray:
     array = array_of(value)
     if array.dtype.kind not in kinds:
         raise CheckpointError(f"an array of {array.dtype}, which does not belong there")
-    return torch.from_numpy(array.astype(np.float64 if kinds == "f" else np.int64))
+    return array
 
 
-def _variable_of(value: Any) -> int:
+def _variable_of(value: Any, num_nodes: int) -> int:
     if not isinstance(value, (tuple, list)) or len(value) != 1:
         raise CheckpointError(f"scope: expected one variable, got {describe(value)}")
-    return _integer({"scope": value[0]}, "scope", 0, 1 << 24)
+    return _integer({"scope": value[0]}, "scope", 0, num_nodes - 1)  # every variable has a node of its own
+
+
+def _check_external(value: Any) -> None:
+    """Check that sums are given external weights in one of the ways that leave the shared ones as they are."""
+    pickled = read_pickle(value) if isinstance(value, bytes) else None
+    if _name_in_pyjuice(pickled) not in _EXTERNAL:
+        raise CheckpointError(f"external_params: expected {' or '.join(_EXTERNAL)}, got {describe(pickled)}")
+
+
+def _name_in_pyjuice(pickled: Any) -> str:
+    if isinstance(pickled, Call) and pickled.function.module.startswith("pyjuice."):
+        return pickled.function.name
+    return ""
 
 
 def _family_of(value: Any) -> Distribution:
@@ -157,10 +245,12 @@ def _family_of(value: Any) -> Distribution:
     if not isinstance(value, bytes):
         raise CheckpointError(f"dist: expected bytes, got {describe(value)}")
     pickled = read_pickle(value)
-    name = pickled.function.name if isinstance(pickled, Call) else ""
-    is_of_pyjuice = isinstance(pickled, Call) and pickled.function.module.startswith("pyjuice.")
-    if is_of_pyjuice and name == "Bernoulli":
+    name = _name_in_pyjuice(pickled)
+    if name == "Bernoulli":
         return Bernoulli()
-    if is_of_pyjuice and name == "Categorical" and isinstance(pickled.state, dict):
-        return Categorical(_integer(pickled.state, "num_cats", 1, 1 << 24))
-    raise CheckpointError(f"dist: expected PyJuice's Categorical or Bernoulli, got {describe(pickled)}")
+    if name in _CATEGORICAL:
+        named = pickled.state if isinstance(pickled.state, dict) else {}
+        if pickled.arguments:  # (num_cats,), and a flag of the backward pass with SoftEvidenceCategorical
+            named = {"num_cats": pickled.arguments[0]}
+        return Categorical(_integer(named, "num_cats", 1, _MAX_CATEGORIES))
+    raise CheckpointError(f"dist: expected PyJuice's Bernoulli, {', '.join(_CATEGORICAL)}, got {describe(pickled)}")

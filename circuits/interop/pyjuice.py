@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,12 +11,17 @@ from circuits.compile import CompiledCircuit, check_compiled
 from circuits.distributions import Bernoulli, Categorical, Distribution
 from circuits.errors import ArgumentError, PropertyError
 from circuits.graph import Circuit
-from circuits.interop._nodes import JuiceNode, build_circuit, list_nodes
+from circuits.interop._build import build_circuit
+from circuits.interop._nodes import JuiceNode, list_nodes
 from circuits.passes import one_root_needed
 from circuits.transforms._rebuild import check_is_table
 
+Reader = Literal["pyjuice", "codd"]
+"""Whom nodes are made for."""
+_CATEGORICAL = ("Categorical", "ExternProductCategorical", "ExternSoftEvidenceCategorical")
 
-def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:
+
+def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None, for_: Reader = "pyjuice") -> Any:
     """Return PyJuice's nodes of a circuit, with its weights; ``pyjuice.compile`` takes them where CUDA is there.
 
     PyJuice groups units in blocks. Where a node's number of units is no multiple of the block size, its last block is
@@ -27,14 +32,18 @@ def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:
     Args:
         pc: the circuit; its inputs are categorical or Bernoulli.
         block_size: units per block, a power of two; None: the largest that divides every node's number of units.
+        for_: "pyjuice", or "codd": inputs are ``ExternProductCategorical``, the only ones whose soft evidence CoDD's
+            decoder (Li et al. 2026) does not silently ignore; they need categorical inputs alone.
 
     Returns:
         The root, a ``pyjuice.nodes.SumNodes`` on the CPU, in float32 as PyJuice keeps them.
 
     Raises:
-        ArgumentError: a wrong block size, or PyJuice is not installed.
+        ArgumentError: a wrong block size or reader, or PyJuice is not installed.
         PropertyError: another input family, or a circuit with classes.
     """
+    if for_ not in get_args(Reader):
+        raise ArgumentError(f"for_: expected 'pyjuice' or 'codd', got {for_!r}")
     juice = import_pyjuice()
     check_compiled(pc)
     check_has_one_root(pc.circuit)
@@ -46,7 +55,7 @@ def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:
         source = None if listed.source is None else built[listed.source]
         options: dict[str, Any] = {"block_size": listed.block_size, "source_node": source}
         if listed.kind == "input":
-            family = _family_of(listed.distribution, juice)
+            family = _family_of(listed.distribution, juice, for_)
             new = juice.inputs(listed.var, num_node_blocks=listed.num_blocks, dist=family, **options)
         elif listed.kind == "product":
             assert listed.edges is not None
@@ -54,7 +63,7 @@ def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None) -> Any:
             new = juice.multiply(*children, edge_ids=listed.edges, sparse_edges=is_sparse)
         else:
             new = juice.summate(*children, num_node_blocks=listed.num_blocks, edge_ids=listed.edges, **options)
-        if listed.parameters is not None:
+        if isinstance(listed.parameters, Tensor):
             if listed.kind == "sum" and bool((listed.parameters == 0).any()):
                 new.set_zero_param_mask(listed.parameters == 0)
             new.set_params(listed.parameters, normalize=False)
@@ -71,8 +80,10 @@ def from_pyjuice(
 ) -> CompiledCircuit:
     """Return the circuit of PyJuice's nodes, with their weights; those that have none yet are drawn.
 
-    Edges between blocks that are missing become zero weights. Products that are neither elementwise nor outer get sums
-    below them that pick the units. PyJuice's padding units stay: ``ct.transforms.trim`` drops them.
+    Inputs that take soft evidence there are categorical here, where any input takes it; of sums with external
+    parameters the shared weights are read. Edges between blocks that are missing become zero weights. Products that are
+    neither elementwise nor outer get sums below them that pick the units. PyJuice's padding units stay:
+    ``ct.transforms.trim`` drops them.
 
     Args:
         root: a ``pyjuice.nodes.CircuitNodes`` with one unit, or a ``pyjuice.TensorCircuit``.
@@ -82,7 +93,7 @@ def from_pyjuice(
 
     Raises:
         ArgumentError: ``root`` is something else.
-        PropertyError: an input family other than categorical and Bernoulli, or external parameters.
+        PropertyError: an input family other than categorical and Bernoulli.
         StructureError: the nodes are no circuit of ours: variables are missing, or the root has several units.
     """
     if hasattr(root, "root_ns"):
@@ -114,10 +125,16 @@ def import_pyjuice() -> Any:
     return pyjuice
 
 
-def _family_of(distribution: Distribution | None, juice: Any) -> Any:
+def _family_of(distribution: Distribution | None, juice: Any, reader: Reader) -> Any:
     if isinstance(distribution, Bernoulli):
+        if reader == "codd":
+            raise PropertyError(
+                "pc: expected categorical inputs, which CoDD's decoder gives evidence to, got Bernoulli"
+            )
         return juice.distributions.Bernoulli()
     assert isinstance(distribution, Categorical)
+    if reader == "codd":
+        return juice.distributions.ExternProductCategorical(num_cats=distribution.num_categories)
     return juice.distributions.Categorical(num_cats=distribution.num_categories)
 
 
@@ -160,8 +177,6 @@ def _listed(node: Any, position: dict[Any, int]) -> JuiceNode:
             distribution=_distribution_of(node),
             source=source,
         )
-    if hasattr(node, "external_params"):
-        raise PropertyError(f"root: {node!r} has external parameters, which this library's circuits do not have")
     children = tuple(position[child] for child in node.chs)
     edges = node.edge_ids.detach().cpu().long()
     if node.is_prod():
@@ -184,7 +199,7 @@ def _variable_of(node: Any) -> int:
 
 def _distribution_of(node: Any) -> Distribution:
     signature = node.dist.get_signature()
-    if signature == "Categorical":
+    if signature in _CATEGORICAL:
         return Categorical(int(node.dist.num_cats))
     if signature == "Bernoulli":
         return Bernoulli()

@@ -11,6 +11,7 @@ import torch
 import typer
 
 from diffusion.app.option_groups import OptionGroup
+from diffusion.decoding.names import MODELS, elsewhere, flags
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
@@ -63,7 +64,8 @@ def open_models(
     Args:
         out: the folder, where no model is named; by default ``unfactor-demo``.
         model: a name on the hub or a folder, see :func:`~diffusion.denoisers.pretrained.load_denoiser`.
-        head: a saved head; by default the folder's, and none for a named model.
+        head: a saved head, or a circuit of PyJuice's as CoDD has them (a ``.jpc`` file, or a folder or repository with
+            one); by default the folder's, and none for a named model.
         device: "cpu", "cuda", or "auto".
         dtype: of a named model's weights: "float32", "bfloat16" or "float16"; by default as they are stored.
         revision: of a named model.
@@ -75,7 +77,7 @@ def open_models(
         CheckpointError: something cannot be loaded.
     """
     device = chosen_device(device)
-    own_head = CoupledHead.load(head, device=device) if use_circuit and head is not None else None
+    own_head = _head_at(head, device) if use_circuit and head is not None else None
     if model is None:
         return _of_folder(out or DEFAULT_OUT, own_head, device, use_circuit, given=(dtype, revision))
     if out is not None:
@@ -94,6 +96,12 @@ def open_models(
     )
     tokenizer = load_tokenizer(model, revision=revision)
     return Models(name=model, denoiser=denoiser, tokenizer=tokenizer, head=own_head, device=torch.device(device))
+
+
+def _head_at(path: Path, device: str) -> CoupledHead:
+    if path.is_dir() and not any(path.glob("*.jpc")):
+        return CoupledHead.load(path, device=device)
+    return CoupledHead.from_jpc(path, device=device)
 
 
 def _of_folder(
@@ -122,10 +130,31 @@ class ModelOptions(OptionGroup):
             Path | None, typer.Option("--out", help="Folder of the models.", show_default=str(DEFAULT_OUT))
         ],
         "model": Annotated[
-            str | None, typer.Option("--model", help="In place of a folder: a model by its name on the hub, or a path.")
+            str | None,
+            typer.Option(
+                "--model",
+                *flags("model"),
+                help=f"In place of a folder: a model by its name on the hub, or a path.{elsewhere('model')}",
+            ),
+        ],
+        "model_alias": Annotated[
+            str | None,
+            typer.Option(
+                help="A model by CoDD's name: "
+                + ", ".join(f"{alias} is {name}" for alias, name in MODELS.items())
+                + "; --model says where else it is.",
+                show_default=False,
+            ),
         ],
         "head": Annotated[
-            Path | None, typer.Option("--head", help="A saved head.", show_default="the folder's; none with --model")
+            Path | None,
+            typer.Option(
+                "--head",
+                *flags("head"),
+                help="A saved head; or a circuit that PyJuice wrote, as CoDD has them: a .jpc file, or a folder or "
+                f"repository of the hub with one.{elsewhere('head')}",
+                show_default="the folder's; none with --model",
+            ),
         ],
         "dtype": Annotated[
             str | None,
@@ -141,4 +170,8 @@ class ModelOptions(OptionGroup):
 
     def open(self, *, use_circuit: bool = True) -> Models:
         """Load them; raises as :func:`open_models`."""
-        return open_models(**self.given, use_circuit=use_circuit)
+        given = dict(self.given)
+        alias = given.pop("model_alias")
+        if alias is not None and alias not in MODELS:
+            raise ArgumentError(f"model_alias: expected {' or '.join(MODELS)}, got {alias!r}; name it with --model")
+        return open_models(**{**given, "model": given["model"] or MODELS.get(alias)}, use_circuit=use_circuit)

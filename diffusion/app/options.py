@@ -13,6 +13,9 @@ import typer
 from diffusion.app.option_groups import OptionGroup
 from diffusion.decoding import controls
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
+from diffusion.decoding.names import STRATEGIES as OTHER_STRATEGIES
+from diffusion.decoding.names import elsewhere, flags, missing, strategy_named
+from diffusion.errors import ArgumentError
 
 
 def described(cls: type) -> dict[str, str]:
@@ -52,11 +55,21 @@ Decode = Annotated[str | None, typer.Option(help=_table("decode", MODES), show_d
 StrategyName = Annotated[
     str | None,
     typer.Option(
-        "--strategy", "--remasking", "--alg", help=_table("strategy", STRATEGIES), show_default="by the temperature"
+        "--strategy",
+        *flags("strategy"),
+        help=_table("strategy", STRATEGIES | {other: f"the same as {own}" for other, own in OTHER_STRATEGIES.items()})
+        + elsewhere("strategy"),
+        show_default="by the temperature",
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help=CONFIG_HELP["temperature"], show_default="the head's if that is tuned, else 0")
+    float | None,
+    typer.Option(
+        "--temperature",
+        *flags("temperature"),
+        help=CONFIG_HELP["temperature"] + elsewhere("temperature"),
+        show_default="the head's if that is tuned, else 0",
+    ),
 ]
 
 _IMPLIED = " Alone, it chooses the strategy of its name."
@@ -65,14 +78,26 @@ OPTIONS: dict[str, Any] = {
     "decode": Decode,
     "strategy": StrategyName,
     "temperature": Temperature,
-    "threshold": _float(CONFIG_HELP["threshold"] + _IMPLIED, "--threshold"),
-    "entropy_bound": _float(CONFIG_HELP["entropy_bound"] + _IMPLIED, "--entropy-bound"),
-    "activation_threshold": _float(CONFIG_HELP["activation_threshold"], "--activation-threshold"),
+    "threshold": _float(CONFIG_HELP["threshold"] + _IMPLIED, "--threshold", *flags("threshold")),
+    "entropy_bound": _float(CONFIG_HELP["entropy_bound"] + _IMPLIED, "--entropy-bound", *flags("entropy_bound")),
+    "activation_threshold": _float(
+        CONFIG_HELP["activation_threshold"] + elsewhere("activation_threshold"),
+        "--activation-threshold",
+        *flags("activation_threshold"),
+    ),
+    "reverse_activation": Annotated[
+        bool,
+        typer.Option(
+            "--reverse-activation",
+            *flags("reverse_activation"),
+            help=CONFIG_HELP["reverse_activation"] + elsewhere("reverse_activation"),
+        ),
+    ],
     "remask": _float(CONFIG_HELP["remask"], "--remask"),
     "top_k": _int(_summary(controls.TopK), "--top-k"),
     "top_p": _float(_summary(controls.TopP), "--top-p"),
     "repetition_penalty": _float(_summary(controls.RepetitionPenalty), "--repetition-penalty"),
-    "guidance": _float(_summary(controls.Guidance), "--guidance", "--cfg-scale"),
+    "guidance": _float(_summary(controls.Guidance) + elsewhere("guidance"), "--guidance", *flags("guidance")),
     "min_length": _int(_summary(controls.MinLength), "--min-length"),
     "logits_eos_inf": Annotated[bool, typer.Option("--logits-eos-inf", help="Never end the text.")],
     "confidence_eos_eot_inf": Annotated[
@@ -87,11 +112,21 @@ OPTIONS: dict[str, Any] = {
     ],
     "seed": Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")],
     "circuit": Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")],
+    "dynamic_windows": Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-windows/--blocks",
+            "/".join(name for option in ("dynamic_windows", "blocks") for name in flags(option)),
+            help="Decode the whole text at once, in windows of the circuit's length, or block by block."
+            + elsewhere("dynamic_windows")
+            + elsewhere("blocks"),
+        ),
+    ],
     "record": Annotated[
         Path | None, typer.Option(help="Draw how the text filled in: a .png, or a .gif, which is animated.")
     ],
     "stream": Annotated[bool, typer.Option("--stream", help="Show the text as it fills in.")],
-}
+} | {flag[2:].replace("-", "_"): Annotated[str | None, typer.Option(flag, hidden=True)] for flag in missing()}
 """Options of commands that decode, by name: their types and their help."""
 
 
@@ -101,13 +136,23 @@ class DecodingOptions(OptionGroup):
     OPTIONS = OPTIONS
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "logits_eos_inf": False, "confidence_eos_eot_inf": False, "seed": 0, "circuit": True, "stream": False,
+        "reverse_activation": False, "dynamic_windows": False,
     }  # fmt: skip
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the default configuration, by name."""
+        """What differs from the default configuration, by name.
+
+        Raises:
+            ArgumentError: an option of another project that this library has not.
+        """
+        for flag, way_out in missing().items():
+            if self.given[flag[2:].replace("-", "_")] is not None:
+                raise ArgumentError(f"{flag[2:]}: expected an option of this program, got another project's; {way_out}")
         names = DecodingConfig.__dataclass_fields__
         changes = {name: value for name, value in self.given.items() if name in names and value is not None}
+        if "strategy" in changes:
+            changes["strategy"] = strategy_named(changes["strategy"])
         implied = [name for name in ("threshold", "entropy_bound") if name in changes]
         return {"strategy": implied[0], **changes} if implied else changes
 

@@ -57,7 +57,8 @@ def continue_prompts(
         options: of :func:`~diffusion.decoding.generation.generate`.
     """
     rows = encoded_prompts(models.name, prompts, models.tokenizer)
-    options.setdefault("block_length", models.block_length)
+    if "plan" not in options:
+        options.setdefault("block_length", models.block_length)
     return generate(
         models.denoiser,
         [torch.tensor(ids, dtype=torch.int64, device=models.device) for ids in rows],

@@ -52,6 +52,7 @@ class DecodingConfig:
         entropy_bound: of ``entropy_bound`` and ``joint_entropy``, in nats >= 0.
         activation_threshold: the circuit is used for windows whose share of masked positions is below it, and for all
             when it is 1 or more. None: the head's.
+        reverse_activation: use it for windows whose share of masked positions is above the threshold instead.
         remask: ReMDM-like: the share of a block's tokens written so far that every step but the last takes back, the
             least certain first, from 0 to below 1.
     """
@@ -62,6 +63,7 @@ class DecodingConfig:
     threshold: float = 0.9
     entropy_bound: float = 0.1
     activation_threshold: float | None = None
+    reverse_activation: bool = False
     remask: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class DecodingConfig:
         _check("remask", self.remask, 0, 1, "a share from 0 to below 1")
         if self.remask == 1:
             raise ArgumentError("remask: expected a share below 1, got 1: nothing would stay written")
+        if not isinstance(self.reverse_activation, bool):
+            raise ArgumentError(f"reverse_activation: expected True or False, got {self.reverse_activation!r}")
         if self.activation_threshold is not None:
             _check("activation_threshold", self.activation_threshold, 0, 1e38, "a number >= 0, or None")
 

@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --num_steps is --num-steps
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Folder of the models and results.")]

@@ -10,6 +10,9 @@ from diffusion.app.commands.common import app
 from diffusion.app.models import ModelOptions, Models
 from diffusion.app.option_groups import with_options
 from diffusion.app.options import DecodingOptions
+from diffusion.decoding.names import elsewhere, flags
+from diffusion.decoding.plans import DynamicWindows
+from diffusion.errors import ArgumentError
 
 _STEPS_OF_BLOCK = 4
 
@@ -21,16 +24,38 @@ def generate(
     decoding: DecodingOptions,
     prompt: Annotated[str, typer.Option(help="The beginning of the text.")] = "",
     length: Annotated[
-        int, typer.Option("--length", "--gen-length", "--max-new-tokens", min=1, help="Tokens to generate at most.")
+        int,
+        typer.Option(
+            "--length",
+            "--gen-length",
+            *flags("gen_length"),
+            min=1,
+            help=f"Tokens to generate at most.{elsewhere('gen_length')}",
+        ),
     ] = 64,
     block: Annotated[
         int | None,
         typer.Option(
-            "--block", "--block-length", "--block-size", min=1, help="Tokens of a block.", show_default="the head's"
+            "--block",
+            "--block-length",
+            *flags("block_length"),
+            min=1,
+            help=f"Tokens of a block.{elsewhere('block_length')}",
+            show_default="the head's",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", "--num-steps", min=1, help="Denoiser calls.", show_default="4 a block")
+        int | None,
+        typer.Option(
+            "--num-steps",
+            *flags("num_steps"),
+            min=1,
+            help=f"Denoiser calls.{elsewhere('num_steps')}",
+            show_default="4 a block",
+        ),
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a denoiser call, in place of --num-steps.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
 ) -> None:
@@ -40,9 +65,33 @@ def generate(
     """
     opened = models.open(use_circuit=decoding.circuit)
     block_length = block or opened.block_length
-    options = {"gen_length": length, "block_length": block_length}
-    options["num_steps"] = steps or min(length, _STEPS_OF_BLOCK * -(-length // block_length))
+    options = lengths(decoding, length, block_length, steps, tokens_per_step)
     _write(opened, [prompt] * samples, decoding, is_infill=False, **options)
+
+
+def lengths(
+    decoding: DecodingOptions, length: int, block_length: int, steps: int | None, tokens_per_step: int | None
+) -> dict[str, Any]:
+    """Return how long a text is, and the order in which it is decoded, as arguments of ``df.generate``.
+
+    Args:
+        decoding: says whether by blocks or in dynamic windows.
+        length: new tokens.
+        block_length: positions of a block, or at most of a window.
+        steps: denoiser calls; by default those of ``tokens_per_step``, or 4 a block.
+        tokens_per_step: in place of ``steps``.
+
+    Raises:
+        ArgumentError: both are given.
+    """
+    if steps is not None and tokens_per_step is not None:
+        raise ArgumentError(f"tokens_per_step: expected it or steps, got {tokens_per_step} and {steps}")
+    if tokens_per_step is not None:
+        steps = -(-length // tokens_per_step)
+    steps = steps or min(length, _STEPS_OF_BLOCK * -(-length // block_length))
+    if decoding.dynamic_windows:
+        return {"gen_length": length, "plan": DynamicWindows(steps, block_length)}
+    return {"gen_length": length, "block_length": block_length, "num_steps": steps}
 
 
 @app.command()
@@ -56,7 +105,7 @@ def infill(
     ],
     steps: Annotated[
         int | None,
-        typer.Option("--steps", "--num-steps", min=1, help="Denoiser calls.", show_default="one a token"),
+        typer.Option("--num-steps", *flags("num_steps"), min=1, help="Denoiser calls.", show_default="one a token"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
 ) -> None:

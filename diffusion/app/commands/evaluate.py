@@ -12,6 +12,7 @@ from diffusion.app.models import DEFAULT_OUT
 from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
 from diffusion.app.terminal import print_curve, print_few_steps, print_gap, say
 from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.names import strategy_named
 
 
 @app.command()
@@ -35,7 +36,7 @@ def evaluate(
     workspace = open_workspace(out, device, quiet)
     recipe = workspace.recipe()
     recipe = replace(recipe, gap_windows=windows or recipe.gap_windows, texts=texts or recipe.texts)
-    chosen = {"decode": decode, "strategy": strategy, "temperature": temperature}
+    chosen = {"decode": decode, "strategy": strategy_named(strategy), "temperature": temperature}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     DecodingConfig(**options)  # which refuses what it does not know, before anything is measured
     print_gap(workspace.evaluate_gap(recipe))

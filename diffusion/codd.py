@@ -1,0 +1,173 @@
+"""What CoDD publishes (Li et al. 2026, arXiv 2603.00045): circuits that PyJuice wrote, with ``codd_config.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from circuits.files import regular_size
+from circuits.interop import find_jpc
+from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.controls import Guidance
+from diffusion.decoding.names import strategy_named
+from diffusion.denoisers.pretrained import fetch
+from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.head import CoupledHead
+
+__all__ = ["CoddConfig", "CoddModel", "load"]
+
+CONFIG = "codd_config.json"
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoddConfig:
+    """The settings of a repository; defaults are CoDD's.
+
+    Attributes:
+        base_model_id: the denoiser's name on the hub.
+        pc_model_id: that of the circuit.
+        base_model_type: "llada" or "dream".
+        mask_id: the denoiser's mask.
+        vocab_size: the denoiser's vocabulary.
+        num_steps: denoiser calls in all.
+        gen_length: new tokens.
+        block_length: positions of a block.
+        temperature: of the draws of tokens; 0 takes the best.
+        cfg_scale: classifier-free guidance.
+        remasking: the strategy, by CoDD's name.
+        pc_temperature: tau, see :attr:`decoding`.
+        pc_frac: gamma, the share of masks below which the circuit is used.
+        reverse_frac: whether it is used above it.
+    """
+
+    base_model_id: str = ""
+    pc_model_id: str = ""
+    base_model_type: str = "llada"
+    mask_id: int = 126336
+    vocab_size: int = 126464
+    num_steps: int = 64
+    gen_length: int = 256
+    block_length: int = 32
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    pc_temperature: float = 0.1
+    pc_frac: float = 0.7
+    reverse_frac: bool = False
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How to decode, as near to CoDD's decoder as this library's laws are.
+
+        CoDD sharpens the denoiser's part by ``pc_temperature``, draws the circuit's latents, and takes the best tokens
+        given them, or draws them at ``temperature``. Here one temperature tempers latents and tokens together, mode
+        ``latent``: ``temperature`` where that is not 0, else ``pc_temperature``, of which CoDD ignores 0 and all from
+        1 on (1 here). Windows without the circuit are decoded at the same temperature, and there greedily.
+        """
+        tau = self.pc_temperature if 0 < self.pc_temperature < 1 else 1.0
+        return DecodingConfig(
+            decode="latent",
+            strategy=strategy_named(self.remasking),  # type: ignore[arg-type]
+            temperature=self.temperature or tau,
+            activation_threshold=self.pc_frac,
+            reverse_activation=self.reverse_frac,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All of it as arguments of :func:`~diffusion.decoding.generation.generate`."""
+        return {
+            "num_steps": self.num_steps,
+            "gen_length": self.gen_length,
+            "block_length": self.block_length,
+            "config": self.decoding,
+            "controls": [Guidance(self.cfg_scale)] if self.cfg_scale else [],
+        }
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> CoddConfig:
+        """Read ``codd_config.json``.
+
+        Raises:
+            CheckpointError: it is missing or corrupt, or has a setting of another name or type.
+        """
+        try:
+            if regular_size(path) > _MAX_BYTES:
+                raise CheckpointError(f"{path}: expected at most {_MAX_BYTES} bytes, got {regular_size(path)}")
+            found = json.loads(Path(path).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}; give the file that CoDD wrote") from error
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: expected settings by name, got {type(found).__name__}")
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        for name, value in found.items():
+            if name not in kinds:
+                raise CheckpointError(f"{path}: {name!r:.40}: expected one of {', '.join(kinds)}")
+            if not _is_a(value, kinds[name]):
+                raise CheckpointError(f"{path}: {name}: expected {kinds[name].__name__}, got {value!r:.40}")
+        return cls(**found)
+
+
+class CoddModel(NamedTuple):
+    """What a repository holds.
+
+    Attributes:
+        head: the circuit as an output layer.
+        config: its settings.
+    """
+
+    head: CoupledHead
+    config: CoddConfig
+
+
+def load(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> CoddModel:
+    """Load a repository of CoDD: the head, and how it is decoded with. Nothing in it is executed.
+
+    ``df.generate(df.load_denoiser(config.base_model_id), prompt, head=head, **config.options)`` then decodes.
+
+    Args:
+        path_or_repo: a folder, or the name of a repository on the hub.
+        device: where the circuit goes.
+        dtype: of the circuit, torch.float32 or torch.float64.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        ArgumentError: there is no such folder or repository, or it has no ``codd_config.json``.
+        CheckpointError: a file is corrupt or hostile, or circuit and settings do not fit.
+    """
+    folder = fetch(path_or_repo, (CONFIG, "*.jpc"), revision=revision)
+    if not (folder / CONFIG).exists():
+        raise ArgumentError(
+            f"path_or_repo: expected a folder or repository with {CONFIG}, got {os.fspath(path_or_repo)!r}; "
+            "df.CoupledHead.from_jpc reads a circuit alone"
+        )
+    config, path = CoddConfig.read(folder / CONFIG), find_jpc(folder)
+    head = CoupledHead.from_jpc(path, device=device, dtype=dtype)
+    if head.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: a circuit of {head.vocab_size} tokens, and {CONFIG} says vocab_size {config.vocab_size}"
+        )
+    decoding = config.decoding
+    head.temperature, head.activation_threshold = decoding.temperature, config.pc_frac
+    return CoddModel(head, config)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, kind)
