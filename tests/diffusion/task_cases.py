@@ -8,7 +8,7 @@ from diffusion.evaluation.tasks import Example, Task
 from diffusion.text.tokenizer import train_tokenizer
 
 ANSWERS = {"one:": "ab.", "three:": "abba.", "seventeen:": "aaaabbbb."}
-TOKENIZER = train_tokenizer([*ANSWERS, *ANSWERS.values(), "xyz"])
+TOKENIZER = train_tokenizer([*ANSWERS, *ANSWERS.values(), "xyz "])
 SURE, UNSURE = 0.95, 0.6
 
 
@@ -37,11 +37,12 @@ class Scripted(nn.Module):
         (x,) = TOKENIZER.encode("x")
         out = torch.full((*tokens.shape, self.spec.vocab_size), -20.0)
         for row, ids in enumerate(tokens.tolist()):
-            start = max(i for i, id in enumerate(ids) if id == colon) + 1
-            is_text = [True] * start if valid is None else valid[row].tolist()
-            question = TOKENIZER.decode([id for id, kept in zip(ids[:start], is_text, strict=False) if kept])
-            question = question[question[:-1].rfind(" ") + 1 :]
-            answer = "z" + ANSWERS[question][1:] if question in self.wrong else ANSWERS[question]
+            start = max((i for i, id in enumerate(ids) if id == colon), default=-1) + 1
+            before = TOKENIZER.decode([id for id in ids[:start] if id not in (self.spec.pad_id, self.spec.mask_id)])
+            question = max((name for name in ANSWERS if before.endswith(name)), key=len, default="")
+            answer = ANSWERS.get(question, ".")
+            if question in self.wrong:
+                answer = "z" + answer[1:]
             script = [TOKENIZER.eos_id if c == "." else TOKENIZER.encode(c)[0] for c in answer]
             for place in range(start, tokens.shape[1]):
                 token = script[place - start] if place - start < len(script) else TOKENIZER.eos_id

@@ -73,7 +73,7 @@ def download_examples(
         ArgumentError: it cannot be had.
     """
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped]
+        from datasets import load_dataset
 
         records = load_dataset(path, configuration, split=split)
         count = len(records) if limit is None else min(limit, len(records))

@@ -15,7 +15,7 @@ from circuits.arguments import checked_count
 from circuits.digests import digest, named_digest
 from circuits.progress import progress_bar
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
-from diffusion.decoding.controls import Control, StopStrings
+from diffusion.decoding.controls import Control, StopStrings, before_stop
 from diffusion.decoding.generation import Generation, generate
 from diffusion.decoding.joint import JointHead
 from diffusion.denoisers.base import Denoiser
@@ -138,7 +138,7 @@ def evaluate_task(
     prompts = _prompts(denoiser, tokenizer, task, max(setting.gen_length for setting in settings), chat)
     stop = () if chat else task.stop
     controls = (*options.controls, *([StopStrings(stop, tokenizer)] if stop else []))
-    run = _Run(denoiser, tokenizer, task, prompts, head, controls, batch_size, seed)
+    run = _Run(denoiser, tokenizer, task, prompts, head, controls, stop, batch_size, seed)
     described = None
     if folder is not None:
         described = {
@@ -205,6 +205,7 @@ class _Run:
     prompts: list[list[int]]
     head: JointHead | None
     controls: tuple[Control, ...]
+    stop: tuple[str, ...]
     batch_size: int
     seed: int
 
@@ -258,7 +259,7 @@ class _Run:
 
     def _judged(self, index: int, example: str, row: tuple[list[int], int, int, int], seconds: float) -> Sample:
         ids, num_calls, num_windows, num_coupled = row
-        text = self.tokenizer.decode(ids)
+        text = before_stop(self.tokenizer.decode(ids), self.stop)
         answer, is_right = self.task.judged(text, self.task.examples[index])
         return Sample(index, example, text, answer, is_right, len(ids), num_calls, num_windows, num_coupled, seconds)
 
