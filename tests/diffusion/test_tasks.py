@@ -20,9 +20,18 @@ def head(seed=0):
     return CoupledHead(ct.compile(ct.structures.hmm(4, 2, TOKENIZER.vocab_size), seed=seed), 1.0)
 
 
-def evaluated(denoiser=None, questions=None, grid=None, **options):
+def evaluated(denoiser=None, questions=None, grid=None, head=None, folder=None, seed=0, **options):
     grid = grid or Grid(num_steps=(12, 6), thresholds=(0.9,), block_length=4)
-    return evaluate_task(denoiser or Scripted(), TOKENIZER, questions or task(), grid, **options)
+    return evaluate_task(
+        denoiser or Scripted(),
+        TOKENIZER,
+        questions or task(),
+        grid,
+        head=head,
+        folder=folder,
+        seed=seed,
+        options=Options(**options),
+    )
 
 
 def test_accuracy_calls_and_tokens_per_call():
@@ -132,7 +141,7 @@ def test_another_model_setting_or_question_is_asked_again(tmp_path):
         {"grid": Grid(num_steps=(6,), block_length=4, temperature=0.5)},
         {"grid": Grid(num_steps=(12,), block_length=4)},
         {"seed": 1},
-        {"options": Options(identity="mine")},
+        {"identity": "mine"},
         {"questions": task(template=" {question}")},
         {"questions": task([Example(question, ("other",), "") for question in ANSWERS])},
         {"questions": task()},  # its answers replaced those before, and now the other way round
@@ -159,7 +168,7 @@ def test_a_model_without_weights_needs_a_name(tmp_path):
 
     with pytest.raises(ArgumentError, match="identity: expected a text that tells the denoiser from others"):
         evaluated(Bare(), folder=tmp_path)
-    assert evaluated(Bare(), folder=tmp_path, options=Options(identity="bare")).points
+    assert evaluated(Bare(), folder=tmp_path, identity="bare").points
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

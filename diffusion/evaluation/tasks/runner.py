@@ -103,16 +103,10 @@ def evaluate_task(
     *,
     head: JointHead | None = None,
     folder: str | os.PathLike[str] | None = None,
-    batch_size: int = 8,
-    chat: bool = False,
     seed: int = 0,
     options: Options | None = None,
 ) -> TaskTable:
     """Answer all questions of a task in every way of a grid, and judge the answers.
-
-    A text depends on its question, its setting and the seed, neither on the batch nor on the other questions. Where a
-    folder is named, every answer is kept in it, and a second call with the same model, task and settings answers only
-    what is not there yet: see :class:`~diffusion.evaluation.tasks.samples.SampleFile`.
 
     Args:
         denoiser: the masked-token predictor.
@@ -120,9 +114,7 @@ def evaluate_task(
         task: the questions.
         grid: the ways of decoding; None: :class:`Grid` with its defaults.
         head: the circuit; None: only without it.
-        folder: where answers are kept; None: nowhere.
-        batch_size: questions at a time.
-        chat: whether questions are put as conversations, in the tokenizer's form.
+        folder: where answers are kept, see :func:`answer_task`; None: nowhere.
         seed: of all draws.
         options: what else there is to say; None: the defaults.
 
@@ -130,33 +122,65 @@ def evaluate_task(
         ArgumentError: an argument does not fit, or a question is too long for the denoiser.
         CheckpointError: answers in the folder are damaged, or written by another process just now.
     """
-    checked_count("batch_size", batch_size)
+    answers = answer_task(denoiser, tokenizer, task, grid, head=head, folder=folder, seed=seed, options=options)
+    points = tuple(TaskPoint.of(setting, samples) for setting, samples in answers.items())
+    return TaskTable(task.name, points, len(task.shots), seed)
+
+
+def answer_task(
+    denoiser: Denoiser,
+    tokenizer: Any,
+    task: Task,
+    grid: Grid | None = None,
+    *,
+    head: JointHead | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    options: Options | None = None,
+) -> dict[Setting, list[Sample]]:
+    """Return the answers to all questions of a task, in their order, by the way of decoding.
+
+    A text depends on its question, its setting and the seed, neither on the batch nor on the other questions. Where a
+    folder is named, every answer is kept in it, and a second call with the same model, task and settings answers only
+    what is not there yet: see :class:`~diffusion.evaluation.tasks.samples.SampleFile`.
+
+    Args:
+        denoiser: as of :func:`evaluate_task`, and so are all other arguments.
+        tokenizer: of the denoiser.
+        task: the questions.
+        grid: the ways of decoding.
+        head: the circuit.
+        folder: where answers are kept.
+        seed: of all draws.
+        options: what else there is to say.
+    """
     options = options or Options()
+    checked_count("batch_size", options.batch_size)
     if not task.examples:
         raise ArgumentError("task: expected at least one question, got none")
     settings = (grid or Grid()).settings(task, head)
-    prompts = _prompts(denoiser, tokenizer, task, max(setting.gen_length for setting in settings), chat)
-    stop = () if chat else task.stop
+    prompts = _prompts(denoiser, tokenizer, task, max(setting.gen_length for setting in settings), options.chat)
+    stop = () if options.chat else task.stop
     controls = (*options.controls, *([StopStrings(stop, tokenizer)] if stop else []))
-    run = _Run(denoiser, tokenizer, task, prompts, head, controls, stop, batch_size, seed)
+    run = _Run(denoiser, tokenizer, task, prompts, head, controls, stop, options.batch_size, seed)
     described = None
     if folder is not None:
         described = {
             "model": options.identity or model_digest("denoiser", denoiser),
             "head": None if head is None else model_digest("head", head),
-            "task": {"name": task.name, "version": task.version, "stop": list(stop), "chat": chat},
+            "task": {"name": task.name, "version": task.version, "stop": list(stop), "chat": options.chat},
             "controls": [repr(control) for control in controls],
             "seed": seed,
         }
-    points = []
+    answers = {}
     with progress_bar(task.name, len(settings) * len(prompts), enabled=options.progress) as advance:
         for setting in settings:
             made_with = None
             if described is not None:
                 used = described["head"] if setting.with_circuit else None
                 made_with = {**described, "head": used, "setting": asdict(setting)}
-            points.append(TaskPoint.of(setting, run.samples(setting, folder, made_with, advance)))
-    return TaskTable(task.name, tuple(points), len(task.shots), seed)
+            answers[setting] = run.samples(setting, folder, made_with, advance)
+    return answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +188,15 @@ class Options:
     """What else there is to say about an evaluation.
 
     Attributes:
+        batch_size: questions at a time; it changes no result.
+        chat: whether questions are put as conversations, in the tokenizer's form.
         controls: what steers decoding beside the model, see :mod:`diffusion.decoding.controls`.
         identity: a text that tells the denoiser from others; None: a hash of its weights.
         progress: draw a progress bar.
     """
 
+    batch_size: int = 8
+    chat: bool = False
     controls: tuple[Control, ...] = ()
     identity: str | None = None
     progress: bool = False
