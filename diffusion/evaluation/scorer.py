@@ -164,9 +164,7 @@ class CausalScorer:
             raise ArgumentError("texts: expected some with more than one token, got none")
         value = math.exp(nll.sum() / number.sum())
         drawn = np.exp(nll[rows].sum(1) / np.maximum(1.0, number[rows].sum(1)))
-        distinct = tuple(
-            _mean([share for row in ids if (share := _distinct(row, n)) is not None], seed) for n in _GRAMS
-        )
+        distinct = tuple(_mean([_distinct(row, n) for row in ids if len(row) >= n], seed) for n in _GRAMS)
         return TextQuality(_interval(value, drawn), distinct, len(texts), int(number.sum()))
 
     def _rows(self, texts: Sequence[str], prompts: Sequence[str] | None) -> tuple[list[list[int]], list[int]]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.errors import ArgumentError
+from diffusion.evaluation.intervals import wilson
 from diffusion.evaluation.tasks import accuracy_at, accuracy_under_parallelism
 
 # hao-ai-lab's leaderboard of diffusion language models (arXiv 2601.07568): tokens per call, accuracy, AUP. The best
@@ -76,3 +77,11 @@ def test_the_accuracy_at_equal_parallelism_is_linear_between_points():
     assert accuracy_at(points, 0.9) is None
     assert accuracy_at(points, 4.1) is None
     assert accuracy_at([(2.0, 50.0)], 2.0) == 50.0
+
+
+@pytest.mark.parametrize("num_all", [1, 2, 3, 10, 999])
+def test_an_interval_holds_its_share(num_all):
+    for num_good in range(0, num_all + 1, max(1, num_all // 7)):
+        estimate = wilson(num_good, num_all)
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert wilson(0, 10).high == pytest.approx(0.2775, abs=1e-4)  # scipy.stats.binomtest(0, 10).proportion_ci("wilson")
