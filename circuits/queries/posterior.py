@@ -114,7 +114,9 @@ class Posterior:
             root = passes.log_root(self.pc, LayerValues(values, conditions), self.weights.detached())
             log_z = checked_possible(one_per_query(self.pc, root))
             flows = torch.autograd.grad(log_z.sum(), leaves, allow_unused=True)
-        return log_z.detach(), [torch.zeros_like(leaf) if flow is None else flow for leaf, flow in zip(leaves, flows, strict=True)]
+        return log_z.detach(), [
+            torch.zeros_like(leaf) if flow is None else flow for leaf, flow in zip(leaves, flows, strict=True)
+        ]
 
     @own_precision
     @torch.no_grad()

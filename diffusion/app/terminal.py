@@ -78,3 +78,21 @@ def with_interval(estimate: Any) -> str:
 
     low, high = (rounded(end, 2 if estimate.high < 10 else 1) for end in (estimate.low, estimate.high))
     return f"{rounded(estimate.value)}\n[dim]{low}..{high}[/]"
+
+
+def print_cells(title: str, cells: Any) -> None:
+    """Print a table of words, a title row first; the first column is text, and the others are numbers.
+
+    Args:
+        title: of the table; "" for none.
+        cells: its rows.
+    """
+    titles, *rows = cells
+    shown = Table(title=title or None, title_justify="left")
+    for column, name in enumerate(titles):
+        shown.add_column(name, justify="right" if column else "left")
+    for row in rows:
+        name, *numbers = row
+        broken = name.replace(", ", ",\n").replace(" (", "\n(")  # so that as many columns as can fit a terminal of 80
+        shown.add_row(broken, *(number.replace(" [", "\n\\[") for number in numbers))
+    Console().print(shown)

@@ -310,6 +310,11 @@ class StopStrings(Control):
         return next(counts, len(ids))
 
 
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """Return a text up to the first occurrence of one of some strings; all of it where none occurs."""
+    return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
+
+
 def all_controls(
     controls: Sequence[Control | Callable[[Tensor, View], Tensor]], logits_hook: Callable[[Tensor, View], Tensor] | None
 ) -> tuple[Control, ...]:

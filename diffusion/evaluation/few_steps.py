@@ -16,6 +16,7 @@ from diffusion.decoding.generation import generate
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.gap import Estimate
+from diffusion.evaluation.intervals import wilson
 from diffusion.head import CoupledHead
 
 Judge = Callable[[Tensor, Tensor], bool]
@@ -121,15 +122,6 @@ def few_step_quality(
                     )
                     num_good += sum(judge(*pair) for pair in zip(part, out.generated, strict=True))
                     advance()
-                shares.append(_wilson(num_good, len(prompts)))
+                shares.append(wilson(num_good, len(prompts)))
             rows.append(FewStepRow(num_steps, *shares))
     return FewStepTable(tuple(rows), len(prompts), criterion, decode, temperature, seed)
-
-
-def _wilson(num_good: int, num_all: int) -> Estimate:
-    """Return a share with its 95 % Wilson score interval (Wilson 1927)."""
-    z = 1.959964
-    share = num_good / num_all
-    centre = (share + z * z / (2 * num_all)) / (1 + z * z / num_all)
-    spread = z / (1 + z * z / num_all) * (share * (1 - share) / num_all + z * z / (4 * num_all**2)) ** 0.5
-    return Estimate(share, max(0.0, centre - spread), min(1.0, centre + spread))

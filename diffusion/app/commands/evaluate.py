@@ -1,4 +1,4 @@
-"""Measures of what the models of a folder do."""
+"""Measures of what models do: on their own held-out text, on tasks with right answers, and judged from outside."""
 
 from __future__ import annotations
 
@@ -7,37 +7,56 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import DeviceName, Out, Quiet, app, open_workspace
-from diffusion.app.models import DEFAULT_OUT
+from diffusion.app.commands.common import Quiet, app, open_workspace
+from diffusion.app.models import DEFAULT_OUT, ModelOptions
+from diffusion.app.option_groups import with_options
 from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
-from diffusion.app.terminal import print_curve, print_few_steps, print_gap, say
+from diffusion.app.task_options import TaskOptions
+from diffusion.app.terminal import print_cells, print_curve, print_few_steps, print_gap, say
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.names import strategy_named
+from diffusion.errors import ArgumentError
 
 
 @app.command()
+@with_options
 def evaluate(
-    out: Out = DEFAULT_OUT,
+    models: ModelOptions,
+    tasks: TaskOptions,
     windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks of the gap table.")] = None,
-    texts: Annotated[int | None, typer.Option(min=1, help="Texts of the few-step and arithmetic tables.")] = None,
+    texts: Annotated[
+        int | None, typer.Option(min=1, help="Texts of the few-step and arithmetic tables, and for a scorer.")
+    ] = None,
     few_steps: Annotated[
         bool, typer.Option("--few-steps/--no-few-steps", help="Measure text written in 1 to 32 calls; takes minutes.")
     ] = True,
     decode: Decode = None,
     strategy: StrategyName = None,
-    temperature: Annotated[float, typer.Option(help=CONFIG_HELP["temperature"])] = 1.0,
-    device: DeviceName = "auto",
+    temperature: Annotated[
+        float | None, typer.Option(help=CONFIG_HELP["temperature"], show_default="1; of a task 0, or the head's")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure and draw the gap table and the few-step curve, and for the arithmetic corpus the share of right texts.
 
-    The few-step curve is always at temperature 1, in mode joint and by entropy.
+    The few-step curve is always at temperature 1, in mode joint and by entropy. With --task: accuracy, calls and tokens
+    per call of a task in every way of decoding that is named, without the circuit and with it. With --scorer:
+    perplexity under another model, beside distinct-n. Both go on where they were interrupted.
     """
-    workspace = open_workspace(out, device, quiet)
+    chosen = {"decode": decode, "strategy": strategy_named(strategy), "temperature": temperature}
+    if tasks.task is not None or tasks.scorer is not None:
+        if windows is not None:
+            raise ArgumentError("windows: expected none with --task or --scorer, which have no gap table; leave it out")
+        _evaluate_task(models, tasks, texts, progress=not quiet, **chosen)
+        return
+    tasks.check_unused()
+    if models.model is not None:
+        raise ArgumentError("task: expected one with --model, got none; name it with --task")
+    workspace = open_workspace(models.out or DEFAULT_OUT, models.device, quiet)
     recipe = workspace.recipe()
     recipe = replace(recipe, gap_windows=windows or recipe.gap_windows, texts=texts or recipe.texts)
-    chosen = {"decode": decode, "strategy": strategy_named(strategy), "temperature": temperature}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    options.setdefault("temperature", 1.0)
     DecodingConfig(**options)  # which refuses what it does not know, before anything is measured
     print_gap(workspace.evaluate_gap(recipe))
     if few_steps:
@@ -45,3 +64,40 @@ def evaluate(
     if recipe.text.corpus == "arithmetic":
         print_few_steps(workspace.evaluate_arithmetic(recipe, **options))
     say(f"Tables and pictures are in {workspace.results}/")
+
+
+def _evaluate_task(
+    models: ModelOptions, tasks: TaskOptions, texts: int | None, *, progress: bool, **chosen: Any
+) -> None:
+    from diffusion.app.tasks import (
+        SCORED_LENGTH,
+        asked_grid,
+        asked_task,
+        held_out_task,
+        results_of,
+        run_scorer,
+        run_task,
+    )
+
+    task = None if tasks.task is None else asked_task(tasks)  # before models are loaded, which takes longer
+    if task is None and models.model is not None:
+        raise ArgumentError("task: expected one with --model, got none; name it with --task, its answers are judged")
+    folder = None if models.model is not None else models.out or DEFAULT_OUT
+    opened = models.open(use_circuit=tasks.circuit)
+    results = results_of(opened, tasks, folder)
+    if task is not None:
+        table, judged = run_task(opened, task, asked_grid(tasks, **chosen), tasks, results, progress=progress)
+        print_cells(table.title, table.cells())
+        if table.comparison():
+            print_cells("", table.comparison())
+    else:
+        workspace = open_workspace(folder or DEFAULT_OUT, models.device, quiet=True)
+        recipe, length = workspace.recipe(), tasks.length or SCORED_LENGTH
+        held_out = held_out_task(opened, workspace.path, recipe, count=texts or recipe.texts, length=length)
+        if chosen["temperature"] is None:
+            chosen["temperature"] = 1.0
+        grid = asked_grid(tasks, **chosen)
+        judged = run_scorer(opened, held_out, grid, tasks, results, progress=progress)
+    if judged is not None:
+        print_cells("Texts, with 95 % intervals", judged.cells())
+    say(f"Answers, tables and pictures are in {results}/")

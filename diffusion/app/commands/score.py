@@ -1,0 +1,72 @@
+"""The log-probability of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusion.app.commands.common import app
+from diffusion.app.models import ModelOptions, Models
+from diffusion.app.option_groups import with_options
+
+
+@app.command()
+@with_options
+def score(
+    models: ModelOptions,
+    text: Annotated[list[str] | None, typer.Argument(help="The texts.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="In place of texts: a .jsonl file (also .gz) with the key text, and prompt if need be."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What stands before each text, and is not scored itself.")] = "",
+    method: Annotated[str, typer.Option(help="Whose probability: 'decoder', 'elbo' or 'sequential'.")] = "sequential",
+    block: Annotated[
+        int | None,
+        typer.Option("--block", "--block-length", min=1, help="Tokens of a block.", show_default="the head's, or all"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", "--num-steps", min=1, help="Calls of the decoder.", show_default="one a token"),
+    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="Of the decoder.", show_default="entropy")] = None,
+    decode: Annotated[str | None, typer.Option(help="How the decoder uses the circuit.", show_default="joint")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Noise levels of elbo a block.", show_default="32")] = None,
+    circuit: Annotated[
+        bool, typer.Option("--circuit/--no-circuit", help="With and without the circuit, or only without.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+) -> None:
+    """Say how probable texts are, in nats, without the circuit and with it.
+
+    decoder: that a few-step decoder with these options writes exactly this. sequential: of the denoiser asked one token
+    at a time, from left to right. elbo: an estimate of the evidence lower bound.
+    """
+    from diffusion.app.scoring import given_texts, method_options, score_texts
+
+    pairs = given_texts(text or [], file, prompt)
+    options = method_options(method, num_steps=steps, strategy=strategy, decode=decode, num_samples=samples)
+    opened = models.open(use_circuit=circuit)
+    scores = score_texts(opened, pairs, method=method, block_length=block, seed=seed, options=options)
+    _print(opened, scores)
+    if json is not None:
+        scores.save(json)
+
+
+def _print(models: Models, scores: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=f"Log-probability ({scores.method}), in nats, and perplexity per token", title_justify="left")
+    shown.add_column("text")
+    shown.add_column("tokens", justify="right")
+    for column in scores.columns:
+        shown.add_column(column, justify="right")
+    for row in scores.rows:
+        numbers = (f"{value:.3f}\n({row.perplexity(value):.4g})" for value in row.log_probs)
+        shown.add_row(Text(row.text), str(row.num_tokens), *numbers)
+    Console().print(shown)

@@ -1,0 +1,101 @@
+"""The options of `unfactor evaluate` that are about tasks with right answers, and about texts judged from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import typer
+
+from diffusion.app.option_groups import OptionGroup
+from diffusion.errors import ArgumentError
+
+_T = TypeVar("_T")
+RESULTS = Path("unfactor-results")
+"""Where results of a model by name go, unless told otherwise."""
+
+
+def _text(help: str, *names: str, default: Any = False) -> Any:
+    return Annotated[str | None, typer.Option(*names, help=help, show_default=default)]
+
+
+def _file(help: str, *names: str) -> Any:
+    return Annotated[Path | None, typer.Option(*names, help=help, show_default=False)]
+
+
+def _count(help: str, *names: str, default: Any = False) -> Any:
+    return Annotated[int | None, typer.Option(*names, min=1, help=help, show_default=default)]
+
+
+def _flag(help: str, *names: str) -> Any:
+    return Annotated[bool, typer.Option(*names, help=help)]
+
+
+class TaskOptions(OptionGroup):
+    """A task, and the ways of decoding that it compares; and a judge of texts."""
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {
+        "task": _text("'gsm8k', 'math500', 'mbpp', or a .jsonl file (also .gz) with keys prompt and answer.", "--task"),
+        "data": _file("A .jsonl file (also .gz) with the questions of a named task; without it they are downloaded."),
+        "limit": _count("Only so many questions, from the first on."),
+        "shots": Annotated[int, typer.Option(min=0, help="Worked examples before every question.")],
+        "shots_data": _file("A file like --data that the worked examples come from."),
+        "template": _text("The text around a question, with {question} in it.", default="the task's"),
+        "answer_pattern": _text("Of a task of your own: a regular expression whose last match is the answer."),
+        "chat": _flag("Ask in the form for conversations that the tokenizer has.", "--chat"),
+        "allow_code_execution": _flag(
+            "Run the programs that the model writes, which mbpp needs.", "--allow-code-execution"
+        ),
+        "length": _count(
+            "Tokens of an answer at most.", "--length", "--gen-length", "--max-new-tokens", default="the task's"
+        ),
+        "block": _count("Tokens of a block.", "--block", "--block-length", "--block-size", default="the head's"),
+        "steps": _text("Denoiser calls, several by commas.", "--steps", "--num-steps", default="1, 2, 4 tokens a call"),
+        "threshold": _text("Bounds of the strategy threshold, by commas.", "--threshold"),
+        "entropy_bound": _text("Bounds of the strategy entropy_bound, by commas, in nats.", "--entropy-bound"),
+        "joint_entropy_bound": _text(
+            "Bounds of the strategy joint_entropy, by commas, in nats; only with the circuit.", "--joint-entropy-bound"
+        ),
+        "circuit": _flag("With and without the circuit, or only without.", "--circuit/--no-circuit"),
+        "batch_size": Annotated[int, typer.Option(min=1, help="Questions at a time; it changes no result.")],
+        "seed": Annotated[int, typer.Option(help="Of all draws.")],
+        "results": Annotated[
+            Path | None,
+            typer.Option(help="Folder of answers, tables and pictures.", show_default=f"OUT/results, or {RESULTS}"),
+        ],
+        "scorer": _text(
+            "A causal model that judges the texts: a name on the hub, a folder, or a .gguf file. With a task the "
+            "answers, else texts after held-out prompts.",
+            "--scorer",
+        ),
+    }
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "shots": 0, "chat": False, "allow_code_execution": False, "circuit": True, "batch_size": 8, "seed": 0,
+    }  # fmt: skip
+
+    def check_unused(self) -> None:
+        """Raise ArgumentError if there is neither a task nor a judge, and an option that only these have."""
+        changed = [name for name, value in self.given.items() if value != self.DEFAULTS.get(name)]
+        if changed:
+            name = changed[0].replace("_", "-")
+            raise ArgumentError(f"task: expected one with --{name}, got none; name it with --task, or a --scorer")
+
+    def list_of(self, name: str, kind: Callable[[str], _T]) -> tuple[_T, ...]:
+        """Return the values of an option that has several, separated by commas; () where it is not named.
+
+        Raises:
+            ArgumentError: one of them is not of its kind.
+        """
+        return parsed_list(name, self.given[name], kind)
+
+
+def parsed_list(name: str, value: str | None, kind: Callable[[str], _T]) -> tuple[_T, ...]:
+    """Return values that are separated by commas; () for None. Raises ArgumentError if one is not of its kind."""
+    if value is None:
+        return ()
+    try:
+        return tuple(kind(part.strip()) for part in value.split(","))
+    except ValueError as error:
+        what = {int: "whole numbers", float: "numbers"}.get(kind, "values")  # type: ignore[call-overload]
+        raise ArgumentError(f"{name}: expected {what} separated by commas, got {value!r}") from error

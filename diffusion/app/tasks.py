@@ -1,0 +1,166 @@
+"""Tasks and judged texts of the program: what is measured, and the files that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from circuits.files import replace_file
+from diffusion.app.models import Models
+from diffusion.app.recipe import Recipe
+from diffusion.app.sources import check_corpus, corpus_of
+from diffusion.app.task_options import RESULTS, TaskOptions, parsed_list
+from diffusion.errors import CorpusError
+from diffusion.evaluation.scorer import CausalScorer, QualityTable
+from diffusion.evaluation.tasks import Grid, Options, Task, TaskTable, answer_task, load_task
+from diffusion.evaluation.tasks.quality import judge_texts, text_task
+from diffusion.evaluation.tasks.table import TaskPoint
+
+SCORED_LENGTH = 64
+"""Tokens of a text that is judged, unless told otherwise."""
+
+
+def asked_task(options: TaskOptions) -> Task:
+    """Return the task that the options name; raises ArgumentError as :func:`load_task`."""
+    return load_task(
+        options.task,
+        data=options.data,
+        limit=options.limit,
+        shots=options.shots,
+        shots_data=options.shots_data,
+        template=options.template,
+        answer_pattern=options.answer_pattern,
+        allow_code_execution=options.allow_code_execution,
+    )
+
+
+def asked_grid(
+    options: TaskOptions,
+    *,
+    decode: str | None,
+    strategy: str | None,
+    temperature: float | None,
+    length: int | None = None,
+) -> Grid:
+    """Return the ways of decoding that the options name.
+
+    Args:
+        options: of the task.
+        decode: how the circuit is used.
+        strategy: by commas.
+        temperature: of the tokens.
+    """
+    named: dict[str, Any] = {"decode": decode} if decode is not None else {}
+    identity: Callable[[str], Any] = str
+    return Grid(
+        num_steps=options.list_of("steps", int),
+        strategies=parsed_list("strategy", strategy, identity),
+        thresholds=options.list_of("threshold", float),
+        entropy_bounds=options.list_of("entropy_bound", float),
+        joint_entropy_bounds=options.list_of("joint_entropy_bound", float),
+        temperature=temperature,
+        gen_length=options.length,
+        block_length=options.block,
+        **named,
+    )
+
+
+def results_of(models: Models, options: TaskOptions, out: Path | None) -> Path:
+    """Return where results go: where the options say, else the folder's own, else one for models by name."""
+    if options.results is not None:
+        return Path(options.results)
+    return RESULTS if out is None else out / "results"
+
+
+def run_task(
+    models: Models, task: Task, grid: Grid, options: TaskOptions, results: Path, *, progress: bool
+) -> tuple[TaskTable, QualityTable | None]:
+    """Answer a task, judge the answers, and write results/TASK.json, .txt and .png.
+
+    With a scorer also TASK-texts.json and .txt. The answers are kept in ``TASK-answers``.
+
+    Args:
+        models: what answers.
+        task: the questions.
+        grid: the ways of decoding.
+        options: what else there is to say.
+        results: where files go.
+        progress: draw a progress bar.
+    """
+    from diffusion.evaluation.tasks.plots import draw_task
+
+    scorer = _scorer(models, options)
+    answers = answer_task(
+        models.denoiser,
+        models.tokenizer,
+        task,
+        grid,
+        head=models.head,
+        folder=results / f"{task.name}-answers",
+        seed=options.seed,
+        options=Options(batch_size=options.batch_size, chat=options.chat, progress=progress),
+    )
+    points = tuple(TaskPoint.of(setting, samples) for setting, samples in answers.items())
+    table = TaskTable(task.name, points, len(task.shots), options.seed)
+    _keep(table, results / task.name)
+    draw_task(table, results / f"{task.name}.png")
+    if scorer is None:
+        return table, None
+    judged = judge_texts(task, answers, scorer, batch_size=options.batch_size, seed=options.seed)
+    _keep(judged, results / f"{task.name}-texts")
+    return table, judged
+
+
+def run_scorer(
+    models: Models, task: Task, grid: Grid, options: TaskOptions, results: Path, *, progress: bool
+) -> QualityTable:
+    """Write texts after prompts, let the scorer judge them, and write results/texts.json and .txt."""
+    scorer = _scorer(models, options)
+    assert scorer is not None
+    answers = answer_task(
+        models.denoiser,
+        models.tokenizer,
+        task,
+        grid,
+        head=models.head,
+        folder=results / "texts-answers",
+        seed=options.seed,
+        options=Options(batch_size=options.batch_size, progress=progress),
+    )
+    table = judge_texts(task, answers, scorer, batch_size=options.batch_size, seed=options.seed)
+    _keep(table, results / "texts")
+    return table
+
+
+def held_out_task(models: Models, folder: Path, recipe: Recipe, *, count: int, length: int) -> Task:
+    """Return the task to continue the beginnings of held-out documents, with what really follows them.
+
+    Raises:
+        CorpusError: there is no document that is long enough.
+    """
+    corpus, context = corpus_of(recipe), recipe.denoiser.context_length
+    check_corpus(folder, corpus)
+    prompts, follows = list[str](), list[str]()
+    for document in corpus.held_out:
+        ids = models.tokenizer.encode(document)
+        if len(ids) < context + length or len(prompts) == count:
+            continue
+        prompts.append(models.tokenizer.decode(ids[:context]))
+        follows.append(models.tokenizer.decode(ids[context : context + length]))
+    if not prompts:
+        raise CorpusError(
+            f"corpus: expected held-out documents of at least {context + length} tokens, got none; take a shorter "
+            "--length"
+        )
+    return text_task(prompts, follows, gen_length=length)
+
+
+def _scorer(models: Models, options: TaskOptions) -> CausalScorer | None:
+    return None if options.scorer is None else CausalScorer.load(options.scorer, device=models.device)
+
+
+def _keep(table: TaskTable | QualityTable, path: Path) -> None:
+    table.save(path.with_name(f"{path.name}.json"))
+    with replace_file(path.with_name(f"{path.name}.txt")) as temporary:
+        temporary.write_text(f"{table}\n", encoding="utf-8")

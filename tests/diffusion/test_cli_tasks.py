@@ -1,0 +1,175 @@
+"""The program's tasks, judged texts and scores, on smallest models."""
+
+import gzip
+import json
+import math
+import sys
+
+import pytest
+import torch
+from test_cli import SMALLEST
+
+from diffusion import log_likelihood
+from diffusion.app import cli, tasks, workspace
+from diffusion.evaluation.scorer import CausalScorer
+from diffusion.evaluation.tasks import runner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tasks")
+    corpus = place / "corpus.txt"
+    corpus.write_text("\n\n".join(f"The {i}th text says that {i} and {i} make {2 * i}. " * 6 for i in range(40)))
+    space, recipe = workspace.Workspace(place / "models", progress=False), SMALLEST.with_text(str(corpus), None)
+    space.train(recipe)
+    space.fit(recipe)
+    return place / "models"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "gsm8k.jsonl.gz"
+    records = [{"question": f"The {i}th text says?", "answer": f"It says {i}.\n#### {i}"} for i in range(5)]
+    with gzip.open(path, "wt") as file:
+        file.writelines(f"{json.dumps(record)}\n" for record in records)
+    return path
+
+
+def test_a_task_with_the_models_of_a_folder(run, folder, questions, tmp_path, monkeypatch):
+    options = ("evaluate", "--out", folder, "--task", "gsm8k", "--data", questions, "--length", 16, "--shots", 1)
+    options += ("--shots-data", questions, "--steps", "16,4", "--threshold", 0.5, "--batch-size", 2, "--quiet")
+    options += ("--results", tmp_path / "results")
+    code, text, error = run(*options, "--limit", 3)
+    assert code == 0, error
+    assert "gsm8k: 3 questions, 1 worked examples before each" in text
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert names == {"gsm8k.json", "gsm8k.txt", "gsm8k.png", "gsm8k-answers"}
+    stored = json.loads((tmp_path / "results" / "gsm8k.json").read_text())
+    ways = [(point["setting"]["with_circuit"], point["setting"]["num_steps"]) for point in stored["points"]]
+    assert ways == [(used, steps) for used in (False, True) for steps in (16, 4, None)]
+    assert {point["num_samples"] for point in stored["points"]} == {3}
+    assert len(list((tmp_path / "results" / "gsm8k-answers").iterdir())) == 6
+    asked = []
+    original = runner._Run._answered
+    monkeypatch.setattr(runner._Run, "_answered", lambda *given: (asked.append(given[2]), original(*given))[1])
+    assert run(*options)[0] == 0
+    assert sorted(asked) == sorted([[3, 4]] * 6)  # the others are there
+    asked.clear()
+    assert run(*options, "--no-circuit")[0] == 0
+    assert asked == []
+    assert len(json.loads((tmp_path / "results" / "gsm8k.json").read_text())["points"]) == 3
+    assert (tmp_path / "results" / "gsm8k.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_task_of_a_file(run, folder, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "The 3th", "answer": "text"}\n')
+    code, text, error = run("evaluate", "--out", folder, "--task", path, "--length", 8, "--steps", 8, "--quiet")
+    assert code == 0, error
+    assert "mine: 1 questions" in text
+    assert (folder / "results" / "mine.json").exists()
+
+
+class Lengths:
+    """A judge that finds a text the less probable, the longer it is."""
+
+    name, quality = "lengths", CausalScorer.quality
+
+    def _plain_ids(self, text):
+        return list(text.encode())
+
+    def log_likelihoods(self, texts, prompts, *, batch_size):
+        counts = torch.tensor([len(text) for text in texts])
+        return -2.0 * counts.double(), counts
+
+
+def test_texts_are_judged_from_outside(run, folder, questions, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(tasks.CausalScorer, "load", lambda name, **options: (loaded.append(name), Lengths())[1])
+    options = ("evaluate", "--out", folder, "--scorer", "some/model", "--results", tmp_path / "results", "--quiet")
+    code, text, error = run(*options, "--texts", 3, "--length", 16, "--steps", "16,4")
+    assert code == 0, error
+    assert loaded == ["some/model"]
+    assert "distinct-2" in text
+    stored = json.loads((tmp_path / "results" / "texts.json").read_text())
+    assert len(stored["rows"]) == 5  # two ways without, two with, and the true text
+    for row in stored["rows"]:
+        assert row["quality"]["perplexity"]["value"] == pytest.approx(math.exp(2))
+        assert row["quality"]["num_texts"] == 3
+    assert stored["rows"][-1]["decoding"] == "true text"
+    task = ("--task", "gsm8k", "--data", questions, "--length", 16, "--steps", 4, "--temperature", 1, "--limit", 2)
+    code, text, error = run(*options, *task)
+    assert code == 0, error
+    assert (tmp_path / "results" / "gsm8k-texts.json").exists()
+    assert "perplexity" in text
+
+
+def test_the_log_probability_of_texts(run, folder, tmp_path):
+    texts = ["The 3th text", "says that"]
+    code, text, error = run("score", *texts, "--out", folder, "--prompt", "The ", "--json", tmp_path / "s.json")
+    assert code == 0, error
+    assert "with circuit" in text
+    stored = json.loads((tmp_path / "s.json").read_text())
+    space = workspace.Workspace(folder, progress=False)
+    denoiser, head, tokenizer = space.denoiser(), space.head(), space.tokenizer()
+    for row, one in zip(stored["rows"], texts, strict=True):
+        ids = [torch.tensor(tokenizer.encode(part)) for part in ("The ", one)]
+        for used, value in zip((None, head), row["log_probs"], strict=True):
+            want = log_likelihood(
+                denoiser, ids[:1], ids[1:], head=used, method="sequential", block_length=min(32, len(ids[1]))
+            )
+            assert value == pytest.approx(float(want[0]), abs=1e-4)
+        assert row["num_tokens"] == len(one)
+    decoder = ("score", "The 3th", "--out", folder, "--method", "decoder", "--steps", 2, "--strategy", "margin")
+    assert run(*decoder, "--no-circuit")[1].count("circuit") == 1
+    assert run(*decoder)[1] == run(*decoder)[1]
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "The 3th"}\n{"text": "says", "prompt": "The "}\n')
+    code, text, _ = run("score", "--out", folder, "--file", path, "--method", "elbo", "--samples", 2)
+    assert code == 0
+    assert "The 3th" in text
+
+
+def test_mistakes_get_one_line(run, folder, questions, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n')
+    task = ("evaluate", "--out", folder, "--task", path, "--quiet")
+    cases = [
+        (("evaluate", "--out", folder, "--steps", "8"), "task: expected one with --steps, got none"),
+        (("evaluate", "--model", "some/model"), "task: expected one with --model"),
+        (("evaluate", "--model", "some/model", "--scorer", "x"), "task: expected one with --model"),
+        (("evaluate", "--out", folder, "--task", "gsm9k"), "task: expected one of gsm8k"),
+        (("evaluate", "--out", folder, "--task", "mbpp", "--data", path), "allow_code_execution: expected True"),
+        ((*task, "--steps", "8,x"), "steps: expected whole numbers separated by commas, got '8,x'"),
+        ((*task, "--steps", "1", "--length", "64"), "num_steps: expected at least one for each"),
+        ((*task, "--windows", "8"), "windows: expected none with --task"),
+        ((*task, "--strategy", "magic"), "strategy: expected one of"),
+        ((*task, "--length", "200"), "gen_length: question 0 has 1 tokens"),
+        ((*task, "--chat"), "chat: expected a tokenizer with a chat template"),
+        ((*task, "--scorer", tmp_path / "missing.gguf", "--length", "8"), "scorer: cannot load the causal model"),
+        (("score", "--out", folder), "text: expected texts, or a --file"),
+        (("score", "a", "--out", folder, "--file", path), "text: expected texts, or a --file"),
+        (("score", "", "--out", folder), "text: expected at least one token"),
+        (("score", "a", "--out", folder, "--method", "magic"), "method: expected one of decoder, elbo, sequential"),
+        (("score", "a", "--out", folder, "--steps", 2), "num_steps: --method sequential has no such option"),
+        (("score", "--out", folder, "--file", path), "expected every line"),
+    ]
+    for arguments, message in cases:
+        code, _, error = run(*arguments)
+        assert code == 2, arguments
+        assert message in error, arguments
+        assert error.count("\n") == 1
