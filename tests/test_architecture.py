@@ -21,7 +21,7 @@ LAYERS = (
     ("coupling",),
     ("prediction",),
     ("denoisers", "text"),
-    ("_json", "fingerprint"),
+    ("_json", "fingerprint", "hub"),
     ("errors",),
 )
 HEIGHT = {part: len(LAYERS) - number for number, parts in enumerate(LAYERS) for part in parts}

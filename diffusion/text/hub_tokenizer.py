@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from circuits.files import replace_file
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.fingerprint import tokenizer_fingerprint
 from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require_transformers
 from diffusion.text.chat import ChatTemplate
 from diffusion.text.tokenizer import FILE_NAME, TextTokenizer, byte_alphabet, tokenizer_file
@@ -57,6 +58,11 @@ class HubTokenizer:
         """Ids that are no text and must never be generated: mask, unknown, and padding that is no end of text."""
         pad_id = None if self.pad_id == self.eos_id else self.pad_id
         return tuple(id for id in (pad_id, self.mask_id, self.unk_id) if id is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of which token has which id, see :func:`~diffusion.fingerprint.tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self._table)
 
     def get_vocab(self) -> dict[str, int]:
         """Return the id of every token."""

@@ -25,7 +25,13 @@ class BackboneDenoiser(nn.Module):
         head: from features to logits.
         shifted: whether the network's output at a position predicts the token of the next one, as in networks that
             were autoregressive once; the first position then has its own.
+
+    Attributes:
+        tokenizer_fingerprint: of the tokenizer whose ids these are, see
+            :func:`~diffusion.fingerprint.tokenizer_fingerprint`; None: unknown.
     """
+
+    tokenizer_fingerprint: str | None = None
 
     def __init__(self, spec: DenoiserSpec, backbone: nn.Module, head: nn.Module, *, shifted: bool = False) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.denoisers.adapters.backbone import BackboneDenoiser
+from diffusion.denoisers.adapters.vocabulary import fingerprint_of
 from diffusion.denoisers.checkpoints import Names, load_weights
 from diffusion.denoisers.layers import KeysValues
 from diffusion.denoisers.pretrained import Source
@@ -144,6 +145,7 @@ def filled(module: Model, source: Source, names: Names, *, tied: bool = False) -
         dispatch_model(module, places)
     else:
         module.to(places[""])  # buffers that are in no file
+    module.tokenizer_fingerprint = fingerprint_of(source.folder)
     module.eval()
     return module
 

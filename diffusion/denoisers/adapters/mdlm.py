@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.denoisers.adapters.backbone import BackboneDenoiser
 from diffusion.denoisers.adapters.dit import DiT, DiTConfig, dit_names
-from diffusion.denoisers.adapters.vocabulary import Specials, spec_of
+from diffusion.denoisers.adapters.vocabulary import Specials, fingerprint_of, spec_of
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.checkpoints import load_weights
 from diffusion.denoisers.pretrained import Source
@@ -91,5 +91,6 @@ def skeleton(config: DiTConfig) -> tuple[DiT, nn.Linear]:
 def filled(model: Model, source: Source) -> Model:
     """Load a denoiser's weights, in the dtype and onto the device of the source, for evaluation."""
     load_weights(model, source.folder, names=dit_names, dtype=source.dtype, device=source.one_device)
+    model.tokenizer_fingerprint = fingerprint_of(source.folder)
     model.eval()
     return model

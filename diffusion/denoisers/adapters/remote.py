@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.denoisers.adapters.backbone import BlockCausalDenoiser
-from diffusion.denoisers.adapters.vocabulary import Specials, spec_of
+from diffusion.denoisers.adapters.vocabulary import Specials, fingerprint_of, spec_of
 from diffusion.denoisers.layers import KeysValues
 from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError
@@ -72,5 +72,6 @@ def load(source: Source) -> BlockCausalDenoiser:
     denoiser = BlockCausalDenoiser(spec, backbone, model.get_output_embeddings(), block_size=size)
     if not spread:
         denoiser.to(source.one_device)
+    denoiser.tokenizer_fingerprint = fingerprint_of(source.folder)
     denoiser.eval()
     return denoiser

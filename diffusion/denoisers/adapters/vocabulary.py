@@ -9,6 +9,7 @@ from typing import Any
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.fingerprint import tokenizer_fingerprint
 from diffusion.hub import CONFIG, read_json
 
 
@@ -26,10 +27,16 @@ def token_ids(folder: Path) -> dict[str, int]:
         found |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     elif (folder / "vocab.json").is_file():
         found |= read_json(folder / "vocab.json")
-    for name in ("added_tokens.json", "tokenizer_config.json"):
-        if found and (folder / name).is_file():
-            found |= _added(read_json(folder / name))
+        for name in ("added_tokens.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                found |= _added(read_json(folder / name))
     return found
+
+
+def fingerprint_of(folder: Path) -> str | None:
+    """Return the digest of a folder's tokenizer; None: it has none."""
+    known = token_ids(folder)
+    return tokenizer_fingerprint(known) if known else None
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,18 @@ def test_special_ids_are_those_of_config_and_settings(tmp_path):
 
 
 def test_ids_agree_with_what_a_denoiser_of_the_folder_knows(tmp_path):
-    from diffusion.denoisers.adapters.vocabulary import token_ids
+    from diffusion.denoisers.adapters.vocabulary import fingerprint_of, token_ids
 
-    byte_pairs(tmp_path)
-    assert df.load_tokenizer(tmp_path).get_vocab() == token_ids(tmp_path)
+    expected = byte_pairs(tmp_path / "new")
+    old = tmp_path / "old"
+    old.mkdir()
+    expected.model.save(str(old))
+    (old / "added_tokens.json").write_text(json.dumps(dict(zip(SPECIAL, range(270, 273), strict=True))))
+    (old / "tokenizer_config.json").write_text("{}")
+    for folder in (tmp_path / "new", old):
+        tokenizer = df.load_tokenizer(folder)
+        assert tokenizer.get_vocab() == token_ids(folder) == expected.get_vocab()
+        assert tokenizer.fingerprint == fingerprint_of(folder)
 
 
 def test_the_older_files_give_the_same_ids(tmp_path):

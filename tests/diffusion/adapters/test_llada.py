@@ -91,7 +91,9 @@ def test_logits_are_read_from_the_features(tmp_path):
 
 def test_special_tokens_are_those_of_config_and_tokenizer(tmp_path):
     files = {"tokenizer.json": tiny.tokenizer_json()}
-    spec = df.load_denoiser(llada(tmp_path, files=files)).spec
+    model = df.load_denoiser(llada(tmp_path, files=files))
+    spec = model.spec
+    assert model.tokenizer_fingerprint == df.load_tokenizer(tmp_path).fingerprint
     assert (spec.vocab_size, spec.mask_id, spec.pad_id, spec.max_length) == (20, tiny.MASK, tiny.PAD, 32)
     assert spec.eos_ids == (tiny.END, tiny.TURN)
     assert spec.forbidden_ids == (tiny.MASK, 18, 19)  # the vocabulary is wider than the tokenizer
