@@ -16,16 +16,16 @@ from diffusion.hub import require_transformers
 
 LLADA2 = Specials(masks=("<|mask|>",), mask_id=156895, ends=("<|role_end|>",), end_ids=(156892,), pad_id=156892)
 SDAR = Specials(masks=("<|MASK|>",), mask_id=151669, ends=("<|im_end|>",), pad_id=151643)
-_FAMILIES: dict[str, tuple[Specials, int, int]] = {"llada2_moe": (LLADA2, 32, 4), "sdar_moe": (SDAR, 4, 3)}
-"""By model type: special tokens, the length of a block, and how many dimensions its attention mask has."""
+_FAMILIES = {"llada2_moe": (LLADA2, 32), "sdar_moe": (SDAR, 4)}
+"""By model type: special tokens, and the length of a block where the config does not say."""
 
 
 class RemoteBackbone(nn.Module):
     """The decoder of a model with code of its own, which takes masks of zeros and ones. It keeps no cache."""
 
-    def __init__(self, model: nn.Module, mask_dimensions: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.mask_dimensions = model, mask_dimensions
+        self.model = model
 
     def forward(
         self,
@@ -38,7 +38,6 @@ class RemoteBackbone(nn.Module):
     ) -> tuple[Tensor, list[KeysValues]]:
         """Return features, (B, L, H), and no keys and values."""
         mask = attended.expand(len(tokens), -1, -1, -1).to(next(self.model.parameters()).dtype)
-        mask = mask if self.mask_dimensions == 4 else mask.squeeze(1)
         output = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
         return output[0], []
 
@@ -55,7 +54,7 @@ def load(source: Source) -> BlockCausalDenoiser:
             "would be executed; read it first"
         )
     transformers = require_transformers()
-    specials, block_size, dimensions = _FAMILIES[str(source.config["model_type"]).lower()]
+    specials, block_size = _FAMILIES[str(source.config["model_type"]).lower()]
     spread = source.device == "auto" or not isinstance(source.device, str | torch.device)
     placed: dict[str, Any] = {"device_map": source.device} if spread else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -67,7 +66,7 @@ def load(source: Source) -> BlockCausalDenoiser:
         vocab_size=source.number("vocab_size"),
         max_length=source.number("max_position_embeddings"),
     )
-    backbone = RemoteBackbone(model.get_decoder(), dimensions)
+    backbone = RemoteBackbone(model.get_decoder())
     size = source.number("block_size", block_size)
     denoiser = BlockCausalDenoiser(spec, backbone, model.get_output_embeddings(), block_size=size)
     if not spread:
