@@ -204,7 +204,10 @@ class Workspace:
         return table
 
     def evaluate_few_steps(self, recipe: Recipe, *, steps: Sequence[int] = STEPS) -> FewStepCurve:
-        """Measure text written in few calls per block on held-out prompts, and draw it; results/few_steps.*."""
+        """Measure text written in few calls per block on held-out prompts, and draw it; results/few_steps.*.
+
+        Each point is kept in checkpoints/few_steps/, where an interrupted run goes on.
+        """
         from diffusion.evaluation.plots import draw_few_step_curve
 
         denoiser = self.denoiser()
@@ -218,6 +221,7 @@ class Workspace:
             rest,
             steps=[count for count in steps if count <= denoiser.config.block_length],
             seed=recipe.seed,
+            folder=self.path / "checkpoints" / "few_steps",
             progress=self.progress,
         )
         self.keep(table, "few_steps")

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion._json import write_json
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
@@ -24,6 +25,7 @@ from diffusion.decoding.generation import generate
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.gap import Estimate, rounded
+from diffusion.evaluation.kept_points import KeptPoints, identity_of
 from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
 
@@ -119,6 +121,7 @@ def few_step_curve(
     judge_samples: int | None = None,
     batch_size: int = 128,
     seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> FewStepCurve:
     """Generate one block after each prompt at temperature 1, and measure what was written.
@@ -140,6 +143,8 @@ def few_step_curve(
             over orders. None: one token at a time.
         batch_size: texts at a time.
         seed: of draws, orders and the bootstrap.
+        folder: where each point is kept once it is measured, in a file of its own, and found again by a run that goes
+            on; points of another denoiser, head, data or options are measured anew. None: nothing is kept.
         progress: draw a progress bar.
 
     Raises:
@@ -155,16 +160,37 @@ def few_step_curve(
         raise ArgumentError(f"steps: expected integers from 1 to the block length, {length}, got {steps!r}")
     settings = _settings(sorted(steps), decode)
     judge = _Judge(denoiser, data[:, :-length], reference, batch_size, seed, judge_samples)
+    measure = f"1 {judge_samples}"  # the number changes with what is measured
+    depends_on = {"reference": digest(reference), "seed": str(seed), "measure": measure}
+    kept = KeptPoints(folder, {} if folder is None else {**identity_of(denoiser, head, data), **depends_on})
+
+    def measured(curve: str, num_steps: int | None, config: DecodingConfig) -> CurvePoint:
+        used = None if curve.startswith(WITHOUT) else head
+        texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, batch_size, seed)
+        return CurvePoint(curve, num_steps, num_calls, judge.quality(texts))
+
     points = []
     with progress_bar("measuring the few-step curve", len(settings) + 1, enabled=progress) as advance:
-        true_text = judge.quality(data[:, -length:])
+        true_text = _quality_of(kept.get(TRUE_TEXT, "", lambda: asdict(judge.quality(data[:, -length:]))))
         advance()
-        for curve, num_steps, config in settings:
-            used = None if curve.startswith(WITHOUT) else head
-            texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, batch_size, seed)
-            points.append(CurvePoint(curve, num_steps, num_calls, judge.quality(texts)))
+        for setting in settings:
+            curve, num_steps, config = setting
+            point = kept.get(
+                curve if num_steps is None else f"{curve} {num_steps}",
+                f"{num_steps} {config}",
+                lambda setting=setting: asdict(measured(*setting)),  # type: ignore[misc]
+            )
+            points.append(CurvePoint(curve, num_steps, point["num_calls"], _quality_of(point["quality"])))
             advance()
     return FewStepCurve(tuple(points), true_text, len(data), length, seed, judge_samples)
+
+
+def _quality_of(kept: dict[str, Any]) -> Quality:
+    return Quality(
+        Estimate(**kept["loss"]),
+        tuple(Estimate(**share) for share in kept["distinct"]),
+        Estimate(**kept["divergence"]),
+    )
 
 
 def _settings(steps: Sequence[int], decode: DecodeMode) -> list[tuple[str, int | None, DecodingConfig]]:

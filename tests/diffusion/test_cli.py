@@ -63,6 +63,7 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert "true text" in text
     names = {f"{name}.{kind}" for name in ("gap", "few_steps") for kind in ("json", "png", "txt")}
     assert {path.name for path in (out / "results").iterdir()} == names
+    assert (out / "checkpoints" / "few_steps" / "true-text.json").exists()  # where a run that was killed goes on
     code, text, _ = run("evaluate", "--out", out, "--no-few-steps", "--quiet")
     assert code == 0
     assert "true text" not in text
