@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands import convert, decode, evaluate, harness, pipeline, score
+from diffusion.app.commands import convert, decode, demo, evaluate, harness, pipeline, score
 from diffusion.app.commands.common import app
 from diffusion.errors import UnfactorError
 
-__all__ = ["app", "convert", "decode", "evaluate", "harness", "main", "pipeline", "score"]
+__all__ = ["app", "convert", "decode", "demo", "evaluate", "harness", "main", "pipeline", "score"]
 
 _UsageErrors: Any = typer.BadParameter.__mro__[2]  # ClickException, of click or of the copy that typer carries
 

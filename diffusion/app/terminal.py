@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def say(message: str) -> None:
@@ -44,6 +45,29 @@ def print_gap(table: Any) -> None:
     Console().print(shown)
     for note in table.notes:
         say(f"({note})")
+
+
+def print_texts(cells: Any, title: str) -> None:
+    """Print texts side by side, a title row first; nothing in them is markup."""
+    shown = Table(title=Text(title), title_justify="left", show_lines=True)
+    for column in cells[0]:
+        shown.add_column(column, overflow="fold")
+    for row in cells[1:]:
+        shown.add_row(*map(Text, row))
+    Console().print(shown)
+
+
+def print_annotations(table: Any) -> None:
+    """Print the share of right calculator annotations at each number of calls."""
+    shown = Table(
+        title=f"Calculator annotations that are right, {table.num_texts} texts (95 % interval)", title_justify="left"
+    )
+    titles, *rows = table.cells()
+    for title in titles:
+        shown.add_column(title, justify="right")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    Console().print(shown)
 
 
 def print_few_steps(table: Any) -> None:

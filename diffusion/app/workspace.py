@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.evaluation.annotations import AnnotationTable
-from diffusion.evaluation.few_step_curve import FewStepCurve, few_step_curve
+from diffusion.evaluation.few_step_curve import FewStepCurve, few_step_curve, few_step_sketch
 from diffusion.evaluation.few_steps import FewStepTable, few_step_quality
 from diffusion.evaluation.gap import GapTable, misspecification_gap
 from diffusion.evaluation.tuning import TEMPERATURES, Tuning, tune
@@ -203,10 +204,15 @@ class Workspace:
         draw_gap(table, self.results / "gap.png", title=f"corpus: {Path(recipe.text.corpus).name}")
         return table
 
-    def evaluate_few_steps(self, recipe: Recipe, *, steps: Sequence[int] = STEPS) -> FewStepCurve:
+    def evaluate_few_steps(self, recipe: Recipe, *, sketch: Sequence[int] = ()) -> FewStepCurve:
         """Measure text written in few calls per block on held-out prompts, and draw it; results/few_steps.*.
 
-        Each point is kept in checkpoints/few_steps/, where an interrupted run goes on.
+        Each point of the whole curve is kept in checkpoints/few_steps/, where an interrupted run goes on.
+
+        Args:
+            recipe: of the folder.
+            sketch: denoiser calls per block of a first look, :func:`~diffusion.evaluation.few_step_sketch`; none of
+                them: the whole curve, from 1 call to 32.
         """
         from diffusion.evaluation.plots import draw_few_step_curve
 
@@ -214,16 +220,14 @@ class Workspace:
         data, rest = windows_and_rest(
             self.held_out_stream(recipe), length=denoiser.config.span, max_windows=max(2, recipe.texts)
         )
-        table = few_step_curve(
-            denoiser,
-            self.head(),
-            data.to(self.device),
-            rest,
-            steps=[count for count in steps if count <= denoiser.config.block_length],
-            seed=recipe.seed,
-            folder=self.path / "checkpoints" / "few_steps",
-            progress=self.progress,
-        )
+        models = (denoiser, self.head(), data.to(self.device), rest)
+        options: dict[str, Any] = {"seed": recipe.seed, "progress": self.progress}
+        steps = [count for count in sketch or STEPS if count <= denoiser.config.block_length]
+        if sketch:
+            table = few_step_sketch(*models, steps=steps, **options)
+        else:
+            folder = self.path / "checkpoints" / "few_steps"
+            table = few_step_curve(*models, steps=steps, folder=folder, **options)
         self.keep(table, "few_steps")
         draw_few_step_curve(table, self.results / "few_steps.png")
         return table

@@ -111,13 +111,17 @@ class GapTable:
     num_windows: int
     seed: int
 
-    def __str__(self) -> str:
-        names = ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed (nats)")
-        lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table in words, a title row first."""
+        rows: list[tuple[str, ...]] = []
         for row in self.rows:
             share = str(row.share_closed) if row.is_meaningful else "not meaningful"
-            cells = (row.one_step, row.circuit_alone, row.coupled, row.sequential, share)
-            lines.append(f"| {rounded(row.mask_ratio)} | {' | '.join(map(str, cells))} |")
+            rows.append((rounded(row.mask_ratio), *(str(getattr(row, name)) for name in MODELS), share))
+        return [("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed (nats)"), *rows]
+
+    def __str__(self) -> str:
+        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
+        lines = [titles, "|" + "---|" * len(self.cells()[0]), *rows]
         return "\n".join([*lines, *(f"\n({note})" for note in self.notes)])
 
     @property

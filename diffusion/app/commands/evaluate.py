@@ -12,7 +12,7 @@ from diffusion.app.models import DEFAULT_OUT, ModelOptions
 from diffusion.app.option_groups import with_options
 from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
 from diffusion.app.task_options import TaskOptions
-from diffusion.app.terminal import print_cells, print_curve, print_few_steps, print_gap, say
+from diffusion.app.terminal import print_annotations, print_cells, print_curve, print_few_steps, print_gap, say
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.names import strategy_named
 from diffusion.errors import ArgumentError
@@ -37,7 +37,9 @@ def evaluate(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure and draw the gap table and the few-step curve, and for the arithmetic corpus the share of right texts.
+    """Measure and draw the gap table, the few-step curve, and the share of what is right where that is known.
+
+    That is known of sums in the arithmetic corpus, and of calculator annotations, as in <<48/2=24>>, wherever they are.
 
     The few-step curve is always at temperature 1, in mode joint and by entropy. With --task: accuracy, calls and tokens
     per call of a task in every way of decoding that is named, without the circuit and with it. With --scorer:
@@ -58,12 +60,26 @@ def evaluate(
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options.setdefault("temperature", 1.0)
     DecodingConfig(**options)  # which refuses what it does not know, before anything is measured
-    print_gap(workspace.evaluate_gap(recipe))
+    _measure(workspace, recipe, few_steps, options)
+
+
+def _measure(workspace: Any, recipe: Any, few_steps: bool, options: dict[str, Any]) -> None:
+    from diffusion.app.measures import evaluate_annotations
+    from diffusion.app.showing import report, report_sections, show_blocks
+
+    gap, curve, annotations = workspace.evaluate_gap(recipe), None, None
+    print_gap(gap)
     if few_steps:
-        print_curve(workspace.evaluate_few_steps(recipe))
+        curve = workspace.evaluate_few_steps(recipe)
+        print_curve(curve)
+        annotations = evaluate_annotations(workspace, recipe)
+        if annotations is not None:
+            print_annotations(annotations)
     if recipe.text.corpus == "arithmetic":
         print_few_steps(workspace.evaluate_arithmetic(recipe, **options))
-    say(f"Tables and pictures are in {workspace.results}/")
+    shown = show_blocks(workspace, recipe)
+    report(workspace, report_sections(workspace, shown=shown, curve=curve, annotations=annotations, gap=gap), shown)
+    say(f"To look at: {workspace.results / 'report.html'}; tables and pictures are beside it")
 
 
 def _evaluate_task(

@@ -1,9 +1,10 @@
-"""The demonstration, and the stages from a corpus to a denoiser with a circuit on top of it."""
+"""The stages from a corpus to a denoiser with a circuit on top of it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -19,35 +20,7 @@ from diffusion.app.commands.common import (
     preset_recipe,
 )
 from diffusion.app.models import DEFAULT_OUT
-from diffusion.app.terminal import conclusion, print_few_steps, print_gap, say
-
-_FEW_STEPS = 4
-
-
-@app.command()
-def demo(
-    corpus: CorpusName = "embedded",
-    field: FieldName = None,
-    out: Out = DEFAULT_OUT,
-    preset: PresetName = "default",
-    device: DeviceName = "auto",
-    quiet: Quiet = False,
-) -> None:
-    """Train a small denoiser, fit a circuit on top of it, and show what the circuit returns."""
-    workspace, recipe = open_workspace(out, device, quiet), preset_recipe(preset, corpus, field)
-    workspace.train(recipe)
-    workspace.fit(recipe)
-    table = workspace.evaluate_gap(recipe)
-    print_gap(table)
-    if corpus == "arithmetic":
-        print_few_steps(workspace.evaluate_arithmetic(recipe))
-    _print_side_by_side(workspace, recipe)
-    say(f"\n[bold]Shown:[/] {conclusion(table.rows[-1])}")
-    say(f"[bold]Files:[/] models and results are in {out}/, the picture is {workspace.results / 'gap.png'}")
-    say(
-        f"[bold]Next:[/] unfactor generate --out {out} --prompt 'If the ' --steps 8 --temperature 1; "
-        "unfactor demo --corpus arithmetic --out arithmetic; or --corpus with a text of your own"
-    )
+from diffusion.app.terminal import say
 
 
 @app.command()
@@ -134,24 +107,15 @@ def tune(
     print(workspace.tune(recipe, with_temperature=temperature))
 
 
-def _print_side_by_side(workspace: Any, recipe: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+@app.command(hidden=True)
+def pack(
+    to: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: Out = DEFAULT_OUT,
+    corpus: Annotated[str, typer.Option(help="What the text is to be called.")] = "gsm8k",
+    documents: Annotated[int, typer.Option(min=1, help="Held-out documents that go with the models.")] = 512,
+) -> None:
+    """Write the models of a folder as they are shipped: half precision, held-out documents, a model card."""
+    from diffusion.app.packing import pack as packed
 
-    from diffusion.app.writing import continue_prompts
-
-    prompts = workspace.held_out_prompts(recipe, 4)
-    length = recipe.denoiser.block_length
-    columns = []
-    for head in (None, workspace.head()):
-        models = workspace.models(head)
-        out = continue_prompts(models, prompts, gen_length=length, num_steps=_FEW_STEPS, temperature=1.0)
-        columns.append([models.tokenizer.decode(row.tolist()) for row in out.generated])
-    title = f"{length} new tokens in {_FEW_STEPS} calls of the same denoiser, at temperature 1 (greedy: mostly spaces)"
-    shown = Table(title=title, show_lines=True)
-    for column in ("prompt", "without circuit", "with circuit"):
-        shown.add_column(column)
-    for row in zip(prompts, *columns, strict=True):
-        shown.add_row(*(Text(cell) for cell in row))
-    Console().print(shown)
+    size = packed(open_workspace(out, "cpu", quiet=True), to, corpus=corpus, documents=documents)
+    say(f"{size:,} bytes are in {to}/")
