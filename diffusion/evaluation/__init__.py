@@ -8,7 +8,7 @@ from diffusion.evaluation.annotations import (
     annotation_quality,
     check_annotations,
 )
-from diffusion.evaluation.few_step_curve import CurvePoint, FewStepCurve, Quality, few_step_curve
+from diffusion.evaluation.few_step_curve import CurvePoint, FewStepCurve, Quality, few_step_curve, few_step_sketch
 from diffusion.evaluation.few_steps import FewStepRow, FewStepTable, few_step_quality
 from diffusion.evaluation.gap import Estimate, GapRow, GapTable, misspecification_gap
 from diffusion.evaluation.tuning import Tuning, TuningRow, tune
@@ -32,6 +32,7 @@ __all__ = [
     "check_annotations",
     "few_step_curve",
     "few_step_quality",
+    "few_step_sketch",
     "misspecification_gap",
     "tune",
 ]

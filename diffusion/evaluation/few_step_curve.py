@@ -118,7 +118,6 @@ def few_step_curve(
     *,
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
     decode: DecodeMode = "joint",
-    judge_samples: int | None = None,
     batch_size: int = 128,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -128,8 +127,7 @@ def few_step_curve(
 
     Strategy ``entropy`` commits equal counts per step, without the circuit and with it; without it also ``threshold``
     0.9 and ``entropy_bound`` 0.1, each at the number of calls that it takes. Every text is judged in one random order
-    of its positions, the same for all ways of decoding and for the true text; or, with ``judge_samples``, by an
-    estimate of the mean over all orders, which takes fewer calls.
+    of its positions, the same for all ways of decoding and for the true text.
 
     Args:
         denoiser: the masked-token predictor; also the judge.
@@ -138,9 +136,6 @@ def few_step_curve(
         reference: held-out texts that are not in ``data``, int64, for their n-grams.
         steps: denoiser calls per block, each from 1 to L.
         decode: how the circuit is used.
-        judge_samples: at how many noise levels each text is judged, the same for all ways of decoding: method ``elbo``
-            of :func:`~diffusion.evaluation.likelihood.log_likelihood`, whose expectation is the mean of ``sequential``
-            over orders. None: one token at a time.
         batch_size: texts at a time.
         seed: of draws, orders and the bootstrap.
         folder: where each point is kept once it is measured, in a file of its own, and found again by a run that goes
@@ -150,6 +145,48 @@ def few_step_curve(
     Raises:
         ArgumentError: data, reference or steps do not fit.
     """
+    settings = _settings(_checked(head, data, reference, steps), decode)
+    judge = _Judge(denoiser, data[:, : -head.block_length], reference, batch_size, seed)
+    return _measured(judge, head, data, settings, folder, progress)
+
+
+def few_step_sketch(
+    denoiser: Denoiser,
+    head: CoupledHead,
+    data: Tensor,  # shape: (N, P + L)
+    reference: Tensor,  # shape: (M, R)
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    judge_samples: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> FewStepCurve:
+    """Measure what :func:`few_step_curve` does in a fraction of its calls, for a first look at few texts.
+
+    Each text is judged at a few noise levels, the same for all ways of decoding: method ``elbo`` of
+    :func:`~diffusion.evaluation.likelihood.log_likelihood`, whose expectation is the mean of ``sequential`` over all
+    orders. The strategies that decide themselves how many calls they take are left out.
+
+    Args:
+        denoiser: the masked-token predictor; also the judge.
+        head: the circuit over one block of L positions.
+        data: held-out windows of prompt and block, int64, on the denoiser's device.
+        reference: held-out texts that are not in ``data``, int64, for their n-grams.
+        steps: denoiser calls per block, each from 1 to L.
+        judge_samples: how many noise levels, evenly spread.
+        seed: of draws, noise and the bootstrap.
+        progress: draw a progress bar.
+
+    Raises:
+        ArgumentError: data, reference or steps do not fit.
+    """
+    settings = [one for one in _settings(_checked(head, data, reference, steps), "joint") if one[1] is not None]
+    judge = _Judge(denoiser, data[:, : -head.block_length], reference, len(data), seed, judge_samples)
+    return _measured(judge, head, data, settings, None, progress)
+
+
+def _checked(head: CoupledHead, data: Tensor, reference: Tensor, steps: Sequence[int]) -> list[int]:
+    """Return the steps in order; raise ArgumentError if something does not fit."""
     length = head.block_length
     if not isinstance(data, Tensor) or data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
         raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {_shape(data)}")
@@ -158,15 +195,25 @@ def few_step_curve(
         raise ArgumentError(f"reference: expected int64 (M >= 1, at least {longest}), got {_shape(reference)}")
     if not steps or not all(isinstance(count, int) and 1 <= count <= length for count in steps):
         raise ArgumentError(f"steps: expected integers from 1 to the block length, {length}, got {steps!r}")
-    settings = _settings(sorted(steps), decode)
-    judge = _Judge(denoiser, data[:, :-length], reference, batch_size, seed, judge_samples)
-    measure = f"1 {judge_samples}"  # the number changes with what is measured
-    depends_on = {"reference": digest(reference), "seed": str(seed), "measure": measure}
+    return sorted(steps)
+
+
+def _measured(
+    judge: _Judge,
+    head: CoupledHead,
+    data: Tensor,
+    settings: Sequence[tuple[str, int | None, DecodingConfig]],
+    folder: str | os.PathLike[str] | None,
+    progress: bool,
+) -> FewStepCurve:
+    denoiser, length, seed = judge.denoiser, head.block_length, judge.seed
+    measure = f"1 {judge.samples}"  # the number changes with what is measured
+    depends_on = {"reference": digest(judge.reference), "seed": str(seed), "measure": measure}
     kept = KeptPoints(folder, {} if folder is None else {**identity_of(denoiser, head, data), **depends_on})
 
     def measured(curve: str, num_steps: int | None, config: DecodingConfig) -> CurvePoint:
         used = None if curve.startswith(WITHOUT) else head
-        texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, batch_size, seed)
+        texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, judge.batch_size, seed)
         return CurvePoint(curve, num_steps, num_calls, judge.quality(texts))
 
     points = []
@@ -182,7 +229,7 @@ def few_step_curve(
             )
             points.append(CurvePoint(curve, num_steps, point["num_calls"], _quality_of(point["quality"])))
             advance()
-    return FewStepCurve(tuple(points), true_text, len(data), length, seed, judge_samples)
+    return FewStepCurve(tuple(points), true_text, len(data), length, seed, judge.samples)
 
 
 def _quality_of(kept: dict[str, Any]) -> Quality:

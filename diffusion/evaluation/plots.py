@@ -138,7 +138,8 @@ def few_step_curve_figure(table: FewStepCurve, *, title: str = "") -> Figure:
         axes.set_xlabel(f"denoiser calls for {table.block_length} tokens")
     left.set_ylabel("negative log-likelihood per token (nats)")
     right.set_ylabel("trigram divergence to held-out text (nats)")
-    left.set_title(title or "Text in few steps, judged one token at a time", fontsize=11, loc="left")
+    judged = "one token at a time" if table.judge_samples is None else f"at {table.judge_samples} noise levels"
+    left.set_title(title or f"Text in few steps, judged {judged}", fontsize=11, loc="left")
     right.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
     left.legend(frameon=False, fontsize=9)
     _tidy(left, right)

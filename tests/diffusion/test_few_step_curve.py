@@ -10,7 +10,7 @@ import torch
 import circuits as ct
 import diffusion as df
 from diffusion.errors import ArgumentError, CorpusError
-from diffusion.evaluation.few_step_curve import distinct_share, few_step_curve, gram_divergence
+from diffusion.evaluation.few_step_curve import distinct_share, few_step_curve, few_step_sketch, gram_divergence
 from diffusion.evaluation.plots import draw_few_step_curve, few_step_curve_figure
 from diffusion.testing import Table, decoder_law, reference, worlds
 from diffusion.testing.reference import Rule
@@ -58,6 +58,31 @@ def test_losses_are_the_cross_entropies_of_the_enumerated_laws(known):
     assert losses["with circuit (joint)", 1] == pytest.approx(world.entropy / 3, rel=1e-4)
     assert losses["without circuit", 3] == pytest.approx(world.entropy / 3, rel=1e-4)
     assert losses["without circuit", 1] > 1.2 * world.entropy / 3  # there is a barrier to see
+
+
+def test_a_sketch_has_the_same_expected_losses_in_fewer_calls(known):
+    world, curve = known
+    data, rest = samples(world, 700, 1), samples(world, 200, 2)
+    calls = []
+
+    class Counted:
+        spec = world.denoiser().spec
+
+        def logits(self, tokens, **options):
+            calls.append(len(tokens))
+            return world.denoiser().logits(tokens, **options)
+
+    table = few_step_sketch(Counted(), df.CoupledHead(undoing(world)), data, rest, steps=(1, 3), judge_samples=2)
+    assert contains(table.true_text.loss, world.entropy / 3)
+    assert [(point.curve, point.num_steps) for point in table.points] == [
+        (name, count) for name in ("without circuit", "with circuit (joint)") for count in (1, 3)
+    ]
+    whole = {(point.curve, point.num_steps): point.quality.loss for point in curve.points}
+    for point in table.points:
+        found, expected = point.quality.loss, whole[point.curve, point.num_steps]
+        assert max(found.low, expected.low) <= min(found.high, expected.high)
+    assert sum(calls) == 700 * (5 * 2 + 2 * (1 + 3))  # five judgements at two noise levels, and what was written
+    assert "judged at 2 noise levels" in few_step_curve_figure(table).axes[0].get_title("left")
 
 
 def test_varied_are_the_texts_of_the_law(known):

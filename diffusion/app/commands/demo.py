@@ -14,7 +14,7 @@ from diffusion.errors import ArgumentError
 
 # so that all of it is over within 90 seconds on two busy cores
 _STEPS = (1, 2, 4, 8)
-_CURVE_TEXTS, _JUDGE_SAMPLES, _ANNOTATION_TEXTS, _GAP_WINDOWS = 16, 8, 48, 16
+_CURVE_TEXTS, _ANNOTATION_TEXTS, _GAP_WINDOWS = 16, 48, 16
 
 
 @app.command()
@@ -91,7 +91,7 @@ def _show(workspace: Any, recipe: Any) -> None:
     more_texts = replace(recipe, texts=min(recipe.texts, _ANNOTATION_TEXTS))
     shown = show_blocks(workspace, recipe)
     print_texts(shown.cells(), f"The same {recipe.denoiser.block_length} tokens in one call, at temperature 1")
-    curve = workspace.evaluate_few_steps(few_texts, steps=_STEPS, judge_samples=_JUDGE_SAMPLES)
+    curve = workspace.evaluate_few_steps(few_texts, sketch=_STEPS)
     print_curve(curve)
     say(f"(the picture is {workspace.results / 'few_steps.png'})")
     annotations = evaluate_annotations(workspace, more_texts, steps=_STEPS)
