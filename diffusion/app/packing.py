@@ -75,7 +75,7 @@ def write_documents(documents: list[str], path: Path) -> None:
         temporary.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
-def unpack(path: str | os.PathLike[str], *, source: Path = SHIPPED) -> None:
+def unpack(path: str | os.PathLike[str]) -> None:
     """Copy the shipped models into a folder of the user's, where they can be used, tuned and measured like any.
 
     A folder that has them already is left as it is.
@@ -83,7 +83,7 @@ def unpack(path: str | os.PathLike[str], *, source: Path = SHIPPED) -> None:
     Raises:
         CheckpointError: there are none to copy, or the folder holds something else.
     """
-    folder = Path(path)
+    folder, source = Path(path), SHIPPED
     if not (source / "recipe.json").exists():
         raise CheckpointError(
             f"{source} holds no models: this copy of the library came without them; train some: "

@@ -144,7 +144,11 @@ def _table(cells: Sequence[Sequence[str]], kind: str) -> str:
         for row in rows
     ]
     head = f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
-    return f'<table role="table">\n{head}\n<tbody role="rowgroup">\n' + "\n".join(lines) + "\n</tbody></table>"
+    return (
+        f'<table role="table" class="{kind and "texts"}">\n{head}\n<tbody role="rowgroup">\n'
+        + "\n".join(lines)
+        + "\n</tbody></table>"
+    )
 
 
 def _player(fillings: Sequence[Filling]) -> str:

@@ -149,23 +149,22 @@ def fill_hole(workspace: Workspace, recipe: Recipe) -> Infilled | None:
 
 def _hole(workspace: Workspace, recipe: Recipe) -> tuple[str, str, str, str] | None:
     """Return the text before a hole, in it and after it, and the pattern for it."""
-    tokenizer, length = workspace.tokenizer(), recipe.denoiser.context_length
+    tokenizer, length = workspace.tokenizer(), recipe.denoiser.context_length + recipe.denoiser.block_length
     documents = workspace.held_out(recipe)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    for document in (documents[index] for index in order):
-        text = tokenizer.decode(tokenizer.encode(document)[:length])
+    beginnings = [tokenizer.encode(documents[index])[:length] for index in order]
+    for text in map(tokenizer.decode, beginnings):
         annotation = _ANNOTATION.search(text)
         if annotation is not None and annotation.start():
             return text[: annotation.start()], annotation[0], text[annotation.end() :], _PATTERN
-    if not documents:
-        return None
-    ids = tokenizer.encode(documents[order[0]])[:length]
-    third = len(ids) // 3
-    before, truth, after = (tokenizer.decode(part) for part in (ids[:third], ids[third : 2 * third], ids[2 * third :]))
-    words = re.findall(r"[A-Za-z]+", truth)
-    if not words:
-        return None
-    return before, truth, after, rf"(.|\n)*{max(words, key=len)}(.|\n)*"
+    for ids in beginnings:
+        third = len(ids) // 3
+        parts = (ids[:third], ids[third : 2 * third], ids[2 * third :])
+        before, truth, after = (tokenizer.decode(part) for part in parts)
+        words = re.findall(r"[A-Za-z]+", truth)
+        if words:
+            return before, truth, after, rf"(.|\n)*{max(words, key=len)}(.|\n)*"
+    return None
 
 
 def _escaped(text: str) -> str:

@@ -49,7 +49,8 @@ def print_gap(table: Any) -> None:
 
 def print_texts(cells: Any, title: str) -> None:
     """Print texts side by side, a title row first; nothing in them is markup."""
-    shown = Table(title=Text(title), title_justify="left", show_lines=True)
+    Console(soft_wrap=True, highlight=False).print(Text(title, style="italic"))  # a table would break it
+    shown = Table(show_lines=True)
     for column in cells[0]:
         shown.add_column(column, overflow="fold")
     for row in cells[1:]:

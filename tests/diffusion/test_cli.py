@@ -61,7 +61,7 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert code == 0
     assert "one-step" in text
     assert "true text" in text
-    names = {f"{name}.{kind}" for name in ("gap", "few_steps") for kind in ("json", "png", "txt")}
+    names = {f"{name}.{kind}" for name in ("gap", "few_steps") for kind in ("json", "png", "txt")} | {"report.html"}
     assert {path.name for path in (out / "results").iterdir()} == names
     assert (out / "checkpoints" / "few_steps" / "true-text.json").exists()  # where a run that was killed goes on
     code, text, _ = run("evaluate", "--out", out, "--no-few-steps", "--quiet")
@@ -128,7 +128,7 @@ def test_the_help_is_that_of_the_tables(run):
 
 def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
     out = tmp_path / "demo"
-    arguments = ("demo", "--corpus", "arithmetic", "--preset", "tiny", "--out", out, "--quiet")
+    arguments = ("demo", "--from-scratch", "--corpus", "arithmetic", "--preset", "tiny", "--out", out, "--quiet")
     code, text, _ = run(*arguments)
     assert code == 0
     lines = [line for line in text.splitlines() if line.split(":")[0] in ("Shown", "Files", "Next")]
@@ -137,7 +137,7 @@ def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "train_denoiser", None)  # calling it would fail
     monkeypatch.setattr(workspace, "fit_coupled", None)
     assert run(*arguments)[0] == 0
-    code, _, error = run("demo", "--corpus", "embedded", "--preset", "tiny", "--out", out)
+    code, _, error = run("demo", "--from-scratch", "--corpus", "embedded", "--preset", "tiny", "--out", out)
     assert code == 2
     assert "was made with another text" in error
 
@@ -151,9 +151,10 @@ def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
     assert run("train", "--corpus", corpus, "--out", models, "--preset", "tiny", "--quiet")[0] == 0
     new = ("--out", tmp_path / "new")
     cases = [
-        (("demo", "--corpus", tmp_path / "missing.txt", *new), "missing.txt"),
-        (("demo", "--corpus", empty, *new), "holds no text"),
-        (("demo", "--preset", "huge", *new), "preset: expected one of"),
+        (("demo", "--from-scratch", "--corpus", tmp_path / "missing.txt", *new), "missing.txt"),
+        (("demo", "--from-scratch", "--corpus", empty, *new), "holds no text"),
+        (("demo", "--from-scratch", "--preset", "huge", *new), "preset: expected one of"),
+        (("demo", "--corpus", empty, *new), "train on it with --from-scratch"),
         (("demo", "--nonsense"), "nonsense"),
         (("demo", "--device", "quantum", *new), "device"),
         (("train", "--corpus", corpus, "--out", folder), "was not made by unfactor"),

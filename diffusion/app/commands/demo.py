@@ -44,9 +44,9 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Show what a circuit returns to a small denoiser: with shipped models in a minute, or after training some."""
+    workspace = open_workspace(out, device, quiet)
     if from_scratch:
         recipe = _chosen_recipe(corpus, field, preset)
-        workspace = open_workspace(out, device, quiet)
         workspace.train(recipe)
         workspace.fit(recipe)
     else:
@@ -59,7 +59,6 @@ def demo(
                     "--from-scratch"
                 )
         unpack(out)
-        workspace = open_workspace(out, device, quiet)
         recipe = workspace.recipe()
     _show(workspace, recipe)
     say(
