@@ -20,6 +20,7 @@ from diffusion.decoding.plans import Look, Plan, Windows
 from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
+from diffusion.vocabulary import MappedDistribution
 
 _BEFORE_WINDOWS = 1 << 40
 """A place for random numbers that no window begins at."""
@@ -187,6 +188,9 @@ def _distribution(canvas: Canvas, part: Part, head: JointHead | None) -> JointDi
     dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True)
     if isinstance(dist, CoupledDistribution):
         return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
+    if isinstance(dist, MappedDistribution):
+        automaton = dist.vocabulary.automaton(constraint.automaton)
+        return dist.mapped(lambda own: ConstrainedCoupledDistribution.under(own, automaton, **options))
     constrained: JointDistribution = dist.under(constraint.automaton, **options)
     return constrained
 
