@@ -17,7 +17,7 @@ LAYERS = (
     ("training",),
     ("decoding",),
     ("head",),
-    ("conditioners",),
+    ("conditioners", "vocabulary"),
     ("coupling",),
     ("prediction",),
     ("denoisers", "text"),

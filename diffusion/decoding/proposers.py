@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
+from diffusion.vocabulary import Coupled
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def given(tokens: Tensor, source: JointDistribution | Prediction, decode: Decode
         decode: how they would be drawn: all together, or each on its own.
     """
     if decode == "joint" and not isinstance(source, Prediction):
-        if not isinstance(source, CoupledDistribution):
+        if not isinstance(source, Coupled):
             raise ArgumentError(
                 f"head: expected a circuit, whose joint probabilities are exact, got one of {type(source).__name__}"
             )
