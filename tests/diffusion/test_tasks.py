@@ -87,8 +87,8 @@ def test_the_default_grid_has_one_two_and_four_tokens_a_call():
     tuned.temperature = 0.7
     both = Grid(joint_entropy_bounds=(0.5,), thresholds=(0.8, 0.9)).settings(task(), tuned)
     assert [(way.with_circuit, way.amount) for way in both] == [
-        (False, "threshold 0.8"), (False, "threshold 0.9"),
-        (True, "threshold 0.8"), (True, "threshold 0.9"), (True, "bound 0.5"),
+        (False, "0.8"), (False, "0.9"),
+        (True, "0.8"), (True, "0.9"), (True, "0.5"),
     ]  # fmt: skip
     assert {way.config.temperature for way in both} == {0.7}
     assert {way.block_length for way in both} == {4}
@@ -240,7 +240,27 @@ def test_the_table_in_words(tmp_path):
     titles, *rows = table.comparison()
     assert titles[3:] == (name, "without circuit, threshold")
     assert len(rows) == 3
+    assert rows[-1][0] == "with circuit (joint), threshold 0.9"
     assert evaluated().comparison() == []
+
+
+def test_the_picture_has_every_point_and_its_interval():
+    from diffusion.evaluation.tasks.plots import task_figure
+
+    table = evaluated(Scripted(wrong=("three:",)), head=head())
+    (axes,) = task_figure(table).axes
+    assert axes.get_xlabel() == "tokens per denoiser call"
+    drawn = {}
+    for container in axes.containers:
+        line, _, (bars,) = container.lines
+        x, y = (part.tolist() for part in line.get_data())
+        ends = [(float(low), float(high)) for (_, low), (_, high) in bars.get_segments()]
+        drawn[container.get_label().split(" (AUP")[0]] = list(zip(x, y, ends, strict=True))
+    assert drawn.keys() == table.curves.keys()
+    for name, points in table.curves.items():
+        for point, (x, y, (low, high)) in zip(points, drawn[name], strict=True):
+            assert (x, y) == pytest.approx((point.tokens_per_call, 100 * point.accuracy.value))
+            assert (low, high) == pytest.approx((100 * point.accuracy.low, 100 * point.accuracy.high))
 
 
 def test_the_calls_are_those_of_the_denoiser():

@@ -43,12 +43,17 @@ class Setting:
 
     @property
     def amount(self) -> str:
-        """What sets the number of calls, in words."""
+        """What sets the number of calls: steps, or the bound of the strategy."""
         if self.config.chosen_strategy == "threshold":
-            return f"threshold {self.config.threshold:g}"
+            return f"{self.config.threshold:g}"
         if self.config.chosen_strategy in ("entropy_bound", "joint_entropy"):
-            return f"bound {self.config.entropy_bound:g}"
+            return f"{self.config.entropy_bound:g}"
         return f"{self.num_steps or self.gen_length} steps"
+
+    @property
+    def label(self) -> str:
+        """The curve, and the place on it."""
+        return f"{self.curve}{' ' if self.num_steps is None else ', '}{self.amount}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class TaskTable:
         others = {name: _pairs(points) for name, points in curves.items() if name.startswith(WITHOUT)}
         rows = [
             (
-                f"{name}, {point.setting.amount}",
+                point.setting.label,
                 f"{point.tokens_per_call:.2f}",
                 f"{100 * point.accuracy.value:.1f}",
                 *(_or_dash(accuracy_at(pairs, point.tokens_per_call)) for pairs in others.values()),
