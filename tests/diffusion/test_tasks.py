@@ -83,6 +83,8 @@ def test_the_default_grid_has_one_two_and_four_tokens_a_call():
     ways = Grid(block_length=4).settings(task(), None)
     assert [way.num_steps for way in ways] == [12, 6, 3]
     assert {way.config.chosen_strategy for way in ways} == {"low_confidence"}
+    ways = Grid(tokens_per_step=(2, 5, 100), num_steps=(6,), block_length=4).settings(task(), None)
+    assert [way.num_steps for way in ways] == [6, 3]  # no fewer than the blocks
     tuned = head()
     tuned.temperature = 0.7
     both = Grid(joint_entropy_bounds=(0.5,), thresholds=(0.8, 0.9)).settings(task(), tuned)
@@ -242,6 +244,22 @@ def test_the_table_in_words(tmp_path):
     assert len(rows) == 3
     assert rows[-1][0] == "with circuit (joint), threshold 0.9"
     assert evaluated().comparison() == []
+
+
+def test_the_circuit_and_windows_are_used_as_asked():
+    """Above a share of masks, below it, or in windows over the whole text."""
+    ways = {"num_steps": (6,), "block_length": 4, "temperature": 1.0}
+    shares = [
+        evaluated(grid=Grid(activation_threshold=bound, reverse_activation=reverse, **ways), head=head()).points[1]
+        for bound, reverse in ((0.0, False), (1.0, False), (0.75, False), (0.75, True))
+    ]
+    never, always, below, above = (point.share_coupled for point in shares)
+    assert (never, always) == (0, 1)
+    assert 0 < below < 1
+    assert 0 < above < 1
+    without, coupled = evaluated(grid=Grid(dynamic_windows=True, **ways), head=head()).points
+    assert without.num_calls == coupled.num_calls == 6  # the whole text, whatever its end is
+    assert coupled.share_coupled == 1
 
 
 def test_the_picture_has_every_point_and_its_interval():

@@ -27,6 +27,8 @@ class Setting:
         block_length: positions of a block.
         num_steps: denoiser calls in all; None: the strategy decides, and where it does not, one per token.
         with_circuit: whether the circuit is used.
+        dynamic_windows: whether the whole text is decoded at once, in windows of the block's length at most, and not
+            block by block.
     """
 
     config: DecodingConfig
@@ -34,6 +36,7 @@ class Setting:
     block_length: int
     num_steps: int | None = None
     with_circuit: bool = False
+    dynamic_windows: bool = False
 
     @property
     def curve(self) -> str:
