@@ -31,6 +31,7 @@ HEAVY = {
     "datasets",
     "hypothesis",
     "huggingface_hub",
+    "lm_eval",
     "matplotlib",
     "networkx",
     "pyjuice",

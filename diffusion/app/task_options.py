@@ -9,9 +9,12 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import typer
 
 from diffusion.app.option_groups import OptionGroup
+from diffusion.app.options import DecodingOptions
+from diffusion.decoding.names import flags
 from diffusion.errors import ArgumentError
 
 _T = TypeVar("_T")
+_SHARED = ("activation_threshold", "reverse_activation", "dynamic_windows")
 RESULTS = Path("unfactor-results")
 """Where results of a model by name go, unless told otherwise."""
 
@@ -48,15 +51,23 @@ class TaskOptions(OptionGroup):
             "Run the programs that the model writes, which mbpp needs.", "--allow-code-execution"
         ),
         "length": _count(
-            "Tokens of an answer at most.", "--length", "--gen-length", "--max-new-tokens", default="the task's"
+            "Tokens of an answer at most.", "--length", "--gen-length", *flags("gen_length"), default="the task's"
         ),
-        "block": _count("Tokens of a block.", "--block", "--block-length", "--block-size", default="the head's"),
-        "steps": _text("Denoiser calls, several by commas.", "--steps", "--num-steps", default="1, 2, 4 tokens a call"),
+        "block": _count(
+            "Tokens of a block, or at most of a window.",
+            *("--block", "--block-length", *flags("block_length")),
+            default="the head's",
+        ),
+        "steps": _text("Denoiser calls, several by commas.", "--num-steps", *flags("num_steps")),
+        "tokens_per_step": _text(
+            "In place of calls: tokens a call, several by commas.", "--tokens-per-step", default="1,2,4"
+        ),
         "threshold": _text("Bounds of the strategy threshold, by commas.", "--threshold"),
         "entropy_bound": _text("Bounds of the strategy entropy_bound, by commas, in nats.", "--entropy-bound"),
         "joint_entropy_bound": _text(
             "Bounds of the strategy joint_entropy, by commas, in nats; only with the circuit.", "--joint-entropy-bound"
         ),
+        **{name: DecodingOptions.OPTIONS[name] for name in _SHARED},
         "circuit": _flag("With and without the circuit, or only without.", "--circuit/--no-circuit"),
         "batch_size": Annotated[int, typer.Option(min=1, help="Questions at a time; it changes no result.")],
         "seed": Annotated[int, typer.Option(help="Of all draws.")],
@@ -71,7 +82,8 @@ class TaskOptions(OptionGroup):
         ),
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "shots": 0, "chat": False, "allow_code_execution": False, "circuit": True, "batch_size": 8, "seed": 0,
+        "reverse_activation": False, "dynamic_windows": False, "shots": 0, "chat": False, "allow_code_execution": False,
+        "circuit": True, "batch_size": 8, "seed": 0,
     }  # fmt: skip
 
     def check_unused(self) -> None:

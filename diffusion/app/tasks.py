@@ -11,6 +11,7 @@ from diffusion.app.models import Models
 from diffusion.app.recipe import Recipe
 from diffusion.app.sources import check_corpus, corpus_of
 from diffusion.app.task_options import RESULTS, TaskOptions, parsed_list
+from diffusion.decoding.names import strategy_named
 from diffusion.errors import CorpusError
 from diffusion.evaluation.scorer import CausalScorer, QualityTable
 from diffusion.evaluation.tasks import Grid, Options, Task, TaskTable, answer_task, load_task
@@ -52,14 +53,18 @@ def asked_grid(
         temperature: of the tokens.
     """
     named: dict[str, Any] = {"decode": decode} if decode is not None else {}
-    identity: Callable[[str], Any] = str
+    named_strategy: Callable[[str], Any] = strategy_named
     return Grid(
         num_steps=options.list_of("steps", int),
-        strategies=parsed_list("strategy", strategy, identity),
+        tokens_per_step=options.list_of("tokens_per_step", int),
+        strategies=parsed_list("strategy", strategy, named_strategy),
         thresholds=options.list_of("threshold", float),
         entropy_bounds=options.list_of("entropy_bound", float),
         joint_entropy_bounds=options.list_of("joint_entropy_bound", float),
         temperature=temperature,
+        activation_threshold=options.activation_threshold,
+        reverse_activation=options.reverse_activation,
+        dynamic_windows=options.dynamic_windows,
         gen_length=options.length,
         block_length=options.block,
         **named,

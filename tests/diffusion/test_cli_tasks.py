@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -82,6 +83,23 @@ def test_a_task_of_a_file(run, folder, tmp_path):
     assert code == 0, error
     assert "mine: 1 questions" in text
     assert (folder / "results" / "mine.json").exists()
+
+
+def test_the_options_of_codd(run, folder, questions, tmp_path):
+    """Its names of model, circuit and options, with --model and --head saying where ours are."""
+    shutil.copytree(folder / "denoiser", tmp_path / "named")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "named")
+    options = ("evaluate", "--model_alias", "llada", "--llada_ckpt", "named", "--pc_ckpt", folder / "head")
+    options += ("--task", "gsm8k", "--data", questions, "--alg", "topprob,origin", "--tokens_per_step", 4)
+    options += ("--gen_length", 16, "--block_length", 8, "--pc_temperature", 0.2, "--pc_frac", 0.5, "--quiet")
+    code, _, error = run(*options)
+    assert code == 0, error
+    stored = json.loads((tmp_path / "unfactor-results" / "gsm8k.json").read_text())
+    settings = [point["setting"] for point in stored["points"]]
+    assert [setting["config"]["strategy"] for setting in settings] == ["top_prob", "random"] * 2
+    assert {(one["num_steps"], one["gen_length"], one["block_length"]) for one in settings} == {(4, 16, 8)}
+    assert {setting["config"]["temperature"] for setting in settings} == {0.2}
+    assert [one["config"]["activation_threshold"] for one in settings] == [None, None, 0.5, 0.5]
 
 
 class Lengths:

@@ -146,6 +146,28 @@ def test_spaces_before_a_continuation_belong_to_it():
     assert one._parted("a", "b") == ((3,), (2,))  # "ab" is one token: its parts are encoded each by itself
 
 
+def test_a_conversation_has_the_tokenizers_form():
+    class Chatty:
+        def apply_chat_template(self, messages, *, add_generation_prompt):
+            return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+        def encode(self, text, *, special=False):
+            return [*TOKENIZER.encode(text.removeprefix("<user>").removesuffix("<assistant>")), int(special)]
+
+        decode = staticmethod(TOKENIZER.decode)
+
+    one = DiffusionLM(Scripted(), Chatty(), name="some/model")
+    assert one.chat_template() is None
+    assert one._encode("a")[-1] == 0
+    assert one.apply_chat_template([{"role": "user", "content": "one:"}]) == "<user>one:<assistant>"
+    assert one._encode("<user>one:<assistant>")[-1] == 1
+    assert one.chat_template(True) == "some__model: chat template"
+    with pytest.raises(ArgumentError, match="apply_chat_template: expected tasks"):
+        one.apply_chat_template([], add_generation_prompt=False)
+    with pytest.raises(ArgumentError, match="chat: expected a tokenizer with a chat template"):
+        model().apply_chat_template([{"role": "user", "content": "one:"}])
+
+
 def test_a_long_text_comes_in_windows():
     for length in (1, 7, 8, 9, 12, 13, 30):
         windows = list(_windows(list(range(length)), 8))
