@@ -15,7 +15,7 @@ import diffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "adapters").glob("*.md"))]
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 PACKAGES = [
     circuits,

@@ -28,9 +28,9 @@ def test_a_denoiser_of_ours_is_loaded_by_its_folder(tmp_path):
     assert torch.equal(loaded.logits(tokens), saved.logits(tokens))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "diffusion_gemma", None])
+@pytest.mark.parametrize("kind", ["gpt2", "diffusion_gemma", "udlm", None])
 def test_models_without_masks_are_refused_with_the_reason(tmp_path, kind):
-    with pytest.raises(ArgumentError, match="no mask" if kind == "diffusion_gemma" else "write an adapter"):
+    with pytest.raises(ArgumentError, match="no mask" if kind in ("diffusion_gemma", "udlm") else "write an adapter"):
         df.load_denoiser(described(tmp_path, model_type=kind, architectures=["SomethingForCausalLM"]))
 
 
