@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from circuits.hub import Published, local_folder
 from diffusion.errors import ArgumentError
@@ -17,16 +16,14 @@ from diffusion.errors import ArgumentError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from diffusion.head import CoupledHead
-
 FILES = ("circuit/structure.json", "circuit/weights.safetensors", "head.safetensors")
 TAGS = ("probabilistic-circuit", "masked-diffusion", "coupled-head")
 CARD = """---
 {{ card_data }}
 ---
 
-A joint output layer for masked diffusion language models, by the library `unfactor`: tokens that are decoded in the same
-step are drawn together from the product of the model's prediction and a probabilistic circuit, exactly.
+A joint output layer for masked diffusion language models, by the library `unfactor`: tokens that are decoded in the
+same step are drawn together from the product of the model's prediction and a probabilistic circuit, exactly.
 
 | | |
 |---|---|
@@ -110,7 +107,7 @@ class OnHub:
         return cast(Any, cls).load(folder, device=device)
 
     def _published(self, decoding: Any) -> Published:
-        head = cast("CoupledHead", self)
+        head: Any = self
         chosen = head.decoding if decoding is None else options_of(decoding)
 
         def write(folder: Path) -> None:
@@ -136,9 +133,9 @@ def options_of(decoding: Any) -> dict[str, Any]:
     raise ArgumentError(f"decoding: expected df.DecodingConfig(...) or its options by name, got {decoding!r:.80}")
 
 
-def facts(head: CoupledHead, decoding: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a model card says about a head, from the head itself."""
-    named = [getattr(made, "name", type(made).__name__) for made in cast(nn.ModuleList, head.conditioners)]
+def facts(head: Any, decoding: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a model card says about a df.CoupledHead, from the head itself."""
+    named = [getattr(made, "name", type(made).__name__) for made in head.conditioners]
     said = ", ".join(f"{name}={value!r}" for name, value in decoding.items() if value is not None)
     own = "" if head.vocabulary is None else ", with ids of their own in the model's vocabulary"
     threshold = head.activation_threshold
