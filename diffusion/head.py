@@ -23,6 +23,7 @@ from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction, check_token_ids
+from diffusion.publishing import OnHub, options_of
 from diffusion.vocabulary import Coupled, MappedDistribution, Vocabulary, check_padding, checked_vocabulary
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _FILE = "head.safetensors"
 _WAY_OUT = "save the head again"
 
 
-class CoupledHead(nn.Module):
+class CoupledHead(OnHub, nn.Module):
     """A compiled circuit as the output layer of a masked-token predictor: a circuit and what conditions it.
 
     Training, scoring and decoding build their distributions with :meth:`distribution`, so that whatever the head is set
@@ -58,6 +59,8 @@ class CoupledHead(nn.Module):
         tokenizer_fingerprint: of the tokenizer whose ids these are, see
             :func:`~diffusion.fingerprint.tokenizer_fingerprint`; None: that of the first denoiser that the head is
             fitted to, if it knows its own.
+        decoding: a ``df.DecodingConfig``, or its options by name: what decoding with this head takes where nothing else
+            is said. None: the library's defaults.
 
     Raises:
         ArgumentError: an argument has a wrong type or value, or a conditioner does not fit the circuit.
@@ -75,6 +78,7 @@ class CoupledHead(nn.Module):
         calibration: NoiseCalibration | None = None,
         vocabulary: Sequence[int] | Tensor | None = None,
         tokenizer_fingerprint: str | None = None,
+        decoding: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(pc, CompiledCircuit):
@@ -101,6 +105,7 @@ class CoupledHead(nn.Module):
         self.normalization = normalization
         self.top_k = top_k
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.decoding = {} if decoding is None else options_of(decoding)
         self.conditioners: Iterable[Conditioner] = cast(Any, nn.ModuleList(chosen))
         ids = None if vocabulary is None else checked_vocabulary(vocabulary, pc)
         self.register_buffer("vocabulary", ids, persistent=False)
@@ -387,7 +392,7 @@ def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditi
     return made
 
 
-_SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k", "tokenizer_fingerprint")
+_SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k", "tokenizer_fingerprint", "decoding")
 
 
 def circuit_hash(folder: Path) -> str:

@@ -17,7 +17,7 @@ LAYERS = (
     ("training",),
     ("decoding",),
     ("head",),
-    ("conditioners", "vocabulary"),
+    ("conditioners", "publishing", "vocabulary"),
     ("coupling",),
     ("prediction",),
     ("denoisers", "text"),

@@ -333,8 +333,9 @@ def _check_controls(controls: Sequence[Control], canvas: Canvas, config: Decodin
 
 
 def _config(config: DecodingConfig | None, head: JointHead | None, **changes: Any) -> DecodingConfig:
-    base = config or DecodingConfig()
-    if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1:
+    own = getattr(head, "decoding", {})
+    base = config or DecodingConfig().changed(**own)
+    if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1 and not own:
         changes["temperature"] = head.temperature
     return base.changed(**changes)
 

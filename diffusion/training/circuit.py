@@ -166,8 +166,8 @@ def _check_caches(head: CoupledHead, *caches: LogitCache | None) -> None:
     for cache in (cache for cache in caches if cache is not None):
         if cache.block_length != head.block_length:
             raise ArgumentError(
-                f"cache: blocks of {cache.block_length} tokens do not fit {head.pc.circuit}; cache blocks of "
-                f"{head.block_length}"
+                f"cache: blocks of {cache.block_length} tokens from {cache.vocab_size} do not fit {head.pc.circuit}; "
+                f"cache blocks of {head.block_length}"
             )
         head.check_tokenizer(cache.tokenizer_fingerprint)
         unknown = np.isin(cache.tokens, head.unknown_ids(cache.vocab_size, cache.forbidden_ids))
