@@ -27,6 +27,7 @@ PACKAGES = [
     circuits.testing,
     circuits.transforms,
     diffusion,
+    diffusion.codd,
     diffusion.compat,
     diffusion.decoding.baselines,
     diffusion.testing,

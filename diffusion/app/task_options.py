@@ -42,7 +42,9 @@ class TaskOptions(OptionGroup):
         "task": _text("'gsm8k', 'math500', 'mbpp', or a .jsonl file (also .gz) with keys prompt and answer.", "--task"),
         "data": _file("A .jsonl file (also .gz) with the questions of a named task; without it they are downloaded."),
         "limit": _count("Only so many questions, from the first on."),
-        "shots": Annotated[int, typer.Option(min=0, help="Worked examples before every question.")],
+        "shots": Annotated[
+            int, typer.Option("--shots", *flags("shots"), min=0, help="Worked examples before every question.")
+        ],
         "shots_data": _file("A file like --data that the worked examples come from."),
         "template": _text("The text around a question, with {question} in it.", default="the task's"),
         "answer_pattern": _text("Of a task of your own: a regular expression whose last match is the answer."),
@@ -73,7 +75,12 @@ class TaskOptions(OptionGroup):
         "seed": Annotated[int, typer.Option(help="Of all draws.")],
         "results": Annotated[
             Path | None,
-            typer.Option(help="Folder of answers, tables and pictures.", show_default=f"OUT/results, or {RESULTS}"),
+            typer.Option(
+                "--results",
+                *flags("results"),
+                help="Folder of answers, tables and pictures.",
+                show_default=f"OUT/results, or {RESULTS}",
+            ),
         ],
         "scorer": _text(
             "A causal model that judges the texts: a name on the hub, a folder, or a .gguf file. With a task the "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import circuits as ct
 import diffusion as df
@@ -179,11 +180,10 @@ def test_reverse_activation_is_true_or_false():
 # Names
 
 
-def test_every_name_of_the_table_is_an_option_of_the_command_line(run):
-    import typer
-
-    command = typer.main.get_command(cli.app).commands["generate"]
-    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+def test_every_name_of_the_table_is_an_option_of_the_command_line():
+    commands = typer.main.get_command(cli.app).commands
+    options = [option for command in ("generate", "evaluate") for option in commands[command].params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     for one in names.OPTIONS:
         for name in one.theirs.values():
             assert f"--{name.replace('_', '-')}" in known, name
