@@ -141,6 +141,8 @@ def test_the_list_of_names_is_complete(package):
 def test_what_the_reference_describes_exists(name):
     if name.startswith("circuits.estimator"):
         pytest.importorskip("sklearn")
+    if name.endswith("lm_eval"):
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra [eval])")
     module, attributes = name, []
     while importlib.util.find_spec(module.partition(".")[0]) and not _is_module(module):
         module, _, attribute = module.rpartition(".")

@@ -84,7 +84,7 @@ class TaskOptions(OptionGroup):
         ],
         "scorer": _text(
             "A causal model that judges the texts: a name on the hub, a folder, or a .gguf file. With a task the "
-            "answers, else texts after held-out prompts.",
+            "answers, else texts after parts of held-out text.",
             "--scorer",
         ),
     }
