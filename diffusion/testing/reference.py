@@ -144,7 +144,8 @@ def coupled(
         decode: ``joint``: the tokens are drawn from the coupled distribution; ``marginal``: every token on its own,
             from its marginal; both are judged by the marginals. ``latent``: the latents are drawn, then every token on
             its own given them, which also judge. ``any_order``: the positions of a step are committed one after the
-            other as ``marginal`` does; the circuit is asked again in between, the denoiser is not.
+            other as ``marginal`` does, each from the coupled distribution given those before; nothing is coupled anew,
+            and the denoiser is not asked again.
         normalization: see :class:`~diffusion.coupling.CoupledDistribution`.
         window: ``(start, stop)``, the positions that the circuit is over; None: all. Open ones lie in it.
 
@@ -181,14 +182,30 @@ class _Coupling:
 
     def draws(self, q: Floats, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
         """Yield what a step may draw, given the prediction q, (L, V), for the whole text."""
-        inside = slice(*(self.window or (0, len(tokens))))
-        mixture = self.components.coupled(q[inside], tokens[inside], masked[inside], self.normalization)
+        yield from self.draws_from(self.mixture(q, tokens, masked), q, tokens, masked, decode)
+
+    def mixture(self, q: Floats, tokens: Ids, masked: Bools) -> Components:
+        """Return the coupled distribution of the window, given the prediction q, (L, V), for the whole text."""
+        inside = self._inside_of(tokens)
+        return self.components.coupled(q[inside], tokens[inside], masked[inside], self.normalization)
+
+    def draws_from(self, mixture: Components, q: Floats, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
+        """Yield what a step may draw from a distribution of the window; elsewhere the prediction judges."""
+        inside = self._inside_of(tokens)
         for drawn in self._inside(mixture, tokens[inside], masked[inside], decode):
             texts = np.repeat(tokens[None], len(drawn.texts), 0)
             texts[:, inside] = drawn.texts
             judge = q.copy()
             judge[inside] = drawn.judge
             yield drawn._replace(texts=texts, judge=judge)
+
+    def given(self, mixture: Components, tokens: Ids, observed: Bools) -> Components:
+        """Return a distribution of the window given further tokens of the whole text."""
+        inside = self._inside_of(tokens)
+        return mixture.given(tokens[inside], observed[inside])
+
+    def _inside_of(self, tokens: Ids) -> slice:
+        return slice(*(self.window or (0, len(tokens))))
 
     @staticmethod
     def _inside(mixture: Components, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
@@ -205,10 +222,15 @@ def _one_after_the_other(denoiser: Denoiser, coupling: _Coupling, rule: Rule) ->
         raise ArgumentError("rule: expected no threshold and no entropy_bound with decode='any_order'")
 
     def step_law(tokens: Tokens, masked: Masked, step: int) -> Iterator[tuple[float, Tokens, Masked]]:
-        q = predicted(denoiser, np.array(tokens))
-        one = step_of(
-            lambda tokens, masked: coupling.draws(q, tokens, masked, "marginal"), Rule(strategy=rule.strategy)
-        )
+        before, was_open = np.array(tokens), np.array(masked)
+        q = predicted(denoiser, before)
+        mixture = coupling.mixture(q, before, was_open)
+
+        def draws(tokens: Ids, masked: Bools) -> Iterator[Draws]:
+            given = coupling.given(mixture, tokens, was_open & ~masked)
+            return coupling.draws_from(given, q, tokens, masked, "marginal")
+
+        one = step_of(draws, Rule(strategy=rule.strategy))
         law: Law = {(tokens, masked): 1.0}
         for _ in range(rule.count(sum(masked), step)):
             law = advance(law, one, step)
