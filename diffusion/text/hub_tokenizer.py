@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from circuits.files import replace_file
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
-from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require_transformers
+from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require
 from diffusion.text.chat import ChatTemplate
 from diffusion.text.tokenizer import FILE_NAME, TextTokenizer, byte_alphabet, tokenizer_file
 
@@ -237,7 +237,7 @@ def _byte_pairs(folder: Path, kind: str) -> Tokenizer:
 
 
 def _by_transformers(folder: Path) -> Tokenizer:
-    loaded = require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = require("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer = getattr(loaded, "backend_tokenizer", None)
     if tokenizer is None:
         raise CheckpointError(f"{folder}: expected a tokenizer with a {FILE_NAME}, got {type(loaded).__name__}")
