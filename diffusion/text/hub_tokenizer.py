@@ -201,6 +201,8 @@ def _read(folder: Path, kind: str) -> Tokenizer | None:
             return Tokenizer.from_file(str(folder / FILE_NAME))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _byte_pairs(folder, kind)
+        if (folder / "vocab.txt").is_file() and (letters := _letters(folder / "vocab.txt")) is not None:
+            return letters
         if any((folder / name).is_file() for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")):
             return _by_transformers(folder)
     except CheckpointError:
@@ -233,6 +235,22 @@ def _byte_pairs(folder: Path, kind: str) -> Tokenizer:
         tokenizer.add_tokens([added[id]])
         if tokenizer.token_to_id(added[id].content) != id:
             raise CheckpointError(f"{folder}: {added[id].content}: expected the id {id}, which another token has")
+    return tokenizer
+
+
+def _letters(path: Path) -> Tokenizer | None:
+    """Return a tokenizer of single letters, spaces between them or not, as of proteins; None: tokens are longer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+
+    vocabulary = {token: id for id, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    special = [token for token in vocabulary if len(token) > 1]
+    if not all(token[0] + token[-1] in ("[]", "<>") for token in special):
+        return None
+    unknown = next((token for token in special if token[1:-1].lower() == "unk"), None)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown, fuse_unk=False))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
