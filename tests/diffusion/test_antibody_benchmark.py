@@ -16,14 +16,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that 
 import _antibody_data as antibody
 import antibody as benchmark
 
-CODONS = {
-    residue: codon
-    for residue, codon in zip(
-        "ACDEFGHIKLMNPQRSTVWY",
-        map("".join, zip(*[iter("GCTTGTGATGAATTTGGTCATATTAAACTTATGAATCCTCAACGTAGCACTGTTTGGTAT")] * 3, strict=True)),
-        strict=True,
-    )
-}
+BASES = "GCTTGTGATGAATTTGGTCATATTAAACTTATGAATCCTCAACGTAGCACTGTTTGGTAT"
+CODONS = {residue: BASES[3 * place : 3 * place + 3] for place, residue in enumerate("ACDEFGHIKLMNPQRSTVWY")}
 """A codon of every residue."""
 
 
