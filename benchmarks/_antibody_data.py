@@ -46,15 +46,20 @@ _CHAIN = re.compile("C[A-Z]{4,40}WG[A-Z]G")
 
 def prepare(folder: Path) -> tuple[Path, Path]:
     """Return the folder of the model and the file of chains, which are made first if they are not there."""
-    model, chains = folder / "model", folder / "chains.txt"
-    if not (model / "config.json").is_file():
-        write_model(wheel(folder, "antiberty==0.1.3"), model)
+    model, chains = prepare_model(folder), folder / "chains.txt"
     if not chains.is_file():
         with zipfile.ZipFile(wheel(folder, "abstar==0.8.0")) as archive:
             found = chains_of(archive.read(READS_MEMBER).decode("ascii"))
         with replace_file(chains) as temporary:
             temporary.write_text("\n".join(found) + "\n", encoding="ascii")
     return model, chains
+
+
+def prepare_model(folder: Path) -> Path:
+    """Return the folder of the model, which is made first if it is not there."""
+    if not (folder / "model" / "config.json").is_file():
+        write_model(wheel(folder, "antiberty==0.1.3"), folder / "model")
+    return folder / "model"
 
 
 def wheel(folder: Path, requirement: str) -> Path:
