@@ -16,6 +16,7 @@ import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, is_number
 from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
+from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import conditioner_class
@@ -336,21 +337,16 @@ class CoupledHead(OnHub, nn.Module):
         """Make a head of a circuit that PyJuice wrote, such as those of CoDD. Nothing in the file is executed.
 
         Args:
-            path_or_repo: a ``.jpc`` file, or a folder or a repository of the hub with one; see also
-                :func:`diffusion.codd.load`.
+            path_or_repo: a ``.jpc`` file, or a folder or repository with one; see also :func:`diffusion.codd.load`.
             device: where the circuit goes.
             dtype: torch.float32 or torch.float64.
             revision: branch, tag or commit of the repository.
             settings: of the head, ``activation_threshold=0.5`` for instance.
 
         Raises:
-            ArgumentError: a wrong setting.
             CheckpointError: there is no such file, or it is corrupt or hostile.
         """
-        from circuits.interop import find_jpc, load_jpc
-
-        path = find_jpc(path_or_repo, revision=revision)
-        return cls(load_jpc(path, device=device, dtype=dtype), **settings)
+        return cls(load_jpc(find_jpc(path_or_repo, revision=revision), device=device, dtype=dtype), **settings)
 
     @classmethod
     def _loaded(cls, folder: Path) -> CoupledHead:
