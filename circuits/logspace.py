@@ -282,8 +282,11 @@ def _row_products(table: Tensor, values: Tensor, x: Tensor) -> Tensor:
     for start in range(0, num, per_chunk):
         listed = values[start : start + per_chunk]
         read = torch.index_select(table, 0, listed.flatten(), out=rows[: listed.numel()])
-        torch.bmm(read.unflatten(0, listed.shape), x[start : start + per_chunk].unsqueeze(2),
-                  out=out[start : start + per_chunk].unsqueeze(2))
+        torch.bmm(
+            read.unflatten(0, listed.shape),
+            x[start : start + per_chunk].unsqueeze(2),
+            out=out[start : start + per_chunk].unsqueeze(2),
+        )
     return out
 
 

@@ -87,7 +87,8 @@ class Posterior:
         if self.weights.batch_size > 1:
             raise PropertyError("rows: expected weights that all queries share, got external ones for each")
         leaves, divisors = (
-            None if parts is None else [_columns(part, index) for part in parts] for parts in (self.leaves, self.divisors)
+            None if parts is None else [_columns(part, index) for part in parts]
+            for parts in (self.leaves, self.divisors)
         )
         latents = {
             layer: replace(factors, log=factors.log.index_select(2, index))
@@ -124,7 +125,9 @@ class Posterior:
             root = passes.log_root(self.pc, LayerValues(values, self.conditions), self.weights.detached())
             log_z = checked_possible(one_per_query(self.pc, root))
             flows = torch.autograd.grad(log_z.sum(), leaves, allow_unused=True)
-        return log_z.detach(), [torch.zeros_like(leaf) if flow is None else flow for leaf, flow in zip(leaves, flows, strict=True)]
+        return log_z.detach(), [
+            torch.zeros_like(leaf) if flow is None else flow for leaf, flow in zip(leaves, flows, strict=True)
+        ]
 
     @own_precision
     @torch.no_grad()
