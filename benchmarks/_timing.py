@@ -19,6 +19,13 @@ def wall_seconds(run: Timed) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds(run: Timed) -> float:
+    """Run once; return how much of the processors' time it took, of all threads together."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def cuda_seconds(run: Timed) -> float:
     """Run once; return how long the current CUDA device and its queue took, from events."""
     import torch

@@ -1,30 +1,40 @@
 """The speed of decoding: every mode on a small model, and one coupled step at the size of a real one beside its GEMMs.
 
-    python benchmarks/decoding.py [--quick] [--rounds 5] [--threads 2] [--root FOLDER]
+    python benchmarks/decoding.py [--quick] [--rounds 5] [--threads 1] [--root FOLDER] [--large-only]
 
-``--root`` names another checkout of this project; its small-model figures are measured too, by turns with this one's.
+Times are CPU times of the process, which others on the machine disturb less than what a clock on the wall shows; of
+several threads they are the sum. ``--root`` names another checkout of this project; its small-model figures are
+measured too, by turns with this one's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from _timing import measure
+from _timing import Timed, cpu_seconds, measure
 from torch import Tensor
 
 import circuits as ct
 import diffusion as df
+from circuits import passes
+from circuits.input_layers import InputLayer, TableLayer
+from diffusion.decoding.canvas import Canvas
+from diffusion.decoding.plans import Look
+from diffusion.decoding.step import decode_step
 
 HERE = Path(__file__).resolve().parents[1]
 MODES = ("independent", "latent", "marginal", "any_order", "joint")
-LENGTH = 32
+LENGTH, COMMITTED = 32, 4
 
 SMALL_MODEL = """
 import json, statistics, sys, time
@@ -44,10 +54,10 @@ def decode(mode):
 seconds = {mode: [] for mode in modes}
 for turn in range(rounds + 1):
     for mode in modes:
-        start = time.perf_counter()
+        start = time.process_time()
         decode(mode)
         if turn:
-            seconds[mode].append(time.perf_counter() - start)
+            seconds[mode].append(time.process_time() - start)
 print(json.dumps({mode: statistics.median(times) for mode, times in seconds.items()}))
 """
 """Runs in a process of its own, so that another checkout can be measured by the same code."""
@@ -68,8 +78,8 @@ def small_model(root: Path, threads: int, rounds: int, batch_size: int) -> dict[
 def benchmark_small_model(roots: list[Path], threads: int, rounds: int) -> None:
     """Decode one block of 32 tokens in 8 calls, and print milliseconds a text and what a mode costs on top."""
     for batch_size in (1, 8):
-        tries = [[small_model(root, threads, rounds, batch_size) for root in roots] for _ in range(3)]
-        print(f"\nA block of 32 tokens in 8 calls, hmm(32, 64, 112), small denoiser, batch {batch_size}, ms a batch")
+        tries = [[small_model(root, threads, rounds, batch_size) for root in roots] for _ in range(5)]
+        print(f"\nA block of 32 tokens in 8 calls, hmm(32, 64, 112), small denoiser, batch {batch_size}, CPU ms")
         for mode in MODES:
             figures = [1e3 * median([turn[i][mode] for turn in tries]) for i in range(len(roots))]
             ratio = f"   {figures[0] / figures[1]:.2f} x before" if len(roots) > 1 else ""
@@ -79,73 +89,123 @@ def benchmark_small_model(roots: list[Path], threads: int, rounds: int) -> None:
         print(f"  any_order costs {on_top['any_order'] / on_top['latent']:.2f} x latent on top of the denoiser")
 
 
-def benchmark_step(num_tokens: int, num_states: int, batch_size: int, top_k: int | None, rounds: int) -> None:
-    """Split one coupled step into emission, recursion and choice, as multiples of its bare products."""
-    generator = torch.Generator().manual_seed(0)
-    pc = ct.compile(ct.structures.hmm(LENGTH, num_states, num_tokens), seed=0).requires_grad_(False)
-    head = df.CoupledHead(pc, top_k=top_k)
-    logits = 4 * torch.randn(batch_size, LENGTH, num_tokens, generator=generator)
-    masked = torch.ones(batch_size, LENGTH, dtype=torch.bool)
-    tokens = torch.zeros(batch_size, LENGTH, dtype=torch.int64)
-    prediction = df.Prediction.from_logits(logits, masked, top_k=top_k)
-    del logits
-    seeds = ct.RowGenerators(torch.arange(batch_size))
-    banks = pc.weights()
-    # the smaller matrices stand for all of them: what is multiplied does not matter
+class Split:
+    """The CPU time of a step by part: what input units do, the passes over the other layers, and all the rest."""
+
+    def __init__(self) -> None:
+        self.seconds = {"emission": 0.0, "recursion": 0.0}
+        self._inside = False
+        for owner, name, part in (
+            (InputLayer, "forward", "emission"),
+            (TableLayer, "shares", "emission"),
+            (passes, "upward", "recursion"),
+            (passes, "log_root", "recursion"),
+        ):
+            setattr(owner, name, self._timed(getattr(owner, name), part))
+        solved = vars(ct.queries.Posterior)["_solved"]
+        solved.func = self._timed(solved.func, "recursion")
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            if self._inside:
+                return function(*arguments, **options)
+            self._inside, start = True, time.process_time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds[part] += time.process_time() - start
+                self._inside = False
+
+        return timed
+
+    def measure(self, step: Callable[[], object]) -> dict[str, float]:
+        """Run a step once; return its seconds: of the parts, and of all of it."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        start = time.process_time()
+        step()
+        total = time.process_time() - start
+        return {**self.seconds, "choice": total - sum(self.seconds.values()), "all": total}
+
+
+def steps_of(head: df.CoupledHead, prediction: df.Prediction, config: df.DecodingConfig) -> Callable[[], Tensor]:
+    """Return a step that commits ``COMMITTED`` tokens of every block, without the denoiser."""
+    batch_size, length = prediction.shape
+    spec = df.DenoiserSpec(
+        vocab_size=prediction.vocab_size, mask_id=0, eos_ids=(), pad_id=0, forbidden_ids=(0,), max_length=length
+    )
+    is_open = torch.ones(batch_size, length, dtype=torch.bool)
+    counts = torch.full((batch_size,), COMMITTED)
+    weights = head.pc.weights()
+
+    def step() -> Tensor:
+        canvas = Canvas(is_open.long() * 0, is_open, is_open.clone(), 0, torch.arange(batch_size), spec)
+        look = Look((0, length), is_open, counts, torch.zeros(batch_size, dtype=torch.bool))
+        decode_step(canvas, look, prediction, df.Anywhere(), head, config, weights=weights)
+        return canvas.tokens
+
+    return step
+
+
+def bare_products(batch_size: int, num_states: int, num_tokens: int, top_k: int | None) -> dict[str, Timed]:
+    """Return the products that a step cannot do without: of the emission, and of a recursion in one direction."""
+    # smaller matrices stand for those of all steps: what is multiplied does not matter
     rows, listed = batch_size * LENGTH, top_k or num_tokens
     factors, table = torch.rand(rows, listed), torch.rand(listed, num_states)
-    states, transition = torch.rand(num_states, batch_size), torch.rand(num_states, num_states)
+    states, transition = torch.rand(batch_size, num_states), torch.rand(num_states, num_states)
 
-    def emission_product() -> object:
+    def emission() -> object:
         if top_k is None:
             return factors @ table
         return [factors[i : i + 1] @ table for i in range(rows)]  # every row has a list of its own
 
-    def recursion_products() -> None:
+    def recursion() -> None:
         for _ in range(LENGTH - 1):
-            transition @ states
+            states @ transition  # the faster order, for so few columns
 
-    def distribution() -> df.CoupledDistribution:
-        return head.distribution(prediction, tokens, masked)
+    return {"emission": emission, "recursion": recursion}
 
-    def any_order() -> Tensor:
-        dist, chosen = distribution(), tokens
-        for position in range(4):
-            beliefs = dist.posterior()
-            chosen = beliefs.best()
-            dist = dist.given(chosen, torch.arange(LENGTH).expand_as(chosen) == position)
-        return chosen
 
-    dist = distribution()
-    steps: dict[str, Callable[[], object]] = {
-        "bare product of the emission": emission_product,
-        f"bare products of the recursion ({LENGTH - 1})": recursion_products,
-        "weights (compared once a step)": pc.weights,
-        "evidence": distribution,
-        "emission": lambda: pc.leaves(dist.evidence, banks),
-        "emission and recursion: log Z": lambda: pc.log_partition(dist.evidence, banks),
-        "latent: all of it": lambda: distribution().given_latents(seeds),
-        "marginal: all of it": lambda: distribution().posterior(),
-        "joint: all of it": lambda: distribution().draw(1.0, seeds),
-        "any_order: 4 tokens": any_order,
+def benchmark_step(
+    split: Split, pc: ct.CompiledCircuit, batch_size: int, top_k: int | None, rounds: int, temperature: float
+) -> None:
+    """Split one coupled step of every mode into emission, recursion and choice, as multiples of its bare products."""
+    num_tokens, num_states = max(pc.circuit.num_categories), 1024 if pc.circuit.num_units > 1 << 15 else 16
+    head = df.CoupledHead(pc, top_k=top_k)
+    logits = 4 * torch.randn(batch_size, LENGTH, num_tokens, generator=torch.Generator().manual_seed(0))
+    prediction = df.Prediction.from_logits(logits, top_k=top_k)
+    del logits
+    bare = bare_products(batch_size, num_states, num_tokens, top_k)
+    floor = {name: median(seconds) for name, seconds in measure(bare, rounds, clock=cpu_seconds).items()}
+    both = sum(floor.values())
+    steps = {
+        mode: steps_of(head, prediction, df.DecodingConfig(decode=mode, temperature=temperature, strategy="entropy"))
+        for mode in MODES[1:]
     }
+    taken: dict[str, list[dict[str, float]]] = {mode: [] for mode in steps}
     with torch.no_grad():
-        seconds = {name: median(times) for name, times in measure(steps, rounds).items()}
-    names = list(steps)
-    floor = seconds[names[0]] + seconds[names[1]]
-    size = f"V={num_tokens}, N={num_states}, L={LENGTH}, batch {batch_size}, {top_k or 'all'} tokens"
-    print(f"\nOne coupled step, {size}: ms, and multiples of both bare products")
-    for name in names:
-        print(f"  {name:38s} {1e3 * seconds[name]:9.1f} {seconds[name] / floor:8.2f}")
-    recursion = seconds[names[5]] - seconds[names[4]]
-    print(f"  {'recursion alone, of its own products':38s} {1e3 * recursion:9.1f} {recursion / seconds[names[1]]:8.2f}")
+        for turn in range(rounds + 1):
+            for mode, step in steps.items():
+                seconds = split.measure(step)
+                if turn:
+                    taken[mode].append(seconds)
+    listed = f"{top_k or 'all'} tokens, tau={temperature:g}"
+    size = f"V={num_tokens}, N={num_states}, L={LENGTH}, batch {batch_size}, {listed}"
+    print(f"\nOne step that commits {COMMITTED} tokens of a block, {size}: CPU ms, multiples of both bare products")
+    print(f"  {'bare products':14s} " + " ".join(f"{name} {1e3 * value:.1f}" for name, value in floor.items()))
+    parts = ("emission", "recursion", "choice", "all")
+    middle = {mode: {part: median([each[part] for each in tries]) for part in parts} for mode, tries in taken.items()}
+    for mode, found in middle.items():
+        figures = " ".join(f"{part} {1e3 * found[part]:8.1f} ({found[part] / both:5.2f})" for part in parts)
+        print(f"  {mode:14s} {figures}   {found['all'] / middle['latent']['all']:.2f} x latent", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, a smoke test")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--large-only", action="store_true", help="leave the small model out")
     parser.add_argument("--root", type=Path, help="another checkout to compare the small model with")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -154,11 +214,15 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, float32, medians of {arguments.rounds} rounds"
     )
     roots = [HERE, *([] if arguments.root is None else [arguments.root.resolve()])]
-    benchmark_small_model(roots, arguments.threads, arguments.rounds)
+    if not arguments.large_only:
+        benchmark_small_model(roots, arguments.threads, arguments.rounds)
     scale = 64 if arguments.quick else 1
-    for batch_size in (1, 8):
-        for top_k in (1024 // scale, None):
-            benchmark_step(126_464 // scale, 1024 // scale, batch_size, top_k, arguments.rounds)
+    split = Split()
+    pc = ct.compile(ct.structures.hmm(LENGTH, 1024 // scale, 126_464 // scale), seed=0).requires_grad_(False)
+    for top_k in (1024 // scale, None):
+        for batch_size in (1, 8):
+            for temperature in (1.0, 0.0):
+                benchmark_step(split, pc, batch_size, top_k, arguments.rounds, temperature)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from circuits.input_layers import InputLayer
 from circuits.layers import ProductLayer, SumLayer
 from circuits.passes import Banks
 from circuits.precision import own_precision
-from circuits.randomness import RowGenerators, Source
+from circuits.randomness import DrawnNumbers, RowGenerators, Source
 from circuits.semiring import ChoosingSemiring
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def downward_choice(
             generator, num_layers, torch.zeros_like(query), torch.arange(len(query), device=query.device)
         )
         units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], source)
+    numbers = _numbers_of(pc, generator, num_samples)
     for position in reversed(range(len(pc.input_layers), num_layers)):
         layer = pc.inner_layers[position - len(pc.input_layers)]
         node, column = (units[position] >= 0).nonzero(as_tuple=True)
@@ -69,7 +70,10 @@ def downward_choice(
         if isinstance(layer, ProductLayer):
             choices = layer.child_choices(unit)
         else:
-            source = source_at(generator, position, node, column)
+            if position in numbers:
+                source: Source = DrawnNumbers(column, first=numbers[position][node, column])
+            else:
+                source = source_at(generator, position, node, column)
             choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)
         for slot, choice in enumerate(choices):
             _mark(units, layer, slot, node, column, choice)
@@ -105,6 +109,20 @@ def _choose_children(
     return choices
 
 
+def _numbers_of(pc: CompiledCircuit, generator: Source, num_samples: int) -> dict[int, Tensor]:
+    """Return the numbers that choose for the units of every sum layer, (F, S * B), drawn at once unless too many."""
+    sizes = {layer.position: layer.num_nodes for layer in pc.inner_layers if isinstance(layer, SumLayer)}
+    num_nodes = sum(sizes.values())
+    if not isinstance(generator, RowGenerators) or num_nodes * num_samples * len(generator.seeds) > _CHUNK // 16:
+        return {}
+    device = generator.seeds.device
+    places = [(position << 24) + torch.arange(size, device=device) for position, size in sizes.items()]
+    sample = torch.arange(num_samples, device=device).repeat_interleave(len(generator.seeds))
+    seeds = RowGenerators(generator.seeds.repeat(num_samples))
+    numbers = seeds.first_at(torch.cat(places).unsqueeze(1) + (sample << 48))
+    return dict(zip(sizes, numbers.split(list(sizes.values())), strict=True))
+
+
 def source_at(generator: Source, position: int, node: Tensor, column: Tensor) -> Source:
     """Return what draws for n units of a layer, given by node and column: for generators by row, one for each unit."""
     if not isinstance(generator, RowGenerators):
@@ -115,7 +133,7 @@ def source_at(generator: Source, position: int, node: Tensor, column: Tensor) ->
 
 
 def _part(generator: Source, part: slice) -> Source:
-    return RowGenerators(generator.seeds[part]) if isinstance(generator, RowGenerators) else generator
+    return generator.rows(part) if isinstance(generator, RowGenerators) else generator
 
 
 def _mark(

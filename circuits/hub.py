@@ -6,6 +6,8 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from circuits.errors import CheckpointError
 from circuits.io import STRUCTURE_FILE, WEIGHTS_FILE, load, save
 
 _FILES = (STRUCTURE_FILE, WEIGHTS_FILE)
+_TAGS = ("probabilistic-circuit",)
 _CARD = """---
 {{ card_data }}
 ---
@@ -43,8 +46,7 @@ def save_pretrained(pc: CompiledCircuit, folder: str | os.PathLike[str], **optio
     Raises:
         ArgumentError: ``pc`` is no compiled circuit, or cannot be saved.
     """
-    check_compiled(pc)
-    _hub_class()(pc).save_pretrained(folder, **options)
+    _published(pc).save(folder, **options)
 
 
 def push_to_hub(pc: CompiledCircuit, repo_id: str, **options: Any) -> str:
@@ -61,8 +63,7 @@ def push_to_hub(pc: CompiledCircuit, repo_id: str, **options: Any) -> str:
     Raises:
         ArgumentError: ``pc`` is no compiled circuit, or cannot be saved.
     """
-    check_compiled(pc)
-    return str(_hub_class()(pc).push_to_hub(repo_id, **options))
+    return _published(pc).push(repo_id, **options)
 
 
 def from_pretrained(
@@ -86,38 +87,89 @@ def from_pretrained(
         ArgumentError: a wrong ``dtype``.
         CheckpointError: there is no such circuit, or it is corrupt or hostile.
     """
+    return load(local_folder(name_or_folder, _FILES, revision=revision, **options), device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Something that is shared over the hub: files, and a card that says what they are.
+
+    Attributes:
+        write: writes the files into a new folder that does not exist yet.
+        files: their names; "a/b" is a file b in a folder a.
+        card: the model card, a Jinja template; ``{{ card_data }}`` is what the hub reads, between lines of "---".
+        facts: what fills in the rest of the template.
+        tags: of the repository.
+    """
+
+    write: Callable[[Path], None]
+    files: tuple[str, ...]
+    card: str
+    facts: Mapping[str, str]
+    tags: tuple[str, ...]
+
+    def save(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write files and card into a folder; options are those of ``ModelHubMixin.save_pretrained``."""
+        self._on_hub().save_pretrained(folder, **options)
+
+    def push(self, repo_id: str, **options: Any) -> str:
+        """Upload them, return the commit's address; options are those of ``ModelHubMixin.push_to_hub``."""
+        return str(self._on_hub().push_to_hub(repo_id, **options))
+
+    def _on_hub(self) -> Any:
+        made = _hub_class(self.card, self.tags)()
+        made.published = self  # no argument of the class, for these the hub's mixin would write down
+        return made
+
+
+def local_folder(
+    name_or_folder: str | os.PathLike[str], files: Sequence[str], *, revision: str | None = None, **options: Any
+) -> Path:
+    """Return a folder: the one that is named, or one with these files of a repository of the hub.
+
+    Args:
+        name_or_folder: a local folder, or the name of a repository.
+        files: what is downloaded.
+        revision: branch, tag or commit of the repository.
+        options: those of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = os.fspath(name_or_folder)
     if os.path.isdir(name):
-        return load(name, device=device, dtype=dtype)
+        return Path(name)
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(_FILES), **options)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{name}: neither a folder nor a repository that can be downloaded: {error}") from error
-    return load(folder, device=device, dtype=dtype)
+
+
+def _published(pc: CompiledCircuit) -> Published:
+    check_compiled(pc)
+    return Published(lambda folder: save(pc, folder), _FILES, _CARD, {"circuit": str(pc.circuit)}, _TAGS)
 
 
 @functools.cache
-def _hub_class() -> Any:
+def _hub_class(card: str, tags: tuple[str, ...]) -> Any:
     """Build the class that the hub's mixin needs; only now, because importing ``huggingface_hub`` takes a while."""
     from huggingface_hub import ModelCard, ModelHubMixin
 
-    tags = ["probabilistic-circuit"]
-
-    class CircuitOnHub(ModelHubMixin, library_name="unfactor", tags=tags, model_card_template=_CARD):
-        def __init__(self, pc: CompiledCircuit) -> None:
-            self.pc = pc
+    class OnHub(ModelHubMixin, library_name="unfactor", tags=list(tags), model_card_template=card):
+        published: Published
 
         def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
-            return super().generate_model_card(*args, **{"circuit": str(self.pc.circuit), **options})
+            return super().generate_model_card(*args, **{**self.published.facts, **options})
 
         def _save_pretrained(self, save_directory: Path) -> None:
             with tempfile.TemporaryDirectory() as temporary:
-                saved = Path(temporary) / "circuit"
-                save(self.pc, saved)
-                for name in _FILES:
+                saved = Path(temporary) / "saved"
+                self.published.write(saved)
+                for name in self.published.files:
+                    (save_directory / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(saved / name, save_directory / name)
 
-    return CircuitOnHub
+    return OnHub

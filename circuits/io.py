@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits._arguments import checked_device
 from circuits._structure import check_keys, circuit_of, records_of, short
-from circuits.compile import CompiledCircuit, check_compiled, compile
+from circuits.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, CheckpointError
 from circuits.files import file_hash, read_folder, regular_size, replace_folder
 from circuits.graph import Circuit, Node, ParametricNode, parameter_owner
@@ -104,7 +104,7 @@ def _loaded(folder: Path) -> CompiledCircuit:
         raise CheckpointError(f"{STRUCTURE_FILE}: {error}; save the circuit again") from error
     dtype = _DTYPES[structure["dtype"]]
     weights = _read_weights(folder / WEIGHTS_FILE, structure["weights_sha256"], circuit)
-    pc = compile(circuit, dtype=dtype, seed=0)
+    pc = CompiledCircuit(circuit, dtype=dtype)
     for name in sorted(pc.bank.keys() | weights.keys()):
         expected, found = (_form(tensors.get(name)) for tensors in (dict(pc.bank.items()), weights))
         if found != expected:

@@ -206,7 +206,8 @@ class SumLayer(_InnerLayer):
         per_stack = grad_x
         if num_stacks * self.num_siblings != self.num_nodes:  # siblings were not stacked
             per_stack = grad_x.unflatten(0, (-1, self.num_siblings)).sum(1)
-        for slot, part in zip(self.slots, per_stack.split(self.child_units, 1), strict=True):
+        parts = [per_stack] if len(self.slots) == 1 else per_stack.split(self.child_units, 1)
+        for slot, part in zip(self.slots, parts, strict=True):
             slot.adjoint(part, gradients)
         return grad_x
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class RowGenerators:
             seeds = _mixed(seeds + torch.as_tensor(place, device=seeds.device) * _GOLDEN)
         return RowGenerators(seeds)
 
-    def rows(self, index: Tensor) -> RowGenerators:
+    def rows(self, index: Tensor | slice) -> RowGenerators:
         """Return the generators of some rows, int64 (n,); rows may come more than once."""
         return RowGenerators(self.seeds[index])
 
@@ -53,8 +53,11 @@ class RowGenerators:
         """Return ``num`` numbers in [0, 1) per row, float64 (B, num)."""
         offset = self.offset.unsqueeze(1) if isinstance(self.offset, Tensor) else self.offset
         counter = torch.arange(1, 1 + num, device=self.seeds.device) + offset
-        bits = _mixed(self.seeds.unsqueeze(1) + counter * _GOLDEN)
-        return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+        return _numbers(self.seeds.unsqueeze(1) + counter * _GOLDEN)
+
+    def first_at(self, places: Tensor) -> Tensor:
+        """Return the first number of ``at(place)`` for M places of every row, int64 (M, B): float64 (M, B)."""
+        return _numbers(_mixed(self.seeds + places * _GOLDEN) + _GOLDEN)
 
     def choose(self, scores: Tensor) -> Tensor:
         """Draw an index per row of ``scores``, (B, I) or (B, n, I), with probability proportional to exp(score).
@@ -70,6 +73,27 @@ class RowGenerators:
         draws = draws.unsqueeze(-1) if scores.dim() == 3 else draws
         chosen = torch.searchsorted(below, draws * below[..., -1:], right=True).squeeze(-1)
         return chosen.clamp_max(scores.shape[-1] - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnNumbers(RowGenerators):
+    """Generators of B queries whose first number was drawn before, float64 (B,): many at once are drawn faster."""
+
+    first: Tensor = field(kw_only=True)
+
+    def rows(self, index: Tensor | slice) -> DrawnNumbers:
+        """Return the numbers of some rows."""
+        return DrawnNumbers(self.seeds[index], first=self.first[index])
+
+    def uniform(self, num: int = 1) -> Tensor:
+        """Return the number of each row, float64 (B, 1)."""
+        assert num == 1
+        return self.first.unsqueeze(1)
+
+
+def _numbers(bits: Tensor) -> Tensor:
+    """Return numbers in [0, 1), float64, for counters that are mixed with their seeds."""
+    return ((_mixed(bits) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
 def _mixed(bits: Tensor) -> Tensor:

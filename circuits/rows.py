@@ -87,7 +87,8 @@ class Rows:
         """Send the gradient of the gathered rows, (n, K, B), back to where the rows came from."""
         if self.order is not None:
             grad = grad.index_select(0, self.order)
-        for layer, rows, part in zip(self.layers, self.pieces, grad.split(self.lengths), strict=True):
+        parts = [grad] if len(self.lengths) == 1 else grad.split(self.lengths)
+        for layer, rows, part in zip(self.layers, self.pieces, parts, strict=True):
             gradients.add(layer, rows, part)
 
 

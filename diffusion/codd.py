@@ -16,9 +16,9 @@ from circuits.interop import find_jpc
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.controls import Guidance
 from diffusion.decoding.names import strategy_named
-from diffusion.denoisers.pretrained import fetch
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import CoupledHead
+from diffusion.hub import fetch
 
 __all__ = ["CoddConfig", "CoddModel", "load"]
 

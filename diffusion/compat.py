@@ -1,7 +1,8 @@
-"""The signature that LLaDA's users know: :func:`generate`, with any model that maps ids to logits.
+"""Signatures that users know: :func:`generate` of LLaDA's, and :func:`diffusion_generate` of Dream's.
 
-Its meaning is that of LLaDA's published sampler (Nie et al. 2025, arXiv 2502.09992, appendix B): blocks from left to
-right, each step commits the positions of the highest confidence, and at temperature 0 the tokens are the same.
+The meaning of the first, with any model that maps ids to logits, is that of LLaDA's published sampler (Nie et al. 2025,
+arXiv 2502.09992, appendix B): blocks from left to right, each step commits the positions of the highest confidence, and
+at temperature 0 the tokens are the same.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from torch import Tensor
 from circuits import RowGenerators
 from circuits.arguments import is_number
 from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.controls import Control, TopK, TopP
+from diffusion.decoding.generation import Generation
 from diffusion.decoding.generation import generate as generate_text
+from diffusion.decoding.joint import JointHead
+from diffusion.decoding.names import strategy_named
+from diffusion.decoding.plans import Anywhere, DynamicWindows
 from diffusion.decoding.proposers import drawn
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
-__all__ = ["generate"]
+__all__ = ["diffusion_generate", "generate"]
 
 Remasking = Literal["low_confidence", "random"]
 LLADA_MASK, LLADA_EOS, LLADA_EOT = 126336, 126081, 126348
@@ -110,6 +116,61 @@ def generate(
         stop_at_eos=False,
     )
     return torch.cat([prompt, out.generated], 1)
+
+
+def diffusion_generate(
+    model: Denoiser,
+    inputs: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    steps: int = 512,
+    temperature: float = 0.0,
+    alg: str = "origin",
+    head: JointHead | None = None,
+    **options: Any,
+) -> Generation:
+    """Continue prompts as Dream's method of this name does: over the whole text at once (Ye et al. 2025).
+
+    Every step commits its equal share of the tokens; Dream follows a schedule of times, and with ``alg="origin"`` the
+    number is random there. Random numbers come from PyTorch's global generator, ``torch.manual_seed``.
+
+    Args:
+        model: of :func:`~diffusion.denoisers.pretrained.load_denoiser`.
+        inputs: int64 (B, P).
+        attention_mask: (B, P), 0 or False at padding.
+        max_new_tokens: tokens to generate.
+        steps: model calls in all.
+        temperature: 0 is greedy.
+        alg: ``origin``, ``maskgit_plus``, ``topk_margin``, ``entropy``, or a strategy of this library's.
+        head: a circuit, in windows over what is decoded next; Dream has none.
+        options: ``top_p``, ``top_k``; ``alg_temp`` of 0 or None alone; ``output_history``, for ``.trajectory``; and
+            ``return_dict_in_generate``, which changes nothing: the result has ``.sequences``.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, shape or value, or is not known.
+    """
+    top_p, top_k, alg_temp = (options.pop(name, None) for name in ("top_p", "top_k", "alg_temp"))
+    record = bool(options.pop("output_history", False))
+    options.pop("return_dict_in_generate", None)
+    if options:
+        raise ArgumentError(f"{min(options)}: no such option; expected top_p, top_k, alg_temp or output_history")
+    if alg_temp:
+        raise ArgumentError(f"alg_temp: expected 0 or None, got {alg_temp!r}; alg='origin' chooses positions at random")
+    controls: list[Control] = [] if top_k is None else [TopK(top_k)]
+    controls += [] if top_p is None else [TopP(top_p)]
+    return generate_text(
+        model,
+        inputs,
+        gen_length=max_new_tokens,
+        plan=Anywhere(steps) if head is None else DynamicWindows(steps),
+        head=head,
+        config=DecodingConfig(temperature=temperature, strategy=strategy_named(alg)),  # type: ignore[arg-type]
+        valid=None if attention_mask is None else attention_mask.bool(),
+        controls=controls,
+        record=record,
+        generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))),
+    )
 
 
 class _Adapter:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 Normalization = Literal["global", "local"]
 T = TypeVar("T")
 
+_NUMBERS_AT_ONCE = 1 << 24
+
 IGNORED_LABEL = -100
 """What training code puts where a label does not count, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -323,6 +325,37 @@ class CoupledDistribution(CircuitDistribution):
             return torch.ones(self.masked.shape, dtype=self.pc.dtype, device=self.masked.device)
         with _explained():
             return here.distance(there)
+
+    def conditionals(self, index: Tensor, which: Tensor) -> Tensor | None:
+        """Return how probable some tokens of every position are given single tokens of single positions.
+
+        The circuit is asked about all of these together, as many as memory is bounded for; what its input units make of
+        the prediction is computed once for all.
+
+        Args:
+            index: c tokens of every position, as places among those that are listed, int64 (B, L, c).
+            which: which of these are conditioned on, one at a time, bool (B, L, c); none of them impossible.
+
+        Returns:
+            ``p_hat(x_j = index[b, j, w] | x_i = index[b, i, u])``, (B, L, c, L, c), 0 where that is not asked for; None
+            where the circuit has weights for each block, or gradients are asked for.
+        """
+        inputs, values = self._inputs(), self.prediction.values
+        if inputs is None or inputs.weights.batch_size > 1:
+            return None
+        tokens = index if values is None else values.gather(2, index)
+        found = torch.zeros(*index.shape, *index.shape[1:], dtype=self.pc.dtype, device=index.device)
+        length, device = index.shape[1], index.device
+        for part in which.nonzero().split(max(1, _NUMBERS_AT_ONCE // self.pc.circuit.num_units)):
+            block, position, candidate = part.unbind(1)
+            copy = torch.arange(len(part), device=device)
+            here = torch.arange(length, device=device) == position.unsqueeze(1)
+            value = tokens[block, position, candidate].unsqueeze(1).expand(-1, length)
+            given = inputs.rows(block).given(value, here)
+            asked = copy.repeat_interleave(length), torch.arange(length, device=device).repeat(len(part))
+            probs = given.probs_at(*asked, index[block].flatten(0, 1))
+            found[block, position, candidate] = probs.unflatten(0, (len(part), length))
+        return found
 
     def _inputs(self) -> ct.queries.Posterior | None:
         """Return the posterior that is asked in part, kept for the distributions given more; None with gradients."""

@@ -16,23 +16,27 @@ import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, is_number
 from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
+from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
+from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction, check_token_ids
+from diffusion.publishing import OnHub, options_of
+from diffusion.vocabulary import Coupled, MappedDistribution, Vocabulary, check_padding, checked_vocabulary
 
 if TYPE_CHECKING:
     from circuits.passes import Banks
 
 FORMAT = "unfactor-coupled-head"
-FORMAT_VERSION = 2  # 1 had no hash of what the file holds, and a calibration at most
+FORMAT_VERSION = 3  # 1 had no hash of what the file holds, and a calibration at most; 2 no tokenizer or vocabulary
 _FILE = "head.safetensors"
 _WAY_OUT = "save the head again"
 
 
-class CoupledHead(nn.Module):
+class CoupledHead(OnHub, nn.Module):
     """A compiled circuit as the output layer of a masked-token predictor: a circuit and what conditions it.
 
     Training, scoring and decoding build their distributions with :meth:`distribution`, so that whatever the head is set
@@ -51,6 +55,13 @@ class CoupledHead(nn.Module):
             plain product.
         calibration: a :class:`~diffusion.conditioners.noise_calibration.NoiseCalibration` to go before the
             conditioners; the same as naming it there.
+        vocabulary: the denoiser's id of each of the circuit's C categories, distinct; every other token has probability
+            zero. None: the categories are the denoiser's first C tokens, and it has no more but forbidden ones.
+        tokenizer_fingerprint: of the tokenizer whose ids these are, see
+            :func:`~diffusion.fingerprint.tokenizer_fingerprint`; None: that of the first denoiser that the head is
+            fitted to, if it knows its own.
+        decoding: a ``df.DecodingConfig``, or its options by name: what decoding with this head takes where nothing else
+            is said. None: the library's defaults.
 
     Raises:
         ArgumentError: an argument has a wrong type or value, or a conditioner does not fit the circuit.
@@ -66,6 +77,9 @@ class CoupledHead(nn.Module):
         top_k: int | None = None,
         conditioners: Sequence[Conditioner] = (),
         calibration: NoiseCalibration | None = None,
+        vocabulary: Sequence[int] | Tensor | None = None,
+        tokenizer_fingerprint: str | None = None,
+        decoding: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(pc, CompiledCircuit):
@@ -91,7 +105,14 @@ class CoupledHead(nn.Module):
         self.temperature = temperature
         self.normalization = normalization
         self.top_k = top_k
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.decoding = {} if decoding is None else options_of(decoding)
         self.conditioners: Iterable[Conditioner] = cast(Any, nn.ModuleList(chosen))
+        ids = None if vocabulary is None else checked_vocabulary(vocabulary, pc)
+        self.register_buffer("vocabulary", ids, persistent=False)
+
+    vocabulary: Tensor | None
+    """The denoiser's ids of the circuit's categories, int64 (C,), or None."""
 
     modes: ClassVar[frozenset[str]] = frozenset({"independent", "latent", "marginal", "any_order", "joint"})
     """Ways of decoding that it has: all."""
@@ -108,7 +129,7 @@ class CoupledHead(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of tokens."""
+        """C, the number of the circuit's categories: V, where all of the denoiser's tokens have one."""
         return max(self.pc.circuit.num_categories)
 
     @property
@@ -116,7 +137,7 @@ class CoupledHead(nn.Module):
         """L, the number of positions the circuit is over."""
         return self.pc.circuit.num_vars
 
-    def forward(self, prediction: Prediction | Tensor, tokens: Tensor, masked: Tensor) -> CoupledDistribution:
+    def forward(self, prediction: Prediction | Tensor, tokens: Tensor, masked: Tensor) -> Coupled:
         """Return the joint distribution of a block; see :meth:`distribution`."""
         return self.distribution(prediction, tokens, masked)
 
@@ -130,7 +151,7 @@ class CoupledHead(nn.Module):
         absent: Tensor | None = None,  # shape: (B, L)
         keeps_list: bool = False,
         weights: Banks | None = None,
-    ) -> CoupledDistribution:
+    ) -> Coupled:
         """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
         Args:
@@ -147,9 +168,33 @@ class CoupledHead(nn.Module):
             ArgumentError: shapes or dtypes that do not fit, or a conditioner misses the denoiser's features.
         """
         if isinstance(prediction, Tensor):
-            logits = prediction.to(self.pc.dtype)
-            prediction = Prediction.from_logits(logits, masked, top_k=self.top_k, include=include)
-        elif self.top_k is not None and not keeps_list:
+            prediction = Prediction.from_logits(prediction.to(self.pc.dtype), masked)
+        if self.vocabulary is None and prediction.vocab_size == self.vocab_size:
+            return self._of_categories(prediction, tokens, masked, include, absent, keeps_list, weights)
+        vocabulary = self._vocabulary_of(prediction, masked)
+        here = masked if absent is None else masked & ~absent
+        known = vocabulary.known("tokens", tokens, ~masked if absent is None else ~masked & ~absent)
+        included = None if include is None else vocabulary.categories(include).clamp_min(0)
+        narrowed = vocabulary.narrowed(prediction, here)
+        dist = self._of_categories(narrowed, known, masked, included, absent, keeps_list, weights)
+        return MappedDistribution(dist, vocabulary, tokens)
+
+    def _vocabulary_of(self, prediction: Prediction, masked: Tensor) -> Vocabulary:
+        if self.vocabulary is None:
+            check_padding(prediction, masked, self.vocab_size)
+        return self.vocabulary_in(prediction.vocab_size)
+
+    def _of_categories(
+        self,
+        prediction: Prediction,
+        tokens: Tensor,
+        masked: Tensor,
+        include: Tensor | None,
+        absent: Tensor | None,
+        keeps_list: bool,
+        weights: Banks | None,
+    ) -> CoupledDistribution:
+        if self.top_k is not None and not keeps_list:
             prediction = prediction.listed(self.top_k, include)
         conditioned = self.condition(prediction, masked)
         if conditioned.weights:
@@ -180,13 +225,63 @@ class CoupledHead(nn.Module):
             return conditioned
         return replace(conditioned, prediction=conditioned.prediction.normalised())
 
+    def vocabulary_in(self, num_tokens: int) -> Vocabulary:
+        """Return which of a denoiser's V tokens the circuit's categories are.
+
+        Raises:
+            ArgumentError: the denoiser has fewer.
+        """
+        ids = torch.arange(self.vocab_size, device=self.pc.device) if self.vocabulary is None else self.vocabulary
+        return Vocabulary(ids, num_tokens)
+
+    def unknown_ids(self, num_tokens: int, forbidden_ids: Sequence[int]) -> list[int]:
+        """Return which of a denoiser's V tokens have no category.
+
+        Args:
+            num_tokens: V.
+            forbidden_ids: those that it never predicts.
+
+        Raises:
+            ArgumentError: the head is for another vocabulary: it has more tokens, or none for one that is predicted,
+                and does not say which ones it is about.
+        """
+        known = range(self.vocab_size) if self.vocabulary is None else self.vocabulary.tolist()
+        unknown = set(range(num_tokens)).difference(known)
+        is_wider = max(known) >= num_tokens or {self.vocab_size} != set(self.pc.circuit.num_categories)
+        if is_wider or (self.vocabulary is None and not unknown.issubset(forbidden_ids)):
+            raise ArgumentError(
+                f"head: expected one over the denoiser's {num_tokens} tokens, got {self.vocab_size}; fit one on this "
+                "denoiser's tokens, or say which of them it is about, df.CoupledHead(pc, vocabulary=...)"
+            )
+        return sorted(unknown)
+
+    def spec_for(self, spec: DenoiserSpec) -> DenoiserSpec:
+        """Return a denoiser's spec with all tokens forbidden that have no category: what decoding with this head obeys.
+
+        Raises:
+            ArgumentError: the head is for another vocabulary, see :meth:`unknown_ids`.
+        """
+        unknown = self.unknown_ids(spec.vocab_size, spec.forbidden_ids)
+        return replace(spec, forbidden_ids=tuple(sorted({*spec.forbidden_ids, *unknown})))
+
+    def check_tokenizer(self, fingerprint: str | None) -> None:
+        """Raise ArgumentError if the head was trained with a tokenizer of another fingerprint; None: unknown."""
+        own = self.tokenizer_fingerprint
+        if own is not None and fingerprint is not None and own != fingerprint:
+            raise ArgumentError(
+                f"head: expected one for the tokenizer {fingerprint}, got one for {own}, whose ids mean other tokens; "
+                "take the model that it was trained with, or fit a head to this one (if only names of tokens changed: "
+                "head.tokenizer_fingerprint = None)"
+            )
+
     def conditional_log_likelihood(self, prediction: Prediction | Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Return ``CLL = log p_hat(x_M | x_O)`` of the true tokens ``targets``, int64 (B, L): (B,), in nats.
 
         Raises:
             ArgumentError: shapes that do not fit, or a target that is no token: the observed ones are conditioned on.
         """
-        check_token_ids("targets", targets, masked.shape, self.vocab_size)
+        size = prediction.shape[-1] if isinstance(prediction, Tensor) else prediction.vocab_size
+        check_token_ids("targets", targets, masked.shape, size)
         return self.distribution(prediction, targets, masked, include=targets).log_prob(targets)
 
     def is_active(self, masked: Tensor) -> Tensor:
@@ -206,6 +301,8 @@ class CoupledHead(nn.Module):
                 registered.
         """
         tensors = cast(nn.Module, self.conditioners).state_dict()
+        if self.vocabulary is not None:
+            tensors["vocabulary"] = self.vocabulary
         bad = not_finite(tensors)
         if bad is not None:
             raise ArgumentError(f"head: {bad} has NaN or infinite numbers; such a head cannot be saved")
@@ -240,32 +337,29 @@ class CoupledHead(nn.Module):
         """Make a head of a circuit that PyJuice wrote, such as those of CoDD. Nothing in the file is executed.
 
         Args:
-            path_or_repo: a ``.jpc`` file, or a folder or a repository of the hub with one; see also
-                :func:`diffusion.codd.load`.
+            path_or_repo: a ``.jpc`` file, or a folder or repository with one; see also :func:`diffusion.codd.load`.
             device: where the circuit goes.
             dtype: torch.float32 or torch.float64.
             revision: branch, tag or commit of the repository.
             settings: of the head, ``activation_threshold=0.5`` for instance.
 
         Raises:
-            ArgumentError: a wrong setting.
             CheckpointError: there is no such file, or it is corrupt or hostile.
         """
-        from circuits.interop import find_jpc, load_jpc
-
-        path = find_jpc(path_or_repo, revision=revision)
-        return cls(load_jpc(path, device=device, dtype=dtype), **settings)
+        return cls(load_jpc(find_jpc(path_or_repo, revision=revision), device=device, dtype=dtype), **settings)
 
     @classmethod
     def _loaded(cls, folder: Path) -> CoupledHead:
-        metadata, tensors = read_tensors(folder / _FILE, format=FORMAT, versions=(1, FORMAT_VERSION), way_out=_WAY_OUT)
+        metadata, tensors = read_tensors(
+            folder / _FILE, format=FORMAT, versions=(1, 2, FORMAT_VERSION), way_out=_WAY_OUT
+        )
         if metadata.get("circuit_sha256") != circuit_hash(folder):
             raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")
         bad = not_finite(tensors)
         if bad is not None:
             raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
         try:
-            settings = json.loads(metadata["settings"])
+            settings = json.loads(metadata["settings"]) | {"vocabulary": tensors.pop("vocabulary", None)}
             return cls(ct.load(folder / "circuit"), **settings, conditioners=_built(metadata, tensors))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
@@ -294,7 +388,7 @@ def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditi
     return made
 
 
-_SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k")
+_SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k", "tokenizer_fingerprint", "decoding")
 
 
 def circuit_hash(folder: Path) -> str:

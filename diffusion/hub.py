@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -62,12 +63,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_transformers() -> Any:
-    """Return the package transformers; raise ArgumentError where it is not installed."""
+def require(package: str) -> Any:
+    """Return a package of the extra ``hf``; raise ArgumentError where it is not installed."""
     try:
-        import transformers
+        return importlib.import_module(package)
     except ImportError as error:
         raise ArgumentError(
-            "name_or_path: expected the package transformers for this model, got none; pip install 'unfactor[hf]'"
+            f"name_or_path: expected the package {package} for this model, got none; pip install 'unfactor[hf]'"
         ) from error
-    return transformers

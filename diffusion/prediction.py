@@ -7,7 +7,7 @@ and listed once, whoever uses them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +71,7 @@ class Prediction:
         include: Tensor | None = None,  # shape: (B, L)
         logits_hook: LogitsHook | None = None,
         features: bool = False,
+        forbidden_ids: Sequence[int] | None = None,
     ) -> Prediction:
         """Ask a denoiser about a window of a canvas. It is differentiable where the denoiser is.
 
@@ -85,6 +86,7 @@ class Prediction:
             include: int64 (B, L), tokens that ``top_k`` must not drop, for instance the true ones.
             logits_hook: changes the logits before forbidden tokens are ruled out.
             features: whether the denoiser's last hidden states are to come along.
+            forbidden_ids: tokens to rule out; None: those of the denoiser's spec.
 
         Returns:
             Normalised log-probabilities, float32 (float64 from a denoiser in float64), -inf at forbidden tokens.
@@ -114,7 +116,8 @@ class Prediction:
             logits = logits_hook(logits).clone()
             if logits.shape != shape:
                 raise ArgumentError(f"logits_hook: expected logits {tuple(shape)} back, got {tuple(logits.shape)}")
-        forbidden = torch.tensor(denoiser.spec.forbidden_ids, device=logits.device)
+        forbidden_ids = denoiser.spec.forbidden_ids if forbidden_ids is None else forbidden_ids
+        forbidden = torch.tensor(forbidden_ids, device=logits.device)
         logits = logits.index_fill_(-1, forbidden, -torch.inf)
         matters = tokens[:, start:stop] == denoiser.spec.mask_id
         if valid is not None:

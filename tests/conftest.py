@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from fake_hub import fake_hub  # noqa: F401  - a fixture
 from hypothesis import HealthCheck, settings
 from pretended_device import DEVICE, Autocast, Generator, PretendedDevice
 

@@ -15,7 +15,7 @@ import diffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "adapters").glob("*.md"))]
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 PACKAGES = [
     circuits,
@@ -27,6 +27,7 @@ PACKAGES = [
     circuits.testing,
     circuits.transforms,
     diffusion,
+    diffusion.codd,
     diffusion.compat,
     diffusion.decoding.baselines,
     diffusion.testing,
@@ -140,6 +141,8 @@ def test_the_list_of_names_is_complete(package):
 def test_what_the_reference_describes_exists(name):
     if name.startswith("circuits.estimator"):
         pytest.importorskip("sklearn")
+    if name.endswith("lm_eval"):
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra [eval])")
     module, attributes = name, []
     while importlib.util.find_spec(module.partition(".")[0]) and not _is_module(module):
         module, _, attribute = module.rpartition(".")

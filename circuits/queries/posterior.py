@@ -12,7 +12,7 @@ from torch import Tensor
 from circuits import passes
 from circuits._evidence_checks import check_integers, check_mask
 from circuits.compile import CompiledCircuit
-from circuits.conditioning import LayerValues
+from circuits.conditioning import Conditions, LayerValues
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
 from circuits.input_layers import TableLayer
@@ -33,8 +33,10 @@ class Posterior:
 
     Attributes:
         pc: the circuit.
-        evidence: on the B queries at the beginning.
         weights: that everything is computed with.
+        evidence: as it was at the beginning.
+        origin: which of its queries each of the B queries here is, int64 (B,).
+        conditions: on latents and classes.
         leaves: log-values of the input units under the evidence, relative to nothing: by input layer, (F, K, B).
         divisors: log-values of what the evidence is relative to, by input layer; None: it is relative to nothing.
         values: of the variables that became known since, int64 (B, D).
@@ -42,8 +44,10 @@ class Posterior:
     """
 
     pc: CompiledCircuit
-    evidence: Evidence
     weights: Banks
+    evidence: Evidence
+    origin: Tensor
+    conditions: Conditions
     leaves: Sequence[Tensor]
     divisors: Sequence[Tensor] | None
     values: Tensor
@@ -82,10 +86,18 @@ class Posterior:
         """
         if self.weights.batch_size > 1:
             raise PropertyError("rows: expected weights that all queries share, got external ones for each")
-        divisors = self.divisors and [_columns(divisor, index) for divisor in self.divisors]
-        leaves = [_columns(leaf, index) for leaf in self.leaves]
-        parts = {"values": self.values[index], "known": self.known[index], "evidence": self.evidence.rows(index)}
-        return replace(self, leaves=leaves, divisors=divisors, **parts)
+        leaves, divisors = (
+            None if parts is None else [_columns(part, index) for part in parts]
+            for parts in (self.leaves, self.divisors)
+        )
+        latents = {
+            layer: replace(factors, log=factors.log.index_select(2, index))
+            for layer, factors in self.conditions.latents.items()
+        }
+        classes = self.conditions.class_factors
+        conditions = Conditions(latents, None if classes is None else classes.index_select(1, index))
+        parts = {"origin": self.origin[index], "values": self.values[index], "known": self.known[index]}
+        return replace(self, conditions=conditions, leaves=leaves, divisors=divisors, **parts)
 
     @functools.cached_property
     def flows(self) -> list[Tensor]:
@@ -110,8 +122,7 @@ class Posterior:
             if self.divisors is not None:
                 divided = functools.partial(passes.divided, LogSemiring())
                 values = [divided(*pair) for pair in zip(leaves, self.divisors, strict=True)]
-            conditions = self.pc.conditions(self.evidence)
-            root = passes.log_root(self.pc, LayerValues(values, conditions), self.weights.detached())
+            root = passes.log_root(self.pc, LayerValues(values, self.conditions), self.weights.detached())
             log_z = checked_possible(one_per_query(self.pc, root))
             flows = torch.autograd.grad(log_z.sum(), leaves, allow_unused=True)
         return log_z.detach(), [
@@ -132,7 +143,7 @@ class Posterior:
             (n, k) for evidence that lists k values, (n, C) for dense evidence, (n, m) with ``which``. It is 0 for
             variables that were missing, if values are listed. What became known has all probability at its value.
         """
-        values, factors = _asked(self.evidence.pick(query, variable), which, self.pc.dtype)
+        values, factors = _asked(self.evidence, self.origin[query], variable, which, self.pc.dtype)
         probs = torch.zeros_like(factors)
         for layer, leaf, flow in zip(_table_layers(self.pc), self.leaves, self.flows, strict=True):
             node, item = (layer.variables.unsqueeze(1) == variable).nonzero(as_tuple=True)
@@ -188,7 +199,8 @@ def posterior(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
     leaves = passes.leaves(pc, LogSemiring(), replace(given, reference=None), banks)
     divisors = None if given.reference is None else passes.leaves(pc, LogSemiring(), given.reference, banks)
     nothing = torch.zeros(given.batch_size, given.num_vars, dtype=torch.int64, device=given.device)
-    return Posterior(pc, given, banks, leaves, divisors, nothing, nothing.bool())
+    origin = torch.arange(given.batch_size, device=given.device)
+    return Posterior(pc, banks, given, origin, leaves.conditions, leaves, divisors, nothing, nothing.bool())
 
 
 def _table_layers(pc: CompiledCircuit) -> list[TableLayer]:
@@ -198,15 +210,17 @@ def _table_layers(pc: CompiledCircuit) -> list[TableLayer]:
     return layers
 
 
-def _asked(evidence: Evidence, which: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """Return values, or None for all of them, and factors (n, k) of n queries over one variable."""
+def _asked(
+    evidence: Evidence, query: Tensor, variable: Tensor, which: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Return values, or None for all of them, and their factors, (n, k), of n variables of single queries."""
     assert evidence.log_factors is not None
-    factors, values = evidence.log_factors[:, 0].to(dtype), evidence.values
+    place = (query, variable) if which is None else (query.unsqueeze(1), variable.unsqueeze(1), which)
+    factors = evidence.log_factors[place].to(dtype)
     if evidence.missing is not None:
-        factors = factors.masked_fill(evidence.missing, 0.0 if values is None else -torch.inf)
-    if which is not None:
-        return which if values is None else values[:, 0].gather(1, which), factors.gather(1, which)
-    return None if values is None else values[:, 0], factors
+        missing = evidence.missing[query, variable].unsqueeze(1)
+        factors = factors.masked_fill(missing, 0.0 if evidence.values is None else -torch.inf)
+    return which if evidence.values is None else evidence.values[place], factors
 
 
 def _columns(leaf: Tensor, index: Tensor) -> Tensor:

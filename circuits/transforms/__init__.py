@@ -8,6 +8,7 @@ from circuits.transforms.condition import condition
 from circuits.transforms.grow import grow
 from circuits.transforms.multiply import NormalizedProduct, multiply
 from circuits.transforms.prune import Pruned, prune
+from circuits.transforms.tied_product import TiedProduct
 from circuits.transforms.ties import share_parameters, untie_parameters
 from circuits.transforms.units import merge_equal_units, trim
 from circuits.transforms.variables import marginalize, permute
@@ -16,6 +17,7 @@ __all__ = [
     "Chain",
     "NormalizedProduct",
     "Pruned",
+    "TiedProduct",
     "condition",
     "grow",
     "marginalize",

@@ -33,8 +33,8 @@ def multiply(pc: CompiledCircuit, other: CompiledCircuit) -> NormalizedProduct:
     of both numbers of units. A circuit is compatible with itself only if it is *structured-decomposable*.
 
     Products of tied input nodes stay tied. Those of tied sums do only where they have the same weights, because every
-    unit is normalised by what follows it. Nodes keep their names; where two differ, the product of nodes named ``one``
-    and ``other`` is named ``one*other``.
+    unit is normalised by what follows it; :class:`TiedProduct` keeps all ties, and p's parameters. Nodes keep their
+    names; where two differ, the product of nodes named ``one`` and ``other`` is named ``one*other``.
 
     If one circuit has classes the result has them too: ``p(x | class) q(x) / Z_class``. If both do, these are the same
     classes: ``p(x | class) q(x | class) / Z_class``.

@@ -35,6 +35,7 @@ def initial_denoiser(recipe: Recipe, tokenizer: TextTokenizer) -> TransformerDen
             width=shape.width,
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
+            attention=shape.attention,
         ),
         seed=recipe.seed,
     )

@@ -168,6 +168,11 @@ class ModelOptions(OptionGroup):
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"trust_remote_code": False, "device": "auto"}
 
+    @property
+    def is_named(self) -> bool:
+        """Whether a model is named, in place of a folder."""
+        return self.model is not None or self.model_alias is not None
+
     def open(self, *, use_circuit: bool = True) -> Models:
         """Load them; raises as :func:`open_models`."""
         given = dict(self.given)

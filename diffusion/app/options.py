@@ -112,6 +112,14 @@ OPTIONS: dict[str, Any] = {
     ],
     "seed": Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")],
     "circuit": Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")],
+    "cache": Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep what the denoiser computed about the text before a block, where it offers that: the same text "
+            "with block-causal attention, else an approximation.",
+        ),
+    ],
     "dynamic_windows": Annotated[
         bool,
         typer.Option(
@@ -136,7 +144,7 @@ class DecodingOptions(OptionGroup):
     OPTIONS = OPTIONS
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "logits_eos_inf": False, "confidence_eos_eot_inf": False, "seed": 0, "circuit": True, "stream": False,
-        "reverse_activation": False, "dynamic_windows": False,
+        "reverse_activation": False, "dynamic_windows": False, "cache": False,
     }  # fmt: skip
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion._json import read_json, write_json
+from diffusion.denoisers.transformer import Attention
 from diffusion.errors import CheckpointError
 from diffusion.text.tokenizer import TokenizerKind
 from diffusion.training.circuit import CircuitTraining
@@ -41,7 +42,7 @@ class TextRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserRecipe:
-    """The denoiser's size and training."""
+    """The denoiser's size and training; options are those of ``TransformerConfig`` and ``DenoiserTraining``."""
 
     context_length: int = 32
     block_length: int = 32
@@ -49,6 +50,7 @@ class DenoiserRecipe:
     width: int = 192
     num_layers: int = 4
     num_heads: int = 6
+    attention: Attention = "bidirectional"
     training: DenoiserTraining = field(default_factory=DenoiserTraining)
 
 

@@ -9,9 +9,12 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import typer
 
 from diffusion.app.option_groups import OptionGroup
+from diffusion.app.options import DecodingOptions
+from diffusion.decoding.names import flags
 from diffusion.errors import ArgumentError
 
 _T = TypeVar("_T")
+_SHARED = ("activation_threshold", "reverse_activation", "dynamic_windows")
 RESULTS = Path("unfactor-results")
 """Where results of a model by name go, unless told otherwise."""
 
@@ -39,7 +42,9 @@ class TaskOptions(OptionGroup):
         "task": _text("'gsm8k', 'math500', 'mbpp', or a .jsonl file (also .gz) with keys prompt and answer.", "--task"),
         "data": _file("A .jsonl file (also .gz) with the questions of a named task; without it they are downloaded."),
         "limit": _count("Only so many questions, from the first on."),
-        "shots": Annotated[int, typer.Option(min=0, help="Worked examples before every question.")],
+        "shots": Annotated[
+            int, typer.Option("--shots", *flags("shots"), min=0, help="Worked examples before every question.")
+        ],
         "shots_data": _file("A file like --data that the worked examples come from."),
         "template": _text("The text around a question, with {question} in it.", default="the task's"),
         "answer_pattern": _text("Of a task of your own: a regular expression whose last match is the answer."),
@@ -48,30 +53,44 @@ class TaskOptions(OptionGroup):
             "Run the programs that the model writes, which mbpp needs.", "--allow-code-execution"
         ),
         "length": _count(
-            "Tokens of an answer at most.", "--length", "--gen-length", "--max-new-tokens", default="the task's"
+            "Tokens of an answer at most.", "--length", "--gen-length", *flags("gen_length"), default="the task's"
         ),
-        "block": _count("Tokens of a block.", "--block", "--block-length", "--block-size", default="the head's"),
-        "steps": _text("Denoiser calls, several by commas.", "--steps", "--num-steps", default="1, 2, 4 tokens a call"),
+        "block": _count(
+            "Tokens of a block, or at most of a window.",
+            *("--block", "--block-length", *flags("block_length")),
+            default="the head's",
+        ),
+        "steps": _text("Denoiser calls, several by commas.", "--num-steps", *flags("num_steps")),
+        "tokens_per_step": _text(
+            "In place of calls: tokens a call, several by commas.", "--tokens-per-step", default="1,2,4"
+        ),
         "threshold": _text("Bounds of the strategy threshold, by commas.", "--threshold"),
         "entropy_bound": _text("Bounds of the strategy entropy_bound, by commas, in nats.", "--entropy-bound"),
         "joint_entropy_bound": _text(
             "Bounds of the strategy joint_entropy, by commas, in nats; only with the circuit.", "--joint-entropy-bound"
         ),
+        **{name: DecodingOptions.OPTIONS[name] for name in _SHARED},
         "circuit": _flag("With and without the circuit, or only without.", "--circuit/--no-circuit"),
         "batch_size": Annotated[int, typer.Option(min=1, help="Questions at a time; it changes no result.")],
         "seed": Annotated[int, typer.Option(help="Of all draws.")],
         "results": Annotated[
             Path | None,
-            typer.Option(help="Folder of answers, tables and pictures.", show_default=f"OUT/results, or {RESULTS}"),
+            typer.Option(
+                "--results",
+                *flags("results"),
+                help="Folder of answers, tables and pictures.",
+                show_default=f"OUT/results, or {RESULTS}",
+            ),
         ],
         "scorer": _text(
             "A causal model that judges the texts: a name on the hub, a folder, or a .gguf file. With a task the "
-            "answers, else texts after held-out prompts.",
+            "answers, else texts after parts of held-out text.",
             "--scorer",
         ),
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "shots": 0, "chat": False, "allow_code_execution": False, "circuit": True, "batch_size": 8, "seed": 0,
+        "reverse_activation": False, "dynamic_windows": False, "shots": 0, "chat": False, "allow_code_execution": False,
+        "circuit": True, "batch_size": 8, "seed": 0,
     }  # fmt: skip
 
     def check_unused(self) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 from circuits.files import replace_file
 from diffusion.app.models import Models
 from diffusion.app.recipe import Recipe
-from diffusion.app.sources import check_corpus, corpus_of
+from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus
 from diffusion.app.task_options import RESULTS, TaskOptions, parsed_list
-from diffusion.errors import CorpusError
+from diffusion.decoding.names import strategy_named
 from diffusion.evaluation.scorer import CausalScorer, QualityTable
 from diffusion.evaluation.tasks import Grid, Options, Task, TaskTable, answer_task, load_task
 from diffusion.evaluation.tasks.quality import judge_texts, text_task
 from diffusion.evaluation.tasks.table import TaskPoint
+from diffusion.text.corpus import join_documents, windows
 
 SCORED_LENGTH = 64
 """Tokens of a text that is judged, unless told otherwise."""
@@ -52,14 +53,18 @@ def asked_grid(
         temperature: of the tokens.
     """
     named: dict[str, Any] = {"decode": decode} if decode is not None else {}
-    identity: Callable[[str], Any] = str
+    named_strategy: Callable[[str], Any] = strategy_named
     return Grid(
         num_steps=options.list_of("steps", int),
-        strategies=parsed_list("strategy", strategy, identity),
+        tokens_per_step=options.list_of("tokens_per_step", int),
+        strategies=parsed_list("strategy", strategy, named_strategy),
         thresholds=options.list_of("threshold", float),
         entropy_bounds=options.list_of("entropy_bound", float),
         joint_entropy_bounds=options.list_of("joint_entropy_bound", float),
         temperature=temperature,
+        activation_threshold=options.activation_threshold,
+        reverse_activation=options.reverse_activation,
+        dynamic_windows=options.dynamic_windows,
         gen_length=options.length,
         block_length=options.block,
         **named,
@@ -134,25 +139,19 @@ def run_scorer(
 
 
 def held_out_task(models: Models, folder: Path, recipe: Recipe, *, count: int, length: int) -> Task:
-    """Return the task to continue the beginnings of held-out documents, with what really follows them.
+    """Return the task to continue parts of held-out text, spread evenly over it, with what really follows them.
 
     Raises:
-        CorpusError: there is no document that is long enough.
+        CorpusError: the held-out text is shorter than one part.
     """
     corpus, context = corpus_of(recipe), recipe.denoiser.context_length
     check_corpus(folder, corpus)
-    prompts, follows = list[str](), list[str]()
-    for document in corpus.held_out:
-        ids = models.tokenizer.encode(document)
-        if len(ids) < context + length or len(prompts) == count:
-            continue
-        prompts.append(models.tokenizer.decode(ids[:context]))
-        follows.append(models.tokenizer.decode(ids[context : context + length]))
-    if not prompts:
-        raise CorpusError(
-            f"corpus: expected held-out documents of at least {context + length} tokens, got none; take a shorter "
-            "--length"
-        )
+    tokenizer = models.tokenizer
+    stream = join_documents(encoded_corpus(folder, corpus.held_out, tokenizer), eos_id=tokenizer.eos_id)
+    parts = windows(stream, length=context + length, max_windows=count).tolist()
+    prompts, follows = (
+        [tokenizer.decode(part[cut]) for part in parts] for cut in (slice(context), slice(context, None))
+    )
     return text_task(prompts, follows, gen_length=length)
 
 

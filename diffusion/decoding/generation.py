@@ -13,7 +13,7 @@ from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.controls import Control, View, all_controls, steered
-from diffusion.decoding.joint import JointHead, check_constrained, check_head
+from diffusion.decoding.joint import JointHead, check_constrained, check_head, spec_with
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Look, Plan
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
@@ -137,7 +137,8 @@ def generate(
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
     constraint = options.pop("constraint", None)
     options["controls"] = all_controls(options.pop("controls", ()), options.pop("logits_hook", None))
-    canvas = prompted_canvas(rows, valid, gen_length, denoiser.spec, seeds, constraint, ends=stop_at_eos)
+    spec = spec_with(head, denoiser.spec, chosen)
+    canvas = prompted_canvas(rows, valid, gen_length, spec, seeds, constraint, ends=stop_at_eos)
     plan = plan or Blocks(block_length, num_steps)
     return fill(denoiser, canvas, plan, head=head, config=chosen, stop_at_eos=stop_at_eos, **options)
 
@@ -200,7 +201,8 @@ def infill(
     seeds = checked_seeds(options.pop("seeds", None), options.pop("generator", None), rows)
     constraint = options.pop("constraint", None)
     options["controls"] = all_controls(options.pop("controls", ()), options.pop("logits_hook", None))
-    canvas = holed_canvas(rows, masked, valid, denoiser.spec, seeds, constraint, ends=stop_at_eos)
+    spec = spec_with(head, denoiser.spec, chosen)
+    canvas = holed_canvas(rows, masked, valid, spec, seeds, constraint, ends=stop_at_eos)
     if plan is None:
         uses_windows = head is not None and chosen.decode != "independent"
         plan = DynamicWindows(num_steps, window_length) if uses_windows or window_length else Anywhere(num_steps)
@@ -243,6 +245,7 @@ def fill(
         raise ArgumentError(f"on_step: expected a function of a step, or None, got {type(on_step).__name__}")
     _check_controls(controls, canvas, config)
     canvas.controls = tuple(controls)
+    canvas.spec = spec_with(head, denoiser.spec, config)
     history = [canvas.tokens.clone()] if record else []
     kept = _new_cache(denoiser) if cache else None
     # read once: at every step, comparing large ones with what was kept takes as long as the step itself
@@ -260,6 +263,7 @@ def fill(
             logits_hook=steered(controls, _view(denoiser, canvas, look, num_steps, asked)) if controls else None,
             top_k=None if head is None or canvas.constraint is not None else head.top_k,
             features=head is not None and head.needs_features,
+            forbidden_ids=canvas.spec.forbidden_ids,
         )
         decode_step(canvas, look, prediction, plan, head, config, weights=weights)
         if stop_at_eos:
@@ -329,8 +333,9 @@ def _check_controls(controls: Sequence[Control], canvas: Canvas, config: Decodin
 
 
 def _config(config: DecodingConfig | None, head: JointHead | None, **changes: Any) -> DecodingConfig:
-    base = config or DecodingConfig()
-    if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1:
+    own = getattr(head, "decoding", {})
+    base = config or DecodingConfig().changed(**own)
+    if config is None and changes.get("temperature") is None and head is not None and head.temperature != 1 and not own:
         changes["temperature"] = head.temperature
     return base.changed(**changes)
 
@@ -367,3 +372,5 @@ def _check(
         raise ArgumentError(f"{given[0]}: a plan has its own, got both; say it in the plan, {plan!r}")
     if head is not None:
         check_head(head, denoiser.spec, config or DecodingConfig())
+        if isinstance(head, CoupledHead):
+            head.check_tokenizer(getattr(denoiser, "tokenizer_fingerprint", None))

@@ -165,7 +165,9 @@ def check_head(head: JointHead, spec: DenoiserSpec, config: DecodingConfig) -> N
         raise ArgumentError(
             f"head: expected df.CoupledHead(pc), another df.JointHead or None, got {type(head).__name__}"
         )
-    if head.vocab_size != spec.vocab_size:
+    if isinstance(head, CoupledHead):
+        head.spec_for(spec)
+    elif head.vocab_size != spec.vocab_size:
         raise ArgumentError(
             f"head: expected one over the denoiser's {spec.vocab_size} tokens, got {head.vocab_size}; fit one on this "
             "denoiser's tokens"
@@ -174,3 +176,10 @@ def check_head(head: JointHead, spec: DenoiserSpec, config: DecodingConfig) -> N
         raise ArgumentError(
             f"decode: expected one of {', '.join(sorted(head.modes))} with {type(head).__name__}, got {config.decode!r}"
         )
+
+
+def spec_with(head: JointHead | None, spec: DenoiserSpec, config: DecodingConfig) -> DenoiserSpec:
+    """Return the spec that a canvas obeys: the denoiser's, and a circuit's tokens only where it is decoded with one."""
+    if config.decode == "independent" or not isinstance(head, CoupledHead):
+        return spec
+    return head.spec_for(spec)

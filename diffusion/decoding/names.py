@@ -73,6 +73,8 @@ OPTIONS: tuple[Names, ...] = (
     Names("model", {"CoDD": "dream_ckpt"}),
     Names("dynamic_windows", {"CoDD": "dream_window"}, "windows of the circuit over what is decoded next"),
     Names("blocks", {"CoDD": "dream_block"}, "the default here; Dream without it fills the whole canvas at once there"),
+    Names("shots", {"CoDD": "num_shot"}),
+    Names("results", {"CoDD": "output_dir"}),
     Names("", {"Fast-dLLM": "factor"}, "no such rule here: use entropy_bound or threshold"),
     Names("", {"Dream": "alg_temp"}, "positions are chosen without noise here; strategy random draws them"),
     Names("", {"vLLM": "sampler_config"}, "give its parts: entropy_bound or threshold, temperature"),

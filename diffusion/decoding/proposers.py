@@ -16,6 +16,7 @@ from diffusion.decoding.config import DecodeMode, DecodingConfig
 from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
+from diffusion.vocabulary import Coupled
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def given(tokens: Tensor, source: JointDistribution | Prediction, decode: Decode
         decode: how they would be drawn: all together, or each on its own.
     """
     if decode == "joint" and not isinstance(source, Prediction):
-        if not isinstance(source, CoupledDistribution):
+        if not isinstance(source, Coupled):
             raise ArgumentError(
                 f"head: expected a circuit, whose joint probabilities are exact, got one of {type(source).__name__}"
             )
@@ -117,42 +118,39 @@ def dependence_of(dist: JointDistribution, num_candidates: int = 4) -> Tensor:
     conditioning on each of these in turn. Of positions that are not masked it is 0.
     """
     beliefs = dist.posterior()
-    num_windows, length = beliefs.shape
-    count = min(num_candidates, beliefs.num_listed)
-    log_p, index = beliefs.log_q.topk(count, -1)
-    tokens = index if beliefs.values is None else beliefs.values.gather(2, index)
+    log_p, index = beliefs.log_q.topk(min(num_candidates, beliefs.num_listed), -1)
     p = log_p.exp().double()  # (W, n, c)
-    own = torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0.0)], -1)
-    information = torch.zeros(num_windows, length, length, dtype=torch.float64, device=p.device)
-    for i in range(length):
-        here = torch.zeros(num_windows, length, dtype=torch.bool, device=p.device)
-        here[:, i] = True
-        rest = own.clone()  # p(x_j = w, x_i not among the candidates), less what is conditioned on below
-        for c in range(count):
-            is_possible = (p[:, i, c] > 1e-9) & dist.masked[:, i]
-            if not bool(is_possible.any()):
-                continue
-            held = torch.where(here & is_possible.unsqueeze(1), tokens[..., c], tokens[..., 0])
-            given = dist.given(held, here & is_possible.unsqueeze(1)).posterior()
-            conditional = _of_tokens(given, tokens).exp().double()
-            conditional = torch.cat([conditional, (1 - conditional.sum(-1, keepdim=True)).clamp_min(0.0)], -1)
-            weight = (p[:, i, c] * is_possible).unsqueeze(-1).unsqueeze(-1)
-            together = weight * conditional
-            information[:, i] += _terms(together, weight * own)
-            rest = rest - together
-        other = own[:, i, -1:].unsqueeze(1)
-        information[:, i] += _terms(rest.clamp_min(0.0), other * own)
+    own = _with_rest(p)
+    which = (p > 1e-9) & dist.masked.unsqueeze(-1)
+    found = dist.conditionals(index, which) if isinstance(dist, CoupledDistribution) else None
+    if found is None:
+        found = _one_after_the_other(dist, beliefs, index, which)
+    weight = (p * which)[..., None, None]
+    together = weight * _with_rest(found.double())  # p(x_i = u, x_j = w), (W, n, c, n, c + 1)
+    rest = (own.unsqueeze(1) - together.sum(2)).clamp_min(0.0)  # with x_i not among the candidates
+    information = _terms(together, weight * own[:, None, None]).sum(2)
+    information += _terms(rest, own[:, :, -1:, None] * own.unsqueeze(1))
     information = torch.maximum(information, information.transpose(1, 2)).clamp_min(0.0)
-    return information.masked_fill(
-        ~(dist.masked.unsqueeze(1) & dist.masked.unsqueeze(2)), 0.0
-    )  # known: nothing to tell
+    is_open = dist.masked.unsqueeze(1) & dist.masked.unsqueeze(2)  # what is known has nothing to tell
+    return information.masked_fill(~is_open, 0.0)
+
+
+def _with_rest(p: Tensor) -> Tensor:
+    return torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0.0)], -1)
+
+
+def _one_after_the_other(dist: JointDistribution, beliefs: Prediction, index: Tensor, which: Tensor) -> Tensor:
+    """Return what :meth:`~diffusion.coupling.CoupledDistribution.conditionals` does, of any distribution."""
+    tokens = index if beliefs.values is None else beliefs.values.gather(2, index)
+    found = torch.zeros(*index.shape, *index.shape[1:], dtype=beliefs.log_q.dtype, device=index.device)
+    for i, c in which.any(0).nonzero().tolist():
+        here = torch.zeros(which.shape[:2], dtype=torch.bool, device=which.device)
+        here[:, i] = which[:, i, c]
+        given = dist.given(tokens[..., c], here).posterior()
+        found[:, i, c] = torch.stack([given.log_prob_of(column) for column in tokens.unbind(-1)], -1).exp()
+    return found
 
 
 def _terms(together: Tensor, apart: Tensor) -> Tensor:
     ratio = torch.where((together > 0) & (apart > 0), together / apart.clamp_min(1e-300), 1.0)
     return (together * ratio.log()).sum(-1)
-
-
-def _of_tokens(beliefs: Prediction, tokens: Tensor) -> Tensor:
-    """Return log-probabilities of some tokens of every position, (W, n, c)."""
-    return torch.stack([beliefs.log_prob_of(column) for column in tokens.unbind(-1)], -1)

@@ -23,6 +23,8 @@ from diffusion.decoding.proposers import drawn
 
 _ROUNDING = 1e-5
 """What float32 may add to a distance, with room to spare."""
+_CHEAP = 1 << 16
+"""So many probabilities are computed in one go in less time than it takes to find out which are needed."""
 
 
 def _of_top(score: Tensor, distance: Tensor, num_tokens: int) -> Tensor:
@@ -77,6 +79,7 @@ class Outlook:
         self.strategy = config.chosen_strategy
         self.score = torch.full(dist.masked.shape, torch.inf, dtype=dist.pc.dtype, device=dist.masked.device)
         self.moved = torch.zeros_like(self.score)
+        self.looks_everywhere = self.score.numel() * dist.prediction.num_listed <= _CHEAP
 
     @staticmethod
     def serves(config: DecodingConfig) -> bool:
@@ -85,11 +88,15 @@ class Outlook:
 
     def after(self, dist: CoupledDistribution, previous: CoupledDistribution) -> None:
         """Take notice of what became known: ``dist`` is ``previous`` given more tokens."""
-        self.moved += dist.distance(previous) + _ROUNDING
+        if not self.looks_everywhere:
+            self.moved += dist.distance(previous) + _ROUNDING
 
     def turn(self, dist: CoupledDistribution, candidates: Tensor, generators: RowGenerators) -> Turn:
         """Look at candidates, bool (W, n), until the best one of every window is among those looked at."""
         turn = Turn(torch.zeros_like(dist.tokens), torch.full_like(self.score, -torch.inf))
+        if self.looks_everywhere:
+            self._look(dist, candidates, generators, turn)
+            return turn
         bound = _BOUNDS[self.strategy](self.score, self.moved, dist.prediction.num_listed)
         if self.strategy == "random":
             bound = at_random(dist.prediction, dist.tokens, generators.at(2))

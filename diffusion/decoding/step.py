@@ -23,6 +23,7 @@ from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, giv
 from diffusion.decoding.rounds import Outlook
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
+from diffusion.vocabulary import MappedDistribution
 
 if TYPE_CHECKING:
     from circuits.passes import Banks
@@ -210,6 +211,9 @@ def _distribution(canvas: Canvas, part: Part, head: JointHead | None, weights: B
     dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True, **told)
     if isinstance(dist, CoupledDistribution):
         return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
+    if isinstance(dist, MappedDistribution):
+        automaton = dist.vocabulary.automaton(constraint.automaton)
+        return dist.mapped(lambda own: ConstrainedCoupledDistribution.under(own, automaton, **options))
     constrained: JointDistribution = dist.under(constraint.automaton, **options)
     return constrained
 

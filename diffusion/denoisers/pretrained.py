@@ -92,9 +92,8 @@ ADAPTERS: dict[str, str] = {
 MASKED_LM = "diffusion.denoisers.masked_lm:load"
 """The function for every architecture that is called ``...ForMaskedLM``."""
 
-REFUSED: dict[str, str] = {
-    "diffusion_gemma": "it replaces tokens by uniformly random ones and has no mask; a circuit here couples masked ones"
-}
+_UNIFORM = "it replaces tokens by random ones and has no mask, and a circuit couples the tokens of masked positions"
+REFUSED: dict[str, str] = dict.fromkeys(("diffusion_gemma", "diffusion_gemma_text", "udlm"), _UNIFORM)
 """From ``model_type`` to the reason why there is no adapter, and can be none."""
 
 

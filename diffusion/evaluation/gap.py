@@ -155,14 +155,15 @@ def misspecification_gap(
     """Measure the four models' perplexities on the masked tokens of the last block of each window.
 
     All models see the same masks. The circuit is used at every mask ratio, whatever the head's activation threshold is.
+    Where the circuit is over some of the denoiser's tokens, the denoiser is held to these too, in all columns.
 
     Args:
         denoiser: the masked-token predictor.
         head: the circuit; its number of variables L is the block length.
         data: held-out windows, int64 (N, context length + L), on the denoiser's device; the context is always visible.
         mask_ratios: shares of the block that are masked, each in (0, 1].
-        circuit_alone: the circuit for the column of that name, for instance one fitted by maximum likelihood; by
-            default the head's.
+        circuit_alone: the circuit for the column of that name, for instance one fitted by maximum likelihood, over the
+            same tokens; by default the head's.
         num_bootstrap: resamples of the N windows behind every confidence interval, at least 1.
         batch_size: windows per call.
         seed: of masks, orders and the bootstrap.
@@ -178,6 +179,10 @@ def misspecification_gap(
         raise ArgumentError(f"mask_ratios: expected numbers in (0, 1], got {mask_ratios!r}")
     if num_bootstrap < 1:
         raise ArgumentError(f"num_bootstrap: expected at least 1, got {num_bootstrap}")
+    head.check_tokenizer(getattr(denoiser, "tokenizer_fingerprint", None))
+    forbidden = head.spec_for(denoiser.spec).forbidden_ids
+    block = data[:, -length:]
+    head.vocabulary_in(denoiser.spec.vocab_size).known("data", block, torch.ones_like(block, dtype=torch.bool))
     counts = [count_masked(length, ratio) for ratio in mask_ratios]
     num_calls = math.ceil(len(data) / batch_size) * (sum(counts) + len(counts))
     rows = []
@@ -185,7 +190,8 @@ def misspecification_gap(
         for ratio, count in zip(mask_ratios, counts, strict=True):
             masks = (part.to(data.device) for part in _masks(len(data), length, ratio, seed))
             batches = zip(*(part.split(batch_size) for part in (data, *masks)), strict=True)
-            losses = [_losses(denoiser, head, circuit_alone or head.pc, batch, advance) for batch in batches]
+            models = denoiser, head, circuit_alone or head.pc
+            losses = [_losses(*models, batch, advance, forbidden) for batch in batches]
             per_token = {name: torch.cat([part[name] for part in losses]).cpu().numpy() / count for name in MODELS}
             rows.append(_summarise(ratio, count, per_token, num_bootstrap, seed))
     return GapTable(tuple(rows), len(data), seed)
@@ -205,36 +211,43 @@ def _losses(
     circuit_alone: CompiledCircuit,
     batch: tuple[Tensor, ...],  # windows (B, context length + L), masked (B, L), order (B, n)
     advance: Any,
+    forbidden: Sequence[int],
 ) -> dict[str, Tensor]:
     """Return each model's negative log-likelihood of the masked tokens, float64 (B,), in nats."""
     windows, masked, order = batch
-    one_step = _ask_block(denoiser, windows, masked, features=head.needs_features)
+    one_step = _ask_block(denoiser, windows, masked, forbidden, features=head.needs_features)
     block = windows[:, -masked.shape[1] :]
+    categories = head.vocabulary_in(denoiser.spec.vocab_size).categories(block)
     losses = {
         "one_step": -_at(one_step, block).masked_fill(~masked, 0.0).sum(1),
         "coupled": -head.conditional_log_likelihood(one_step, block, masked).double(),
-        "circuit_alone": -queries.log_conditional(circuit_alone, block, ~masked).double(),
+        "circuit_alone": -queries.log_conditional(circuit_alone, categories, ~masked).double(),
     }
     advance()
-    losses["sequential"] = _sequential_loss(denoiser, windows, masked, order, advance)
+    losses["sequential"] = _sequential_loss(denoiser, windows, masked, order, advance, forbidden)
     return losses
 
 
-def _ask_block(denoiser: Denoiser, windows: Tensor, masked: Tensor, *, features: bool = False) -> Prediction:
+def _ask_block(
+    denoiser: Denoiser, windows: Tensor, masked: Tensor, forbidden: Sequence[int], *, features: bool = False
+) -> Prediction:
     """Ask the denoiser about the last block with ``masked`` (B, L) masked."""
     length = masked.shape[1]
     canvas = windows.clone()
     canvas[:, -length:] = canvas[:, -length:].masked_fill(masked, denoiser.spec.mask_id)
-    return Prediction.ask(denoiser, canvas, window=(canvas.shape[1] - length, canvas.shape[1]), features=features)
+    window = (canvas.shape[1] - length, canvas.shape[1])
+    return Prediction.ask(denoiser, canvas, window=window, features=features, forbidden_ids=forbidden)
 
 
-def _sequential_loss(denoiser: Denoiser, windows: Tensor, masked: Tensor, order: Tensor, advance: Any) -> Tensor:
+def _sequential_loss(
+    denoiser: Denoiser, windows: Tensor, masked: Tensor, order: Tensor, advance: Any, forbidden: Sequence[int]
+) -> Tensor:
     """Return the negative log-likelihood of the masked tokens revealed one by one in ``order`` (B, n): (B,)."""
     block = windows[:, -masked.shape[1] :]
     loss = torch.zeros(len(windows), dtype=torch.float64, device=windows.device)
     masked = masked.clone()
     for position in order.unbind(1):
-        log_probs = _at(_ask_block(denoiser, windows, masked), block)
+        log_probs = _at(_ask_block(denoiser, windows, masked, forbidden), block)
         loss -= log_probs.gather(1, position.unsqueeze(1)).squeeze(1)
         masked.scatter_(1, position.unsqueeze(1), False)
         advance()

@@ -25,6 +25,7 @@ from diffusion.decoding.generation import Step, generate
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.likelihood import Method, log_likelihood
+from diffusion.evaluation.tasks.task import chat_text
 from diffusion.head import CoupledHead
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class DiffusionLM(LM):
         self.denoiser, self.tokenizer, self.head = denoiser, tokenizer, head
         self.options = options or HarnessOptions()
         self.name = name
+        self._has_special = False  # in the texts that the harness hands over
 
     @property
     def tokenizer_name(self) -> str:
@@ -126,18 +128,25 @@ class DiffusionLM(LM):
         return self.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the tokenizer's form for conversations."""
-        return getattr(self.tokenizer, "chat_template", None) if chat_template else None
+        """Return a name for the tokenizer's form for conversations, for the harness's records; None: it is not used."""
+        if not chat_template:
+            return None
+        self._has_special = True
+        return f"{self.tokenizer_name}: chat template"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as text, in the tokenizer's form; raises ArgumentError if it has none."""
-        apply = getattr(self.tokenizer, "apply_chat_template", None)
-        if apply is None or self.chat_template(True) is None:
+        """Return a conversation as text, in the tokenizer's form; from then on names of special tokens are these.
+
+        Raises:
+            ArgumentError: the tokenizer has no such form, or an answer is to be continued that is begun already.
+        """
+        if not add_generation_prompt:
             raise ArgumentError(
-                "apply_chat_template: expected a tokenizer with a chat template, got one without; leave the option out"
+                "apply_chat_template: expected tasks that leave the whole answer to the model, got one that begins it; "
+                "leave the option out"
             )
-        continued = {} if add_generation_prompt else {"continue_final_message": True}
-        return str(apply(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, **continued))
+        self._has_special = True
+        return chat_text(self.tokenizer, chat_history)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what is written after each context, up to the strings at which it is to stop."""
@@ -298,7 +307,9 @@ class DiffusionLM(LM):
         return tuple(tokens[max(0, len(tokens) - room) :])
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text)) if text else []
+        if not text:
+            return []
+        return list(self.tokenizer.encode(text, special=True) if self._has_special else self.tokenizer.encode(text))
 
     def _rows(self, batch: Sequence[_Ask], name: str) -> list[Tensor]:
         device = getattr(self.denoiser, "device", torch.device("cpu"))

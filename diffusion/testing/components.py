@@ -83,6 +83,20 @@ class Components:
         given = products[possible] / normalisers[possible, :, None]
         return Components(weights[possible] / weights.sum(), given)
 
+    def given(self, tokens: Ids, observed: Bools) -> Components:
+        """Return the mixture given tokens, (L,), where ``observed``, bool (L,), is True.
+
+        Raises:
+            ImpossibleEvidenceError: they are impossible.
+        """
+        likelihood = np.where(observed, self.leaves[:, np.arange(len(tokens)), np.where(observed, tokens, 0)], 1.0)
+        weights = self.weights * likelihood.prod(1)
+        if not weights.sum() > 0:
+            raise ImpossibleEvidenceError("tokens: no component has them")
+        possible, known = weights > 0, np.eye(self.leaves.shape[2])[np.where(observed, tokens, 0)]
+        leaves = np.where(observed[:, None], known, self.leaves[possible])
+        return Components(weights[possible] / weights.sum(), leaves)
+
     @cached_property
     def marginals(self) -> Floats:
         """``p(x_i = v)``, (L, V)."""

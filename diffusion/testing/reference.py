@@ -194,7 +194,8 @@ def coupled(
             from its marginal; both are judged by the marginals. ``latent``: the latents are drawn, then every token on
             its own given them, which also judge; but a threshold is one on the marginals. ``any_order``: a step commits
             in rounds as ``marginal`` does, in each one position and those that a threshold or bound adds, until it has
-            its count; the circuit is asked again in between, the denoiser is not.
+            its count, each round from the coupled distribution given what the step has committed; nothing is coupled
+            anew, and the denoiser is not asked again.
         normalization: see :class:`~diffusion.coupling.CoupledDistribution`.
         window: ``(start, stop)``, the positions that the circuit is over; None: all. Open ones lie in it.
 
@@ -231,8 +232,18 @@ class _Coupling:
 
     def draws(self, q: Floats, tokens: Ids, masked: Bools, decode: str, rule: Rule) -> Iterator[Draws]:
         """Yield what a step may draw, given the prediction q, (L, V), for the whole text."""
-        inside = slice(*(self.window or (0, len(tokens))))
-        mixture = self.components.coupled(q[inside], tokens[inside], masked[inside], self.normalization)
+        yield from self.draws_from(self.mixture(q, tokens, masked), q, tokens, masked, decode, rule)
+
+    def mixture(self, q: Floats, tokens: Ids, masked: Bools) -> Components:
+        """Return the coupled distribution of the window, given the prediction q, (L, V), for the whole text."""
+        inside = self._inside_of(tokens)
+        return self.components.coupled(q[inside], tokens[inside], masked[inside], self.normalization)
+
+    def draws_from(
+        self, mixture: Components, q: Floats, tokens: Ids, masked: Bools, decode: str, rule: Rule
+    ) -> Iterator[Draws]:
+        """Yield what a step may draw from a distribution of the window; elsewhere the prediction judges."""
+        inside = self._inside_of(tokens)
         dependence = None
         if rule.joint_entropy is not None:
             dependence = np.zeros((len(tokens), len(tokens)))
@@ -243,6 +254,14 @@ class _Coupling:
             judge = q.copy()
             judge[inside] = mixture.marginals if rule.threshold is not None else drawn.judge
             yield drawn._replace(texts=texts, judge=judge, dependence=dependence)
+
+    def given(self, mixture: Components, tokens: Ids, observed: Bools) -> Components:
+        """Return a distribution of the window given further tokens of the whole text."""
+        inside = self._inside_of(tokens)
+        return mixture.given(tokens[inside], observed[inside])
+
+    def _inside_of(self, tokens: Ids) -> slice:
+        return slice(*(self.window or (0, len(tokens))))
 
     @staticmethod
     def _inside(mixture: Components, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
@@ -258,8 +277,15 @@ def _one_after_the_other(denoiser: Denoiser, coupling: _Coupling, rule: Rule) ->
     of_round = replace(rule, num_steps=None)
 
     def step_law(tokens: Tokens, masked: Masked, step: int) -> Iterator[tuple[float, Tokens, Masked]]:
-        q = predicted(denoiser, np.array(tokens))
-        one = step_of(lambda tokens, masked: coupling.draws(q, tokens, masked, "marginal", of_round), of_round)
+        before, was_open = np.array(tokens), np.array(masked)
+        q = predicted(denoiser, before)
+        mixture = coupling.mixture(q, before, was_open)
+
+        def draws(tokens: Ids, masked: Bools) -> Iterator[Draws]:
+            given = coupling.given(mixture, tokens, was_open & ~masked)
+            return coupling.draws_from(given, q, tokens, masked, "marginal", of_round)
+
+        one = step_of(draws, of_round)
         most_open = sum(masked) - rule.count(sum(masked), step)
         law: Law = {(tokens, masked): 1.0}
         while law:

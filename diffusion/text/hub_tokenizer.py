@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from circuits.files import replace_file
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
-from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require_transformers
+from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require
 from diffusion.text.chat import ChatTemplate
 from diffusion.text.tokenizer import FILE_NAME, TextTokenizer, byte_alphabet, tokenizer_file
 
@@ -201,6 +201,8 @@ def _read(folder: Path, kind: str) -> Tokenizer | None:
             return Tokenizer.from_file(str(folder / FILE_NAME))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _byte_pairs(folder, kind)
+        if (folder / "vocab.txt").is_file() and (letters := _letters(folder / "vocab.txt")) is not None:
+            return letters
         if any((folder / name).is_file() for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")):
             return _by_transformers(folder)
     except CheckpointError:
@@ -236,8 +238,24 @@ def _byte_pairs(folder: Path, kind: str) -> Tokenizer:
     return tokenizer
 
 
+def _letters(path: Path) -> Tokenizer | None:
+    """Return a tokenizer of single letters, spaces between them or not, as of proteins; None: tokens are longer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+
+    vocabulary = {token: id for id, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    special = [token for token in vocabulary if len(token) > 1]
+    if not all(token[0] + token[-1] in ("[]", "<>") for token in special):
+        return None
+    unknown = next((token for token in special if token[1:-1].lower() == "unk"), None)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown, fuse_unk=False))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
 def _by_transformers(folder: Path) -> Tokenizer:
-    loaded = require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = require("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer = getattr(loaded, "backend_tokenizer", None)
     if tokenizer is None:
         raise CheckpointError(f"{folder}: expected a tokenizer with a {FILE_NAME}, got {type(loaded).__name__}")

@@ -18,8 +18,9 @@ from circuits.precision import own_precision
 from circuits.progress import progress_bar
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
+from diffusion.training.cached import CachedBatch
 from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
-from diffusion.training.logit_cache import CachedBatch, LogitCache
+from diffusion.training.logit_cache import LogitCache
 
 Weighting = Literal["masked_mean", "uniform"]
 
@@ -96,11 +97,7 @@ def fit_coupled(
         CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
     """
     config = config or CircuitTraining()
-    if cache.block_length != head.block_length or {cache.vocab_size} != set(head.pc.circuit.num_categories):
-        raise ArgumentError(
-            f"cache: blocks of {cache.block_length} tokens from {cache.vocab_size} do not fit {head.pc.circuit} of "
-            f"{sorted(set(head.pc.circuit.num_categories))} categories"
-        )
+    _check_caches(head, cache, held_out)
     optimizer = torch.optim.Adam(_parameter_groups(head, config), betas=(0.9, 0.95))
     peaks = [group["lr"] for group in optimizer.param_groups]
     checkpoint = TrainingCheckpoint(
@@ -113,6 +110,7 @@ def fit_coupled(
         },
     )
     state = checkpoint.restore(head, optimizer)
+    head.tokenizer_fingerprint = head.tokenizer_fingerprint or cache.tokenizer_fingerprint
     with progress_bar("fitting the circuit", config.steps, enabled=progress, completed=state.step) as advance:
         while state.step < config.steps:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -161,6 +159,23 @@ def coupled_loss(
         total += float(losses.double().sum())
         num_blocks += len(losses)
     return total / num_blocks if num_blocks else math.nan
+
+
+def _check_caches(head: CoupledHead, *caches: LogitCache | None) -> None:
+    """Raise ArgumentError unless the head's circuit is over the blocks and the tokens of the caches."""
+    for cache in (cache for cache in caches if cache is not None):
+        if cache.block_length != head.block_length:
+            raise ArgumentError(
+                f"cache: blocks of {cache.block_length} tokens from {cache.vocab_size} do not fit {head.pc.circuit}; "
+                f"cache blocks of {head.block_length}"
+            )
+        head.check_tokenizer(cache.tokenizer_fingerprint)
+        unknown = np.isin(cache.tokens, head.unknown_ids(cache.vocab_size, cache.forbidden_ids))
+        if bool(unknown.any()):
+            raise ArgumentError(
+                f"cache: expected tokens of the circuit's vocabulary, got {int(cache.tokens[unknown][0])}; leave such "
+                "texts out, or fit a circuit that has this token"
+            )
 
 
 def _description(head: CoupledHead) -> str:

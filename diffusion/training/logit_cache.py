@@ -24,49 +24,15 @@ from circuits.arguments import checked_count
 from circuits.files import regular_size, replace_file
 from circuits.progress import progress_bar
 from diffusion._json import read_json, write_json
-from diffusion.coupling import CoupledDistribution
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
+from diffusion.training.cached import CachedBatch
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 FORMAT_VERSION = 2
 _WAY_OUT = "delete the folder and cache again"
 _LOWEST_LOG_Q = -6e4  # float16 holds it
-
-
-@dataclass(frozen=True, eq=False)
-class CachedBatch:
-    """Some examples of a cache, on one device.
-
-    Attributes:
-        tokens: the true tokens, int64 (B, L).
-        masked: bool (B, L).
-        log_q: the denoiser's log-probabilities, (B, L, k); k = V when all tokens are kept.
-        values: the tokens that ``log_q`` is about, int64 (B, L, k); None: all.
-        vocab_size: V; None: k.
-        features: the denoiser's last hidden states, (B, L, H), or None.
-    """
-
-    tokens: Tensor
-    masked: Tensor
-    log_q: Tensor
-    values: Tensor | None
-    vocab_size: int | None = None
-    features: Tensor | None = None
-
-    @property
-    def prediction(self) -> Prediction:
-        """What the denoiser said; of all tokens it is normalised again, for the cache rounds."""
-        vocab_size = self.vocab_size or self.log_q.shape[2]
-        if self.values is None:
-            return Prediction.from_logits(self.log_q, features=self.features)
-        return Prediction(log_q=self.log_q, vocab_size=vocab_size, values=self.values, features=self.features)
-
-    def distribution(self, head: CoupledHead) -> CoupledDistribution:
-        """Couple a head's circuit to the cached predictions, as :meth:`CoupledHead.distribution` couples any."""
-        return head.distribution(self.prediction, self.tokens, self.masked, include=self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +47,8 @@ class LogitCache:
         vocab_size: V.
         digest: of how the cache was made and of every array in it, taken as they were written.
         features: the denoiser's last hidden states, (N, L, H), or None.
+        forbidden_ids: tokens that the denoiser never predicts.
+        tokenizer_fingerprint: of the tokenizer whose ids the tokens are, where the denoiser knows it.
     """
 
     tokens: NDArray[np.int64]
@@ -90,6 +58,8 @@ class LogitCache:
     vocab_size: int
     digest: str
     features: NDArray[np.floating] | None = None
+    forbidden_ids: tuple[int, ...] = ()
+    tokenizer_fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -122,6 +92,8 @@ class LogitCache:
             meta["vocab_size"],
             meta["digest"],
             arrays.get("features"),
+            tuple(meta.get("forbidden_ids", ())),
+            meta.get("tokenizer"),
         )
 
     def batch(self, index: NDArray[np.int64] | slice, device: torch.device | str = "cpu") -> CachedBatch:
@@ -205,6 +177,9 @@ def cache_logits(
     }
     if features:
         meta["num_features"] = num_features
+    tokenizer = getattr(denoiser, "tokenizer_fingerprint", None)
+    if tokenizer is not None:
+        meta["tokenizer"] = tokenizer
     folder = Path(path)
     meta = _continue_or_create(folder, meta)
     done, digest = meta["done"], meta["digest"]

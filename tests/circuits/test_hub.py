@@ -1,15 +1,10 @@
 """Circuits travel through folders and a hub that is played by a folder; nothing here touches the network."""
 
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import hub_mixin
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 import circuits as ct
 
@@ -44,36 +39,6 @@ def test_a_folder_holds_the_circuit_and_a_card(pc, tmp_path):
 def test_a_folder_of_save_is_loaded_too(pc, tmp_path):
     ct.save(pc, tmp_path / "pc")
     assert same(ct.hub.from_pretrained(tmp_path / "pc"), pc)
-
-
-class FakeHub:
-    """Plays ``huggingface_hub.HfApi`` with a folder."""
-
-    def __init__(self, root):
-        self.root = Path(root)
-
-    def __call__(self, token=None, **_):
-        return self
-
-    def create_repo(self, repo_id, **_):
-        return type("Repo", (), {"repo_id": f"somebody/{repo_id}"})
-
-    def upload_folder(self, repo_id, folder_path, **_):
-        shutil.copytree(folder_path, self.root / repo_id)
-        return f"https://example.org/{repo_id}"
-
-    def snapshot_download(self, repo_id, **_):
-        if not (self.root / repo_id).exists():
-            raise LocalEntryNotFoundError(f"no {repo_id}")
-        return str(self.root / repo_id)
-
-
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    hub = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr(hub_mixin, "HfApi", hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    return hub
 
 
 def test_what_is_pushed_is_what_is_pulled(pc, fake_hub):

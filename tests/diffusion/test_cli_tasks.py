@@ -1,13 +1,13 @@
 """The program's tasks, judged texts and scores, on smallest models."""
 
-import gzip
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
-from test_cli import SMALLEST
+from tiny_folders import block_names, commands, gsm8k, make_folder, write_records
 
 from diffusion import log_likelihood
 from diffusion.app import cli, tasks, workspace
@@ -17,13 +17,7 @@ from diffusion.evaluation.tasks import runner
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("tasks")
-    corpus = place / "corpus.txt"
-    corpus.write_text("\n\n".join(f"The {i}th text says that {i} and {i} make {2 * i}. " * 6 for i in range(40)))
-    space, recipe = workspace.Workspace(place / "models", progress=False), SMALLEST.with_text(str(corpus), None)
-    space.train(recipe)
-    space.fit(recipe)
-    return place / "models"
+    return make_folder(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture
@@ -42,11 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def questions(tmp_path):
-    path = tmp_path / "gsm8k.jsonl.gz"
-    records = [{"question": f"The {i}th text says?", "answer": f"It says {i}.\n#### {i}"} for i in range(5)]
-    with gzip.open(path, "wt") as file:
-        file.writelines(f"{json.dumps(record)}\n" for record in records)
-    return path
+    return gsm8k(tmp_path / "gsm8k.jsonl.gz")
 
 
 def test_a_task_with_the_models_of_a_folder(run, folder, questions, tmp_path, monkeypatch):
@@ -82,6 +72,23 @@ def test_a_task_of_a_file(run, folder, tmp_path):
     assert code == 0, error
     assert "mine: 1 questions" in text
     assert (folder / "results" / "mine.json").exists()
+
+
+def test_the_options_of_codd(run, folder, questions, tmp_path):
+    """Its names of model, circuit and options, with --model and --head saying where ours are."""
+    shutil.copytree(folder / "denoiser", tmp_path / "named")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "named")
+    options = ("evaluate", "--model_alias", "llada", "--llada_ckpt", "named", "--pc_ckpt", folder / "head")
+    options += ("--task", "gsm8k", "--data", questions, "--alg", "topprob,origin", "--tokens_per_step", 4)
+    options += ("--gen_length", 16, "--block_length", 8, "--pc_temperature", 0.2, "--pc_frac", 0.5, "--quiet")
+    code, _, error = run(*options)
+    assert code == 0, error
+    stored = json.loads((tmp_path / "unfactor-results" / "gsm8k.json").read_text())
+    settings = [point["setting"] for point in stored["points"]]
+    assert [setting["config"]["strategy"] for setting in settings] == ["top_prob", "random"] * 2
+    assert {(one["num_steps"], one["gen_length"], one["block_length"]) for one in settings} == {(4, 16, 8)}
+    assert {setting["config"]["temperature"] for setting in settings} == {0.2}
+    assert [one["config"]["activation_threshold"] for one in settings] == [None, None, 0.5, 0.5]
 
 
 class Lengths:
@@ -142,6 +149,22 @@ def test_the_log_probability_of_texts(run, folder, tmp_path):
     code, text, _ = run("score", "--out", folder, "--file", path, "--method", "elbo", "--samples", 2)
     assert code == 0
     assert "The 3th" in text
+
+
+@pytest.mark.parametrize("name", [name for name in block_names() if name != "harness"])  # which tests of its own run
+def test_the_commands_of_the_documentation_run(run, folder, tmp_path, monkeypatch, name):
+    shutil.copytree(folder, tmp_path / "models", ignore=shutil.ignore_patterns("results"))
+    gsm8k(tmp_path / "gsm8k-test.jsonl.gz")
+    gsm8k(tmp_path / "gsm8k-train.jsonl.gz")
+    write_records(tmp_path / "questions.jsonl", [{"prompt": "The 3th", "answer": ["text", "says"]}])
+    program = {"text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": ["assert add(1, 2) == 3"]}
+    write_records(tmp_path / "mbpp.jsonl", [program])
+    write_records(tmp_path / "texts.jsonl", [{"text": "The 3th"}, {"text": "says", "prompt": "It "}])
+    monkeypatch.setattr(tasks.CausalScorer, "load", lambda name, **options: Lengths())
+    for arguments in commands(name):
+        code, text, error = run(*arguments)
+        assert code == 0, (arguments, error)
+        assert text
 
 
 def test_mistakes_get_one_line(run, folder, questions, tmp_path):

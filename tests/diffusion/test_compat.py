@@ -173,3 +173,52 @@ def test_bad_arguments_are_named(changes, message):
     arguments = {"prompt": prompts(0, 2, 1), "steps": 2, "gen_length": 2, "block_length": 2, "mask_id": MASK}
     with pytest.raises(ArgumentError, match=message):
         compat.generate(RandomModel(0, 4), **{**arguments, **changes})
+
+
+def entropy_by_hand(denoiser, prompt, length, steps):
+    """Dream's ``entropy`` at temperature 0 in equal shares: the positions of the least entropy first."""
+    mask = denoiser.spec.mask_id
+    x = np.concatenate([prompt, np.full((len(prompt), length), mask)], 1)
+    base, remainder = divmod(length, steps)
+    for step in range(steps):
+        logits = denoiser.logits(torch.from_numpy(x)).double().numpy()
+        logits[..., list(denoiser.spec.forbidden_ids)] = -np.inf
+        p = softmax(logits)
+        entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+        entropy = np.where(x == mask, entropy, np.inf)
+        for row in range(len(x)):
+            chosen = np.argsort(entropy[row], kind="stable")[: base + (step < remainder)]
+            x[row, chosen] = logits[row, chosen].argmax(-1)
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_dreams_function_fills_the_whole_text_by_entropy(steps):
+    denoiser = worlds.random(3, length=4, concentration=1.0).denoiser()
+    nothing = torch.zeros(1, 0, dtype=torch.int64)
+    out = compat.diffusion_generate(denoiser, nothing, max_new_tokens=4, steps=steps, alg="entropy", alg_temp=0.0)
+    assert out.sequences.tolist() == entropy_by_hand(denoiser, nothing.numpy(), 4, steps).tolist()
+    assert out.num_calls == steps
+
+
+def test_of_one_candidate_the_draw_is_the_best_token():
+    denoiser, nothing = worlds.random(3, length=4, concentration=1.0).denoiser(), torch.zeros(1, 0, dtype=torch.int64)
+    options = {"max_new_tokens": 4, "steps": 1, "alg": "entropy"}
+    greedy = compat.diffusion_generate(denoiser, nothing, **options).sequences
+    drawn = compat.diffusion_generate(denoiser, nothing, temperature=1.0, top_k=1, **options).sequences
+    assert torch.equal(drawn, greedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alg_temp": 0.5}, "alg_temp: expected 0 or None"),
+        ({"alg": "best"}, "strategy: expected one of"),
+        ({"eps": 1e-3}, "eps: no such option"),
+        ({"steps": 0}, "num_steps"),
+    ],
+)
+def test_options_of_dream_that_are_not_here_are_named(options, message):
+    denoiser = worlds.random(3, length=4, concentration=1.0).denoiser()
+    with pytest.raises(ArgumentError, match=message):
+        compat.diffusion_generate(denoiser, torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=4, **options)

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from diffusion.app import cli, packing
 from diffusion.app.commands import demo
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe
+from diffusion.app.showing import fill_hole
 from diffusion.app.workspace import Workspace
 from diffusion.conditioners import LatentPotentials, NoiseCalibration
 from diffusion.errors import ArgumentError, CheckpointError, CorpusError
@@ -165,6 +167,15 @@ def test_the_demonstration_shows_everything_in_its_order(packed, tmp_path, monke
     fillings = json.loads(page.split('id="fillings">')[1].split("</script>")[0])
     assert [len(one["sides"]) for one in fillings] == [2] * 3
     assert shown("--out", str(out)) == text  # nothing in it is left to chance
+
+
+def test_a_hole_under_its_constraint_matches_the_pattern(packed):
+    workspace = Workspace(packed[0], progress=False)
+    infilled = fill_hole(workspace, workspace.recipe())
+    assert re.fullmatch(infilled.pattern, infilled.constrained)
+    assert re.fullmatch(infilled.pattern, infilled.truth)
+    whole = infilled.before + infilled.truth + infilled.after
+    assert any(document.startswith(whole) for document in workspace.held_out(workspace.recipe()))
 
 
 def test_what_from_scratch_trains():

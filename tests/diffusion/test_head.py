@@ -12,7 +12,7 @@ from scipy import stats
 import circuits as ct
 from diffusion import CoupledDistribution, CoupledHead, DecodingConfig, NoiseCalibration, Prediction
 from diffusion.errors import ArgumentError
-from diffusion.head import _circuit_hash
+from diffusion.head import circuit_hash
 from diffusion.training.logit_cache import CachedBatch
 
 B = 3
@@ -202,7 +202,7 @@ def old_file(folder, pc, calibration):
         "format": "unfactor-coupled-head",
         "format_version": "1",
         "settings": json.dumps(settings),
-        "circuit_sha256": _circuit_hash(folder),
+        "circuit_sha256": circuit_hash(folder),
     }
     tensors = {} if calibration is None else {k: v.contiguous() for k, v in calibration.state_dict().items()}
     save_file(tensors, folder / "head.safetensors", metadata)

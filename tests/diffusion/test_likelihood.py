@@ -72,7 +72,7 @@ def test_the_decoder_has_the_likelihood_of_its_law_without_a_circuit(strategy, n
 @pytest.mark.parametrize("strategy", RULES)
 @pytest.mark.parametrize(
     ("decode", "normalization"),
-    [("joint", "global"), ("joint", "local"), ("marginal", "global"), ("marginal", "local"), ("any_order", "global")],
+    list(itertools.product(("joint", "marginal", "any_order"), ("global", "local"))),
 )
 def test_the_decoder_has_the_likelihood_of_its_law_with_a_circuit(decode, normalization, strategy):
     head, texts = hmm_head(3, WORLD.spec.vocab_size, normalization=normalization), all_texts(3)

@@ -4,10 +4,12 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from task_cases import ANSWERS, TOKENIZER, Scripted
+from tiny_folders import commands, make_folder
 
 import circuits as ct
 from diffusion import CoupledHead, log_likelihood
@@ -146,6 +148,28 @@ def test_spaces_before_a_continuation_belong_to_it():
     assert one._parted("a", "b") == ((3,), (2,))  # "ab" is one token: its parts are encoded each by itself
 
 
+def test_a_conversation_has_the_tokenizers_form():
+    class Chatty:
+        def apply_chat_template(self, messages, *, add_generation_prompt):
+            return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+        def encode(self, text, *, special=False):
+            return [*TOKENIZER.encode(text.removeprefix("<user>").removesuffix("<assistant>")), int(special)]
+
+        decode = staticmethod(TOKENIZER.decode)
+
+    one = DiffusionLM(Scripted(), Chatty(), name="some/model")
+    assert one.chat_template() is None
+    assert one._encode("a")[-1] == 0
+    assert one.apply_chat_template([{"role": "user", "content": "one:"}]) == "<user>one:<assistant>"
+    assert one._encode("<user>one:<assistant>")[-1] == 1
+    assert one.chat_template(True) == "some__model: chat template"
+    with pytest.raises(ArgumentError, match="apply_chat_template: expected tasks"):
+        one.apply_chat_template([], add_generation_prompt=False)
+    with pytest.raises(ArgumentError, match="chat: expected a tokenizer with a chat template"):
+        model().apply_chat_template([{"role": "user", "content": "one:"}])
+
+
 def test_a_long_text_comes_in_windows():
     for length in (1, 7, 8, 9, 12, 13, 30):
         windows = list(_windows(list(range(length)), 8))
@@ -173,20 +197,8 @@ def test_repeats_are_drawn_anew():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder of ours with smallest models."""
-    from test_cli import SMALLEST
-
-    from diffusion.app import workspace
-
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text(
-        "\n\n".join(f"The {i}th text says that {i} and {i + 1} make {2 * i + 1}. " * 4 for i in range(40))
-    )
-    space, recipe = workspace.Workspace(tmp_path / "models", progress=False), SMALLEST.with_text(str(corpus), None)
-    space.train(recipe)
-    space.fit(recipe)
-    return tmp_path / "models"
+def folder(tmp_path):
+    return make_folder(tmp_path)
 
 
 TASKS = {
@@ -234,14 +246,14 @@ def test_the_harness_runs_local_tasks(folder, tmp_path):
     tasks.mkdir()
     for name, text in TASKS.items():
         (tasks / f"{name}.yaml").write_text(text.format(data=data))
-    command = [
-        sys.executable, "-W", "ignore", "-m", "diffusion.app.cli", "lm-eval", "--model", "unfactor",
-        "--model_args", f"pretrained={folder},num_steps=8,likelihood=decoder,progress=False",
-        "--tasks", ",".join(TASKS), "--include_path", str(tasks), "--device", "cpu",
-        "--batch_size", "4", "--output_path", str(tmp_path / "out"),
-    ]  # fmt: skip
+    (arguments,) = commands("harness")  # that of the documentation
+    assert arguments[arguments.index("--tasks") + 1] == ",".join(TASKS)
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-W", "ignore", "-m", "diffusion.app.cli", *arguments]
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment | {"PYTHONPATH": root}, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "unfactor" in done.stdout
     (written,) = (tmp_path / "out").rglob("results_*.json")

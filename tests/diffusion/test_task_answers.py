@@ -287,15 +287,16 @@ def test_a_conversation_needs_a_tokenizer_that_has_them():
     from diffusion.evaluation.tasks.task import encoded
 
     class Chatty:
-        chat_template = "some"
-
-        def apply_chat_template(self, messages, *, add_generation_prompt, tokenize):
+        def apply_chat_template(self, messages, *, add_generation_prompt):
             assert add_generation_prompt
-            assert tokenize
-            return {"input_ids": [len(messages), 7]}
+            return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+        def encode(self, text, *, special=False):
+            return [text, special]
 
     task = Task(name="t", examples=(), template="{question}", extract=str, is_right=lambda a, b: True)
     example = Example("q", ("a",), "a")
-    assert encoded(task, example, Chatty(), chat=True) == [1, 7]
+    assert encoded(task, example, Chatty(), chat=True) == ["<user>q", True]
+    assert encoded(task, example, Chatty()) == ["q", False]
     with pytest.raises(ArgumentError, match="chat: expected a tokenizer with a chat template"):
         encoded(task, example, object(), chat=True)

@@ -83,12 +83,14 @@ def test_the_default_grid_has_one_two_and_four_tokens_a_call():
     ways = Grid(block_length=4).settings(task(), None)
     assert [way.num_steps for way in ways] == [12, 6, 3]
     assert {way.config.chosen_strategy for way in ways} == {"low_confidence"}
+    ways = Grid(tokens_per_step=(2, 5, 100), num_steps=(6,), block_length=4).settings(task(), None)
+    assert [way.num_steps for way in ways] == [6, 3]  # no fewer than the blocks
     tuned = head()
     tuned.temperature = 0.7
     both = Grid(joint_entropy_bounds=(0.5,), thresholds=(0.8, 0.9)).settings(task(), tuned)
     assert [(way.with_circuit, way.amount) for way in both] == [
-        (False, "threshold 0.8"), (False, "threshold 0.9"),
-        (True, "threshold 0.8"), (True, "threshold 0.9"), (True, "bound 0.5"),
+        (False, "0.8"), (False, "0.9"),
+        (True, "0.8"), (True, "0.9"), (True, "0.5"),
     ]  # fmt: skip
     assert {way.config.temperature for way in both} == {0.7}
     assert {way.block_length for way in both} == {4}
@@ -240,7 +242,43 @@ def test_the_table_in_words(tmp_path):
     titles, *rows = table.comparison()
     assert titles[3:] == (name, "without circuit, threshold")
     assert len(rows) == 3
+    assert rows[-1][0] == "with circuit (joint), threshold 0.9"
     assert evaluated().comparison() == []
+
+
+def test_the_circuit_and_windows_are_used_as_asked():
+    """Above a share of masks, below it, or in windows over the whole text."""
+    ways = {"num_steps": (6,), "block_length": 4, "temperature": 1.0}
+    shares = [
+        evaluated(grid=Grid(activation_threshold=bound, reverse_activation=reverse, **ways), head=head()).points[1]
+        for bound, reverse in ((0.0, False), (1.0, False), (0.75, False), (0.75, True))
+    ]
+    never, always, below, above = (point.share_coupled for point in shares)
+    assert (never, always) == (0, 1)
+    assert 0 < below < 1
+    assert 0 < above < 1
+    without, coupled = evaluated(grid=Grid(dynamic_windows=True, **ways), head=head()).points
+    assert without.num_calls == coupled.num_calls == 6  # the whole text, whatever its end is
+    assert coupled.share_coupled == 1
+
+
+def test_the_picture_has_every_point_and_its_interval():
+    from diffusion.evaluation.tasks.plots import task_figure
+
+    table = evaluated(Scripted(wrong=("three:",)), head=head())
+    (axes,) = task_figure(table).axes
+    assert axes.get_xlabel() == "tokens per denoiser call"
+    drawn = {}
+    for container in axes.containers:
+        line, _, (bars,) = container.lines
+        x, y = (part.tolist() for part in line.get_data())
+        ends = [(float(low), float(high)) for (_, low), (_, high) in bars.get_segments()]
+        drawn[container.get_label().split(" (AUP")[0]] = list(zip(x, y, ends, strict=True))
+    assert drawn.keys() == table.curves.keys()
+    for name, points in table.curves.items():
+        for point, (x, y, (low, high)) in zip(points, drawn[name], strict=True):
+            assert (x, y) == pytest.approx((point.tokens_per_call, 100 * point.accuracy.value))
+            assert (low, high) == pytest.approx((100 * point.accuracy.low, 100 * point.accuracy.high))
 
 
 def test_the_calls_are_those_of_the_denoiser():

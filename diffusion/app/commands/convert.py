@@ -25,9 +25,7 @@ _FORMS = {
 def convert(
     source: Annotated[
         str,
-        typer.Argument(
-            help="A .jpc file, or a folder or repository of the hub with one; a saved head; a saved circuit."
-        ),
+        typer.Argument(help="A .jpc file, a folder or repository of the hub with one, a saved head, a saved circuit."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder or the .jpc file to write.")],
     to: Annotated[
@@ -49,8 +47,8 @@ def convert(
     lost += [f"normalization {head.normalization!r}"] if head.normalization != "global" else []
     if lost:
         raise ArgumentError(
-            f"source: expected a head without conditioners, of global normalization, got {', '.join(lost)}, which a .jpc "
-            f"file does not hold; its circuit alone is {Path(source) / 'circuit'}"
+            f"source: expected a head without conditioners, of global normalization, got {', '.join(lost)}, which a "
+            f".jpc file does not hold; its circuit alone is {Path(source) / 'circuit'}"
         )
     save_jpc(head.pc, out, for_="codd" if form == "codd" else "pyjuice")
     settings = f"--pc_frac {head.activation_threshold:g} --pc_temperature {head.temperature:g}"

@@ -124,7 +124,7 @@ def _write(models: Models, texts: list[str], decoding: DecodingOptions, *, is_in
     tokenizer = models.tokenizer
     options |= decoding.changes
     options |= {"controls": decoding.controls(tokenizer), "constraint": decoding.constraint(tokenizer)}
-    options |= {"seed": decoding.seed, "record": decoding.record is not None}
+    options |= {"seed": decoding.seed, "record": decoding.record is not None, "cache": decoding.cache}
     write = fill_holes if is_infill else continue_prompts
     if decoding.stream:
         with streamed(tokenizer) as on_step:

@@ -14,7 +14,7 @@ from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
 from diffusion.app.task_options import TaskOptions
 from diffusion.app.terminal import print_annotations, print_cells, print_curve, print_few_steps, print_gap, say
 from diffusion.decoding.config import DecodingConfig
-from diffusion.decoding.names import strategy_named
+from diffusion.decoding.names import flags, strategy_named
 from diffusion.errors import ArgumentError
 
 
@@ -33,7 +33,13 @@ def evaluate(
     decode: Decode = None,
     strategy: StrategyName = None,
     temperature: Annotated[
-        float | None, typer.Option(help=CONFIG_HELP["temperature"], show_default="1; of a task 0, or the head's")
+        float | None,
+        typer.Option(
+            "--temperature",
+            *flags("temperature"),
+            help=CONFIG_HELP["temperature"],
+            show_default="1; of a task 0, or the head's",
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -45,18 +51,19 @@ def evaluate(
     per call of a task in every way of decoding that is named, without the circuit and with it. With --scorer:
     perplexity under another model, beside distinct-n. Both go on where they were interrupted.
     """
-    chosen = {"decode": decode, "strategy": strategy_named(strategy), "temperature": temperature}
+    chosen: dict[str, Any] = {"decode": decode, "strategy": strategy, "temperature": temperature}
     if tasks.task is not None or tasks.scorer is not None:
         if windows is not None:
             raise ArgumentError("windows: expected none with --task or --scorer, which have no gap table; leave it out")
         _evaluate_task(models, tasks, texts, progress=not quiet, **chosen)
         return
     tasks.check_unused()
-    if models.model is not None:
+    if models.is_named:
         raise ArgumentError("task: expected one with --model, got none; name it with --task")
     workspace = open_workspace(models.out or DEFAULT_OUT, models.device, quiet)
     recipe = workspace.recipe()
     recipe = replace(recipe, gap_windows=windows or recipe.gap_windows, texts=texts or recipe.texts)
+    chosen["strategy"] = strategy_named(strategy)
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options.setdefault("temperature", 1.0)
     DecodingConfig(**options)  # which refuses what it does not know, before anything is measured
@@ -96,9 +103,9 @@ def _evaluate_task(
     )
 
     task = None if tasks.task is None else asked_task(tasks)  # before models are loaded, which takes longer
-    if task is None and models.model is not None:
+    if task is None and models.is_named:
         raise ArgumentError("task: expected one with --model, got none; name it with --task, its answers are judged")
-    folder = None if models.model is not None else models.out or DEFAULT_OUT
+    folder = None if models.is_named else models.out or DEFAULT_OUT
     opened = models.open(use_circuit=tasks.circuit)
     results = results_of(opened, tasks, folder)
     if task is not None:

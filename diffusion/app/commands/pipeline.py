@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -16,11 +16,13 @@ from diffusion.app.commands.common import (
     PresetName,
     Quiet,
     app,
+    one_of,
     open_workspace,
     preset_recipe,
 )
 from diffusion.app.models import DEFAULT_OUT
 from diffusion.app.terminal import say
+from diffusion.denoisers.transformer import Attention
 
 
 @app.command()
@@ -30,6 +32,14 @@ def train(
     out: Out = DEFAULT_OUT,
     preset: PresetName = "default",
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of the denoiser.")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="What a position attends to: 'bidirectional', everything, or 'block_causal', blocks up to its own, "
+            "with which `generate --cache` is exact.",
+            show_default="the preset's",
+        ),
+    ] = None,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -38,6 +48,9 @@ def train(
     if steps is not None:
         training = replace(recipe.denoiser.training, steps=steps)
         recipe = replace(recipe, denoiser=replace(recipe.denoiser, training=training))
+    if attention is not None:
+        one_of("attention", attention, get_args(Attention))
+        recipe = replace(recipe, denoiser=replace(recipe.denoiser, attention=attention))
     model = open_workspace(out, device, quiet).train(recipe)
     say(f"A denoiser of {model.num_parameters:,} parameters is in {out}/denoiser; next: unfactor fit --out {out}")
 

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from diffusion.app.commands.common import app
 from diffusion.app.models import ModelOptions, Models
-from diffusion.app.option_groups import with_options
+from diffusion.app.option_groups import OptionGroup, with_options
+
+
+def _option(kind: Any, help: str, default: str, *names: str, **limits: Any) -> Any:
+    return Annotated[kind | None, typer.Option(*names, help=help, show_default=default, **limits)]
+
+
+class MethodOptions(OptionGroup):
+    """Whose probability is asked for."""
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {
+        "method": Annotated[str, typer.Option(help="Whose probability: 'decoder', 'elbo' or 'sequential'.")],
+        "block": _option(int, "Tokens of a block.", "the head's, or all", "--block", "--block-length", min=1),
+        "steps": _option(int, "Calls of the decoder.", "one a token", "--steps", "--num-steps", min=1),
+        "strategy": _option(str, "Of the decoder.", "entropy"),
+        "decode": _option(str, "How the decoder uses the circuit.", "joint"),
+        "samples": _option(int, "Noise levels of elbo a block.", "32", min=1),
+    }
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"method": "sequential"}
 
 
 @app.command()
 @with_options
 def score(
     models: ModelOptions,
+    how: MethodOptions,
     text: Annotated[list[str] | None, typer.Argument(help="The texts.", show_default=False)] = None,
     file: Annotated[
         Path | None,
         typer.Option(help="In place of texts: a .jsonl file (also .gz) with the key text, and prompt if need be."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What stands before each text, and is not scored itself.")] = "",
-    method: Annotated[str, typer.Option(help="Whose probability: 'decoder', 'elbo' or 'sequential'.")] = "sequential",
-    block: Annotated[
-        int | None,
-        typer.Option("--block", "--block-length", min=1, help="Tokens of a block.", show_default="the head's, or all"),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", "--num-steps", min=1, help="Calls of the decoder.", show_default="one a token"),
-    ] = None,
-    strategy: Annotated[str | None, typer.Option(help="Of the decoder.", show_default="entropy")] = None,
-    decode: Annotated[str | None, typer.Option(help="How the decoder uses the circuit.", show_default="joint")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Noise levels of elbo a block.", show_default="32")] = None,
     circuit: Annotated[
         bool, typer.Option("--circuit/--no-circuit", help="With and without the circuit, or only without.")
     ] = True,
@@ -48,9 +56,11 @@ def score(
     from diffusion.app.scoring import given_texts, method_options, score_texts
 
     pairs = given_texts(text or [], file, prompt)
-    options = method_options(method, num_steps=steps, strategy=strategy, decode=decode, num_samples=samples)
+    options = method_options(
+        how.method, num_steps=how.steps, strategy=how.strategy, decode=how.decode, num_samples=how.samples
+    )
     opened = models.open(use_circuit=circuit)
-    scores = score_texts(opened, pairs, method=method, block_length=block, seed=seed, options=options)
+    scores = score_texts(opened, pairs, method=how.method, block_length=how.block, seed=seed, options=options)
     _print(opened, scores)
     if json is not None:
         scores.save(json)

@@ -15,7 +15,7 @@ from diffusion.denoisers.checkpoints import Names, load_weights
 from diffusion.denoisers.layers import KeysValues
 from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError
-from diffusion.hub import require_transformers
+from diffusion.hub import require
 
 Model = TypeVar("Model", bound=BackboneDenoiser)
 
@@ -62,7 +62,7 @@ def decoder(kind: str, config: Mapping[str, Any]) -> nn.Module:
         kind: ``Llama``, ``Qwen2`` or ``Qwen3``.
         config: options of its configuration.
     """
-    transformers = require_transformers()
+    transformers = require("transformers")
     settings = getattr(transformers, f"{kind}Config")(**config)
     settings._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -140,9 +140,7 @@ def filled(module: Model, source: Source, names: Names, *, tied: bool = False) -
     if tied:
         module.head.weight = module.backbone.get_submodule("model.embed_tokens").weight
     if len(places) > 1:
-        from accelerate import dispatch_model
-
-        dispatch_model(module, places)
+        require("accelerate").dispatch_model(module, places)
     else:
         module.to(places[""])  # buffers that are in no file
     module.tokenizer_fingerprint = fingerprint_of(source.folder)
@@ -156,10 +154,9 @@ def _device_map(module: nn.Module, source: Source) -> dict[str, Any]:
     if isinstance(source.device, Mapping):
         places = dict(source.device)
     else:
-        from accelerate import infer_auto_device_map
-
         whole = [type(module.get_submodule("backbone.model.layers.0")).__name__]
-        places = dict(infer_auto_device_map(module, no_split_module_classes=whole, dtype=source.dtype))
+        infer = require("accelerate").infer_auto_device_map
+        places = dict(infer(module, no_split_module_classes=whole, dtype=source.dtype))
     if "disk" in places.values():
         raise ArgumentError("device: expected devices with room for the model, got too few; use a smaller dtype")
     return places

@@ -12,7 +12,7 @@ from diffusion.denoisers.adapters.vocabulary import Specials, fingerprint_of, sp
 from diffusion.denoisers.layers import KeysValues
 from diffusion.denoisers.pretrained import Source
 from diffusion.errors import ArgumentError
-from diffusion.hub import require_transformers
+from diffusion.hub import require
 
 LLADA2 = Specials(masks=("<|mask|>",), mask_id=156895, ends=("<|role_end|>",), end_ids=(156892,), pad_id=156892)
 SDAR = Specials(masks=("<|MASK|>",), mask_id=151669, ends=("<|im_end|>",), pad_id=151643)
@@ -53,7 +53,7 @@ def load(source: Source) -> BlockCausalDenoiser:
             f"{source.name}: expected trust_remote_code=True, got False: this model comes with code of its own, which "
             "would be executed; read it first"
         )
-    transformers = require_transformers()
+    transformers = require("transformers")
     specials, block_size = _FAMILIES[str(source.config["model_type"]).lower()]
     spread = source.device == "auto" or not isinstance(source.device, str | torch.device)
     placed: dict[str, Any] = {"device_map": source.device} if spread else {}

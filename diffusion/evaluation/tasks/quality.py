@@ -56,7 +56,7 @@ def judge_texts(
     for setting, samples in answers.items():
         quality = scorer.quality([sample.text for sample in samples], prompts, batch_size=batch_size, seed=seed)
         num_calls = sum(sample.num_calls for sample in samples) / len(samples)
-        rows.append(QualityRow(f"{setting.curve}, {setting.amount}", num_calls, quality))
+        rows.append(QualityRow(setting.label, num_calls, quality))
     solutions = [example.solution for example in task.examples]
     if all(solutions):
         rows.append(QualityRow(TRUE_TEXT, None, scorer.quality(solutions, prompts, batch_size=batch_size, seed=seed)))

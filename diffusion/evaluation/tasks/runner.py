@@ -18,6 +18,7 @@ from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.controls import Control, StopStrings, before_stop
 from diffusion.decoding.generation import Generation, generate
 from diffusion.decoding.joint import JointHead
+from diffusion.decoding.plans import DynamicWindows
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.tasks.samples import Sample, SampleFile
@@ -30,27 +31,34 @@ class Grid:
     """Ways of decoding that are compared, each without the circuit and with it.
 
     Attributes:
-        num_steps: denoiser calls in all, by each of the strategies. With these, thresholds and bounds all empty: one
-            token a call, two and four.
+        num_steps: denoiser calls in all, by each of the strategies.
+        tokens_per_step: beside them, the same in tokens a call. With all counts, thresholds and bounds empty: 1, 2, 4.
         strategies: which positions a step commits, where the number of steps is given; () is the default one.
         thresholds: of the strategy ``threshold``, which decides itself how many calls it takes.
         entropy_bounds: of ``entropy_bound``, in nats, which does so too.
         joint_entropy_bounds: of ``joint_entropy``, in nats: with the circuit only.
         decode: how the circuit is used.
         temperature: tau; None: the head's if that is tuned, else 0.
+        activation_threshold: the share of masks below which the circuit is used; None: the head's.
+        reverse_activation: whether it is used above it.
         gen_length: tokens to generate at most; None: the task's.
         block_length: positions of a block; None: the circuit's, or all.
+        dynamic_windows: whether the whole text is decoded at once, in windows of ``block_length`` at most.
     """
 
     num_steps: tuple[int, ...] = ()
+    tokens_per_step: tuple[int, ...] = ()
     strategies: tuple[Strategy, ...] = ()
     thresholds: tuple[float, ...] = ()
     entropy_bounds: tuple[float, ...] = ()
     joint_entropy_bounds: tuple[float, ...] = ()
     decode: DecodeMode = "joint"
     temperature: float | None = None
+    activation_threshold: float | None = None
+    reverse_activation: bool = False
     gen_length: int | None = None
     block_length: int | None = None
+    dynamic_windows: bool = False
 
     def settings(self, task: Task, head: JointHead | None) -> tuple[Setting, ...]:
         """Return the ways of decoding a task, those without the circuit first.
@@ -66,6 +74,10 @@ class Grid:
         made = []
         for used in (False, True) if head is not None else (False,):
             base = DecodingConfig(decode=self.decode if used else "independent", temperature=temperature)
+            if used:
+                base = base.changed(
+                    activation_threshold=self.activation_threshold, reverse_activation=self.reverse_activation
+                )
             for steps, changes in self._ways(used, gen_length, block_length):
                 config = base.changed(**changes)
                 made.append(
@@ -75,19 +87,22 @@ class Grid:
                         block_length=block_length,
                         num_steps=steps,
                         with_circuit=used,
+                        dynamic_windows=self.dynamic_windows,
                     )
                 )
         return tuple(made)
 
     def _ways(self, used: bool, gen_length: int, block_length: int) -> list[tuple[int | None, dict[str, Any]]]:
-        counts = self.num_steps
-        if not (counts or self.thresholds or self.entropy_bounds or self.joint_entropy_bounds):
-            least = -(-gen_length // block_length)
-            counts = tuple(sorted({max(least, gen_length // share) for share in (1, 2, 4)}, reverse=True))
+        shares = self.tokens_per_step
+        if not (self.num_steps or shares or self.thresholds or self.entropy_bounds or self.joint_entropy_bounds):
+            shares = (1, 2, 4)
+        least = -(-gen_length // block_length)
+        counts = [checked_count("num_steps", count) for count in self.num_steps]
+        counts += [max(least, -(-gen_length // checked_count("tokens_per_step", share))) for share in shares]
         ways: list[tuple[int | None, dict[str, Any]]] = [
-            (checked_count("num_steps", count), {} if strategy is None else {"strategy": strategy})
+            (count, {} if strategy is None else {"strategy": strategy})
             for strategy in self.strategies or (None,)
-            for count in counts
+            for count in dict.fromkeys(counts)
         ]
         ways += [(None, {"strategy": "threshold", "threshold": value}) for value in self.thresholds]
         ways += [(None, {"strategy": "entropy_bound", "entropy_bound": value}) for value in self.entropy_bounds]
@@ -274,8 +289,7 @@ class _Run:
             self.denoiser,
             [torch.tensor(self.prompts[index], dtype=torch.int64, device=device) for index in batch],
             gen_length=setting.gen_length,
-            block_length=setting.block_length,
-            num_steps=setting.num_steps,
+            **_order(setting),
             head=self.head if setting.with_circuit else None,
             config=setting.config,
             controls=self.controls,
@@ -290,6 +304,13 @@ class _Run:
         text = before_stop(self.tokenizer.decode(ids), self.stop)
         answer, is_right = self.task.judged(text, self.task.examples[index])
         return Sample(index, example, text, answer, is_right, len(ids), num_calls, num_windows, num_coupled, seconds)
+
+
+def _order(setting: Setting) -> dict[str, Any]:
+    """Return the order in which a text is decoded, as arguments of ``generate``."""
+    if setting.dynamic_windows:
+        return {"plan": DynamicWindows(setting.num_steps, setting.block_length)}
+    return {"block_length": setting.block_length, "num_steps": setting.num_steps}
 
 
 def _rows(out: Generation) -> list[tuple[list[int], int, int, int]]:

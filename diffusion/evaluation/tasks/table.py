@@ -27,6 +27,8 @@ class Setting:
         block_length: positions of a block.
         num_steps: denoiser calls in all; None: the strategy decides, and where it does not, one per token.
         with_circuit: whether the circuit is used.
+        dynamic_windows: whether the whole text is decoded at once, in windows of the block's length at most, and not
+            block by block.
     """
 
     config: DecodingConfig
@@ -34,6 +36,7 @@ class Setting:
     block_length: int
     num_steps: int | None = None
     with_circuit: bool = False
+    dynamic_windows: bool = False
 
     @property
     def curve(self) -> str:
@@ -43,12 +46,17 @@ class Setting:
 
     @property
     def amount(self) -> str:
-        """What sets the number of calls, in words."""
+        """What sets the number of calls: steps, or the bound of the strategy."""
         if self.config.chosen_strategy == "threshold":
-            return f"threshold {self.config.threshold:g}"
+            return f"{self.config.threshold:g}"
         if self.config.chosen_strategy in ("entropy_bound", "joint_entropy"):
-            return f"bound {self.config.entropy_bound:g}"
+            return f"{self.config.entropy_bound:g}"
         return f"{self.num_steps or self.gen_length} steps"
+
+    @property
+    def label(self) -> str:
+        """The curve, and the place on it."""
+        return f"{self.curve}{' ' if self.num_steps is None else ', '}{self.amount}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class TaskTable:
         others = {name: _pairs(points) for name, points in curves.items() if name.startswith(WITHOUT)}
         rows = [
             (
-                f"{name}, {point.setting.amount}",
+                point.setting.label,
                 f"{point.tokens_per_call:.2f}",
                 f"{100 * point.accuracy.value:.1f}",
                 *(_or_dash(accuracy_at(pairs, point.tokens_per_call)) for pairs in others.values()),

@@ -93,7 +93,8 @@ def encoded(task: Task, example: Example, tokenizer: Any, *, chat: bool = False)
     Args:
         task: of the question.
         example: the question.
-        tokenizer: with ``encode``, and for ``chat`` with ``apply_chat_template``, as those of transformers have it.
+        tokenizer: with ``encode``, and for ``chat`` with ``apply_chat_template``, as
+            :class:`~diffusion.text.hub_tokenizer.HubTokenizer` has it.
         chat: whether as a conversation.
 
     Raises:
@@ -110,11 +111,20 @@ def chat_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     Raises:
         ArgumentError: the tokenizer has no form for conversations.
     """
+    text = chat_text(tokenizer, messages)
+    return list(tokenizer.encode(text, special=True))
+
+
+def chat_text(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Return a conversation as the tokenizer writes it, with the names of special tokens in it.
+
+    Raises:
+        ArgumentError: the tokenizer has no form for conversations, or refuses this one.
+    """
     apply = getattr(tokenizer, "apply_chat_template", None)
-    if apply is None or getattr(tokenizer, "chat_template", "") is None:
+    if apply is None:
         raise ArgumentError(
             f"chat: expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; ask in "
             "plain text"
         )
-    found = apply(list(messages), add_generation_prompt=True, tokenize=True)
-    return list(found["input_ids"] if hasattr(found, "keys") else found)
+    return str(apply(list(messages), add_generation_prompt=True))

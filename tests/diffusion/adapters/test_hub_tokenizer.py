@@ -172,6 +172,27 @@ def test_word_pieces_have_no_bytes_of_their_own(tmp_path):
         loaded.token_bytes()
 
 
+def test_residues_are_letters_with_or_without_spaces(tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "pad_token_id": 0}))
+    tokenizer = df.load_tokenizer(tmp_path)
+    assert tokenizer.encode("ACWB") == tokenizer.encode("A C W B") == [5, 6, 23, 1]
+    assert tokenizer.decode([5, 6, 23]) == "ACW"
+    assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id) == (4, 0, 1, None)
+    assert tokenizer.token_bytes()[3:7] == [None, None, b"A", b"C"]
+
+
+def test_words_of_a_masked_language_model(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="vocab.txt of words is read with transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "two", "words", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertConfig(vocab_size=8).save_pretrained(tmp_path)
+    tokenizer = df.load_tokenizer(tmp_path)
+    assert tokenizer.encode("Two words") == [5, 6]
+    assert (tokenizer.mask_id, tokenizer.unk_id, tokenizer.pad_id) == (4, 1, 0)
+
+
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     byte_pairs(tmp_path)
     with pytest.raises(ArgumentError, match="273"):

@@ -1,9 +1,11 @@
 """``df.load_denoiser``: which adapter a config asks for, and weights in every form in which they are published."""
 
 import json
+import sys
 from typing import ClassVar
 
 import pytest
+import tiny_models as tiny
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -28,9 +30,9 @@ def test_a_denoiser_of_ours_is_loaded_by_its_folder(tmp_path):
     assert torch.equal(loaded.logits(tokens), saved.logits(tokens))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "diffusion_gemma", None])
+@pytest.mark.parametrize("kind", ["gpt2", "diffusion_gemma", "udlm", None])
 def test_models_without_masks_are_refused_with_the_reason(tmp_path, kind):
-    with pytest.raises(ArgumentError, match="no mask" if kind == "diffusion_gemma" else "write an adapter"):
+    with pytest.raises(ArgumentError, match="no mask" if kind in ("diffusion_gemma", "udlm") else "write an adapter"):
         df.load_denoiser(described(tmp_path, model_type=kind, architectures=["SomethingForCausalLM"]))
 
 
@@ -117,3 +119,49 @@ def test_a_damaged_file_is_noticed(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="cannot read"):
         load_weights(nn.Linear(3, 2), tmp_path)
+
+
+class Hub:
+    """A stand-in for the hub: one repository, of which it notes what is asked for."""
+
+    def __init__(self, folder, **config):
+        self.folder, self.config, self.asked = folder, config, []
+
+    def __call__(self, name, *, revision, allow_patterns):
+        self.asked.append((revision, "*.safetensors" in allow_patterns))
+        if name != "someone/model":
+            raise FileNotFoundError("404: no such repository\nand more")
+        described(self.folder, **self.config)
+        return str(self.folder)
+
+
+def test_a_model_of_the_hub_is_described_before_it_is_downloaded(tmp_path, monkeypatch):
+    hub = Hub(
+        tmp_path, model_type="mdlm", vocab_size=20, model_length=8, hidden_dim=8, cond_dim=4, n_blocks=1, n_heads=2
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    with pytest.raises(CheckpointError, match="got none"):  # there are no weights, in either form
+        df.load_denoiser("someone/model", revision="v2")
+    assert hub.asked == [("v2", False), ("v2", True), ("v2", False)]
+    hub.asked, hub.config = [], {"model_type": "diffusion_gemma"}
+    with pytest.raises(ArgumentError, match="no mask"):
+        df.load_denoiser("someone/model")
+    assert hub.asked == [(None, False)]
+
+
+def test_what_is_neither_a_folder_nor_a_repository_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path))
+    with pytest.raises(ArgumentError, match="'someone/else': 404: no such repository"):
+        df.load_denoiser("someone/else")
+    monkeypatch.undo()
+    with pytest.raises(ArgumentError, match="name_or_path"):
+        df.load_denoiser("no such/folder at/all")
+    with pytest.raises(ArgumentError, match="name_or_path"):
+        df.load_denoiser(7)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ArgumentError, match=r"unfactor\[hf\]"):
+        df.load_denoiser(tiny.published(tiny.DREAM, tmp_path))
+    assert df.load_denoiser(tiny.published(tiny.MDLM, tmp_path / "mdlm")).spec.vocab_size == tiny.VOCABULARY

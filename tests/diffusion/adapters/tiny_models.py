@@ -247,15 +247,12 @@ def llada_config(**more):
     }
 
 
-def tokenizer_json(*, size=18):
-    """A tokenizer of letters, an end of turn, an end of text and a mask: ids 0 to ``size`` - 1."""
-    special = {"<|endoftext|>": END, "<|eot_id|>": TURN, "<|mdm_mask|>": MASK}
-    letters = {chr(ord("a") + id): id for id in range(size) if id not in special.values()}
-    added = [
-        {"id": id, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False}
-        | {"normalized": False}
-        for token, id in special.items()
-    ]
+def tokenizer_json(special=None):
+    """A tokenizer of letters and special tokens by name (those of LLaDA), with all ids up to the largest of these."""
+    special = special or {"<|endoftext|>": END, "<|eot_id|>": TURN, "<|mdm_mask|>": MASK}
+    letters = {chr(ord("a") + id): id for id in range(max(special.values()) + 1) if id not in special.values()}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": id, "content": token, "special": True, **flags} for token, id in special.items()]
     return {
         "version": "1.0",
         "truncation": None,
@@ -281,3 +278,36 @@ def a_text(length=9, seed=0):
     tokens = torch.randint(0, END, (length,), generator=torch.Generator().manual_seed(seed))
     tokens[[place for place in (2, 5, 6) if place < length]] = MASK
     return tokens
+
+
+LLADA = "GSAI-ML/LLaDA-8B-Instruct"
+ILLADA = "GSAI-ML/iLLaDA-8B-Instruct"
+DREAM = "Dream-org/Dream-v0-Instruct-7B"
+MDLM = "kuleshov-group/mdlm-owt"
+BD3LM = "kuleshov-group/bd3lm-owt-block_size4"
+SDAR = "JetLM/SDAR-1.7B-Chat"
+
+
+def published(name, folder):
+    """Write a tiny model like the real one of this name, with a tokenizer of letters; return the folder."""
+    ids = {"mask_token_id": MASK, "pad_token_id": PAD, "eos_token_id": END}
+    special = {"<|endoftext|>": END, "<|im_end|>": TURN, "<|mask|>": MASK}
+    files = {"tokenizer.json": tokenizer_json(special), "tokenizer_config.json": {"eos_token": "<|endoftext|>"}}
+    files["tokenizer_config.json"]["chat_template"] = (
+        "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    )
+    if name in (MDLM, BD3LM):
+        last = VOCABULARY - 2
+        files["tokenizer.json"] = tokenizer_json({"<|endoftext|>": END, "<|other|>": last})
+        more = {"model_type": "mdlm"} if name == MDLM else {"model_type": "bd3lm", "block_size": 4, "cross_attn": True}
+        return publish(folder, dit_config(eos_token_id=END, **more), dit_weights(), files=files)
+    if name == LLADA:
+        weights = in_the_layout_of_llada(llama_weights(num_key_value_heads=NUM_HEADS))
+        return publish(folder, llada_config(), weights, num_shards=2, files=files)
+    if name == ILLADA:
+        config = llama_config(model_type="illada", tie_word_embeddings=True, **ids)
+        return publish(folder, config, llama_weights(tied=True), num_shards=2, files=files)
+    if name == DREAM:
+        return publish(folder, llama_config(model_type="Dream", **ids), llama_weights(bias=True), files=files)
+    config = llama_config(model_type="sdar", block_size=4, head_dim=HEAD_WIDTH, **ids)
+    return publish(folder, config, llama_weights(query_norm=True), num_shards=2, files=files)

@@ -1,0 +1,152 @@
+"""Share heads over the Hugging Face hub: folders of ``head.save`` with a model card, no pickle anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from circuits.hub import Published, local_folder
+from diffusion.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FILES = ("circuit/structure.json", "circuit/weights.safetensors", "head.safetensors")
+TAGS = ("probabilistic-circuit", "masked-diffusion", "coupled-head")
+CARD = """---
+{{ card_data }}
+---
+
+A joint output layer for masked diffusion language models, by the library `unfactor`: tokens that are decoded in the
+same step are drawn together from the product of the model's prediction and a probabilistic circuit, exactly.
+
+| | |
+|---|---|
+| circuit | {{ circuit }} |
+| block | {{ block_length }} positions |
+| tokens | {{ tokens }} |
+| tokenizer | {{ tokenizer }} |
+| normalisation | {{ normalization }} |
+| evidence | {{ evidence }} |
+| conditioners | {{ conditioners }} |
+| used where | {{ used_where }} |
+| decoding | {{ decoding }} |
+
+```python
+import diffusion as df
+
+denoiser = df.load_denoiser("name/of-the-model")
+head = df.CoupledHead.from_pretrained("name/of-this-repository")  # or the folder; nothing in it is executed
+out = df.generate(denoiser, prompt, gen_length={{ block_length }}, head=head)
+```
+"""
+
+
+class OnHub:
+    """What a head needs to be saved in, loaded from and uploaded to repositories of the hub."""
+
+    decoding: dict[str, Any]
+    """Options of :class:`~diffusion.decoding.config.DecodingConfig` that decoding with the head takes by default."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, decoding: Any = None, **options: Any) -> None:
+        """Save the head in a folder as the hub expects it: what ``save`` writes, and a model card if there is none.
+
+        Args:
+            folder: is made if it is not there; other files in it stay.
+            decoding: a ``df.DecodingConfig``, or its options by name: how to decode where nothing else is said; None:
+                what :attr:`decoding` says.
+            options: those of ``huggingface_hub.ModelHubMixin.save_pretrained``, for instance ``push_to_hub=True``.
+
+        Raises:
+            ArgumentError: ``decoding`` is something else, or the head cannot be saved.
+        """
+        self._published(decoding).save(folder, **options)
+
+    def push_to_hub(self, repo_id: str, *, decoding: Any = None, **options: Any) -> str:
+        """Upload the head to a repository of the hub, which is created if it is not there.
+
+        Args:
+            repo_id: "name" or "organisation/name".
+            decoding: as in :meth:`save_pretrained`.
+            options: those of ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private=``, ``token=``, ``branch=``, ...
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArgumentError: ``decoding`` is something else, or the head cannot be saved.
+        """
+        return self._published(decoding).push(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a head from a folder, or from a repository of the hub. Nothing in it is executed.
+
+        Args:
+            name_or_folder: a folder that :meth:`save_pretrained` or ``save`` wrote, or the name of a repository.
+            device: where the parameters go.
+            revision: branch, tag or commit of the repository.
+            options: those of ``huggingface_hub.snapshot_download``: ``token=``, ``cache_dir=``, ...
+
+        Raises:
+            CheckpointError: there is no such head, or it is corrupt or hostile.
+        """
+        folder = local_folder(name_or_folder, FILES, revision=revision, **options)
+        return cast(Any, cls).load(folder, device=device)
+
+    def _published(self, decoding: Any) -> Published:
+        head: Any = self
+        chosen = head.decoding if decoding is None else options_of(decoding)
+
+        def write(folder: Path) -> None:
+            before, head.decoding = head.decoding, chosen
+            try:
+                head.save(folder)
+            finally:
+                head.decoding = before
+
+        return Published(write, FILES, CARD, facts(head, chosen), TAGS)
+
+
+def options_of(decoding: Any) -> dict[str, Any]:
+    """Return the options of a decoding configuration by name.
+
+    Raises:
+        ArgumentError: it is neither a dataclass nor a table.
+    """
+    if is_dataclass(decoding) and not isinstance(decoding, type):
+        return asdict(decoding)
+    if isinstance(decoding, Mapping):
+        return dict(decoding)
+    raise ArgumentError(f"decoding: expected df.DecodingConfig(...) or its options by name, got {decoding!r:.80}")
+
+
+def facts(head: Any, decoding: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a model card says about a df.CoupledHead, from the head itself."""
+    named = [getattr(made, "name", type(made).__name__) for made in head.conditioners]
+    said = ", ".join(f"{name}={value!r}" for name, value in decoding.items() if value is not None)
+    own = "" if head.vocabulary is None else ", with ids of their own in the model's vocabulary"
+    threshold = head.activation_threshold
+    return {
+        "circuit": str(head.pc.circuit),
+        "block_length": str(head.block_length),
+        "tokens": f"{head.vocab_size}{own}",
+        "tokenizer": f"fingerprint {head.tokenizer_fingerprint}" if head.tokenizer_fingerprint else "unknown",
+        "normalization": head.normalization,
+        "evidence": "on all tokens" if head.top_k is None else f"on the {head.top_k} best tokens of every position",
+        "conditioners": ", ".join(named) or "none",
+        "used_where": "everywhere" if threshold >= 1 else f"less than {threshold:g} of a block is masked",
+        "decoding": said or "the library's defaults",
+    }

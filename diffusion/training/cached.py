@@ -1,0 +1,44 @@
+"""Some examples of a cache of predictions, and the coupled distribution that a head makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffusion.head import CoupledHead
+from diffusion.prediction import Prediction
+from diffusion.vocabulary import Coupled
+
+
+@dataclass(frozen=True, eq=False)
+class CachedBatch:
+    """Some examples of a cache, on one device.
+
+    Attributes:
+        tokens: the true tokens, int64 (B, L).
+        masked: bool (B, L).
+        log_q: the denoiser's log-probabilities, (B, L, k); k = V when all tokens are kept.
+        values: the tokens that ``log_q`` is about, int64 (B, L, k); None: all.
+        vocab_size: V; None: k.
+        features: the denoiser's last hidden states, (B, L, H), or None.
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    log_q: Tensor
+    values: Tensor | None
+    vocab_size: int | None = None
+    features: Tensor | None = None
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the denoiser said; of all tokens it is normalised again, for the cache rounds."""
+        vocab_size = self.vocab_size or self.log_q.shape[2]
+        if self.values is None:
+            return Prediction.from_logits(self.log_q, features=self.features)
+        return Prediction(log_q=self.log_q, vocab_size=vocab_size, values=self.values, features=self.features)
+
+    def distribution(self, head: CoupledHead) -> Coupled:
+        """Couple a head's circuit to the cached predictions, as :meth:`CoupledHead.distribution` couples any."""
+        return head.distribution(self.prediction, self.tokens, self.masked, include=self.tokens)
