@@ -194,16 +194,20 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, kind: str) -> Tokenizer | None:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, models
 
     try:
         if (folder / FILE_NAME).is_file():
-            return Tokenizer.from_file(str(folder / FILE_NAME))
+            tokenizer = Tokenizer.from_file(str(folder / FILE_NAME))
+            pieces = isinstance(tokenizer.model, models.WordPiece)
+            return (_letters(tokenizer.get_vocab()) if pieces else None) or tokenizer
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _byte_pairs(folder, kind)
-        if (folder / "vocab.txt").is_file() and (letters := _letters(folder / "vocab.txt")) is not None:
-            return letters
-        if any((folder / name).is_file() for name in ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")):
+        if (folder / "vocab.txt").is_file():
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            letters = _letters({token: id for id, token in enumerate(lines)})
+            return _by_transformers(folder) if letters is None else letters
+        if any((folder / name).is_file() for name in ("spiece.model", "sentencepiece.bpe.model")):
             return _by_transformers(folder)
     except CheckpointError:
         raise
@@ -238,11 +242,10 @@ def _byte_pairs(folder: Path, kind: str) -> Tokenizer:
     return tokenizer
 
 
-def _letters(path: Path) -> Tokenizer | None:
+def _letters(vocabulary: dict[str, int]) -> Tokenizer | None:
     """Return a tokenizer of single letters, spaces between them or not, as of proteins; None: tokens are longer."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
-    vocabulary = {token: id for id, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
     special = [token for token in vocabulary if len(token) > 1]
     if not all(token[0] + token[-1] in ("[]", "<>") for token in special):
         return None

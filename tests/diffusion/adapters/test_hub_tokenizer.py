@@ -172,9 +172,14 @@ def test_word_pieces_have_no_bytes_of_their_own(tmp_path):
         loaded.token_bytes()
 
 
-def test_residues_are_letters_with_or_without_spaces(tmp_path):
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+def test_residues_are_letters_with_or_without_spaces(tmp_path, form):
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
-    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    if form == "vocab.txt":
+        (tmp_path / form).write_text("\n".join(tokens) + "\n")
+    else:
+        pieces = Tokenizer(models.WordPiece({token: id for id, token in enumerate(tokens)}, unk_token="[UNK]"))
+        pieces.save(str(tmp_path / form))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "pad_token_id": 0}))
     tokenizer = df.load_tokenizer(tmp_path)
     assert tokenizer.encode("ACWB") == tokenizer.encode("A C W B") == [5, 6, 23, 1]
