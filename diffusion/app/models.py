@@ -95,6 +95,8 @@ def open_models(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = load_tokenizer(model, revision=revision)
+    if own_head is not None:
+        own_head.check_tokenizer(tokenizer.fingerprint)
     return Models(name=model, denoiser=denoiser, tokenizer=tokenizer, head=own_head, device=torch.device(device))
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import circuits as ct
 import diffusion as df
+from diffusion.app.models import open_models
 from diffusion.denoisers.masked_lm import MaskedLMDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
 
@@ -180,3 +181,16 @@ def test_a_config_of_an_unknown_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     with pytest.raises(CheckpointError, match="unheard_of"):
         df.load_denoiser(tmp_path)
+
+
+def test_a_head_of_another_tokenizer_is_refused_when_models_are_opened(tmp_path):
+    masked_models.write("bert", tmp_path / "model")
+    fingerprint = df.load_denoiser(tmp_path / "model").tokenizer_fingerprint
+    assert fingerprint == df.load_tokenizer(tmp_path / "model").fingerprint
+    pc = ct.compile(ct.structures.hmm(4, 2, 21), seed=0)
+    df.CoupledHead(pc, tokenizer_fingerprint=fingerprint).save(tmp_path / "own")
+    df.CoupledHead(pc, tokenizer_fingerprint="another").save(tmp_path / "other")
+    options = {"model": str(tmp_path / "model"), "device": "cpu"}
+    assert open_models(head=tmp_path / "own", **options).head.tokenizer_fingerprint == fingerprint
+    with pytest.raises(ArgumentError, match="got one for another"):
+        open_models(head=tmp_path / "other", **options)
