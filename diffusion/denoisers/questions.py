@@ -14,30 +14,32 @@ def check_question(
     tokens: Tensor,  # shape: (B, L)
     valid: Tensor | None,  # shape: (B, L)
     window: tuple[int, int] | None,
-) -> None:
-    """Check the arguments of ``logits``.
+) -> tuple[int, int]:
+    """Check the arguments of ``logits``; return the window ``(start, stop)``, the whole text where there is none.
 
     Raises:
         ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
     """
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ArgumentError(f"tokens must be int64 of shape (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        raise ArgumentError(f"tokens: expected int64 (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}")
     length = tokens.shape[1]
     if length > spec.max_length:
         raise ArgumentError(
-            f"tokens must have at most max_length = {spec.max_length} positions, got {length}: "
-            "shorten the prompt, or build the model with a larger max_length"
+            f"tokens: expected at most max_length = {spec.max_length} positions, got {length}; shorten the prompt, or "
+            "build the model with a larger max_length"
         )
     if tokens.numel():
         smallest, largest = (int(value) for value in torch.aminmax(tokens))
         if smallest < 0 or largest >= spec.vocab_size:
             raise ArgumentError(
-                f"tokens must be ids in 0..{spec.vocab_size - 1}, got ids from {smallest} to {largest}: "
-                "encode the text with the tokenizer that the model was trained with"
+                f"tokens: expected ids from 0 to {spec.vocab_size - 1}, got {smallest} to {largest}; encode the text "
+                "with the tokenizer that the model was trained with"
             )
     if valid is not None and (valid.dtype != torch.bool or valid.shape != tokens.shape):
         raise ArgumentError(
-            f"valid must be bool of shape {tuple(tokens.shape)}, got {valid.dtype} of shape {tuple(valid.shape)}"
+            f"valid: expected bool {tuple(tokens.shape)}, got {valid.dtype} of shape {tuple(valid.shape)}"
         )
-    if window is not None and not 0 <= window[0] <= window[1] <= length:
-        raise ArgumentError(f"window must satisfy 0 <= start <= stop <= {length}, got {window}")
+    start, stop = window or (0, length)
+    if not 0 <= start <= stop <= length:
+        raise ArgumentError(f"window: expected 0 <= start <= stop <= {length}, got {window}")
+    return start, stop

@@ -179,8 +179,7 @@ class TransformerDenoiser(nn.Module):
         Raises:
             ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
-        check_question(self.spec, tokens, valid, window)
-        start, stop = window if window is not None else (0, tokens.shape[1])
+        start, stop = check_question(self.spec, tokens, valid, window)
         first = min(start, max(0, stop - self.config.span)) if window is not None else 0
         tokens = tokens[:, first:stop]
         valid = valid[:, first:stop] if valid is not None else None

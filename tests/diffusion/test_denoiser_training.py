@@ -161,7 +161,7 @@ def test_matrix_products_in_bfloat16_train_too() -> None:
 def test_text_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(CorpusError, match="fewer than one window of 16"):
         train_denoiser(TransformerDenoiser(SHAPE), COUNTING[:15], config=TRAINING, progress=False)
-    with pytest.raises(ArgumentError, match="tokens must be ids in"):
+    with pytest.raises(ArgumentError, match="tokens: expected ids from"):
         train_denoiser(TransformerDenoiser(SHAPE), COUNTING + PERIOD, config=TRAINING, progress=False)
 
 

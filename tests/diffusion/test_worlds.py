@@ -279,7 +279,10 @@ def test_chi_square_tells_right_from_wrong(generator):
         (lambda: worlds.parity(0), "length: expected an integer >= 1"),
         (lambda: worlds.random(0, length=13), r"length: expected at most 2\*\*20 texts"),
         (lambda: worlds.endings(2, lengths=[0.5, 0.5]), "lengths: expected 3 probabilities"),
-        (lambda: worlds.sums(3).denoiser().logits(torch.zeros(1, 6).long()), "tokens: expected at most 5 positions"),
+        (
+            lambda: worlds.sums(3).denoiser().logits(torch.zeros(1, 6).long()),
+            "tokens: expected at most max_length = 5 positions",
+        ),
         (lambda: worlds.sums(3).denoiser().logits(torch.zeros(1, 5)), "tokens: expected int64"),
         (lambda: worlds.sums(3).denoiser().logits(torch.full((1, 5), 7)), "tokens: expected ids from 0 to 6"),
         (lambda: worlds.sums(3).denoiser().logits(torch.zeros(1, 5).long(), window=(3, 6)), "window: expected 0 <="),

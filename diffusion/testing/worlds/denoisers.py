@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoisers.base import DenoiserSpec
-from diffusion.errors import ArgumentError
+from diffusion.denoisers.questions import check_question
 
 if TYPE_CHECKING:
     from diffusion.testing.worlds.world import World
@@ -49,7 +49,7 @@ class BayesDenoiser:
         Raises:
             ArgumentError: a shape, dtype, id or the window does not fit.
         """
-        start, stop = _checked_window(self.spec, tokens, valid, window)
+        start, stop = check_question(self.spec, tokens, valid, window)
         if not tokens.numel():
             return tokens.new_zeros(len(tokens), stop - start, self.spec.vocab_size, dtype=torch.float32)
         seen = tokens if valid is None else tokens.masked_fill(~valid, self.spec.mask_id)
@@ -96,27 +96,5 @@ class UniformDenoiser:
         Raises:
             ArgumentError: a shape, dtype, id or the window does not fit.
         """
-        start, stop = _checked_window(self.spec, tokens, valid, window)
+        start, stop = check_question(self.spec, tokens, valid, window)
         return torch.zeros(len(tokens), stop - start, self.spec.vocab_size, device=tokens.device)
-
-
-def _checked_window(
-    spec: DenoiserSpec, tokens: Tensor, valid: Tensor | None, window: tuple[int, int] | None
-) -> tuple[int, int]:
-    if tokens.dim() != 2 or tokens.dtype != torch.int64:
-        raise ArgumentError(f"tokens: expected int64 (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}")
-    length = tokens.shape[1]
-    if length > spec.max_length:
-        raise ArgumentError(f"tokens: expected at most {spec.max_length} positions, the world's length, got {length}")
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < spec.vocab_size:
-        raise ArgumentError(
-            f"tokens: expected ids from 0 to {spec.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}"
-        )
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != tokens.shape):
-        raise ArgumentError(
-            f"valid: expected bool {tuple(tokens.shape)}, got {valid.dtype} of shape {tuple(valid.shape)}"
-        )
-    start, stop = window or (0, length)
-    if not 0 <= start <= stop <= length:
-        raise ArgumentError(f"window: expected 0 <= start <= stop <= {length}, got {window}")
-    return start, stop
