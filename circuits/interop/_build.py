@@ -143,7 +143,7 @@ class _Builder:
     def _product(self, node: JuiceNode, children: Sequence[Node]) -> Node:
         assert node.edges is not None
         edges = node.edges
-        if len(edges) == node.num_blocks and node.block_size > 1:
+        if edges.dim() == 2 and len(edges) == node.num_blocks and node.block_size > 1:
             edges = (edges.unsqueeze(1) * node.block_size + torch.arange(node.block_size).reshape(1, -1, 1)).flatten(
                 0, 1
             )
@@ -152,7 +152,7 @@ class _Builder:
         if edges.shape != (node.num_units, len(children)) or bool(((edges < 0) | (edges >= limits)).any()):
             raise ArgumentError(
                 f"edges: expected for {node.num_units} units which unit of {len(children)} children with {sizes} units "
-                f"they multiply, got {tuple(edges.shape)} of values up to {int(edges.max()) if len(edges) else 0}"
+                f"they multiply, got {tuple(edges.shape)} of values up to {int(edges.max()) if edges.numel() else 0}"
             )
         everything = torch.arange(node.num_units)
         if node.num_units == math.prod(sizes) and len(children) > 1:

@@ -182,6 +182,8 @@ def evil():
     nodes = records()
     huge = 1 << 200_000
     yield "a huge integer for a type", pickle.dumps(every(nodes, "Sum", type=huge), 4)
+    yield "edges that are a number", pickle.dumps(every(nodes, "Product", edge_ids=np.array(5)), 4)
+    yield "no edges at all", pickle.dumps(every(nodes, "Product", edge_ids=np.zeros((2, 0), int)), 4)
     yield "a huge size", pickle.dumps(every(nodes, "Sum", num_node_blocks=huge), 4)
     yield "a huge child", pickle.dumps(every(nodes, "Sum", chs=(huge,)), 4)
     yield "a deep key", deep_tuple_as_key()
