@@ -54,7 +54,6 @@ LARGER_FUNCTIONS = {
     "diffusion/compat.py: generate",  # another library's signature
     "diffusion/decoding/generation.py: generate",
     "diffusion/decoding/generation.py: infill",
-    "diffusion/evaluation/few_step_curve.py: few_step_curve",
     "diffusion/evaluation/few_steps.py: few_step_quality",
     "diffusion/training/logit_cache.py: cache_logits",
 }

@@ -27,6 +27,8 @@ from diffusion.errors import ArgumentError
 from diffusion.evaluation.gap import Estimate
 from diffusion.head import CoupledHead
 
+STRATEGY: Strategy = "entropy"
+"""Which positions a step commits; it does not look at what was drawn, so that the law of decoding is kept."""
 _MARK = re.compile("<<|>>")
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/()]")
 _LONGEST = 200  # characters; a number of many digits would take the time of its square
@@ -217,7 +219,6 @@ def annotation_quality(
     decoded: Callable[[Tensor], str],
     *,
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    strategy: Strategy = "entropy",
     decode: DecodeMode = "joint",
     temperature: float = 1.0,
     batch_size: int = 128,
@@ -232,7 +233,6 @@ def annotation_quality(
         data: held-out windows of prompt and block, int64, on the denoiser's device.
         decoded: the text of token ids, int64 (any number,).
         steps: denoiser calls per block, each from 1 to L.
-        strategy: which positions a step commits.
         decode: how the circuit is used.
         temperature: of the tokens, with and without the circuit.
         batch_size: texts at a time.
@@ -262,7 +262,7 @@ def annotation_quality(
                 gen_length=length,
                 block_length=length,
                 num_steps=num_steps,
-                strategy=strategy,
+                strategy=STRATEGY,
                 head=used,
                 decode=decode,
                 temperature=temperature,
@@ -278,4 +278,4 @@ def annotation_quality(
         rows = [
             AnnotationRow(count, *(checked(written(used, count)) for used in (None, head))) for count in sorted(steps)
         ]
-    return AnnotationTable(tuple(rows), checked(data[:, -length:]), len(prompts), decode, strategy, temperature, seed)
+    return AnnotationTable(tuple(rows), checked(data[:, -length:]), len(prompts), decode, STRATEGY, temperature, seed)
