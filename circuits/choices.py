@@ -58,9 +58,8 @@ def downward_choice(
     if class_factors is None:
         units[-1].zero_()
     else:
-        source = source_at(
-            generator, num_layers, torch.zeros_like(query), torch.arange(len(query), device=query.device)
-        )
+        everywhere = torch.arange(len(query), device=query.device)
+        source = source_at(generator, num_layers, torch.zeros_like(query), everywhere)
         units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], source)
     numbers = _numbers_of(pc, generator, num_samples)
     for position in reversed(range(len(pc.input_layers), num_layers)):
@@ -71,7 +70,7 @@ def downward_choice(
             choices = layer.child_choices(unit)
         else:
             if position in numbers:
-                source: Source = DrawnNumbers(column, first=numbers[position][node, column])
+                source = DrawnNumbers(column, first=numbers[position][node, column])
             else:
                 source = source_at(generator, position, node, column)
             choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)

@@ -248,7 +248,7 @@ def mix_adjoint(
     log_mixed: Tensor,  # shape: (n, K)
     grad: Tensor,  # shape: (n, K)
 ) -> Tensor:  # shape: (n, k)
-    """Return the gradient of ``log_factors``: ``sum_u grad[n, u] e^(log_factors[n, j] + log_table[v_j, u] - mixed[n, u])``.
+    """Return the gradient of the factors, ``sum_u grad[n, u] e^(log_factors[n, j] + log_table[v_j, u] - mixed[n, u])``.
 
     Args:
         log_table: (V, K), at most 0.

@@ -86,18 +86,16 @@ class Posterior:
         """
         if self.weights.batch_size > 1:
             raise PropertyError("rows: expected weights that all queries share, got external ones for each")
-        leaves, divisors = (
-            None if parts is None else [_columns(part, index) for part in parts]
-            for parts in (self.leaves, self.divisors)
-        )
+        leaves = [_columns(leaf, index) for leaf in self.leaves]
+        divisors = None if self.divisors is None else [_columns(divisor, index) for divisor in self.divisors]
         latents = {
             layer: replace(factors, log=factors.log.index_select(2, index))
             for layer, factors in self.conditions.latents.items()
         }
         classes = self.conditions.class_factors
         conditions = Conditions(latents, None if classes is None else classes.index_select(1, index))
-        parts = {"origin": self.origin[index], "values": self.values[index], "known": self.known[index]}
-        return replace(self, conditions=conditions, leaves=leaves, divisors=divisors, **parts)
+        origin, values, known = self.origin[index], self.values[index], self.known[index]
+        return Posterior(self.pc, self.weights, self.evidence, origin, conditions, leaves, divisors, values, known)
 
     @functools.cached_property
     def flows(self) -> list[Tensor]:
@@ -124,10 +122,8 @@ class Posterior:
                 values = [divided(*pair) for pair in zip(leaves, self.divisors, strict=True)]
             root = passes.log_root(self.pc, LayerValues(values, self.conditions), self.weights.detached())
             log_z = checked_possible(one_per_query(self.pc, root))
-            flows = torch.autograd.grad(log_z.sum(), leaves, allow_unused=True)
-        return log_z.detach(), [
-            torch.zeros_like(leaf) if flow is None else flow for leaf, flow in zip(leaves, flows, strict=True)
-        ]
+            flows = torch.autograd.grad(log_z.sum(), leaves)
+        return log_z.detach(), list(flows)
 
     @own_precision
     @torch.no_grad()

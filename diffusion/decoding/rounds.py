@@ -36,7 +36,7 @@ def _of_difference(score: Tensor, distance: Tensor, num_tokens: int) -> Tensor:
 
 
 def _of_entropy(score: Tensor, distance: Tensor, num_tokens: int) -> Tensor:
-    """Bound the change of an entropy by ``d log(k - 1) - d log d - (1 - d) log(1 - d)`` (Fannes 1973; Audenaert 2007)."""
+    """An entropy changes by at most ``d log(k - 1) - d log d - (1 - d) log(1 - d)`` (Fannes 1973, Audenaert 2007)."""
     d = distance.clamp_max(1 - 1 / num_tokens)  # there the bound is log k, and stays it
     change = d * torch.tensor(max(1, num_tokens - 1)).log() + torch.special.entr(d) + torch.special.entr(1 - d)
     return (score + change).clamp_max(0.0)
@@ -49,8 +49,9 @@ _BOUNDS: dict[Strategy, Callable[[Tensor, Tensor, int], Tensor]] = {
     "entropy": _of_entropy,
     "random": _of_top,  # is known without a look
 }
-"""The greatest score that a strategy can give, from an earlier score, how far beliefs moved since, and the number of
-tokens. Of ``low_confidence`` the earlier score is the best token's: the token that is drawn may be another each time."""
+"""The greatest score that a strategy can give, from an earlier score, how far beliefs moved, and the number of tokens.
+
+Of ``low_confidence`` the earlier score is the best token's: the token that is drawn may be another each time."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 import circuits as ct
 import diffusion as df
+from diffusion.decoding import rounds
 from diffusion.decoding.commit import Ranking, commit
 from diffusion.decoding.plans import Look
 from diffusion.decoding.proposers import dependence_of
+from diffusion.decoding.rounds import Outlook
 from diffusion.prediction import Prediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,3 +251,56 @@ def test_wrong_options_and_plans_are_named(make, message):
 def test_an_empty_canvas_has_nothing_to_fill():
     assert df.infill(READER, [[]]).tokens.shape == (1, 0)
     assert df.infill(READER, [[0, 1]]).num_calls == 0
+
+
+# One position after the other
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("strategy", ["low_confidence", "top_prob", "margin", "entropy", "random"])
+@pytest.mark.parametrize("top_k", [None, 9])
+def test_looking_at_few_positions_chooses_as_looking_at_all(monkeypatch, top_k, strategy, temperature):
+    """Logits of several scales: beliefs that hardly move, and beliefs that move a lot."""
+    head = df.CoupledHead(ct.compile(ct.structures.hmm(8, 6, 12), seed=0), top_k=top_k)
+    looks = []
+    original = Outlook._look
+    monkeypatch.setattr(Outlook, "_look", lambda self, dist, where, *rest: looks.append(int(where.sum())) or original(
+        self, dist, where, *rest
+    ))  # fmt: skip
+    for scale in (0.3, 2.0, 6.0):
+        logits = scale * torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(1))
+        texts, counts = [], []
+        for cheap in (0, 1 << 30):
+            monkeypatch.setattr(rounds, "_CHEAP", cheap)
+            looks.clear()
+            out = df.generate(
+                Saying(logits), [[]] * 20, gen_length=8, num_steps=2, head=head, decode="any_order", strategy=strategy,
+                temperature=temperature, seeds=torch.arange(20), stop_at_eos=False,
+            )  # fmt: skip
+            texts.append(out.tokens)
+            counts.append(sum(looks))
+        assert torch.equal(*texts)
+        assert counts[0] < counts[1]
+
+
+class Saying:
+    """A denoiser that says the same whatever it sees."""
+
+    spec = df.DenoiserSpec(vocab_size=12, mask_id=11, eos_ids=(), pad_id=0, forbidden_ids=(11,), max_length=8)
+
+    def __init__(self, said):
+        self.said = said
+
+    def logits(self, tokens, *, valid=None, t=None, window=None, cache=None):
+        start, stop = window or (0, tokens.shape[1])
+        return self.said[:, start:stop].expand(len(tokens), -1, -1)
+
+
+def test_the_weights_are_read_once_a_call(monkeypatch):
+    head, reads = df.CoupledHead(ct.compile(ct.structures.hmm(8, 3, 12), seed=0)), []
+    original = ct.CompiledCircuit.weights
+    monkeypatch.setattr(ct.CompiledCircuit, "weights", lambda pc, **given: reads.append(pc) or original(pc, **given))
+    for decode in ("latent", "marginal", "any_order", "joint"):
+        reads.clear()
+        df.generate(Saying(torch.zeros(1, 8, 12)), [[]], gen_length=8, num_steps=4, head=head, decode=decode)
+        assert len(reads) == 1
