@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from circuits.files import regular_size, replace_file
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.fingerprint import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,6 +41,11 @@ class TextTokenizer:
     def forbidden_ids(self) -> tuple[int, ...]:
         """Ids that are no text and must never be generated: padding, mask, unknown."""
         return tuple(id for id in (self.pad_id, self.mask_id, self.unk_id) if id is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of which token has which id, see :func:`~diffusion.fingerprint.tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text; unknown characters become ``unk_id``, nothing becomes a special token."""
