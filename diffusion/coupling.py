@@ -28,6 +28,7 @@ from torch import Tensor
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
 from circuits.torch_distribution import kept
+from diffusion.blocks import check_blocks, check_circuit, check_logits, check_tokens
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
 
@@ -87,8 +88,8 @@ class CoupledDistribution(CircuitDistribution):
         top_k: int | None = None,
         include: Tensor | None = None,  # shape: (B, L)
     ) -> None:
-        _check_logits(pc, logits)
-        _check_blocks(tokens, masked, logits.shape[:2])
+        check_logits(pc, logits)
+        check_blocks(tokens, masked, logits.shape[:2])
         prediction = Prediction.from_logits(logits.to(pc.dtype), masked, top_k=top_k, include=include)
         self._couple(pc, prediction, tokens, masked, normalization, None, None)
 
@@ -146,7 +147,7 @@ class CoupledDistribution(CircuitDistribution):
             masked: bool (B, L).
             normalization: "global" or "local".
         """
-        _check_circuit(pc)
+        check_circuit(pc)
         prediction = Prediction(log_q=log_q, vocab_size=max(pc.circuit.num_categories), values=values)
         return cls.of(pc, prediction, tokens, masked, normalization=normalization)
 
@@ -161,10 +162,10 @@ class CoupledDistribution(CircuitDistribution):
         weights: Banks | None,
         absent: Tensor | None = None,
     ) -> None:
-        _check_circuit(pc)
-        _check_blocks(tokens, masked, prediction.shape)
+        check_circuit(pc)
+        check_blocks(tokens, masked, prediction.shape)
         if absent is not None:
-            _check_blocks(tokens, absent, prediction.shape, "absent")
+            check_blocks(tokens, absent, prediction.shape, "absent")
             tokens, masked = tokens.masked_fill(absent, 0), masked & ~absent
         num_vars, categories = pc.circuit.num_vars, set(pc.circuit.num_categories)
         if prediction.shape[1] != num_vars or {prediction.vocab_size} != categories:
@@ -174,7 +175,7 @@ class CoupledDistribution(CircuitDistribution):
             )
         if normalization not in get_args(Normalization):
             raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
-        _check_tokens("tokens", tokens.masked_fill(masked, 0), prediction.vocab_size)
+        check_tokens("tokens", tokens.masked_fill(masked, 0), prediction.vocab_size)
         sure = replace(prediction, log_q=prediction.log_q.to(pc.dtype)).with_observed(tokens, ~masked)
         evidence = Evidence.soft(sure.log_q) if sure.values is None else Evidence.sparse(sure.values, sure.log_q)
         if normalization == "local":
@@ -217,8 +218,8 @@ class CoupledDistribution(CircuitDistribution):
         Raises:
             ArgumentError: shapes or dtypes that do not fit, or an observed token outside the vocabulary.
         """
-        _check_blocks(tokens, observed, self.prediction.shape, "observed")
-        _check_tokens("tokens", tokens.masked_fill(~observed, 0), self.num_tokens)
+        check_blocks(tokens, observed, self.prediction.shape, "observed")
+        check_tokens("tokens", tokens.masked_fill(~observed, 0), self.num_tokens)
         observed = observed & self.masked
         sure = self.prediction.with_observed(tokens, observed)
         dist = type(self).__new__(type(self))
@@ -250,7 +251,7 @@ class CoupledDistribution(CircuitDistribution):
                 f"value: expected int64 of shape (..., {self.masked.shape[0]}, {self.masked.shape[1]}), got {got}"
             )
         value = torch.where((value == IGNORED_LABEL) & ~self.masked, self.tokens, value)
-        _check_tokens("value", value, self.num_tokens)
+        check_tokens("value", value, self.num_tokens)
         with _explained():
             return super().log_prob(value)
 
@@ -394,19 +395,6 @@ class CoupledDistribution(CircuitDistribution):
         """
         return self.query(ct.queries.sample, 1, generator=generator, temperature=temperature)[0]
 
-    def sample_latent_log_weights(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the circuit's latents from their posterior; return log p(x_i = v | z_i) for all v: (B, L, V).
-
-        Raises:
-            ImpossibleEvidenceError: the normaliser is zero.
-        """
-        return self.query(ct.queries.sample_latents, 1, generator=generator).log_weights()
-
-    @kept
-    def log_prediction(self) -> Tensor:
-        """``log q_i(v)`` as it enters the product, (B, L, V): 0 at observed positions, -inf at tokens not listed."""
-        return self.prediction.dense().masked_fill(~self.masked.unsqueeze(-1), 0.0)
-
     def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Put a query of :mod:`circuits.queries` about this distribution, see the base class."""
         with _explained():
@@ -429,35 +417,3 @@ def _explained() -> Iterator[None]:
             "circuit and denoiser rule out every text for some blocks: allow more tokens, raise top_k, or give the "
             f"circuit no zero weights ({error})"
         ) from error
-
-
-def _check_circuit(pc: CompiledCircuit) -> None:
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
-
-
-def _check_logits(pc: CompiledCircuit, logits: Tensor) -> None:
-    _check_circuit(pc)
-    num_vars, categories = pc.circuit.num_vars, set(pc.circuit.num_categories)
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ArgumentError(f"logits: expected floating point (B, L, V), got {got}")
-    if logits.shape[1] != num_vars or categories != {logits.shape[2]}:
-        raise ArgumentError(
-            f"logits: the circuit has {num_vars} variables of {sorted(categories)} categories, so expected (B, "
-            f"{num_vars}, {max(categories)}), got {tuple(logits.shape)}"
-        )
-
-
-def _check_blocks(tokens: Tensor, masked: Tensor, shape: torch.Size, name: str = "masked") -> None:
-    for argument, value, dtype in (("tokens", tokens, torch.int64), (name, masked, torch.bool)):
-        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            kind = str(dtype).removeprefix("torch.")
-            raise ArgumentError(f"{argument}: expected {kind} of shape {tuple(shape)}, got {got}")
-
-
-def _check_tokens(name: str, tokens: Tensor, num_tokens: int) -> None:
-    outside = (tokens < 0) | (tokens >= num_tokens)
-    if bool(outside.any()):
-        raise ArgumentError(f"{name}: expected tokens from 0 to {num_tokens - 1}, got {int(tokens[outside][0])}")

@@ -284,13 +284,6 @@ class CoupledHead(OnHub, nn.Module):
         check_token_ids("targets", targets, masked.shape, size)
         return self.distribution(prediction, targets, masked, include=targets).log_prob(targets)
 
-    def is_active(self, masked: Tensor) -> Tensor:
-        """Return which sequences the circuit is used for, by their own mask ratio: bool (B, L) to bool (B,)."""
-        # Counted: a ratio equal to the threshold is then on the same side of it in every precision, on every device.
-        length = masked.shape[-1]
-        first_inactive = sum(n / length < self.activation_threshold for n in range(length + 1))
-        return (masked.sum(-1) < first_inactive) | (self.activation_threshold >= 1)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder: the circuit in ``circuit/``, settings and conditioners in ``head.safetensors``; no pickle.
 

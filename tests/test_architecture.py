@@ -21,7 +21,7 @@ LAYERS = (
     ("coupling",),
     ("prediction",),
     ("denoisers", "text"),
-    ("_json", "fingerprint", "hub"),
+    ("_json", "blocks", "fingerprint", "hub"),
     ("errors",),
 )
 HEIGHT = {part: len(LAYERS) - number for number, parts in enumerate(LAYERS) for part in parts}
@@ -43,7 +43,10 @@ HEAVY = {
 }
 
 MAX_LINES_OF_A_FILE = 400
-LONGER_FILES: dict[str, int] = {}
+LONGER_FILES = {
+    "circuits/input_layers.py": 410,  # one class for each form of table
+    "diffusion/coupling.py": 420,  # one class: a distribution and what is asked of it
+}
 
 MAX_LINES_OF_A_FUNCTION = 60
 MAX_PARAMETERS = 10
@@ -55,6 +58,7 @@ LARGER_FUNCTIONS = {
     "diffusion/decoding/generation.py: generate",
     "diffusion/decoding/generation.py: infill",
     "diffusion/evaluation/few_steps.py: few_step_quality",
+    "diffusion/prediction.py: ask",
     "diffusion/training/logit_cache.py: cache_logits",
 }
 

@@ -148,7 +148,7 @@ def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) ->
         return torch.zeros_like(part.windows.rows, dtype=torch.bool)
     threshold = head.activation_threshold if config.activation_threshold is None else config.activation_threshold
     present = (~part.absent).sum(1)
-    share = part.masked.sum(1).double() / present  # rounded as in CoupledHead.is_active
+    share = part.masked.sum(1).double() / present  # of whole numbers: a ratio at the threshold is not below
     if config.reverse_activation:
         return share > threshold
     is_below = share < threshold

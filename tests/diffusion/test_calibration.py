@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import circuits as ct
-from diffusion import CoupledDistribution, CoupledHead, NoiseCalibration
+from diffusion import CoupledHead, NoiseCalibration
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.training.logit_cache import CachedBatch
 
@@ -98,13 +98,6 @@ def test_latent_decoding_uses_the_calibrated_prediction(calibration, pc, block):
         for head, scores in ((calibrated, logits), (plain, calibration(logits, masked).detach()))
     ]
     assert torch.equal(*given)
-
-
-def test_the_factors_of_a_distribution_are_zero_where_observed(pc, block):
-    logits, tokens, masked = block
-    dist = CoupledDistribution(pc, logits, tokens, masked)
-    torch.testing.assert_close(dist.log_prediction[masked], torch.log_softmax(logits, -1)[masked])
-    assert (dist.log_prediction[~masked] == 0).all()
 
 
 @pytest.mark.parametrize("is_calibrated", [True, False])

