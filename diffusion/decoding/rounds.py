@@ -23,8 +23,8 @@ from diffusion.decoding.proposers import drawn
 
 _ROUNDING = 1e-5
 """What float32 may add to a distance, with room to spare."""
-_CHEAP = 1 << 16
-"""So many probabilities are computed in one go in less time than it takes to find out which are needed."""
+_CHEAP = 1 << 22
+"""So many weights are read in one go in less time than it takes to find out which are needed."""
 
 
 def _of_top(score: Tensor, distance: Tensor, num_tokens: int) -> Tensor:
@@ -80,7 +80,8 @@ class Outlook:
         self.strategy = config.chosen_strategy
         self.score = torch.full(dist.masked.shape, torch.inf, dtype=dist.pc.dtype, device=dist.masked.device)
         self.moved = torch.zeros_like(self.score)
-        self.looks_everywhere = self.score.numel() * dist.prediction.num_listed <= _CHEAP
+        num_units = max(node.num_units for node in dist.pc.circuit.inputs)
+        self.looks_everywhere = self.score.numel() * dist.prediction.num_listed * num_units <= _CHEAP
 
     @staticmethod
     def serves(config: DecodingConfig) -> bool:
