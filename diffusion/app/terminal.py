@@ -89,7 +89,7 @@ def print_curve(table: Any) -> None:
         title_justify="left",
     )
     for column, title in enumerate(titles):
-        shown.add_column(title, justify="right" if column else "left")
+        shown.add_column(title.replace("-", "-\n"), justify="right" if column else "left", overflow="fold")
     for row in rows:
         name, *numbers = row
         lines = (number.replace(" [", "\n\\[") for number in numbers)  # so that seven columns fit a terminal of 80
