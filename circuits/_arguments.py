@@ -29,6 +29,13 @@ def checked_number(name: str, value: float, what: str = "a number") -> float:
     return value
 
 
+def checked_temperature(value: float) -> float:
+    """Return a temperature that is 0, or a number whose inverse float32 holds; raise ArgumentError otherwise."""
+    if not is_number(value) or not (value == 0 or 1e-37 <= value <= 1e38):
+        raise ArgumentError(f"temperature: expected 0, or a number from 1e-37 to 1e38, got {value!r}")
+    return value
+
+
 def checked_dtype(name: str, value: torch.dtype) -> torch.dtype:
     """Return an argument that is a dtype of compiled circuits; raise ArgumentError otherwise."""
     if value not in (torch.float32, torch.float64):

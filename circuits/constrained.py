@@ -15,6 +15,7 @@ from torch import Tensor
 
 from circuits import passes
 from circuits._arcs import Arcs, arcs_of, log_indicator
+from circuits._arguments import checked_temperature
 from circuits._automaton_chain import Chain, Vectors, downward, temperature_of, upward
 from circuits._class_leaves import class_leaves, explicit
 from circuits._constrained_latents import ConstrainedLatentChoice
@@ -25,7 +26,7 @@ from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyErro
 from circuits.evidence import Evidence
 from circuits.passes import Banks
 from circuits.precision import own_precision
-from circuits.queries._common import check_temperature, require_finite_values
+from circuits.queries._common import require_finite_values
 from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.randomness import RowGenerators, Source
@@ -189,7 +190,7 @@ class ConstrainedDistribution(CircuitDistribution):
             ImpossibleEvidenceError: Z = 0.
         """
         shape = torch.Size(sample_shape)
-        check_temperature(temperature)
+        checked_temperature(temperature)
         values = self._draw(choosing_semiring(temperature), shape.numel(), generator)
         return values.reshape(*shape, *self.batch_shape, *self.event_shape)
 
@@ -222,7 +223,7 @@ class ConstrainedDistribution(CircuitDistribution):
         Raises:
             ImpossibleEvidenceError: Z = 0.
         """
-        check_temperature(temperature)
+        checked_temperature(temperature)
         return self._choose(LogSemiring(), choosing_semiring(temperature), num_samples, generator)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits.arguments import checked_count, is_number
+from circuits.arguments import checked_count, checked_temperature
 from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
 from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
@@ -88,7 +88,7 @@ class CoupledHead(OnHub, nn.Module):
             raise ArgumentError(f"activation_threshold: expected a number >= 0, got {activation_threshold!r}")
         if normalization not in get_args(Normalization):
             raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
-        check_temperature(temperature)
+        checked_temperature(temperature)
         if top_k is not None:
             checked_count("top_k", top_k)
             if top_k > max(pc.circuit.num_categories):
@@ -390,9 +390,3 @@ def circuit_hash(folder: Path) -> str:
         return file_hash(folder / "circuit" / "structure.json")
     except OSError as error:
         raise CheckpointError(f"{folder} holds no circuit: {error}; {_WAY_OUT}") from error
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ArgumentError unless ``temperature`` is 0 or a number whose inverse float32 can hold."""
-    if not is_number(temperature) or not (temperature == 0 or 1e-37 <= temperature <= 1e38):
-        raise ArgumentError(f"temperature: expected a finite number, 0 or from 1e-37 to 1e38, got {temperature!r}")

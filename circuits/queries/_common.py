@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from circuits import passes
-from circuits._arguments import is_number
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
@@ -37,12 +36,6 @@ def check_generator(generator: Source, batch_size: int) -> None:
     """Raise ArgumentError if generators by row are not as many as there are queries."""
     if isinstance(generator, RowGenerators) and len(generator.seeds) != batch_size:
         raise ArgumentError(f"generator: expected {batch_size} seeds, one per query, got {len(generator.seeds)}")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ArgumentError unless a temperature is 0, or a number whose inverse float32 holds."""
-    if not is_number(temperature) or not (temperature == 0 or 1e-37 <= temperature <= 1e38):
-        raise ArgumentError(f"temperature: expected 0 or a number from 1e-37 to 1e38, got {temperature!r}")
 
 
 def has_infinite_values(pc: CompiledCircuit) -> bool:

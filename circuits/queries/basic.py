@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuits import choices, passes
-from circuits._arguments import checked_count
+from circuits._arguments import checked_count, checked_temperature
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -24,7 +24,6 @@ from circuits.passes import Banks
 from circuits.precision import own_precision
 from circuits.queries._common import (
     check_generator,
-    check_temperature,
     checked_possible,
     given_evidence,
     has_one_explanation,
@@ -192,7 +191,7 @@ def sample(
     checked_count("num_samples", num_samples)
     banks = pc.weights() if weights is None else weights
     given = given_evidence(pc, evidence, banks)
-    check_temperature(temperature)
+    checked_temperature(temperature)
     check_generator(generator, given.batch_size)
     semiring = choosing_semiring(temperature)
     if temperature != 1:

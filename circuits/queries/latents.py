@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from circuits import choices, passes
-from circuits._arguments import checked_count
+from circuits._arguments import checked_count, checked_temperature
 from circuits._evidence_checks import check_integers, check_range
 from circuits.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
@@ -19,7 +19,6 @@ from circuits.passes import Banks
 from circuits.precision import own_precision
 from circuits.queries._common import (
     check_generator,
-    check_temperature,
     checked_possible,
     given_evidence,
     one_per_query,
@@ -162,7 +161,7 @@ def sample_latents(
         PropertyError: a variable has infinitely many values.
     """
     checked_count("num_samples", num_samples)
-    check_temperature(temperature)
+    checked_temperature(temperature)
     return _chosen(pc, choosing_semiring(temperature), num_samples, evidence, generator, weights)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from circuits.arguments import is_number
+from circuits.arguments import checked_temperature, is_number
 from diffusion.errors import ArgumentError
 
 DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
@@ -71,9 +71,7 @@ class DecodingConfig:
             raise ArgumentError(f"decode: expected one of {', '.join(MODES)}, got {self.decode!r}")
         if self.strategy is not None and self.strategy not in get_args(Strategy):
             raise ArgumentError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
-        _check("temperature", self.temperature, 0, 1e38, "0, or a number from 1e-37 to 1e38")
-        if 0 < self.temperature < 1e-37:
-            raise ArgumentError(f"temperature: expected 0, or a number from 1e-37 to 1e38, got {self.temperature!r}")
+        checked_temperature(self.temperature)
         _check("threshold", self.threshold, 0, 1, "a probability")
         _check("entropy_bound", self.entropy_bound, 0, 1e38, "a number of nats >= 0")
         _check("remask", self.remask, 0, 1, "a share from 0 to below 1")

@@ -222,7 +222,7 @@ def test_heads_written_before_still_load(is_calibrated, pc, block, tmp_path):
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e39, -1.0, float("nan"), float("inf"), "warm", True])
 def test_temperatures_that_float32_cannot_divide_by_are_refused(temperature, pc):
-    with pytest.raises(ArgumentError, match="temperature: expected a finite number"):
+    with pytest.raises(ArgumentError, match="temperature: expected 0, or a number"):
         CoupledHead(pc, temperature=temperature)
     with pytest.raises(ArgumentError, match="temperature: expected 0, or a number"):
         DecodingConfig(temperature=temperature)
