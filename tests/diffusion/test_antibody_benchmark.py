@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that 
 import _antibody_data as antibody
 import antibody as benchmark
 
+pytest.importorskip("transformers", reason="AntiBERTy runs on the BERT classes of transformers")
+
 BASES = "GCTTGTGATGAATTTGGTCATATTAAACTTATGAATCCTCAACGTAGCACTGTTTGGTAT"
 CODONS = {residue: BASES[3 * place : 3 * place + 3] for place, residue in enumerate("ACDEFGHIKLMNPQRSTVWY")}
 """A codon of every residue."""

@@ -101,7 +101,6 @@ CHANGES = {
     "number of texts": lambda: {"data": DATA[:-1]},
     "reference": lambda: {"reference": REST[1:]},
     "seed": lambda: {"seed": 1},
-    "judge": lambda: {"judge_samples": 2},
 }
 
 

@@ -13,6 +13,8 @@ from diffusion.app.models import open_models
 from diffusion.denoisers.masked_lm import MaskedLMDenoiser
 from diffusion.errors import ArgumentError, CheckpointError
 
+pytest.importorskip("transformers", reason="masked language models are those of transformers")
+
 KINDS = sorted(masked_models.ARCHITECTURES)
 
 
