@@ -202,6 +202,7 @@ def report_sections(
         words = (
             f"Of the calculator annotations, such as <<48/2=24>>, in {annotations.num_texts} texts: the share that is "
             "well-formed and right as rational numbers, with a 95 % interval."
+            + "".join(f" {note[0].upper()}{note[1:]}." for note in annotations.notes)
         )
         alt = "Share of right annotations against denoiser calls, without and with the circuit"
         picture = results / "annotations.png"

@@ -69,6 +69,8 @@ def print_annotations(table: Any) -> None:
     for row in rows:
         shown.add_row(*map(Text, row))
     Console().print(shown)
+    for note in table.notes:
+        say(f"({note})")
 
 
 def print_few_steps(table: Any) -> None:

@@ -137,6 +137,14 @@ def _padded(number: str) -> str:
     return f"{sign}{whole or 0}.{decimals or 0}"
 
 
+FEW = 0.25
+"""Shares of right annotations whose intervals lie below it are those of a denoiser that does not calculate."""
+CANNOT_CALCULATE = (
+    "few are right in any number of calls: this denoiser knows the form of an annotation and does not calculate, which no "
+    "way of decoding makes up for"
+)
+
+
 @dataclass(frozen=True)
 class AnnotationShare:
     """Annotations of some texts: how many there are, and the share that is right, with a 95 % bootstrap interval."""
@@ -203,9 +211,16 @@ class AnnotationTable:
         titles = ("calls per block", "without circuit", f"with circuit ({self.decode})")
         return [titles, *rows, ("true text", str(self.true_text), "")]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said of the numbers."""
+        shares = [one.share for row in self.rows for one in (row.without, row.coupled) if one.share is not None]
+        return (CANNOT_CALCULATE,) if shares and max(share.high for share in shares) < FEW else ()
+
     def __str__(self) -> str:
         titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
-        return "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
+        table = "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
+        return "".join([table, *(f"\n\n({note})" for note in self.notes)])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""

@@ -12,7 +12,15 @@ import circuits as ct
 from diffusion import CoupledHead
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
-from diffusion.evaluation.annotations import AnnotationCheck, AnnotationShare, annotation_quality, check_annotations
+from diffusion.evaluation.annotations import (
+    CANNOT_CALCULATE,
+    AnnotationCheck,
+    AnnotationRow,
+    AnnotationShare,
+    AnnotationTable,
+    annotation_quality,
+    check_annotations,
+)
 
 
 def counts(context, text):
@@ -132,3 +140,12 @@ def test_the_table_says_how_often_each_way_of_decoding_is_right():
     assert str(table).splitlines()[-1] == "| true text | 1.00 [1.00, 1.00] (64 of 64) |  |"
     with pytest.raises(ArgumentError, match="data: expected int64"):
         annotation_quality(Halves(), CoupledHead(pc), data[:, :2], str)
+
+
+@pytest.mark.parametrize(("num_right", "is_noted"), [(1, True), (19, False)])
+def test_a_table_says_when_the_denoiser_does_not_calculate(num_right, is_noted):
+    checks = [AnnotationCheck(1, 1, int(text < num_right)) for text in range(20)]
+    share = AnnotationShare.of(checks)
+    row = AnnotationRow(1, share, share)
+    table = AnnotationTable((row,), share, 20, "joint", "entropy", 1.0, 0)
+    assert (CANNOT_CALCULATE in str(table)) is is_noted
