@@ -140,8 +140,8 @@ def _padded(number: str) -> str:
 FEW = 0.25
 """Shares of right annotations whose intervals lie below it are those of a denoiser that does not calculate."""
 CANNOT_CALCULATE = (
-    "few are right in any number of calls: this denoiser knows the form of an annotation and does not calculate, which no "
-    "way of decoding makes up for"
+    "few are right in any number of calls: this denoiser knows the form of an annotation and does not calculate, which "
+    "no way of decoding makes up for"
 )
 
 
