@@ -102,6 +102,8 @@ def _evaluate_task(
         run_task,
     )
 
+    if tasks.task is not None and texts is not None:
+        raise ArgumentError("texts: expected none with --task, whose questions are answered; take --limit for fewer")
     task = None if tasks.task is None else asked_task(tasks)  # before models are loaded, which takes longer
     if task is None and models.is_named:
         raise ArgumentError("task: expected one with --model, got none; name it with --task, its answers are judged")
