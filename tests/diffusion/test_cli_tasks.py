@@ -187,6 +187,7 @@ def test_mistakes_get_one_line(run, folder, questions, tmp_path):
         ((*task, "--steps", "8,x"), "steps: expected whole numbers separated by commas, got '8,x'"),
         ((*task, "--steps", "1", "--length", "64"), "num_steps: expected at least one for each"),
         ((*task, "--windows", "8"), "windows: expected none with --task"),
+        ((*task, "--texts", "8"), "texts: expected none with --task"),
         ((*task, "--strategy", "magic"), "strategy: expected one of"),
         ((*task, "--length", "200"), "gen_length: question 0 has 1 tokens"),
         ((*task, "--chat"), "chat: expected a tokenizer with a chat template"),
