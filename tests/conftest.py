@@ -1,4 +1,5 @@
 import os
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -32,6 +33,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys):
+    """Run ``unfactor`` with arguments; return its exit code, standard output and standard error."""
+    from diffusion.app import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 class Elsewhere(NamedTuple):

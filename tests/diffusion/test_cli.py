@@ -2,11 +2,10 @@
 
 import json
 import re
-import sys
 
 import pytest
 
-from diffusion.app import cli, terminal, workspace
+from diffusion.app import terminal, workspace
 from diffusion.app.options import OPTIONS, described
 from diffusion.app.stream import SEPARATOR
 from diffusion.conditioners import LatentPotentials
@@ -32,17 +31,10 @@ SMALLEST = workspace.Recipe(
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, run_program):
     monkeypatch.setitem(workspace.PRESETS, "tiny", SMALLEST)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return run_program
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """The cache of what stands before a block, from the command line: the same text where attention is block-causal."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 from diffusion import TransformerDenoiser
-from diffusion.app import cli, workspace
+from diffusion.app import workspace
 from diffusion.denoisers.layers import PrefixCache
 from diffusion.training.denoiser import DenoiserTraining
 
@@ -20,17 +19,10 @@ SMALL = workspace.Recipe(
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, run_program):
     monkeypatch.setitem(workspace.PRESETS, "tiny", SMALL)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return run_program
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tiny_folders import block_names, commands, gsm8k, make_folder, write_records
 
 from diffusion import log_likelihood
-from diffusion.app import cli, tasks, workspace
+from diffusion.app import tasks, workspace
 from diffusion.evaluation.scorer import CausalScorer
 from diffusion.evaluation.tasks import runner
 
@@ -22,17 +21,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, run_program, tmp_path):
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unfactor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return run_program
 
 
 @pytest.fixture
