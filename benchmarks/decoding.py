@@ -26,8 +26,8 @@ from torch import Tensor
 
 import circuits as ct
 import diffusion as df
-from circuits import passes
-from circuits.input_layers import InputLayer, TableLayer
+from circuits.engine import passes
+from circuits.engine.input_layers import InputLayer, TableLayer
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.plans import Look
 from diffusion.decoding.step import decode_step

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import circuits as ct
-from circuits._progress import progress_bar
+from circuits.progress import progress_bar
 
 SIDE, NUM_VALUES = 28, 256
 VALIDATION_PART = 12

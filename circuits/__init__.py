@@ -2,10 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from circuits import hub, interop, learning, plot, properties, queries, structures, testing, transforms
-from circuits.compile import CompiledCircuit, compile
+from circuits import interop, learning, plot, properties, queries, structures, testing, transforms
 from circuits.constrained import ConstrainedDistribution
-from circuits.distributions import (
+from circuits.distribution import CircuitDistribution
+from circuits.engine.compile import CompiledCircuit, compile
+from circuits.errors import (
+    ArgumentError,
+    CheckpointError,
+    ImpossibleEvidenceError,
+    PropertyError,
+    StructureError,
+    UnfactorError,
+)
+from circuits.evidence import Evidence
+from circuits.families import (
     Bernoulli,
     Binomial,
     Categorical,
@@ -16,23 +26,13 @@ from circuits.distributions import (
     Literal,
     Poisson,
 )
-from circuits.errors import (
-    ArgumentError,
-    CheckpointError,
-    ImpossibleEvidenceError,
-    PropertyError,
-    StructureError,
-    UnfactorError,
-)
-from circuits.evidence import Evidence
-from circuits.graph import Circuit, Input, Node, Product, Sum, inputs, product, sum
-from circuits.io import load, save
+from circuits.io import hub, load, save
 from circuits.randomness import RowGenerators
 from circuits.region_graphs import RegionGraph
-from circuits.torch_distribution import CircuitDistribution
+from circuits.symbolic import Circuit, Input, Node, Product, Sum, inputs, product, sum
 
 if TYPE_CHECKING:
-    from circuits.estimator import CircuitDensity
+    from circuits.sklearn.density import CircuitDensity
 
 __all__ = [
     "ArgumentError",
@@ -82,7 +82,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "CircuitDensity":  # scikit-learn is optional, and takes a while to import
-        from circuits.estimator import CircuitDensity
+        from circuits.sklearn.density import CircuitDensity
 
         return CircuitDensity
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,14 +27,14 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
-from circuits.torch_distribution import kept
+from circuits.distribution import kept
 from diffusion.blocks import check_blocks, check_circuit, check_logits, check_tokens
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
 
 if TYPE_CHECKING:
     from circuits import Sum
-    from circuits.passes import Banks
+    from circuits.engine.passes import Banks
 
 Normalization = Literal["global", "local"]
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from diffusion.publishing import OnHub, options_of
 from diffusion.vocabulary import Coupled, MappedDistribution, Vocabulary, check_padding, checked_vocabulary
 
 if TYPE_CHECKING:
-    from circuits.passes import Banks
+    from circuits.engine.passes import Banks
 
 FORMAT = "unfactor-coupled-head"
 FORMAT_VERSION = 3  # 1 had no hash of what the file holds, and a calibration at most; 2 no tokenizer or vocabulary

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from circuits.hub import Published, local_folder
+from circuits.io.hub import Published, local_folder
 from diffusion.errors import ArgumentError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Griffe extension: cross-references of docstrings, ``:class:`~circuits.graph.Circuit```, as links of the site."""
+"""Griffe extension: cross-references of docstrings, ``:class:`~circuits.symbolic.Circuit```, as links of the site."""
 
 import re
 from typing import Any

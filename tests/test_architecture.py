@@ -166,12 +166,12 @@ def test_functions_are_short_and_take_few_arguments():
 def test_the_checks_see_what_they_are_to_see(tmp_path):
     path = tmp_path / "example.py"
     path.write_text(
-        'def f(self, a, *, b):\n    """Doc."""\n    # why\n\n    from circuits._code import x\n    return x\n'
+        'def f(self, a, *, b):\n    """Doc."""\n    # why\n\n    from circuits.evidence.code import x\n    return x\n'
     )
     (function,) = ast.parse(path.read_text()).body
     assert lines_of_code(path, function) == 2
     assert num_parameters(function) == 2
-    assert list(imported(path)) == ["circuits._code.x"]
-    assert is_private("circuits._code.x")
-    assert is_private("circuits.torch_distribution._factors_at")
+    assert list(imported(path)) == ["circuits.evidence.code.x"]
+    assert is_private("circuits.evidence.code.x")
+    assert is_private("circuits.distribution._factors_at")
     assert not is_private("circuits.errors.ArgumentError")

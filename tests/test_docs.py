@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "adapte
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 PACKAGES = [
     circuits,
-    circuits.distributions,
+    circuits.families,
     circuits.interop,
     circuits.learning,
     circuits.queries,
@@ -63,8 +63,8 @@ def anchors_of(page):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # on import of pyjuice
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    families = dict(circuits.distributions.FAMILIES)
-    monkeypatch.setattr(circuits.distributions.base, "FAMILIES", families)  # pages may register their own
+    families = dict(circuits.families.FAMILIES)
+    monkeypatch.setattr(circuits.families.base, "FAMILIES", families)  # pages may register their own
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     text = page.read_text()
@@ -118,7 +118,7 @@ def described_in(package, name):
         found = getattr(package, name)
         home = found.__name__ if isinstance(found, types.ModuleType) else getattr(found, "__module__", None)
     except circuits.ArgumentError:  # scikit-learn is not installed
-        home = "circuits.estimator"
+        home = "circuits.sklearn.density"
     if home is None:  # a constant
         return {package.__name__, f"{package.__name__}.{name}"}
     return {home, home.rpartition(".")[0], f"{home}.{name}", package.__name__}
@@ -139,7 +139,7 @@ def test_the_list_of_names_is_complete(package):
 
 @pytest.mark.parametrize("name", described())
 def test_what_the_reference_describes_exists(name):
-    if name.startswith("circuits.estimator"):
+    if name.startswith("circuits.sklearn.density"):
         pytest.importorskip("sklearn")
     if name.endswith("lm_eval"):
         pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra [eval])")
@@ -180,6 +180,6 @@ def test_every_query_and_family_is_explained():
     for name in circuits.queries.__all__:
         if name.islower():
             assert f"`{name}" in queries, name
-    for family in set(circuits.distributions.FAMILIES.values()):
+    for family in set(circuits.families.FAMILIES.values()):
         if family.__module__.startswith("circuits."):
             assert f"`{family.__name__}(" in families, family

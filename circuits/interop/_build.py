@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Bernoulli
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
-from circuits.graph import Circuit, Input, Node, ParametricNode, Sum, inputs, parameter_owner, product, sum
+from circuits.families import Bernoulli
 from circuits.interop._nodes import JuiceNode, Numbers
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, inputs, parameter_owner, product, sum
 
 _MAX_UNITS = 1 << 20
 _MAX_DENSE = 1 << 28

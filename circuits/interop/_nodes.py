@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Bernoulli, Distribution
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
-from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner
+from circuits.families import Bernoulli, Distribution
+from circuits.symbolic import Input, Node, ParametricNode, Product, Sum, parameter_owner
 
 
 class Numbers(Protocol):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.compile import CompiledCircuit, same_bits
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit, same_bits
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.graph import Circuit
 from circuits.interop.pyjuice import check_has_one_root, import_pyjuice, to_pyjuice
-from circuits.transforms._rebuild import check_is_table
+from circuits.symbolic import Circuit
+from circuits.transforms.rebuild import check_is_table
 
 _BATCH_MULTIPLE = 32
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_device, checked_dtype
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.arguments import checked_device, checked_dtype
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError, CheckpointError, StructureError
+from circuits.families import Bernoulli, Categorical, Distribution
 from circuits.files import regular_size, replace_file
 from circuits.interop._build import build_circuit
 from circuits.interop._nodes import JuiceNode

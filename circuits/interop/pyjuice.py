@@ -7,14 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, check_compiled
-from circuits.distributions import Bernoulli, Categorical, Distribution
+from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.passes import one_root_needed
 from circuits.errors import ArgumentError, PropertyError
-from circuits.graph import Circuit
+from circuits.families import Bernoulli, Categorical, Distribution
 from circuits.interop._build import build_circuit
 from circuits.interop._nodes import JuiceNode, list_nodes
-from circuits.passes import one_root_needed
-from circuits.transforms._rebuild import check_is_table
+from circuits.symbolic import Circuit
+from circuits.transforms.rebuild import check_is_table
 
 Reader = Literal["pyjuice", "codd"]
 """Whom nodes are made for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
 from circuits.learning.em import checked_sample_weights
 from circuits.precision import own_precision

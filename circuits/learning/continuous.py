@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from circuits.compile import CompiledCircuit, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import StructureError
-from circuits.graph import Sum
 from circuits.structures.blocks import block_mixture, checked_blocks, checked_categories
+from circuits.symbolic import Sum
 
 _LEAST_UNIFORM = 1e-5
 

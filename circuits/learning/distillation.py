@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits._arguments import checked_count
-from circuits.compile import CompiledCircuit, check_compiled
-from circuits.conditioning import LayerValues
-from circuits.distributions import Bernoulli, Categorical
+from circuits.arguments import checked_count
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.conditioning import LayerValues
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
-from circuits.graph import Input, Node, Product, parameter_owner
+from circuits.families import Bernoulli, Categorical
 from circuits.learning import em
-from circuits.learning._arguments import check_em_options
 from circuits.learning._arrays import Table
-from circuits.learning._samples import Batch, checked_samples
 from circuits.learning.clusters import kmeans
+from circuits.learning.em_options import check_em_options
+from circuits.learning.samples import Batch, checked_samples
 from circuits.precision import own_precision
+from circuits.symbolic import Input, Node, Product, parameter_owner
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,19 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.compile import CompiledCircuit
-from circuits.conditioning import LayerValues
-from circuits.distributions import Direct, Distribution, Finite
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.conditioning import LayerValues
+from circuits.engine.layers import Weights
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.layers import Weights
-from circuits.learning._arguments import check_em_options
+from circuits.families import Direct, Distribution, Finite
+from circuits.learning.em_options import check_em_options
 from circuits.learning.entropy import entropic_maximum
-from circuits.passes import Banks
 from circuits.precision import own_precision
-from circuits.queries._common import refuse_relative
-from circuits.semiring import LogSemiring
+from circuits.queries.common import refuse_relative
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, StructureError
-from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
 from circuits.learning.em import checked_sample_weights
 from circuits.precision import own_precision
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
 
 
 @own_precision

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, checked_number
-from circuits._progress import progress_bar
-from circuits.compile import CompiledCircuit, check_compiled
+from circuits.arguments import checked_count, checked_number
+from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
-from circuits.graph import build_code
 from circuits.learning._arrays import Table
 from circuits.learning._checkpoint import Checkpoint, History, Snapshot, Start
-from circuits.learning._learners import (
+from circuits.learning.distributed import Processes, checked_processes
+from circuits.learning.learners import (
     EMName,
     Learner,
     OptimizerFactory,
@@ -25,9 +24,10 @@ from circuits.learning._learners import (
     possible_mass,
     possible_total,
 )
-from circuits.learning._samples import Samples, checked_samples
-from circuits.learning.distributed import Processes, checked_processes
+from circuits.learning.samples import Samples, checked_samples
 from circuits.precision import own_precision
+from circuits.progress import progress_bar
+from circuits.symbolic import build_code
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, checked_number, is_number
-from circuits._progress import progress_bar
-from circuits.compile import CompiledCircuit
+from circuits.arguments import checked_count, checked_number, is_number
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning.continuous import ContinuousMixture, normal_points, uniform_to_normal
 from circuits.learning.em import checked_sample_weights
 from circuits.precision import own_precision
+from circuits.progress import progress_bar
 from circuits.region_graphs.chow_liu import empirical_mutual_information
 from circuits.structures.blocks import checked_categories, correlated_blocks
 

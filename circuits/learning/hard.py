@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.compile import CompiledCircuit
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.semirings import LogSemiring, MaxSemiring
 from circuits.evidence import Evidence
 from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
 from circuits.precision import own_precision
-from circuits.queries._common import refuse_relative
-from circuits.semiring import LogSemiring, MaxSemiring
+from circuits.queries.common import refuse_relative
 
 
 @own_precision

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, checked_number
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Categorical
+from circuits.arguments import checked_count, checked_number
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
+from circuits.families import Categorical
 from circuits.learning import em
-from circuits.learning._arguments import check_em_options
-from circuits.learning._samples import checked_samples
+from circuits.learning.em_options import check_em_options
+from circuits.learning.samples import checked_samples
 from circuits.precision import own_precision
-from circuits.semiring import LogSemiring
 
 if TYPE_CHECKING:
     import numpy as np

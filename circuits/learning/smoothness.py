@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, check_compiled
-from circuits.distributions import Direct
+from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.passes import Banks
 from circuits.errors import ArgumentError, PropertyError
-from circuits.passes import Banks
+from circuits.families import Direct
 from circuits.precision import own_precision
 
 

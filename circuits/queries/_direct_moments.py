@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.compile import CompiledCircuit
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.input_layers import DirectLayer
+from circuits.engine.semirings import LogSemiring
 from circuits.evidence import Evidence
-from circuits.input_layers import DirectLayer
-from circuits.queries._common import checked_possible, given_evidence, queries_per_pass, refuse_relative
-from circuits.semiring import LogSemiring
+from circuits.queries.common import checked_possible, given_evidence, queries_per_pass, refuse_relative
 
 
 def direct_moments(

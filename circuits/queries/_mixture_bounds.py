@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.alignment import Part
-from circuits.compile import CompiledCircuit
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import PropertyError
-from circuits.graph import Input, Node, Sum
-from circuits.powers import Power, Tables, tables_of_powers
+from circuits.queries.power_sums import Power, Tables, tables_of_powers
+from circuits.symbolic import Input, Node, Sum
+from circuits.symbolic.alignment import Part
 
 
 class UnitBounds(NamedTuple):

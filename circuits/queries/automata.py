@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits import logspace
-from circuits.alignment import Part
-from circuits.compile import CompiledCircuit
+from circuits.engine import logspace
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.graph import Input, Node, Product, Sum
 from circuits.precision import own_precision
-from circuits.properties import chain_breaker, front_to_back, rank_of_scopes
-from circuits.queries._common import checked_possible, dense_factors
+from circuits.queries.common import checked_possible, dense_factors
+from circuits.symbolic import Input, Node, Product, Sum
+from circuits.symbolic.alignment import Part
+from circuits.symbolic.properties import chain_breaker, front_to_back, rank_of_scopes
 
 StepFunction = Callable[[Tensor, Tensor], Tensor]
 """From a leaf's log-values (K, C, B) and what follows, (K, S, B), to the log-values before the leaf, (K, S, B)."""

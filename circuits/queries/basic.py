@@ -1,7 +1,7 @@
 """Exact queries on compiled circuits: each is one upward pass, its gradient, or a change of semiring.
 
-Every function takes a :class:`~circuits.compile.CompiledCircuit` and works on a batch of B queries at once. Circuits
-here are smooth and decomposable by construction, which is all that these queries need.
+Every function takes a :class:`~circuits.engine.compile.CompiledCircuit` and works on a batch of B queries at once.
+Circuits here are smooth and decomposable by construction, which is all that these queries need.
 
 On a circuit with R classes (``num_classes``) the likelihoods have shape (B, R), one per class. The other queries need
 one distribution, and so raise ``PropertyError`` unless the evidence names the class: ``evidence.with_class(labels)``
@@ -15,14 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import choices, passes
-from circuits._arguments import checked_count, checked_temperature
-from circuits.compile import CompiledCircuit
+from circuits.arguments import checked_count, checked_temperature
+from circuits.engine import choices, passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import MaxSemiring, choosing_semiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.passes import Banks
 from circuits.precision import own_precision
-from circuits.queries._common import (
+from circuits.queries.common import (
     check_generator,
     checked_possible,
     given_evidence,
@@ -31,7 +32,6 @@ from circuits.queries._common import (
     require_finite_values,
 )
 from circuits.randomness import RowGenerators, Source
-from circuits.semiring import MaxSemiring, choosing_semiring
 
 _MAX_REACHED = 1 << 25
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.passes import Banks
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.passes import Banks
 from circuits.precision import own_precision
-from circuits.queries._common import checked_possible, dense_evidence, given_evidence, has_infinite_values
+from circuits.queries.common import checked_possible, dense_evidence, given_evidence, has_infinite_values
 
 
 @own_precision

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
 
 REJECTED = -1

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.powers import Power, log_sum_of_powers
 from circuits.precision import own_precision
-from circuits.properties import is_deterministic, require_compatible, require_deterministic
-from circuits.queries._common import checked_possible, dense_factors
+from circuits.queries.common import checked_possible, dense_factors
+from circuits.queries.determinism import is_deterministic, require_deterministic
 from circuits.queries.entropy import latent_entropy
+from circuits.queries.power_sums import Power, log_sum_of_powers
+from circuits.symbolic.properties import require_compatible
 
 _ROUNDING = 64.0
 

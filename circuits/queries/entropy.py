@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.compile import CompiledCircuit
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import EntropySemiring
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
-from circuits.passes import Banks
 from circuits.precision import own_precision
-from circuits.properties import require_deterministic
-from circuits.queries._common import checked_possible, dense_evidence, dense_factors
 from circuits.queries._mixture_bounds import mixture_bounds, xlogx
 from circuits.queries.basic import marginals
-from circuits.semirings import EntropySemiring
+from circuits.queries.common import checked_possible, dense_evidence, dense_factors
+from circuits.queries.determinism import require_deterministic
 
 
 class EntropyBounds(NamedTuple):

@@ -8,14 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits._arguments import checked_count
-from circuits.compile import CompiledCircuit
-from circuits.conditioning import LayerValues
+from circuits.arguments import checked_count
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.conditioning import LayerValues
+from circuits.engine.semirings import LogSemiring, SignedSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries._common import (
+from circuits.queries._direct_moments import direct_covariance, direct_moments
+from circuits.queries.basic import marginals
+from circuits.queries.common import (
     checked_possible,
     dense_evidence,
     existing_values,
@@ -24,10 +27,6 @@ from circuits.queries._common import (
     require_finite_values,
     value_table,
 )
-from circuits.queries._direct_moments import direct_covariance, direct_moments
-from circuits.queries.basic import marginals
-from circuits.semiring import LogSemiring
-from circuits.semirings import SignedSemiring
 
 
 @own_precision

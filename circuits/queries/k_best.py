@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits._arguments import checked_count
-from circuits.compile import CompiledCircuit
-from circuits.conditioning import conditions_of
+from circuits.arguments import checked_count
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.conditioning import conditions_of
+from circuits.engine.input_layers import InputLayer
+from circuits.engine.layers import ProductLayer, SumLayer
+from circuits.engine.semirings import KBestSemiring
 from circuits.evidence import Evidence
-from circuits.input_layers import InputLayer
-from circuits.layers import ProductLayer, SumLayer
 from circuits.precision import own_precision
-from circuits.queries._common import MAX_NUMBERS, checked_possible, dense_evidence, has_one_explanation
-from circuits.semirings import KBestSemiring
+from circuits.queries.common import MAX_NUMBERS, checked_possible, dense_evidence, has_one_explanation
 
 
 class KBestExplanations(NamedTuple):

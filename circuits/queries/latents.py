@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuits import choices, passes
-from circuits._arguments import checked_count, checked_temperature
-from circuits._evidence_checks import check_integers, check_range
-from circuits.compile import CompiledCircuit
+from circuits.arguments import checked_count, checked_temperature
+from circuits.engine import choices, passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.graph import Sum
-from circuits.passes import Banks
+from circuits.evidence.checks import check_integers, check_range
 from circuits.precision import own_precision
-from circuits.queries._common import (
+from circuits.queries.common import (
     check_generator,
     checked_possible,
     given_evidence,
@@ -25,7 +25,7 @@ from circuits.queries._common import (
     require_finite_values,
 )
 from circuits.randomness import Source
-from circuits.semiring import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
+from circuits.symbolic import Sum
 
 
 @own_precision

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits.compile import CompiledCircuit
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
+from circuits.queries.common import checked_possible, dense_evidence, queries_per_pass
 
 
 @own_precision

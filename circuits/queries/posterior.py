@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits._evidence_checks import check_integers, check_mask
-from circuits.compile import CompiledCircuit
-from circuits.conditioning import Conditions, LayerValues
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.conditioning import Conditions, LayerValues
+from circuits.engine.input_layers import TableLayer
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import LogSemiring
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
-from circuits.input_layers import TableLayer
-from circuits.passes import Banks
+from circuits.evidence.checks import check_integers, check_mask
 from circuits.precision import own_precision
-from circuits.queries._common import checked_possible, given_evidence, one_per_query
-from circuits.semiring import LogSemiring
+from circuits.queries.common import checked_possible, given_evidence, one_per_query
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
-from circuits.compile import CompiledCircuit
+from circuits.arguments import checked_count
+from circuits.engine.compile import CompiledCircuit
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries._common import checked_possible, dense_evidence, queries_per_pass
+from circuits.queries.common import checked_possible, dense_evidence, queries_per_pass
 
 
 class DistinctSamples(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from circuits._arguments import checked_count
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
 from circuits.precision import own_precision
 

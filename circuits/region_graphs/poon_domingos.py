@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from math import prod
 
-from circuits._arguments import checked_count
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
 from circuits.region_graphs.builder import Builder
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from circuits._scopes import bits_of
 from circuits.errors import ArgumentError
 from circuits.region_graphs.builder import Builder, checked_grid
+from circuits.symbolic.scopes import bits_of
 
 Merge = Callable[[Builder, list[int]], int]
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuits._scopes import bits_of
-from circuits._structure import check_keys, short
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.files import regular_size, replace_file
 from circuits.region_graphs.builder import Partition
+from circuits.schema import check_keys, short
+from circuits.symbolic.scopes import bits_of
 
 if TYPE_CHECKING:
     from circuits.region_graphs.graph import RegionGraph

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from circuits._arguments import checked_count
-from circuits._scopes import bits_of
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
 from circuits.region_graphs.builder import Builder
 from circuits.region_graphs.rooted import rooted_tree
+from circuits.symbolic.scopes import bits_of
 
 
 def fully_factorized(num_vars: int, num_repetitions: int) -> Builder:

@@ -1,4 +1,4 @@
-"""Well-known circuit structures: functions that return a :class:`~circuits.graph.Circuit`."""
+"""Well-known circuit structures: functions that return a :class:`~circuits.symbolic.Circuit`."""
 
 from circuits.region_graphs.chow_liu import empirical_mutual_information, maximum_spanning_tree
 from circuits.structures.basic import fully_factorized, mixture, naive_bayes

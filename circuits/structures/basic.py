@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits._arguments import checked_count
-from circuits.distributions import Categorical, Distribution
-from circuits.graph import Circuit, inputs, product, sum
-from circuits.structures._arguments import families_of
+from circuits.arguments import checked_count
+from circuits.families import Categorical, Distribution
+from circuits.structures.options import families_of
+from circuits.symbolic import Circuit, inputs, product, sum
 
 
 def fully_factorized(num_vars: int, num_categories: int | Distribution | Sequence[int | Distribution]) -> Circuit:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
-from circuits.distributions import Literal
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.graph import Circuit, Input, Node, inputs, product, sum
+from circuits.families import Literal
+from circuits.symbolic import Circuit, Input, Node, inputs, product, sum
 
 
 def block_mixture(blocks: Sequence[Sequence[int]], num_components: int, num_categories: int | Sequence[int]) -> Circuit:

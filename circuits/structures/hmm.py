@@ -12,11 +12,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
-from circuits.distributions import Distribution
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
-from circuits.structures._arguments import checked_table, family_of
+from circuits.families import Distribution
+from circuits.structures.options import checked_table, family_of
+from circuits.symbolic import Circuit, Input, Node, Sum, inputs, product, sum
 
 
 def hmm(

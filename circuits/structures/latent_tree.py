@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
-from circuits.distributions import Distribution
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.graph import Circuit, Node, inputs, product, sum
+from circuits.families import Distribution
 from circuits.region_graphs.chow_liu import chow_liu_tree, known_values
 from circuits.region_graphs.rooted import rooted_tree
-from circuits.structures._arguments import families_of
+from circuits.structures.options import families_of
+from circuits.symbolic import Circuit, Node, inputs, product, sum
 
 if TYPE_CHECKING:
     import networkx

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count
-from circuits.distributions import Categorical
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
-from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
+from circuits.families import Categorical
 from circuits.region_graphs.chow_liu import checked_categories, empirical_mutual_information
+from circuits.symbolic import Circuit, Input, Node, Sum, inputs, product, sum
 
 _NUM_EM_STEPS = 20
 _MAX_ELEMENTS = 1 << 24

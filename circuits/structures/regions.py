@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from circuits._arguments import checked_count
-from circuits._scopes import variables_of
-from circuits.distributions import Distribution
+from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.graph import Circuit, Node, Product, Sum, inputs, product, sum
+from circuits.families import Distribution
 from circuits.region_graphs import RegionGraph
-from circuits.structures._arguments import families_of
+from circuits.structures.options import families_of
+from circuits.symbolic import Circuit, Node, Product, Sum, inputs, product, sum
+from circuits.symbolic.scopes import variables_of
 
 SumProduct = Literal["cp", "cp_shared", "tucker"]
 Distributions = int | Distribution | Sequence[int | Distribution] | Mapping[int, int | Distribution]

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Direct
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.graph import Input, Node, Product, Sum
+from circuits.families import Direct
+from circuits.symbolic import Input, Node, Product, Sum
 
 _MAX_ASSIGNMENTS = 1 << 22
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuits.distributions import (
+from circuits.evidence import Evidence
+from circuits.families import (
     Bernoulli,
     Binomial,
     Categorical,
@@ -20,9 +21,8 @@ from circuits.distributions import (
     Gaussian,
     Poisson,
 )
-from circuits.distributions import Literal as LiteralFamily
-from circuits.evidence import Evidence
-from circuits.graph import Circuit, Input, Node, Sum, inputs, product, sum
+from circuits.families import Literal as LiteralFamily
+from circuits.symbolic import Circuit, Input, Node, Sum, inputs, product, sum
 
 T = TypeVar("T", Input, Sum)
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import PropertyError
-from circuits.graph import Input, Node, Product, Sum
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import Rebuild
+from circuits.symbolic import Input, Node, Product, Sum
+from circuits.transforms.rebuild import Rebuild
 
 
 class Chain(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
-from circuits.conditioning import conditions_of
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.conditioning import conditions_of
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
-from circuits.graph import Input, Node, Product, Sum
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise
+from circuits.symbolic import Input, Node, Product, Sum
+from circuits.transforms.rebuild import Rebuild, check_is_finite, normalise
 from circuits.transforms.variables import compile_without
 
 Kept = Literal["remaining", "all"]

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits._arguments import checked_count, checked_number
-from circuits.compile import CompiledCircuit
+from circuits.arguments import checked_count, checked_number
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
-from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import TABLES, Rebuild, normalise
+from circuits.symbolic import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.transforms.rebuild import TABLES, Rebuild, normalise
 from circuits.transforms.units import unit_choices
 
 

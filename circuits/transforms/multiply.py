@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, check_compiled
-from circuits.distributions import Gaussian
+from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
-from circuits.graph import Input, Node, ParametricNode, Product, Sum, format_scope, parameter_owner, product
+from circuits.families import Gaussian
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import Rebuild, check_is_finite, normalise, table_family
+from circuits.symbolic import Input, Node, ParametricNode, Product, Sum, format_scope, parameter_owner, product
+from circuits.transforms.rebuild import Rebuild, check_is_finite, normalise, table_family
 
 
 class NormalizedProduct(NamedTuple):

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits import passes
-from circuits._arguments import checked_count, is_number
-from circuits.compile import CompiledCircuit, check_compiled, compile
+from circuits.arguments import checked_count, is_number
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit, check_compiled, compile
+from circuits.engine.layers import Weights
+from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
-from circuits.layers import Weights
-from circuits.learning._samples import checked_labels
 from circuits.learning.em import BankFlows, expected_flows
+from circuits.learning.samples import checked_labels
 from circuits.precision import own_precision
-from circuits.semiring import LogSemiring
-from circuits.transforms._rebuild import normalise
+from circuits.transforms.rebuild import normalise
 from circuits.transforms.units import trim
 
 Masks = dict[str, Tensor]

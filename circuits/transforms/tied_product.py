@@ -7,14 +7,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from circuits.compile import CompiledCircuit, check_compiled
 from circuits.constrained import ConstrainedDistribution
+from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
-from circuits.properties import require_compatible
 from circuits.queries.automata import Automaton
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.queries.divergences import log_inner_product
+from circuits.symbolic.properties import require_compatible
 from circuits.transforms.multiply import NormalizedProduct, multiply
 
 

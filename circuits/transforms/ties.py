@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError, StructureError
-from circuits.graph import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import TABLES, Rebuild, normalise
+from circuits.symbolic import Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.transforms.rebuild import TABLES, Rebuild, normalise
 
 
 @own_precision

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Finite
-from circuits.graph import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.engine.compile import CompiledCircuit
+from circuits.families import Finite
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import Rebuild, add_columns
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner, product
+from circuits.transforms.rebuild import Rebuild, add_columns
 
 Groups = dict[Node, Tensor]
 """int64 (K,) per node: the new unit of every old one, -1 where it disappears."""

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
-from circuits.graph import Input, Node, Product, Sum, product
 from circuits.precision import own_precision
-from circuits.transforms._rebuild import Rebuild, add_columns
+from circuits.symbolic import Input, Node, Product, Sum, product
+from circuits.transforms.rebuild import Rebuild, add_columns
 
 
 @own_precision

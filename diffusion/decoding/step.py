@@ -26,7 +26,7 @@ from diffusion.prediction import Prediction
 from diffusion.vocabulary import MappedDistribution
 
 if TYPE_CHECKING:
-    from circuits.passes import Banks
+    from circuits.engine.passes import Banks
 
 _BEFORE_WINDOWS = 1 << 40
 """A place for random numbers that no window begins at."""

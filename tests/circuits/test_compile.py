@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.semiring import LogSemiring, Semiring
+from circuits.engine.semirings import LogSemiring, Semiring
 
 
 def hmm(length=5, states=3, categories=4, **options):
@@ -177,7 +177,7 @@ def test_a_further_semiring_is_one_class(generator):
         def contract(self, log_weights, x, *, weights=None):
             return torch.matmul((log_weights > -torch.inf).double(), x)
 
-    from circuits import passes
+    from circuits.engine import passes
 
     pc = ct.compile(hmm(length=4, states=3), seed=0)
     evidence = ct.Evidence.observe(torch.zeros(2, 4, dtype=torch.int64))

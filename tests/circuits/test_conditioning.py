@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.graph import Input, Product, Sum
+from circuits.symbolic import Input, Product, Sum
 from circuits.testing.oracle import enumerate_explanations, enumerated_log_partition, enumerated_marginals
 
 DOUBLE = torch.float64

@@ -11,11 +11,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits import learning, logspace, passes, precision
-from circuits.layers import Weights
+from circuits import learning, precision
+from circuits.engine import logspace, passes
+from circuits.engine.layers import Weights
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import LogSemiring, MaxSemiring
 from circuits.learning import em
-from circuits.passes import Banks
-from circuits.semiring import LogSemiring, MaxSemiring
 from circuits.testing.conformance import _learning, _numerics
 
 NOT_RAISED = pytest.fail.Exception

@@ -3,7 +3,7 @@
 import torch
 
 import circuits as ct
-from circuits import semirings
+from circuits.engine import semirings
 
 
 class TestSignedSemiring(ct.testing.SemiringTestCase):

@@ -22,7 +22,7 @@ from sklearn.preprocessing import KBinsDiscretizer
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import circuits as ct
-from circuits._columns import columns_of
+from circuits.sklearn.columns import columns_of
 
 
 def small(**options):

@@ -15,8 +15,9 @@ from learning_cases import CLOSE, drawn
 from test_io import json_values, positions_in, rewrite
 
 import circuits as ct
-from circuits import distributions, io, learning
-from circuits._structure import circuit_of, records_of
+from circuits import families as distributions
+from circuits import io, learning
+from circuits.io.records import circuit_of, records_of
 
 K = 3
 FAMILIES = {

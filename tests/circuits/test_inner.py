@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import circuits as ct
-from circuits import choices, passes
-from circuits.layers import SumLayer
+from circuits.engine import choices, passes
+from circuits.engine.layers import SumLayer
 from circuits.queries import basic
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import circuits as ct
 from circuits import io
-from circuits._structure import circuit_of, records_of
 from circuits.files import file_hash
+from circuits.io.records import circuit_of, records_of
 
 
 @pytest.fixture(scope="module")

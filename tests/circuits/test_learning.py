@@ -16,7 +16,8 @@ from query_cases import compiled_with_evidence
 
 import circuits as ct
 from circuits import learning
-from circuits.learning import _learners, _samples
+from circuits.learning import learners as _learners
+from circuits.learning import samples as _samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

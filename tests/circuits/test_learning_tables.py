@@ -7,7 +7,8 @@ from learning_cases import weights_of
 
 import circuits as ct
 from circuits import digests, learning
-from circuits.learning import _arrays, _samples
+from circuits.learning import _arrays
+from circuits.learning import samples as _samples
 
 
 class Recorded:

@@ -9,7 +9,7 @@ import torch
 
 import circuits as ct
 from circuits import plot
-from circuits._layout import Diagram, Vertex, placed
+from circuits.plot.layout import Diagram, Vertex, placed
 
 CIRCUIT = ct.structures.rat_spn(4, 2, 2, 2, 2, seed=0)
 GRAPHS = {

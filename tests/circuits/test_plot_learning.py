@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits import _charts, learning
-from circuits._edge_flows import edge_flows
+from circuits import learning
 from circuits.learning import FitResult
+from circuits.plot import charts
+from circuits.plot.edge_flows import edge_flows
 
 CIRCUIT = ct.structures.mixture(3, 2, num_components=4)
 RESULT = FitResult(
@@ -93,7 +94,7 @@ def drawn_figure(results, monkeypatch):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figures = []
-    monkeypatch.setattr(_charts, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(charts, "save", lambda figure, path: figures.append(figure))
     ct.plot.learning_curves(results, "curves.png")
     (figure,) = figures
     FigureCanvasAgg(figure).draw()
@@ -140,7 +141,7 @@ def test_a_grid_shows_every_image(tmp_path):
 
 
 def test_grids_are_about_square():
-    assert _charts._grid(torch.zeros(5, 4, 4, 3), 3, 1).shape == (2 * 6 + 2, 3 * 6 + 2, 3)
+    assert charts._grid(torch.zeros(5, 4, 4, 3), 3, 1).shape == (2 * 6 + 2, 3 * 6 + 2, 3)
 
 
 @pytest.mark.parametrize(

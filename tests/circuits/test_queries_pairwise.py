@@ -6,7 +6,7 @@ from hypothesis import given
 from query_cases import RELATIVE, all_assignments, compiled_with_evidence, posterior_or_error, soft_function
 
 import circuits as ct
-from circuits.queries import _common
+from circuits.queries import common as _common
 
 
 def enumerated_pairs(pc, posterior):

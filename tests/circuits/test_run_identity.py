@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import circuits as ct
 from circuits import learning
-from circuits.learning._samples import Samples
+from circuits.learning.samples import Samples
 
 X, HELD_OUT = drawn(hmm(7), 60), drawn(hmm(7), 40, seed=1)
 METHODS = {name: name for name in ("em", "minibatch_em", "anemone", "viterbi_em")} | {"adam": adam}

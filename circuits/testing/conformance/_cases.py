@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuits._code import tensor_code
-from circuits.compile import CompiledCircuit, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
-from circuits.graph import Circuit, ParametricNode, build_code, parameter_owner
+from circuits.evidence.code import tensor_code
+from circuits.symbolic import Circuit, ParametricNode, build_code, parameter_owner
 
 _SUPPRESSED = [
     HealthCheck.too_slow,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hypothesis import assume
 
-from circuits.graph import Circuit, Input, Node, Product, Sum
+from circuits.symbolic import Circuit, Input, Node, Product, Sum
 
 _MAX_CONFIGURATIONS = 500
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from circuits import queries
-from circuits.compile import compile
+from circuits.engine.compile import compile
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
-from circuits.graph import Node, ParametricNode
+from circuits.symbolic import Node, ParametricNode
 from circuits.testing.conformance._cases import Case, assert_close, law
 from circuits.testing.conformance._chi_square import assert_distributed
 from circuits.testing.conformance._configurations import configurations

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
 from circuits.testing.conformance._cases import Case, assert_close, law
 from circuits.testing.conformance._structure_cases import StructureCases

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from circuits import learning, queries
-from circuits.compile import CompiledCircuit
-from circuits.distributions import Bernoulli, Categorical
-from circuits.graph import Input
-from circuits.learning._learners import EMName, OptimizerFactory
+from circuits.engine.compile import CompiledCircuit
+from circuits.families import Bernoulli, Categorical
+from circuits.learning.learners import EMName, OptimizerFactory
+from circuits.symbolic import Input
 from circuits.testing.conformance._cases import Case, assert_close, law
 from circuits.testing.conformance._configurations import configurations
 from circuits.testing.conformance._structure_cases import StructureCases

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits import queries
-from circuits.compile import CompiledCircuit, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.io import load, save

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from circuits import learning, queries
-from circuits.compile import compile
+from circuits.engine.compile import compile
 from circuits.errors import CheckpointError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.testing.conformance._cases import Case, law

@@ -10,10 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuits.compile import CompiledCircuit
+from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ImpossibleEvidenceError
 from circuits.evidence import Evidence
-from circuits.graph import Circuit
+from circuits.symbolic import Circuit
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase
 from circuits.testing.oracle import enumerate_explanations, enumerate_joint, enumerated_log_partition

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from circuits import queries, transforms
-from circuits.compile import CompiledCircuit, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.testing.conformance._cases import Case, assert_close, law

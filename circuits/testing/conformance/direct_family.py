@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits import learning, queries
-from circuits.compile import compile
-from circuits.distributions import Distribution
+from circuits.engine.compile import compile
 from circuits.evidence import Evidence
-from circuits.graph import Circuit, inputs, product, sum
+from circuits.families import Distribution
 from circuits.io import load, save
+from circuits.symbolic import Circuit, inputs, product, sum
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, assert_code_rebuilds, law
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits import learning
-from circuits.compile import compile
-from circuits.distributions import Distribution
-from circuits.graph import Circuit, Node, inputs, product, sum
+from circuits.engine.compile import compile
+from circuits.families import Distribution
+from circuits.symbolic import Circuit, Node, inputs, product, sum
 from circuits.testing.conformance._cases import Case, assert_close, law
 from circuits.testing.conformance.structure import StructureTestCase
 

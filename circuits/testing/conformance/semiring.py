@@ -11,10 +11,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuits import passes
-from circuits._code import tensor_code
+from circuits.engine import passes
+from circuits.engine.semirings import Semiring
 from circuits.evidence import Evidence
-from circuits.semiring import Semiring
+from circuits.evidence.code import tensor_code
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, law
 from circuits.testing.conformance._configurations import configurations

@@ -1,0 +1,143 @@
+"""The values of input units with their variable restricted to one class of values after the other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.layers import Weights
+from circuits.engine.passes import Banks
+from circuits.engine.semirings import Semiring
+from circuits.evidence import Evidence
+
+
+def explicit(evidence: Evidence, num_values: int, dtype: torch.dtype, reads: Tensor | None) -> Evidence:
+    """Return the same evidence with every factor written down, dense or listed, where a variable is read, (B, D).
+
+    Lists stay lists where they can, so that nothing of the size of all values is made.
+    """
+    evidence = _one_list(evidence, dtype)
+    is_explicit = evidence.values is not None and evidence.otherwise is None
+    if is_explicit and evidence.missing is not None:
+        is_explicit = not bool((evidence.missing if reads is None else evidence.missing & reads).any())
+    if is_explicit and evidence.values is not None:
+        if evidence.log_factors is not None:
+            return evidence
+        factors = torch.zeros_like(evidence.values, dtype=dtype)
+        return evidence.with_factors(factors, evidence.values.long(), evidence.missing)
+    if evidence.is_dense and evidence.log_factors is not None and evidence.missing is None:
+        return evidence
+    return evidence.with_factors(evidence.dense(num_values, dtype))
+
+
+def _one_list(evidence: Evidence, dtype: torch.dtype) -> Evidence:
+    """Return evidence whose variables are listed in two parts, such as some observed and some not, as one list."""
+    other = evidence.otherwise
+    if other is None or evidence.values is None or other.values is None or other.otherwise is not None:
+        return evidence
+    assert evidence.missing is not None
+    length = max(evidence.values.shape[2], other.values.shape[2])
+    lists = []
+    for part in (evidence, other):
+        assert part.values is not None
+        padding = (0, length - part.values.shape[2])
+        zeros = torch.zeros_like(part.values, dtype=dtype)
+        factors = zeros if part.log_factors is None else part.log_factors.to(dtype)
+        values = torch.nn.functional.pad(part.values.long(), padding)
+        lists.append((values, torch.nn.functional.pad(factors, padding, value=-torch.inf)))
+    (values, factors), (other_values, other_factors) = lists
+    where = evidence.missing.unsqueeze(-1)
+    missing = None if other.missing is None else other.missing & evidence.missing
+    return evidence.with_factors(
+        torch.where(where, other_factors, factors), torch.where(where, other_values, values), missing
+    )
+
+
+def class_leaves(
+    pc: CompiledCircuit,
+    semiring: Semiring,
+    evidence: Evidence,
+    classes: Tensor,  # shape: (V,)
+    num_classes: int,
+    banks: Banks,
+) -> list[Tensor]:  # shape: (F, K, B, num_classes)
+    """Return the log-values of all input units under the evidence on the values of each class alone.
+
+    Args:
+        pc: the circuit.
+        semiring: of log-values.
+        evidence: :func:`explicit`.
+        classes: int64 (V,), the class of every value.
+        num_classes: how many classes there are.
+        banks: the circuit's weights.
+    """
+    if evidence.values is None:
+        parts = [_dense(pc, semiring, evidence, classes == c, banks) for c in range(num_classes)]
+    else:
+        lists = _sorted_lists(evidence, classes, num_classes)
+        sizes = lists.counts.amax((0, 1)).tolist()
+        parts = [_listed(pc, semiring, evidence, lists, c, sizes[c], banks) for c in range(num_classes)]
+    return [torch.stack(layer, -1) for layer in zip(*parts, strict=True)]
+
+
+def _dense(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, chosen: Tensor, banks: Banks) -> list[Tensor]:
+    """Read those rows of the tables only that belong to the chosen values, bool (V,)."""
+    assert evidence.log_factors is not None
+    values = []
+    for position, layer in enumerate(pc.input_layers):
+        own = banks[layer.parameter_rows.bank]
+        members = chosen[: own.log.shape[1]].nonzero().flatten()
+        if not len(members):
+            shape = (*pc.layer_sizes[position], evidence.batch_size)
+            values.append(torch.full(shape, -torch.inf, dtype=pc.dtype, device=pc.device))
+            continue
+        rows = own if len(members) == own.log.shape[1] else Weights(own.log[:, members], own.linear[:, members])
+        part = layer(semiring, Evidence(evidence.log_factors[..., members].to(pc.dtype), None, None), rows)
+        external = banks.external.get(position)
+        if external is not None:
+            restricted = evidence.log_factors.masked_fill(~chosen[: evidence.log_factors.shape[-1]], -torch.inf)
+            part = external.of_inputs(semiring, Evidence(restricted, None, None), layer.variables, part)
+        values.append(part)
+    return values
+
+
+class _Lists(NamedTuple):
+    """Listed values in the order of their classes."""
+
+    values: Tensor
+    """int64 (B, D, k)."""
+    log_factors: Tensor
+    """(B, D, k)."""
+    starts: Tensor
+    """Where in the list a class begins, int64 (B, D, K)."""
+    counts: Tensor
+    """How many values of a class are listed, int64 (B, D, K)."""
+
+
+def _sorted_lists(evidence: Evidence, classes: Tensor, num_classes: int) -> _Lists:
+    assert evidence.values is not None
+    assert evidence.log_factors is not None
+    own = classes[evidence.values].masked_fill(evidence.log_factors == -torch.inf, num_classes)
+    order = own.argsort(dim=-1, stable=True)
+    counts = own.new_zeros(*own.shape[:2], num_classes + 1).scatter_add_(2, own, torch.ones_like(own))[..., :-1]
+    values, log_factors = evidence.values.gather(2, order), evidence.log_factors.gather(2, order)
+    return _Lists(values, log_factors, counts.cumsum(-1) - counts, counts)
+
+
+def _listed(
+    pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, lists: _Lists, c: int, size: int, banks: Banks
+) -> list[Tensor]:
+    """Read the listed values of class c, of which a variable has at most ``size``."""
+    if size == 0:
+        shapes = [(*sizes, evidence.batch_size) for sizes in pc.layer_sizes[: len(pc.input_layers)]]
+        return [torch.full(shape, -torch.inf, dtype=pc.dtype, device=pc.device) for shape in shapes]
+    offset = torch.arange(size, device=lists.values.device)
+    index = (lists.starts[..., c : c + 1] + offset).clamp_max(lists.values.shape[2] - 1)
+    is_listed = offset < lists.counts[..., c : c + 1]
+    factors = lists.log_factors.gather(2, index).masked_fill(~is_listed, -torch.inf)
+    restricted = Evidence(factors.to(pc.dtype), lists.values.gather(2, index), None)
+    return passes.leaves(pc, semiring, restricted, banks)

@@ -1,0 +1,284 @@
+"""A compiled circuit, perhaps given evidence, as a ``torch.distributions.Distribution``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from circuits import queries
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.evidence import Evidence
+from circuits.families import Distribution as InputFamily
+from circuits.precision import own_precision
+
+T = TypeVar("T")
+
+_KEPT = "_kept_"
+
+
+def kept(function: Callable[[Any], Tensor]) -> Any:
+    """Make a property of a method whose answer is kept where nothing that it depends on can change.
+
+    That is without gradients, which an answer that was found without them does not have, and of a distribution that
+    holds its weights: those of the circuit may be others at the next question.
+    """
+    compute, name = own_precision(function), _KEPT + function.__name__
+
+    @functools.wraps(function)
+    def answer(self: Any) -> Tensor:
+        if torch.is_grad_enabled() or not self.holds_weights:
+            return compute(self)
+        if name not in vars(self):
+            vars(self)[name] = compute(self)
+        found: Tensor = vars(self)[name]
+        return found
+
+    return property(answer)
+
+
+def without_kept(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a distribution that are not answers of :func:`kept` properties."""
+    return {name: value for name, value in attributes.items() if not name.startswith(_KEPT)}
+
+
+class CircuitDistribution(Distribution):
+    """The distribution ``p(x)`` of a circuit, or ``p(x | e) = p(x) prod_i e_i(x_i) / Z(e)`` for B queries of evidence.
+
+    ``event_shape`` is (D,); ``batch_shape`` is () without evidence and (B,) with it. Everything is exact, and
+    ``log_prob`` is differentiable in the circuit's weights and the evidence.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: no evidence.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own; with a batch dimension they are for B
+            queries. By default the circuit's own are read when a question is asked.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, or evidence or weights do not fit the circuit or each other.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  - as the base class declares it
+    has_enumerate_support = False
+    summed_out: Tensor | None = None
+    """Variables that the distribution is not over, bool (B, D); what values say of them is ignored."""
+
+    def __init__(
+        self, pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: passes.Banks | None = None
+    ) -> None:
+        check_compiled(pc)
+        if evidence is not None and not isinstance(evidence, Evidence):
+            raise ArgumentError(f"evidence: expected ct.Evidence or None, got {type(evidence).__name__}")
+        num_queries = 1 if weights is None else weights.batch_size
+        if evidence is None and num_queries > 1:
+            evidence = Evidence.nothing(num_queries, pc.circuit.num_vars, pc.device)
+        if evidence is not None:
+            evidence.check(pc.num_categories)
+            if num_queries not in (1, evidence.batch_size):
+                raise ArgumentError(
+                    f"weights: expected weights for {evidence.batch_size} queries like the evidence, or for all, got "
+                    f"{num_queries}"
+                )
+        if pc.circuit.num_classes is not None and (evidence is None or evidence.classes is None):
+            raise passes.class_needed(pc)
+        self.pc = pc
+        self.evidence = evidence
+        self.weights = weights
+        batch_shape = torch.Size() if evidence is None else torch.Size([evidence.batch_size])
+        super().__init__(batch_shape, torch.Size([pc.circuit.num_vars]), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Values from 0 to C - 1 of every variable; whole or real numbers where there are infinitely many."""
+        if self.pc.circuit.is_discrete and 0 not in self.pc.circuit.num_categories:
+            return constraints.independent(constraints.integer_interval(0, self.pc.num_categories - 1), 1)
+        families = {node.var: node.distribution for node in self.pc.circuit.inputs}
+        each = [_support_of(families[var]) for var in range(self.pc.circuit.num_vars)]
+        return constraints.independent(each[0], 1) if len(set(each)) == 1 else _AllOf(each, -1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CircuitDistribution:
+        """Not supported: give evidence for as many queries instead, so that the cost is visible."""
+        raise ArgumentError(
+            f"batch_shape: cannot expand to {tuple(batch_shape)}; repeat the evidence, evidence.rows(index), instead"
+        )
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights are those at its beginning; else they are read when a question is asked."""
+        return self.weights is not None
+
+    @kept
+    def log_partition(self) -> Tensor:
+        """``log Z(e)``, of ``batch_shape``; 0 without evidence."""
+        if self.evidence is None:
+            return torch.zeros((), dtype=self.pc.dtype, device=self.pc.device)
+        return self.pc.log_partition(self.evidence, self.weights)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return ``log p(value | e)``, in nats; -inf where the circuit or the evidence rules a value out.
+
+        Args:
+            value: (*sample_shape, *batch_shape, D), int64 if all families are discrete.
+
+        Returns:
+            (*sample_shape, *batch_shape).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, NaN, or a value outside its variable's categories.
+            ImpossibleEvidenceError: Z(e) = 0.
+        """
+        tail = self.batch_shape + self.event_shape
+        if not isinstance(value, Tensor) or value.shape[-len(tail) :] != tail:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentError(f"value: expected a tensor of shape (..., {', '.join(map(str, tail))}), got {got}")
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ArgumentError("value: expected complete values, got NaN; ct.queries.log_marginal sums variables out")
+        num_samples = value.shape[: value.dim() - len(tail)].numel()
+        x = value.reshape(num_samples, *tail)
+        if self.evidence is None:
+            return self.pc.log_partition(Evidence.observe(x), self.weights).reshape(value.shape[:-1])
+        log_partition: Tensor = self.log_partition
+        if bool((log_partition == -torch.inf).any()):
+            raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+        Evidence.observe(x.flatten(0, 1)).check(self.pc.num_categories)
+        log_joint = self._log_joint(self.evidence, x)
+        return (log_joint - log_partition).reshape(value.shape[:-1])
+
+    def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
+        """Return ``log p(x) prod_i e_i(x_i)``, (S, B), of values x, (S, B, D)."""
+        is_per_query = self.weights is not None and self.weights.batch_size > 1
+        if is_per_query and len(x) > 1:
+            return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
+        factors = _factors_at(x, evidence, self.pc.dtype)
+        observed = x.flatten(0, 1).unsqueeze(-1)
+        scored = evidence
+        if len(x) != 1:  # copies share what they are relative to
+            index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
+            conditions = replace(evidence.with_factors(factors.new_zeros(*x.shape[1:], 1)), reference=None)
+            scored = replace(conditions.rows(index), reference=evidence.reference)
+        summed_out = None if self.summed_out is None else self.summed_out.repeat(len(x), 1)
+        scored = scored.with_factors(factors.flatten(0, 1).unsqueeze(-1), observed, summed_out)
+        return self.pc.log_partition(scored, self.weights).reshape(x.shape[:2])
+
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw exact, independent samples: int64 (*sample_shape, *batch_shape, D).
+
+        Raises:
+            ImpossibleEvidenceError: Z(e) = 0.
+        """
+        shape = torch.Size(sample_shape)
+        draws = self.query(queries.sample, max(1, shape.numel()), generator=generator)[: shape.numel()]
+        return draws.reshape(*shape, *self.batch_shape, *self.event_shape)
+
+    @kept
+    def marginal_probs(self) -> Tensor:
+        """``p(x_i = v | e)``, (*batch_shape, D, C); rows sum to 1, values that a variable does not have are 0."""
+        if self.evidence is not None:
+            return self.query(queries.marginals)
+        nothing = Evidence.nothing(1, self.pc.circuit.num_vars, self.pc.device)
+        return queries.marginals(self.pc, nothing, weights=self.weights)[0]
+
+    def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Put a query of :mod:`circuits.queries` about this distribution: with its circuit, evidence and weights.
+
+        ``dist.query(ct.queries.latent_marginals, nodes=["transition3"])`` is one.
+
+        Args:
+            function: takes the circuit first, then ``arguments``, and ``evidence`` and perhaps ``weights`` by name.
+            arguments: what follows the circuit.
+            options: further arguments by name.
+        """
+        if self.weights is not None:
+            options["weights"] = self.weights
+        return function(self.pc, *arguments, evidence=self.evidence, **options)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of every variable's value, taken as a number: (*batch_shape, D)."""
+        return self.query(queries.mean).reshape(*self.batch_shape, *self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of every variable's value, taken as a number: (*batch_shape, D)."""
+        return self.query(queries.variance).reshape(*self.batch_shape, *self.event_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The values of the most probable explanation, int64 (*batch_shape, D): over latents and values together.
+
+        It is the most probable x itself only if the circuit is deterministic; that maximum is NP-hard in general.
+        """
+        return self.query(queries.mpe).assignment.reshape(*self.batch_shape, *self.event_shape)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy, in nats, of ``batch_shape``, where it is exact: independent variables, or a single one.
+
+        Raises:
+            PropertyError: the circuit has mixtures over several variables; their entropy is intractable in general.
+        """
+        if not self.pc.circuit.is_deterministic and self.pc.circuit.num_vars > 1:
+            raise PropertyError(
+                f"the entropy of {self.pc.circuit}, which mixes over several variables, is intractable in general; "
+                "estimate it with -dist.log_prob(dist.sample([1000])).mean(0)"
+            )
+        return torch.special.entr(self.marginal_probs).sum((-1, -2))
+
+    def __repr__(self) -> str:
+        return (
+            f"CircuitDistribution({self.pc.circuit}, batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)})"
+        )
+
+
+class _AllOf(constraints.stack):
+    """Vectors each of whose entries satisfies a constraint of its own."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return super().check(value).all(self.dim)
+
+
+def _support_of(family: InputFamily) -> constraints.Constraint:
+    if family.num_values:
+        return constraints.integer_interval(0, family.num_values - 1)
+    return constraints.nonnegative_integer if family.is_discrete else constraints.real
+
+
+def _factors_at(
+    x: Tensor,  # shape: (S, B, D)
+    evidence: Evidence,
+    dtype: torch.dtype,
+) -> Tensor:  # shape: (S, B, D)
+    """Return the log-factors ``log e_i(x_i)`` of S values per query and variable."""
+    if evidence.values is not None:
+        factors = torch.zeros_like(evidence.values, dtype=dtype)
+        factors = factors if evidence.log_factors is None else evidence.log_factors.to(dtype)
+        found = factors.masked_fill(evidence.values != x.unsqueeze(-1), -torch.inf).amax(-1)
+    elif evidence.bounds is not None:
+        lower, upper = evidence.bounds.unbind(-1)
+        found = torch.where((lower < x) & (x <= upper), 0.0, -torch.inf).to(dtype)
+    elif evidence.normal is not None:
+        mean, std = evidence.normal.to(dtype).unbind(-1)
+        found = -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    else:
+        assert evidence.log_factors is not None
+        found = _picked(evidence.log_factors.to(dtype), x.long())
+    if evidence.missing is None:
+        return found
+    rest = torch.zeros_like(found) if evidence.otherwise is None else _factors_at(x, evidence.otherwise, dtype)
+    return torch.where(evidence.missing, rest, found)
+
+
+def _picked(log_factors: Tensor, x: Tensor) -> Tensor:
+    """Return the factors of the values x, (S, B, D), -inf for values that have none."""
+    exists = (x >= 0) & (x < log_factors.shape[2])
+    index = x.masked_fill(~exists, 0).unsqueeze(-1)
+    picked = log_factors.expand(len(x), -1, -1, -1).gather(3, index).squeeze(-1)
+    return picked.masked_fill(~exists, -torch.inf)

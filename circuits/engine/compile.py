@@ -1,0 +1,395 @@
+"""From a symbolic :class:`~circuits.symbolic.Circuit` to tensors: the module that evaluates its layers.
+
+Each layer is one tensor operation over nodes with the same kind and shapes, and each *bank* is one parameter (P, O, I)
+with all weights of a shape, of which the layers select rows; see :mod:`circuits.engine.plan` for how nodes are
+assigned.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from circuits.arguments import checked_device, checked_dtype, checked_seed
+from circuits.engine import passes
+from circuits.engine.addressing import Address
+from circuits.engine.assembly import built_layer
+from circuits.engine.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, external_weights
+from circuits.engine.input_layers import InputLayer
+from circuits.engine.layers import ProductLayer, SumLayer, Weights
+from circuits.engine.plan import plan_layers
+from circuits.engine.semirings import LogSemiring
+from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.families import Categorical, Direct, Finite
+from circuits.precision import own_precision
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, parameter_owner
+
+_ROWS = 4096
+"""Of a table that is set: copies are made of so many at a time."""
+_DIRICHLET = Categorical(1)  # its initial log-weights do not depend on the number of categories
+
+
+class CompiledCircuit(nn.Module):
+    """A circuit on tensors: an ``nn.Module`` whose call is ``log p(x)``. Build it with :func:`compile`.
+
+    The parameters are unconstrained log-weights, normalised by a log-softmax on every read. So any ``torch.optim``
+    optimizer can move them freely, EM writes the logarithm of its new weights, and a zero weight is -inf and stays so.
+
+    Attributes:
+        circuit: the symbolic circuit.
+        bank: the parameters by name: ``sum_OxI`` of shape (P, O, I), normalised along I; ``input_CxK`` of shape
+            (P, C, K), normalised along C. P counts the distinct parameters of that shape. Families other than
+            categorical ones have ``input_FAMILY_AxB``, with raw parameters as the family defines them.
+        families: the input family of each bank whose name starts with "input".
+    """
+
+    num_categories: Tensor
+
+    def __init__(self, circuit: Circuit, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.circuit = circuit
+        self._plan = plan = plan_layers(circuit)
+        self._named = {node.name: node for node in circuit.nodes if node.name is not None}
+        self.families = plan.families
+        self.bank = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in plan.bank_shapes.items()}
+        )
+        self.sum_banks = [name for name in plan.bank_shapes if name not in plan.families]
+        built = [built_layer(plan, nodes, circuit.num_vars, dtype) for nodes in plan.layers]
+        self.input_layers: Sequence[InputLayer] = cast(
+            Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
+        )
+        self.inner_layers: Sequence[ProductLayer | SumLayer] = cast(
+            Any, nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
+        )
+        self.layer_sizes = plan.layer_sizes
+        self.last_uses = plan.last_uses
+        self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
+        # by bank: the parameters, what they were read as, and how often that had been written into
+        self._cache: dict[str, tuple[Tensor, Weights, int]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.bank.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(iter(self.bank.values())).dtype
+
+    def forward(self, x: Tensor | Evidence, *, weights: passes.Banks | None = None) -> Tensor:
+        """Return ``log p(x)`` of assignments, (B, D), see :meth:`Evidence.observe`, or log Z of any evidence: (B,).
+
+        A circuit with R classes returns (B, R), log p(x | class), unless the evidence names the class.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a value outside its variable's categories.
+        """
+        return self.log_partition(x if isinstance(x, Evidence) else Evidence.observe(x), weights)
+
+    @own_precision
+    def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
+        """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,), differentiable in factors and weights.
+
+        A circuit with R classes returns (B, R), one log Z per class, unless the evidence names the class.
+
+        Args:
+            evidence: for B queries.
+            weights: to use in place of this module's own, see :meth:`weights`.
+        """
+        banks = self.weights() if weights is None else weights
+        return passes.log_root(self, self.leaves(evidence, banks), banks)
+
+    @own_precision
+    def leaves(self, evidence: Evidence, banks: passes.Banks | None = None) -> LayerValues:
+        """Return the log-values of all input units under the evidence: per input layer (F, K, B)."""
+        if not torch.compiler.is_compiling():
+            evidence.check(self.num_categories)
+        return passes.leaves(self, LogSemiring(), evidence, self.weights() if banks is None else banks)
+
+    @own_precision
+    def weights(
+        self, *, external: Mapping[ParametricNode | str, Tensor] | None = None, normalize: bool = True
+    ) -> passes.Banks:
+        """Return the normalised weights of every bank, with those given to single nodes at run time in place.
+
+        Without gradients the own weights are computed once and kept as long as the parameters are what they were: they
+        are compared bit by bit with a copy, so every change is seen, however it was made. A loop of many queries saves
+        the comparison by asking once and passing the result on as ``weights=``.
+
+        Args:
+            external: log-weights by node or name (neural conditioning), for this node alone, not for nodes tied to it:
+                sums (K, I) or (B, K, I), inputs of finite families (C, K) or (B, C, K). Every query takes the result as
+                ``weights=``, and is differentiable in the given tensors.
+            normalize: whether a log-softmax makes each unit's external weights sum to 1 (along I, or C). If not, they
+                are used as they are, and log Z is that of the unnormalised circuit.
+
+        Raises:
+            ArgumentError: a name or node that does not belong to the circuit, a wrong shape, batch sizes that differ,
+                NaN or +inf, or, with ``normalize``, a unit whose weights are all -inf.
+        """
+        own = {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
+        return passes.Banks(own, self._external_weights(external, normalize) if external else None)
+
+    @own_precision
+    def conditions(self, evidence: Evidence) -> Conditions:
+        """Return the part of the evidence that is on latents and on the class, by layer.
+
+        Raises:
+            ArgumentError: a name or node that is no sum node of the circuit, a wrong shape, or a label out of range.
+        """
+        by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        for key, factors in (evidence.latents or {}).items():
+            node = self.sum_node(key)
+            if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
+                raise ArgumentError(
+                    f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
+                    f"units of {node}, got {tuple(factors.shape)}"
+                )
+            layer, row = self.address(node)
+            if row in by_layer[layer]:
+                raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
+            by_layer[layer][row] = factors.to(self.device, self.dtype).t()
+        latents = {
+            layer: LatentFactors(torch.tensor(list(rows), device=self.device), torch.stack(list(rows.values())))
+            for layer, rows in by_layer.items()
+        }
+        return Conditions(latents, self._class_factors(evidence.classes))
+
+    @own_precision
+    def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
+        """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
+        bank, row = self.bank_address(node)
+        if isinstance(self.families.get(bank), Direct):
+            raise ArgumentError(f"node: a {self.families[bank]} has no table of weights; use pc.parameters_of(node)")
+        return (self.weights() if banks is None else banks)[bank].log[row]
+
+    @own_precision
+    def parameters_of(self, node: ParametricNode) -> Tensor:
+        """Return the parameters of one node as its family defines them, for instance rates (1, K); sums (K, I)."""
+        if isinstance(node, Input):
+            return node.distribution.parameters(self.bank_row(node))
+        return self.log_weights(node).exp()
+
+    def bank_row(self, node: ParametricNode) -> Tensor:
+        """Return the unconstrained parameters of one node: sums (K, I), inputs as their family defines them."""
+        bank, row = self.bank_address(node)
+        return self.bank[bank][row]
+
+    @torch.no_grad()
+    def set_weights(self, node: ParametricNode, weights: Tensor) -> None:
+        """Set the weights of one node, and of all nodes tied to it: sums (K, I), inputs (C, K), each >= 0.
+
+        Inputs of other families than categorical take parameters as :meth:`parameters_of` returns them.
+        """
+        bank, row = self.bank_address(node)
+        family = self.families.get(bank)
+        if family is not None and not isinstance(family, Categorical):
+            is_shaped = tuple(weights.shape) == node.parameter_shape
+            problem = family.problem(weights) if is_shaped else f"expected the shape {node.parameter_shape}"
+            if problem:
+                raise ArgumentError(f"weights: {problem} for {node} of {family}, got {tuple(weights.shape)}")
+            self.bank[bank][row] = family.raw(weights.to(self.device, torch.float64)).to(self.dtype)
+            return
+        if tuple(weights.shape) != node.parameter_shape or bool((weights < 0).any()):
+            raise ArgumentError(
+                f"weights: expected numbers >= 0 of shape {node.parameter_shape} for {node}, got {tuple(weights.shape)}"
+            )
+        for own, given in zip(self.bank[bank][row].split(_ROWS), weights.split(_ROWS), strict=True):
+            own.copy_(given.to(self.device, torch.float64).log())
+
+    @torch.no_grad()
+    def randomize(self, *, seed: int | None = None, generator: torch.Generator | None = None) -> None:
+        """Draw all weights, then apply the weights that nodes were given.
+
+        Sums and categorical inputs are drawn from the uniform Dirichlet distribution, others as their family says.
+
+        The draw is made in float32 on the CPU, so one seed gives one circuit on every device and in every dtype.
+        """
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed() if seed is None else generator.manual_seed(seed)
+        for name, parameter in self.bank.items():
+            family = self.families.get(name, _DIRICHLET)
+            parameter.copy_(family.initial(parameter.shape, generator))
+        for node in self._plan.bank_addresses:
+            if node.weights is not None:
+                self.set_weights(node, node.weights)
+
+    def sum_node(self, key: Node | str) -> Sum:
+        """Return the sum node of that name, or the node itself, if it belongs to the circuit."""
+        node = self._node_of("node", key)
+        if not isinstance(node, Sum):
+            raise ArgumentError(f"node: expected a sum node, got {node}")
+        return node
+
+    def address(self, node: Node) -> Address:
+        """Return where a node of the circuit is evaluated: (layer, row)."""
+        try:
+            return self._plan.addresses[node]
+        except KeyError:
+            raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
+
+    def bank_address(self, node: ParametricNode) -> tuple[str, int]:
+        """Return where the parameters of a node are: (bank, row); nodes that share them have one address."""
+        try:
+            return self._plan.bank_addresses[parameter_owner(node)]
+        except KeyError:
+            raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        checked_dtype("dtype", dtype)  # before anything is converted
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        return f"CompiledCircuit({self.circuit}, {self.circuit.num_parameters} parameters, {self.dtype}, {self.device})"
+
+    def _node_of(self, argument: str, key: Node | str) -> Node:
+        node = self._named.get(key) if isinstance(key, str) else key
+        if node not in self._plan.addresses:
+            raise ArgumentError(f"{argument}: {key!r} is no node of {self.circuit} and no name of one")
+        return node
+
+    def _external_weights(
+        self, external: Mapping[ParametricNode | str, Tensor], normalize: bool
+    ) -> dict[int, ExternalWeights]:
+        by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        axes: dict[int, int] = {}
+        for key, log_weights in external.items():
+            node = self._node_of("external", key)
+            if not isinstance(node, ParametricNode):
+                raise ArgumentError(f"external: expected sum or input nodes, which have weights, got {node}")
+            rows, columns = node.parameter_shape
+            if isinstance(node, Input):
+                if not isinstance(node.distribution, Finite):
+                    raise ArgumentError(
+                        f"external: inputs take weights at run time if they have finitely many values, got {node}"
+                    )
+                rows = node.distribution.num_values
+            is_table = isinstance(log_weights, Tensor) and log_weights.dim() in (2, 3)
+            if not is_table or not log_weights.is_floating_point() or log_weights.shape[-2:] != (rows, columns):
+                got = tuple(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
+                raise ArgumentError(
+                    f"external: expected floating-point log-weights ({rows}, {columns}) or (B, {rows}, {columns}) for "
+                    f"{node}, got {got}"
+                )
+            layer, row = self.address(node)
+            if row in by_layer[layer]:
+                raise ArgumentError(f"external: {node} is given twice, by name and by node; give it once")
+            by_layer[layer][row] = log_weights.to(self.device)
+            axes[layer] = -1 if isinstance(node, Sum) else -2
+        return {
+            layer: external_weights(tables, self.layer_sizes[layer][0], self.dtype, axes[layer], normalize=normalize)
+            for layer, tables in by_layer.items()
+        }
+
+    def _class_factors(self, classes: Tensor | None) -> Tensor | None:
+        """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
+        if classes is None:
+            return None
+        num_classes = self.circuit.num_classes
+        if num_classes is None:
+            raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
+        classes = classes.to(self.device)
+        if classes.dim() == 1:
+            if bool(((classes < 0) | (classes >= num_classes)).any()):
+                raise ArgumentError(
+                    f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
+                    f"{int(classes.max())}"
+                )
+            is_other = torch.arange(num_classes, device=self.device).unsqueeze(1) != classes
+            return torch.zeros(is_other.shape, dtype=self.dtype, device=self.device).masked_fill(is_other, -torch.inf)
+        if classes.shape[1] != num_classes:
+            raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
+        return classes.to(self.dtype).t()
+
+    def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
+        if torch.compiler.is_compiling():
+            return self._read_weights(name, parameter)
+        if torch.is_grad_enabled() and parameter.requires_grad:
+            self._cache.pop(name, None)  # a step of an optimizer is likely to follow: free the memory
+            return self._read_weights(name, parameter)
+        with torch.inference_mode(False), torch.no_grad():
+            raw = parameter.detach()
+            cached = self._cache.get(name)
+            if cached is not None and same_bits(cached[0], raw) and cached[1].num_writes == cached[2]:
+                return cached[1]
+            weights = self._read_weights(name, raw)
+            self._cache[name] = (raw.clone(), weights, weights.num_writes)
+        return weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of copies and files: it would triple their size."""
+        return {**vars(self), "_cache": {}}
+
+    def _read_weights(self, name: str, parameter: Tensor) -> Weights:
+        family = self.families.get(name)
+        if family is not None:
+            log = family.read(parameter)
+            return Weights(log, family.linear(log) if isinstance(family, Direct) else None)
+        return Weights(torch.log_softmax(parameter, -1))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    if one.is_contiguous() and other.is_contiguous() and one.numel() * one.element_size() % 8 == 0:
+        one, other = one.view(-1), other.view(-1)
+        return torch.equal(one.view(torch.int64), other.view(torch.int64))  # four times as fast as comparing floats
+    as_integers = torch.int64 if one.element_size() == 8 else torch.int32
+    return torch.equal(one.view(as_integers), other.view(as_integers))
+
+
+def compile(
+    circuit: Circuit,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    backend: Literal["torch", "pyjuice"] = "torch",
+) -> CompiledCircuit:
+    """Compile a circuit onto tensors, randomly initialised but for the weights that its nodes were given.
+
+    Args:
+        circuit: the symbolic circuit.
+        device: where the parameters live.
+        dtype: torch.float32 or torch.float64.
+        seed: for the initial weights; fresh entropy when neither it nor ``generator`` is given.
+        generator: a CPU generator, instead of ``seed``.
+        backend: "torch", or "pyjuice": PyJuice's CUDA kernels, see :class:`~circuits.interop.backend.JuiceCircuit`.
+
+    Raises:
+        ArgumentError: an argument has a wrong type or value, or device or backend are not here.
+    """
+    if not isinstance(circuit, Circuit):
+        raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
+    checked_dtype("dtype", dtype)
+    if seed is not None and generator is not None:
+        raise ArgumentError("seed: give either seed or generator, not both")
+    checked_seed("seed", seed)
+    if backend not in ("torch", "pyjuice"):
+        raise ArgumentError(f"backend: expected 'torch' or 'pyjuice', got {backend!r}")
+    if backend == "pyjuice":
+        from circuits.interop.backend import compile_with_pyjuice
+
+        return compile_with_pyjuice(circuit, device, dtype, seed, generator)
+    target = checked_device("device", device)
+    pc = CompiledCircuit(circuit, dtype=dtype)
+    pc.randomize(seed=seed, generator=generator)
+    return pc if target == pc.device else pc.to(target)
+
+
+def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
+    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")

@@ -1,0 +1,407 @@
+"""The input layers of a compiled circuit: log-tables of finite families, and families that are evaluated directly.
+
+Like all layers they evaluate F nodes at once, into values (F, K, B, *E), see :mod:`circuits.engine.layers`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from circuits.engine import logspace
+from circuits.engine.addressing import ParameterRows
+from circuits.engine.layers import Weights
+from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.errors import ArgumentError, PropertyError
+from circuits.evidence import Evidence
+from circuits.families import Direct
+from circuits.randomness import RowGenerators, Source
+
+
+class InputLayer(nn.Module, ABC):
+    """Input units of F nodes of one family with K units each."""
+
+    variables: Tensor
+
+    def __init__(self, variables: Sequence[int], parameters: ParameterRows, num_vars: int) -> None:
+        super().__init__()
+        self.parameter_rows = parameters
+        self.takes_all = list(variables) == list(range(num_vars))
+        self.register_buffer("variables", torch.tensor(variables), persistent=False)
+
+    def forward(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        """Return the sum of ``e(v) p(v)`` over all v of every unit, as values of the semiring (F, K, B, *E)."""
+        if evidence.missing is None:
+            return self._evaluate(semiring, evidence, weights)
+        missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
+        if self._is_all(evidence, missing):
+            return self._evaluate(semiring, evidence, weights)
+        if evidence.otherwise is None:
+            rest = self._without_evidence(semiring, weights)
+        else:
+            rest = self(semiring, evidence.otherwise, weights)
+        if self._is_unneeded(evidence, missing):
+            return rest.expand(len(rest), weights.log.shape[-1], missing.shape[2], *rest.shape[3:])
+        out = self._evaluate(semiring, evidence, weights)
+        return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), rest, out)
+
+    @abstractmethod
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        weights: Weights,
+        node: Tensor,
+        unit: Tensor,
+        query: Tensor,
+        generator: Source,
+    ) -> Tensor:
+        """Choose a value of n reached units, given by ``node``, ``unit`` and ``query`` (n,): shape (n,).
+
+        It is drawn from ``e(v) p(v)`` in the log semiring, and the best in the max semiring.
+        """
+
+    @abstractmethod
+    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Return ``log e(v) + log p(v)`` of all values v of n reached units, (n, C).
+
+        Raises:
+            PropertyError: there are infinitely many values.
+        """
+
+    def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
+        """Whether the evidence says nothing on this layer, and so need not fit its family."""
+        return evidence.otherwise is not None and not torch.compiler.is_compiling() and bool(missing.all())
+
+    def _is_all(self, evidence: Evidence, missing: Tensor) -> bool:
+        """Whether other evidence, which need not fit this layer's family, says nothing on this layer."""
+        return evidence.otherwise is not None and not torch.compiler.is_compiling() and not bool(missing.any())
+
+    @abstractmethod
+    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        """Return the values of all units (F, K, B, *E) where their variables are not missing."""
+
+    @abstractmethod
+    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
+        """Return the values of all units where nothing is known, broadcastable with (F, K, B, *E)."""
+
+    def _of_variables(self, tensor: Tensor) -> Tensor:
+        """Select this layer's variables: (B, D, ...) to (B, F, ...)."""
+        return tensor if self.takes_all else tensor.index_select(1, self.variables)
+
+    def _one(self, semiring: Semiring, like: Tensor) -> Tensor:
+        return semiring.lift(torch.zeros((len(self.variables), 1, 1), dtype=like.dtype, device=like.device))
+
+
+class TableLayer(InputLayer):
+    """Input units of F nodes with equally many categories C: each reads a column of a log-table (C, K)."""
+
+    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        return (
+            self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
+        )
+
+    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
+        if semiring.adds_up:
+            return self._one(semiring, weights.log)
+        return semiring.lift(self.parameter_rows.select(weights.log).amax(1).unsqueeze(-1))
+
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        weights: Weights,
+        node: Tensor,
+        unit: Tensor,
+        query: Tensor,
+        generator: Source,
+    ) -> Tensor:
+        """Choose a value of n reached units, int64 (n,); among listed ones without looking at the others."""
+        if evidence.values is None or evidence.log_factors is None or evidence.missing is not None:
+            return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
+        values = evidence.values[query, self.variables[node]].long()  # (n, k)
+        scores = weights.log[self.parameter_rows.index[node].unsqueeze(1), values, unit.unsqueeze(1)]
+        scores = scores + evidence.log_factors[query, self.variables[node]].to(scores.dtype)
+        return values.gather(1, semiring.choose(scores, generator).unsqueeze(1)).squeeze(1)
+
+    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""
+        scores = weights.log[self.parameter_rows.index[node], :, unit]
+        factors = evidence.pick(query, self.variables[node]).dense(scores.shape[1], scores.dtype)
+        return scores + factors[:, 0, : scores.shape[1]]
+
+    def shares(
+        self,
+        weights: Weights,
+        node: Tensor,  # shape: (n,)
+        values: Tensor | None,  # shape: (n, k)
+        factors: Tensor,  # shape: (n, k)
+        log_values: Tensor,  # shape: (n, K)
+        flows: Tensor,  # shape: (n, K)
+    ) -> Tensor:  # shape: (n, k)
+        """Return how probably n nodes explain their variable and it has each of k values: the adjoint of the layer.
+
+        Args:
+            weights: of the layer's bank.
+            node: rows of the layer.
+            values: of each node's variable; None: all C.
+            factors: their log-factors.
+            log_values: of the node's units under these factors.
+            flows: how probably each of the units explains the variable.
+        """
+        num_categories, num_units = weights.log.shape[1:]
+        row = self.parameter_rows.index[node]
+        if values is not None:
+            places = values + (row * num_categories).unsqueeze(1)
+            tables = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
+            return logspace.mix_adjoint(*tables, places, factors, log_values, flows)
+        out = torch.empty_like(factors[:, :num_categories])
+        for used in row.unique().tolist():
+            here = row == used
+            parts = (part[here] for part in (factors[:, :num_categories], log_values, flows))
+            out[here] = logspace.mix_adjoint(weights.log[used], weights.linear[used], None, *parts)
+        return torch.nn.functional.pad(out, (0, factors.shape[1] - num_categories))
+
+    def _soft(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        num_categories = weights.log.shape[1]
+        factors = self._of_variables(evidence.factors(num_categories))[..., :num_categories]
+        factors = factors.to(weights.log.dtype)  # (B, F, C)
+        batch_size, num_nodes = factors.shape[:2]
+        is_one_matmul = self.parameter_rows.is_tied and num_nodes > 1
+        if is_one_matmul:  # all positions share one table: one GEMM reads it once
+            factors = factors.reshape(batch_size * num_nodes, 1, num_categories)
+        log_table = self.parameter_rows.select(weights.log, expand=not is_one_matmul).transpose(1, 2)
+        table = self.parameter_rows.select(weights.linear, expand=not is_one_matmul).transpose(1, 2)
+        out = semiring.contract(log_table, semiring.lift(factors.permute(1, 2, 0)), weights=table)
+        if is_one_matmul:
+            out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
+        return out
+
+    def _listed(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        assert evidence.values is not None
+        num_categories, num_units = weights.log.shape[1:]
+        values = self._of_variables(evidence.values).long()  # (B, F, k)
+        batch_size, num_nodes, num_listed = values.shape
+        factors = None
+        if evidence.log_factors is not None:
+            factors = self._of_variables(evidence.log_factors).to(weights.log.dtype)
+        if num_listed == 1:
+            out = self._looked_up(values[..., 0].t(), weights.log)
+            return semiring.lift(out if factors is None else out + factors[..., 0].t().unsqueeze(1))
+        assert factors is not None
+        values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
+        log_table, table = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
+        out = semiring.mix(log_table, values, factors.flatten(0, 1), table=table)
+        return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
+
+    def _looked_up(self, values: Tensor, bank: Tensor) -> Tensor:
+        """Return the log-weights of one value per node and query, (F, B) to (F, K, B)."""
+        num_categories, num_units = bank.shape[1:]
+        if self.parameter_rows.is_tied and num_categories <= values.numel():
+            # transposing the one table is cheaper than transposing what is read from it
+            columns = self.parameter_rows.select(bank, expand=False)[0].t().contiguous()
+            return columns.index_select(1, values.flatten()).unflatten(1, values.shape).transpose(0, 1)
+        rows = values + (self.parameter_rows.index * num_categories).unsqueeze(1)
+        read = bank.reshape(-1, num_units).index_select(0, rows.flatten())
+        return read.unflatten(0, values.shape).transpose(1, 2).contiguous()
+
+
+class DirectLayer(InputLayer):
+    """Input units of F nodes of a family that is evaluated at given values."""
+
+    zero: Tensor
+
+    def __init__(
+        self,
+        variables: Sequence[int],
+        parameters: ParameterRows,
+        num_vars: int,
+        distribution: Direct,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(variables, parameters, num_vars)
+        self.distribution = distribution
+        self.register_buffer("zero", torch.zeros((), dtype=dtype), persistent=False)
+
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        weights: Weights,
+        node: Tensor,
+        unit: Tensor,
+        query: Tensor,
+        generator: Source,
+    ) -> Tensor:
+        """Choose a value of n reached units, (n,), in the circuit's dtype."""
+        if isinstance(generator, RowGenerators):
+            raise PropertyError(f"generators by row draw from finitely many values; {self.distribution} has more")
+        parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
+        return self._choose(semiring, evidence.pick(query, self.variables[node]), parameters, generator)
+
+    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Refuse."""
+        raise PropertyError(
+            f"this query needs variables with finitely many values; variable {int(self.variables[0])} is a "
+            f"{self.distribution}"
+        )
+
+    def tilted(self, evidence: Evidence, weights: Weights, slopes: Tensor, centre: Tensor) -> Tensor:
+        """Return the log-values of all units with the further factor ``exp(slope (v - centre))``, (F, K, B).
+
+        Args:
+            evidence: for B queries.
+            weights: of the layer's bank.
+            slopes: broadcastable with (F, K, B).
+            centre: broadcastable with (F, K, B).
+        """
+        read = self.parameter_rows.select(weights.log).double().transpose(1, 2).unsqueeze(2)  # (F, K, 1, S)
+        slopes, centre = slopes.double().unsqueeze(-1), centre.double().unsqueeze(-1)
+        coefficients = torch.cat([-slopes * centre, slopes], -1)
+        coefficients = torch.nn.functional.pad(coefficients, (0, self.distribution.num_statistics - 2))
+        sizes = torch.broadcast_shapes(read.shape[:3], coefficients.shape[:3])
+        moved, log_constant = self.distribution.tilt(
+            read.expand(*sizes, -1).unsqueeze(-1), coefficients.expand(*sizes, -1).unsqueeze(-1)
+        )
+        out = self._under(evidence, moved.squeeze(-1).unbind(-1)) + log_constant[..., 0, 0]
+        return out.to(self.zero.dtype)
+
+    def columns(self, tensor: Tensor) -> Tensor:
+        """Select this layer's variables: (B, D, ...) to (F, 1, B, ...), in the circuit's dtype."""
+        return self._of_variables(tensor).transpose(0, 1).unsqueeze(1).to(self.zero.dtype)
+
+    def _under(self, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the log-values of units with parameters of their own for every query, S of (F, K, B)."""
+        if evidence.missing is None:
+            return self._joint(LogSemiring(), evidence, parameters)
+        if self._is_all(evidence, self._of_variables(evidence.missing)):
+            return self._joint(LogSemiring(), evidence, parameters)
+        rest = torch.zeros_like(parameters[0])
+        if evidence.otherwise is not None:
+            rest = self._under(evidence.otherwise, parameters)
+        if self._is_unneeded(evidence, self._of_variables(evidence.missing)):
+            return rest
+        missing = self._of_variables(evidence.missing).t().unsqueeze(1)
+        return torch.where(missing, rest, self._joint(LogSemiring(), evidence, parameters))
+
+    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+        parameters = self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)  # S of (F, K, 1)
+        out = self._joint(semiring, evidence, parameters)
+        out = out + self.parameter_rows.select(weights.linear).transpose(1, 2)
+        return semiring.lift(out.to(self.zero.dtype))
+
+    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
+        if semiring.adds_up:
+            return self._one(semiring, self.zero)
+        return semiring.lift(self._peak(self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)))
+
+    def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and bool(missing.all())
+
+    def _joint(self, semiring: Semiring, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the log-values of units with given parameters where nothing is missing, (F, K, B)."""
+        if evidence.bounds is not None:
+            return self._in_bounds(semiring, parameters, *self.columns(evidence.bounds).unbind(-1))
+        if evidence.normal is not None:
+            joined, out = self.distribution.times_normal(parameters, *self.columns(evidence.normal).unbind(-1))
+            return out if semiring.adds_up else out + self._peak(joined)
+        return self._listed(semiring, parameters, evidence)
+
+    def _in_bounds(self, semiring: Semiring, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
+        if semiring.adds_up:
+            return self.distribution.log_interval(parameters, lower, upper)
+        best = self.distribution.mode(parameters, lower, upper)
+        is_inside = (lower < best) & (best <= upper) if self.distribution.is_discrete else lower < upper
+        return torch.where(is_inside, self.distribution.log_density(parameters, best), -torch.inf)
+
+    def _listed(self, semiring: Semiring, parameters: Sequence[Tensor], evidence: Evidence) -> Tensor:
+        values, factors = self._checked_list(evidence)
+        parameters = [part.unsqueeze(-1) for part in parameters]
+        scores = self.distribution.log_density(parameters, self.columns(values))  # (F, K, B, k)
+        if factors is not None:
+            scores = scores + self.columns(factors)
+        if scores.shape[-1] == 1:
+            return scores.squeeze(-1)
+        return logspace.log_sum(scores) if semiring.adds_up else scores.amax(-1)
+
+    def _choose(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        parameters: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose a value of n units (n,) for evidence on n single variables (n, 1, ...)."""
+        if evidence.missing is None:
+            return self._known(semiring, evidence, parameters, generator)
+        if self._is_all(evidence, evidence.missing):
+            return self._known(semiring, evidence, parameters, generator)
+        if evidence.otherwise is not None:
+            rest = self._choose(semiring, evidence.otherwise, parameters, generator)
+        else:
+            rest = self._any(semiring, parameters, -torch.inf, torch.inf, generator)
+        if self._is_unneeded(evidence, evidence.missing):
+            return rest
+        return torch.where(evidence.missing[:, 0], rest, self._known(semiring, evidence, parameters, generator))
+
+    def _known(
+        self,
+        semiring: ChoosingSemiring,
+        evidence: Evidence,
+        parameters: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Choose like :meth:`_choose` where nothing is missing."""
+        if evidence.bounds is not None:
+            lower, upper = evidence.bounds[:, 0].unbind(-1)
+            return self._any(semiring, parameters, lower, upper, generator)
+        if evidence.normal is not None:
+            mean, std = evidence.normal[:, 0].to(self.zero.dtype).unbind(-1)
+            joined, _ = self.distribution.times_normal(parameters, mean, std)
+            return self._any(semiring, joined, -torch.inf, torch.inf, generator)
+        values, factors = (None if part is None else part[:, 0] for part in self._checked_list(evidence))
+        assert values is not None
+        scores = self.distribution.log_density([part.unsqueeze(-1) for part in parameters], values)
+        chosen = semiring.choose(scores if factors is None else scores + factors, generator)
+        return values.gather(1, chosen.unsqueeze(1))[:, 0].to(self.zero.dtype)
+
+    def _any(
+        self,
+        semiring: ChoosingSemiring,
+        parameters: Sequence[Tensor],
+        lower: Tensor | float,
+        upper: Tensor | float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        bounds = [torch.as_tensor(bound).to(parameters[0]).expand_as(parameters[0]) for bound in (lower, upper)]
+        if semiring.adds_up:
+            return self.distribution.draw(parameters, bounds[0], bounds[1], generator)
+        return self.distribution.mode(parameters, bounds[0], bounds[1])
+
+    def _peak(self, parameters: Sequence[Tensor]) -> Tensor:
+        free = [torch.full_like(parameters[0], bound) for bound in (-torch.inf, torch.inf)]
+        return self.distribution.log_density(parameters, self.distribution.mode(parameters, free[0], free[1]))
+
+    def _checked_list(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
+        """Return the values and factors of one kind of evidence, (B, D, k); dense factors are those of 0 .. C - 1."""
+        factors = evidence.log_factors
+        if evidence.values is None:
+            assert factors is not None
+            if not self.distribution.is_discrete:
+                raise ArgumentError(
+                    f"log_factors: a {self.distribution} has no list of values; use Evidence.gaussian or "
+                    "Evidence.interval on its variable, and Evidence.where to join kinds of evidence"
+                )
+            return torch.arange(factors.shape[-1], device=factors.device).expand_as(factors), factors
+        if not torch.compiler.is_compiling():
+            values = evidence.values if evidence.values.shape[1] == 1 else self._of_variables(evidence.values)
+            outside = self.distribution.outside(values)
+            if bool(outside.any()):
+                raise ArgumentError(
+                    f"x: expected {self.distribution.domain} for a {self.distribution}, got "
+                    f"{values[outside][0].item()}; use NaN or `observed` for unknown values"
+                )
+        return evidence.values, factors

@@ -1,0 +1,391 @@
+"""Evidence: one log-factor per variable and value.
+
+Hard evidence is 0 at the observed value and -inf elsewhere; a missing variable is 0 everywhere; soft (virtual) evidence
+is any log-weight per value, for instance a language model's logits. All three are the same thing, stored in the
+cheapest of two forms: dense factors (B, D, C), or *listed* values (B, D, k) with -inf for every value not listed.
+Factors on ordered and real variables that need no list are intervals and normal densities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuits.errors import ArgumentError
+from circuits.evidence.checks import (
+    check_distinct,
+    check_factors,
+    check_fits,
+    check_floats,
+    check_integers,
+    check_mask,
+    check_range,
+    checked_pair,
+)
+from circuits.evidence.code import evidence_code
+from circuits.evidence.dense import dense_factors, unlisted_factors
+from circuits.evidence.levels import even_factors
+from circuits.evidence.where import joined
+
+if TYPE_CHECKING:
+    from circuits.symbolic import Sum
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Log-factors on the variables of a batch of B queries; build it with the class methods.
+
+    Attributes:
+        log_factors: (B, D, C) dense, or (B, D, k) for the listed values, or None: 0 for every listed value.
+        values: None when dense, else the listed values, int64 or floating point (B, D, k).
+        missing: bool (B, D), True where every value has log-factor 0; None: nowhere.
+        bounds: lower and upper bounds in place of factors, (B, D, 2).
+        normal: means and standard deviations in place of factors, (B, D, 2).
+        otherwise: evidence on the variables that are missing here; None: none.
+        latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
+        classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
+        reference: evidence that every input unit's value is divided by its value under; see :meth:`relative_to`.
+    """
+
+    log_factors: Tensor | None
+    values: Tensor | None
+    missing: Tensor | None
+    bounds: Tensor | None = None
+    normal: Tensor | None = None
+    otherwise: Evidence | None = None
+    latents: Mapping[Sum | str, Tensor] | None = None
+    classes: Tensor | None = None
+    reference: Evidence | None = None
+
+    @classmethod
+    def observe(cls, x: Tensor, observed: Tensor | None = None) -> Evidence:
+        """Hard evidence ``x``, (B, D), where ``observed``, bool (B, D), is True; everywhere when it is None.
+
+        Args:
+            x: integers, or floating point, where NaN is a missing value. Entries that are not observed are ignored and
+                may hold anything.
+            observed: bool (B, D).
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes.
+        """
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return cls._observe_floats(x, observed)
+        check_integers("x", x, "int64 or floating point (B, D)", dim=2)
+        if observed is None:
+            return cls(None, x.long().unsqueeze(-1), None)
+        check_mask("observed", observed, x.shape)
+        return cls(None, x.long().masked_fill(~observed, 0).unsqueeze(-1), ~observed)
+
+    @classmethod
+    def _observe_floats(cls, x: Tensor, observed: Tensor | None) -> Evidence:
+        check_floats("x", x, "int64 or floating point (B, D)", dim=2)
+        missing = x.isnan()
+        if observed is not None:
+            check_mask("observed", observed, x.shape)
+            missing = missing | ~observed
+        return cls(None, x.masked_fill(missing, 0.0).unsqueeze(-1), missing)
+
+    @classmethod
+    def soft(cls, log_factors: Tensor) -> Evidence:
+        """Soft evidence: any log-factors, (B, D, C); -inf rules a value out; NaN and +inf are errors.
+
+        A variable with fewer than C categories ignores the rest of its row.
+
+        Raises:
+            ArgumentError: wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
+        return cls(log_factors, None, None)
+
+    @classmethod
+    def sparse(cls, values: Tensor, log_factors: Tensor, missing: Tensor | None = None) -> Evidence:
+        """Soft evidence on k listed values per variable; every other value is ruled out.
+
+        Args:
+            values: int64 (B, D, k), distinct within a row but for those ruled out with -inf.
+            log_factors: (B, D, k); -inf rules a listed value out too.
+            missing: bool (B, D); True makes every value of that variable possible with log-factor 0.
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes, or a factor that is NaN or +inf.
+        """
+        check_integers("values", values, "int64 (B, D, k)", dim=3)
+        check_factors("log_factors", log_factors, "(B, D, k)", dim=3)
+        if values.shape != log_factors.shape:
+            raise ArgumentError(
+                f"log_factors: expected the shape of values, {tuple(values.shape)}, got {tuple(log_factors.shape)}"
+            )
+        if missing is not None:
+            check_mask("missing", missing, values.shape[:2])
+        check_distinct(values, log_factors)
+        return cls(log_factors, values.long(), missing)
+
+    @classmethod
+    def mixed(cls, x: Tensor, observed: Tensor, log_factors: Tensor) -> Evidence:
+        """Hard evidence ``x`` (B, D) where ``observed`` (B, D), soft evidence ``log_factors`` (B, D, C) elsewhere.
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, or a factor that is NaN or
+                +inf.
+        """
+        check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
+        check_integers("x", x, "int64 (B, D)", dim=2)
+        check_mask("observed", observed, x.shape)
+        if log_factors.shape[:2] != x.shape:
+            raise ArgumentError(
+                f"log_factors: expected (B, D, C) with (B, D) = {tuple(x.shape)}, got {tuple(log_factors.shape)}"
+            )
+        num_values = log_factors.shape[-1]
+        check_range(x.masked_fill(~observed, 0), num_values, "x")
+        hard = torch.full_like(log_factors, -torch.inf)
+        hard.scatter_(2, x.long().masked_fill(~observed, 0).unsqueeze(-1), 0.0)
+        return cls(torch.where(observed.unsqueeze(-1), hard, log_factors), None, None)
+
+    @classmethod
+    def interval(cls, lower: Tensor, upper: Tensor) -> Evidence:
+        """Evidence that ``lower < x_i <= upper``: log Z is the log-probability of the box.
+
+        With ``lower`` = -inf it is the cumulative distribution at ``upper``. Categories are ordered by their numbers.
+
+        Args:
+            lower: floating point (B, D); -inf where there is no bound.
+            upper: floating point (B, D); +inf where there is no bound.
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes, or a bound that is NaN.
+        """
+        bounds = checked_pair("lower", lower, "upper", upper)
+        if bool(bounds.isnan().any()):
+            raise ArgumentError("lower, upper: expected numbers or infinities, got NaN; use -inf and +inf for no bound")
+        return cls(None, None, None, bounds=bounds)
+
+    @classmethod
+    def gaussian(cls, mean: Tensor, std: Tensor) -> Evidence:
+        """Soft evidence with the factor ``e_i(v) = N(v; mean, std^2)``: the value was measured with normal noise.
+
+        Args:
+            mean: the measurements, floating point (B, D).
+            std: the standard deviations of their noise, floating point (B, D), > 0.
+
+        Raises:
+            ArgumentError: wrong shapes or dtypes, or numbers that are not finite or not positive.
+        """
+        normal = checked_pair("mean", mean, "std", std)
+        if not bool(normal.isfinite().all() & (normal[..., 1] > 0).all()):
+            raise ArgumentError("mean, std: expected finite numbers, std > 0; use Evidence.where for missing variables")
+        return cls(None, None, None, normal=normal)
+
+    @classmethod
+    def where(cls, condition: Tensor, one: Evidence, other: Evidence) -> Evidence:
+        """Evidence ``one`` on the variables where ``condition`` is True, evidence ``other`` elsewhere.
+
+        Evidence on latents and on the class is that of both; of a latent that both have factors on, ``one``'s count.
+        Each variable stays relative to what it was relative to.
+
+        Args:
+            condition: bool (B, D) or (D,).
+            one: for B queries over D variables.
+            other: the same.
+
+        Raises:
+            ArgumentError: shapes that do not fit, or both name the class.
+        """
+        return joined(condition, one, other)
+
+    @classmethod
+    def nothing(cls, batch_size: int, num_vars: int, device: torch.device | str | None = None) -> Evidence:
+        """Evidence that says nothing: every variable is missing. Its log-partition is log 1 = 0."""
+        values = torch.zeros(batch_size, num_vars, 1, dtype=torch.int64, device=device)
+        return cls(None, values, torch.ones(batch_size, num_vars, dtype=torch.bool, device=device))
+
+    def with_latents(self, log_factors: Mapping[Sum | str, Tensor]) -> Evidence:
+        """Return the same evidence with log-factors on latent variables too.
+
+        A sum node is a latent variable: which of its child units is used. The factor of child unit i multiplies that
+        child wherever this node uses it, for all of the node's units: in an HMM, ``{"transition3": f}`` with f (B, N)
+        is soft evidence on the hidden state of step 4. Other nodes tied to this one are not touched.
+
+        Args:
+            log_factors: by sum node, or its name: (B, I) for its I child units, in the order of its children; -inf
+                rules a child unit out. They replace what the same key had before.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        for key, factors in log_factors.items():
+            check_factors(
+                f"log_factors[{key!r}]", factors, f"({self.batch_size}, I)", dim=2, batch_size=self.batch_size
+            )
+        return replace(self, latents={**(self.latents or {}), **log_factors})
+
+    def with_class(self, labels: Tensor | int) -> Evidence:
+        """Return the same evidence with the class observed: int64 (B,), or one number for all queries.
+
+        Queries on a circuit with ``num_classes`` then are about p(x | class), and log Z has shape (B,).
+
+        Raises:
+            ArgumentError: a wrong shape or dtype.
+        """
+        if isinstance(labels, int):
+            labels = torch.full((self.batch_size,), int(labels), device=self.device)
+        check_integers("labels", labels, f"int64 ({self.batch_size},)", dim=1)
+        if len(labels) != self.batch_size:
+            raise ArgumentError(f"labels: expected one per query, ({self.batch_size},), got {tuple(labels.shape)}")
+        return replace(self, classes=labels.long())
+
+    def with_class_prior(self, log_prior: Tensor) -> Evidence:
+        """Return the same evidence with log-factors on the classes, for instance their log-prior: (R,) or (B, R).
+
+        Queries on a circuit with ``num_classes`` then are about ``sum_r exp(log_prior_r) p(x | class r)``: one root.
+
+        Raises:
+            ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
+        """
+        if isinstance(log_prior, Tensor) and log_prior.dim() == 1:
+            log_prior = log_prior.expand(self.batch_size, -1)
+        check_factors("log_prior", log_prior, f"(R,) or ({self.batch_size}, R)", dim=2, batch_size=self.batch_size)
+        return replace(self, classes=log_prior)
+
+    def relative_to(self, other: Evidence) -> Evidence:
+        """Return the same evidence with every input unit's value divided by its value under ``other``.
+
+        An input unit n on variable i then is ``sum_v e_i(v) p(v | n) / sum_v o_i(v) p(v | n)``, with o the factors of
+        ``other``, and divided by 1 where the divisor is 0. Soft evidence q on unobserved variables, relative to itself,
+        gives the circuit with leaves ``p(v | n) q_i(v) / Z_n``: q does not move the posterior of the latents then.
+
+        Args:
+            other: for the same queries and variables; what it says on latents and the class does not matter.
+
+        Raises:
+            ArgumentError: ``other`` is no evidence or for other queries, or one of the two is relative already.
+        """
+        if not isinstance(other, Evidence) or (other.batch_size, other.num_vars) != (self.batch_size, self.num_vars):
+            got = f"{other.batch_size, other.num_vars}" if isinstance(other, Evidence) else type(other).__name__
+            raise ArgumentError(
+                f"other: expected evidence for {self.batch_size, self.num_vars} queries and variables, got {got}"
+            )
+        if self.reference is not None or other.reference is not None:
+            raise ArgumentError("other: expected evidence that is not relative yet, relative to such; got it twice")
+        return replace(self, reference=replace(other, latents=None, classes=None))
+
+    def with_factors(
+        self, log_factors: Tensor, values: Tensor | None = None, missing: Tensor | None = None
+    ) -> Evidence:
+        """Return evidence with the same latents, class and reference, and other factors: (B, D, C) if dense.
+
+        Args:
+            log_factors: dense, or of the listed values.
+            values: the listed values, int64 (B, D, k); None: dense.
+            missing: where every value has log-factor 0, bool (B, D); None: nowhere.
+        """
+        kept = replace(self, bounds=None, normal=None, otherwise=None)
+        return replace(kept, log_factors=log_factors, values=values, missing=missing)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no values are listed: every value has a factor."""
+        return self.values is None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._stored.shape[0]
+
+    @property
+    def num_vars(self) -> int:
+        """D."""
+        return self._stored.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the evidence is stored."""
+        return self._stored.device
+
+    @property
+    def _stored(self) -> Tensor:
+        for stored in (self.values, self.log_factors, self.bounds, self.normal):
+            if stored is not None:
+                return stored
+        raise AssertionError("evidence without content")
+
+    def dense(self, num_categories: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
+        return dense_factors(self, num_categories, dtype)
+
+    def factors(self, num_categories: int) -> Tensor:
+        """Return the factors of evidence without listed values, (B, D, C); missing variables are not looked at."""
+        return unlisted_factors(self, num_categories)
+
+    def says_nothing(self, num_categories: Tensor) -> Tensor:
+        """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
+
+        Evidence that is relative to other evidence says nothing only where that does not either.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+        """
+        return even_factors(self, num_categories) == 0
+
+    def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
+        """Take out the factors that all values of a variable share, which no posterior depends on.
+
+        Args:
+            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+
+        Returns:
+            The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
+        """
+        even = even_factors(self, num_categories)
+        is_even = ~even.isnan()
+        if not bool(((even != 0) & is_even).any()):
+            return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
+        return self.without(is_even), even.nan_to_num(0.0).sum(1)
+
+    def rows(self, index: Tensor | slice) -> Evidence:
+        """Return the evidence of some of the B queries."""
+        return self._map(lambda tensor: tensor[index])
+
+    def pick(self, query: Tensor, variable: Tensor) -> Evidence:
+        """Return the evidence on n single variables of given queries, (n,) each, as n queries over one variable."""
+        variables_only = replace(self, latents=None, classes=None, reference=None)
+        return variables_only._map(lambda tensor: tensor[query, variable].unsqueeze(1))
+
+    def to(self, device: torch.device | str) -> Evidence:
+        """Return the evidence on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def check(self, num_categories: Tensor) -> None:
+        """Raise ArgumentError unless the evidence fits variables with these numbers of categories, int64 (D,).
+
+        Variables with 0 categories have infinitely many values; the layers of their input units check these.
+        """
+        check_fits(self, num_categories)
+
+    def without(self, where: Tensor) -> Evidence:
+        """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""
+        missing = where if self.missing is None else self.missing | where
+        otherwise = None if self.otherwise is None else self.otherwise.without(where)
+        return replace(self, missing=missing, otherwise=otherwise)
+
+    def __repr__(self) -> str:
+        """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""
+        return evidence_code(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the code in interactive shells and failing examples too, which otherwise list a dataclass's fields."""
+        printer.text(repr(self))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
+        def mapped(value: Any) -> Any:
+            if isinstance(value, Evidence):
+                return value._map(function)
+            if isinstance(value, Mapping):
+                return {key: function(factors) for key, factors in value.items()}
+            return None if value is None else function(value)
+
+        return replace(self, **{name: mapped(value) for name, value in vars(self).items()})

@@ -1,0 +1,179 @@
+"""Symbolic circuits as plain JSON records, children first, and back. Records that are read are not trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from circuits.errors import ArgumentError, CheckpointError, StructureError
+from circuits.families import FAMILIES, Distribution
+from circuits.schema import check_keys, short
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
+
+_MAX_SCOPE_BYTES = 1 << 32
+_MAX_UNITS = 1 << 31
+_MAX_DERIVED = 1 << 28
+
+AnyNode = TypeVar("AnyNode", bound=Node)
+
+
+def records_of(circuit: Circuit) -> list[dict[str, Any]]:
+    """Return one record per node; nodes are referred to by their positions.
+
+    Which nodes share parameters is all that ties mean, so the first of them stands for their owner, which may lie
+    outside of the circuit or come later.
+    """
+    position = {node: i for i, node in enumerate(circuit.nodes)}
+    first_users: dict[Node, Node] = {}
+    records = []
+    for node in circuit.nodes:
+        record = _record_of(node, position)
+        if isinstance(node, ParametricNode):
+            first_user = first_users.setdefault(parameter_owner(node), node)
+            if first_user is not node:
+                record["tied_to"] = position[first_user]
+        if node.name is not None:
+            record["name"] = node.name
+        records.append(record)
+    return records
+
+
+def circuit_of(records: Any, num_vars: Any, num_classes: Any = None) -> Circuit:
+    """Return the circuit that the records describe.
+
+    Raises:
+        CheckpointError: the records are not what :func:`records_of` returns for some circuit.
+    """
+    if not isinstance(records, list) or not records:
+        raise CheckpointError(f"nodes: expected a list that is not empty, got {short(records)}")
+    num_vars = _integer({"num_vars": num_vars}, "num_vars", 1, len(records))  # every variable has a node of its own
+    if num_vars * len(records) // 8 > _MAX_SCOPE_BYTES:
+        raise CheckpointError(f"nodes: {len(records)} of them over {num_vars} variables would need too much memory")
+    nodes: list[Node] = []
+    for record in records:
+        try:
+            nodes.append(_node_of(record, nodes, num_vars))
+        except (StructureError, ArgumentError, CheckpointError) as error:
+            raise CheckpointError(f"node {len(nodes)} is not valid: {error}") from error
+    try:
+        circuit = Circuit(nodes[-1], num_vars=num_vars, num_classes=num_classes)
+    except (StructureError, ArgumentError) as error:
+        raise CheckpointError(f"the nodes are not a circuit: {error}") from error
+    if len(circuit.nodes) != len(nodes):
+        raise CheckpointError(f"{len(nodes) - len(circuit.nodes)} of {len(nodes)} nodes are not below the last one")
+    return circuit
+
+
+def _record_of(node: Node, position: Mapping[Node, int]) -> dict[str, Any]:
+    children = [position[child] for child in node.children]
+    if isinstance(node, Product):
+        return {"kind": "product", "children": children, "mode": node.mode}
+    if isinstance(node, Sum):
+        return {"kind": "sum", "children": children, "num_units": node.num_units}
+    assert isinstance(node, Input)
+    family = {"family": node.distribution.family, **dataclasses.asdict(cast(Any, node.distribution))}
+    return {"kind": "input", "var": node.var, "num_units": node.num_units, **family}
+
+
+def _node_of(record: Any, nodes: Sequence[Node], num_vars: int) -> Node:
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if kind == "input":
+        distribution = _family_of(record)
+        fields = {field.name for field in dataclasses.fields(cast(Any, distribution))}
+        check_keys(record, {"kind", "var", "num_units", "family"}, {"tied_to", "name"} | fields)
+        num_units = _integer(record, "num_units", 1, _MAX_UNITS)
+        rows, columns = distribution.parameter_shape(num_units)
+        is_derived = rows * columns < distribution.num_values  # so that the size of the file does not bound the table
+        if is_derived and distribution.num_values * num_units > _MAX_DERIVED:
+            raise CheckpointError(f"a {distribution} of {num_units} units would need too much memory")
+        return inputs(
+            _integer(record, "var", 0, num_vars - 1),
+            num_units,
+            distribution,
+            tied_to=_owner_of(record, nodes, Input),
+            name=_name_of(record),
+        )
+    if kind == "product":
+        check_keys(record, {"kind", "children", "mode"}, {"name"})
+        children, mode = _children_of(record, nodes), record["mode"]
+        if mode not in ("elementwise", "outer"):
+            raise CheckpointError(f"mode: expected elementwise or outer, got {short(mode)}")
+        if mode == "outer":
+            _check_outer_units(children)
+        return product(*children, mode=mode, name=_name_of(record))
+    if kind == "sum":
+        check_keys(record, {"kind", "children", "num_units"}, {"tied_to", "name"})
+        return sum(
+            *_children_of(record, nodes),
+            num_units=_integer(record, "num_units", 1, _MAX_UNITS),
+            tied_to=_owner_of(record, nodes, Sum),
+            name=_name_of(record),
+        )
+    raise CheckpointError(f"kind: expected input, product or sum, got {short(kind)} in {short(record)}")
+
+
+def _family_of(record: Mapping[str, Any]) -> Distribution:
+    name = record.get("family")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(f"family: expected one of {', '.join(FAMILIES)}, got {short(name)}")
+    fields = dataclasses.fields(cast(Any, FAMILIES[name]))
+    return FAMILIES[name](**{field.name: _family_argument(record, field.name) for field in fields})
+
+
+def _family_argument(record: Mapping[str, Any], key: str) -> Any:
+    """Return a number, or a tuple of integers; what the family does not expect it refuses itself."""
+    value = record.get(key)
+    if isinstance(value, float):
+        return value
+    if isinstance(value, list):
+        return tuple(_integer({key: item}, key, 0, _MAX_UNITS) for item in value)
+    return _integer(record, key, 0, _MAX_UNITS)
+
+
+def _children_of(record: Mapping[str, Any], nodes: Sequence[Node]) -> list[Node]:
+    positions = record["children"]
+    if not isinstance(positions, list) or not positions:
+        raise CheckpointError(f"children: expected a list of earlier nodes, got {short(positions)}")
+    return [_earlier("children", position, nodes) for position in positions]
+
+
+def _owner_of(record: Mapping[str, Any], nodes: Sequence[Node], kind: type[AnyNode]) -> AnyNode | None:
+    if "tied_to" not in record:
+        return None
+    owner = _earlier("tied_to", record["tied_to"], nodes)
+    if not isinstance(owner, kind):
+        raise CheckpointError(f"tied_to: expected a node of the same kind, got {owner}")
+    return owner
+
+
+def _earlier(key: str, position: Any, nodes: Sequence[Node]) -> Node:
+    if not _is_integer(position) or not 0 <= position < len(nodes):
+        raise CheckpointError(f"{key}: expected an earlier node, 0 to {len(nodes) - 1}, got {short(position)}")
+    return nodes[position]
+
+
+def _name_of(record: Mapping[str, Any]) -> str | None:
+    name = record.get("name")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"name: expected a text, got {short(name)}")
+    return name
+
+
+def _check_outer_units(children: Sequence[Node]) -> None:
+    num_units = 1
+    for child in children:
+        num_units *= child.num_units
+        if num_units > _MAX_UNITS:
+            raise CheckpointError(f"children: an outer product of more than {_MAX_UNITS} units")
+
+
+def _integer(record: Mapping[str, Any], key: str, least: int, greatest: int) -> int:
+    value: Any = record.get(key)
+    if not _is_integer(value) or not least <= value <= greatest:
+        raise CheckpointError(f"{key}: expected an integer from {least} to {greatest}, got {short(value)}")
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,215 @@
+"""Saving and loading compiled circuits: a folder with ``structure.json`` and ``weights.safetensors``, no pickle.
+
+What is read is never trusted: hashes find accidents, and every number is checked before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.arguments import checked_device
+from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.errors import ArgumentError, CheckpointError
+from circuits.files import file_hash, read_folder, regular_size, replace_folder
+from circuits.io.records import circuit_of, records_of
+from circuits.schema import check_keys, short
+from circuits.symbolic import Circuit, Node, ParametricNode, parameter_owner
+
+FORMAT = "unfactor-circuit"
+FORMAT_VERSION = 1
+STRUCTURE_FILE = "structure.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_MAX_STRUCTURE_BYTES = 1 << 28
+
+
+def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
+    """Save a compiled circuit, structure and weights, as a folder.
+
+    The folder is written beside ``path`` and swapped in by renaming, so whoever loads it, at any time, gets the version
+    before or this one. ``weights=`` that nodes were given are not stored; the present weights are.
+
+    Args:
+        pc: the circuit.
+        path: the folder to write; it may be absent, empty, or hold a saved circuit, which is replaced.
+
+    Raises:
+        ArgumentError: ``path`` holds something else, or a weight is NaN or +inf.
+    """
+    from safetensors.torch import save_file
+
+    check_compiled(pc)
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}
+    for name, tensor in weights.items():
+        if not _are_sound(pc, name, tensor):
+            raise ArgumentError(f"pc: {name} has NaN or +inf, or a unit without weight; such a circuit cannot be saved")
+    with replace_folder(path, (STRUCTURE_FILE, WEIGHTS_FILE), kind="a saved circuit") as folder:
+        save_file(weights, folder / WEIGHTS_FILE)
+        structure = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "library_version": _library_version(),
+            "weights_sha256": file_hash(folder / WEIGHTS_FILE),
+            "dtype": str(pc.dtype).removeprefix("torch."),
+            "num_vars": pc.circuit.num_vars,
+            "nodes": records_of(pc.circuit),
+        }
+        if pc.circuit.num_classes is not None:
+            structure["num_classes"] = pc.circuit.num_classes
+        text = json.dumps({"sha256": _structure_hash(structure), **structure}, separators=(",", ":"))
+        if len(text) > _MAX_STRUCTURE_BYTES:
+            raise ArgumentError(f"pc: {pc.circuit} takes {len(text)} bytes; the limit is {_MAX_STRUCTURE_BYTES}")
+        (folder / STRUCTURE_FILE).write_text(text, encoding="ascii")
+
+
+def load(
+    path: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> CompiledCircuit:
+    """Load a compiled circuit that :func:`save` wrote. Nothing in the folder is executed.
+
+    Args:
+        path: the folder.
+        device: where the parameters go.
+        dtype: torch.float32 or torch.float64; None: as they were saved.
+
+    Raises:
+        ArgumentError: a wrong ``dtype``, or a device that is not here.
+        CheckpointError: the folder is missing, corrupt, hostile, or of a newer format version.
+    """
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ArgumentError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype}")
+    target = checked_device("device", device)
+    try:
+        return read_folder(path, _loaded).to(device=target, dtype=dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{Path(path).resolve()}: {error}") from error
+
+
+def _loaded(folder: Path) -> CompiledCircuit:
+    structure = _read_structure(folder / STRUCTURE_FILE)
+    try:
+        check_keys(structure, {"library_version", "weights_sha256", "dtype", "num_vars", "nodes"}, {"num_classes"})
+        circuit = circuit_of(structure["nodes"], structure["num_vars"], structure.get("num_classes"))
+        if not isinstance(structure["dtype"], str) or structure["dtype"] not in _DTYPES:
+            raise CheckpointError(f"dtype: expected float32 or float64, got {short(structure['dtype'])}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{STRUCTURE_FILE}: {error}; save the circuit again") from error
+    dtype = _DTYPES[structure["dtype"]]
+    weights = _read_weights(folder / WEIGHTS_FILE, structure["weights_sha256"], circuit)
+    pc = CompiledCircuit(circuit, dtype=dtype)
+    for name in sorted(pc.bank.keys() | weights.keys()):
+        expected, found = (_form(tensors.get(name)) for tensors in (dict(pc.bank.items()), weights))
+        if found != expected:
+            problem = f"{short(name)} is {found}, and the structure needs {expected}"
+            raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
+        if not _are_sound(pc, name, weights[name]):
+            problem = f"{name} has NaN or +inf, or a unit without weight"
+            raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
+    with torch.no_grad():
+        for name, parameter in pc.bank.items():
+            parameter.copy_(weights[name])
+    return pc
+
+
+def _read_structure(path: Path) -> dict[str, Any]:
+    """Return the contents of the structure file but for its format, version and hash, which are checked here."""
+    try:
+        size = regular_size(path)
+        if size > _MAX_STRUCTURE_BYTES:
+            raise CheckpointError(f"{path.name} has {size} bytes, and the limit is {_MAX_STRUCTURE_BYTES}")
+        structure = json.loads(path.read_bytes())
+        if not isinstance(structure, dict) or structure.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{path.name} does not describe a circuit; give the folder that ct.save wrote")
+        _check_version(structure)
+        if structure.pop("sha256", None) != _structure_hash({"format": FORMAT, **structure}):
+            raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"there is no {path.name}; give the folder that ct.save wrote") from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
+    structure.pop("format_version")
+    return structure
+
+
+def _check_version(structure: Mapping[str, Any]) -> None:
+    version = structure.get("format_version")
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format version {short(version)}, written by unfactor {short(structure.get('library_version'))}; "
+            f"this unfactor reads version {FORMAT_VERSION}: install a newer one"
+        )
+
+
+def _read_weights(path: Path, expected_hash: Any, circuit: Circuit) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file_hash(path) != expected_hash:
+            raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            stored = _total_size(file.get_slice(name).get_shape() for name in names)
+            needed = _num_weights(circuit)
+            if stored != needed:  # before as much as the structure says is allocated
+                problem = f"{stored} weights, and the structure needs {short(needed)}"
+                raise CheckpointError(f"{path.name} has {problem}; save the circuit again")
+            return {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path.name}; save the circuit again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
+    except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is gone
+        raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
+
+
+def _num_weights(circuit: Circuit) -> int:
+    owners: set[Node] = {parameter_owner(node) for node in circuit.nodes if isinstance(node, ParametricNode)}
+    return _total_size(owner.parameter_shape for owner in owners if isinstance(owner, ParametricNode))
+
+
+def _total_size(shapes: Iterable[Sequence[int]]) -> int:
+    total = 0
+    for shape in shapes:
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _form(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _are_sound(pc: CompiledCircuit, bank: str, tensor: Tensor) -> bool:
+    """Whether every unit gets a distribution from them."""
+    if bank in pc.families:
+        return pc.families[bank].is_sound(tensor)
+    greatest = tensor.amax(-1)
+    return bool(((greatest > -torch.inf) & (greatest < torch.inf)).all())  # amax hands NaN on
+
+
+def _structure_hash(structure: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(structure, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _library_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("unfactor")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,56 @@
+"""How much of the data flows through every edge of a circuit's graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from circuits.engine import passes
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.conditioning import LayerValues
+from circuits.engine.semirings import LogSemiring
+from circuits.evidence import Evidence
+from circuits.symbolic import Product, Sum
+
+
+def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...]]:
+    """Return how often a sample uses each edge on average: per node of the circuit, one number per child.
+
+    That is the probability, given the sample and averaged over the samples that are possible, that the latent choices
+    reach the child by this edge (the child as a whole, all its units together). As in learning, nothing is counted at
+    nodes on whose variables nothing is known.
+    """
+    banks = pc.weights()
+    with torch.inference_mode(False), torch.enable_grad():
+        heard = passes.heard_leaves(pc, LogSemiring(), evidence.levelled(pc.num_categories)[0], banks)
+        silent = heard.conditions.silent
+        values = LayerValues([value.detach().requires_grad_() for value in heard], heard.conditions)
+        outputs = [value for value in passes.upward(pc, LogSemiring(), values, banks, keep=True) if value is not None]
+        log_z = outputs[-1][0, 0]
+        possible = log_z != -torch.inf
+        counts = possible.to(log_z.dtype) / possible.sum().clamp_min(1)
+        flows = torch.autograd.grad(log_z, outputs, counts)
+    per_node = []
+    with torch.no_grad():
+        for node in pc.circuit.nodes:
+            layer, row = pc.address(node)
+            flow = flows[layer][row]
+            if isinstance(node, Product):
+                per_node.append((float(flow.sum()),) * len(node.children))
+            elif isinstance(node, Sum):
+                if layer in silent:
+                    flow = flow.masked_fill(silent[layer][row], 0.0)
+                children = [outputs[at[0]][at[1]] for at in map(pc.address, node.children)]
+                shares = _shares(pc.log_weights(node), torch.cat(children), outputs[layer][row], flow)
+                per_node.append(tuple(float(part.sum()) for part in shares.split([c.num_units for c in node.children])))
+            else:
+                per_node.append(())
+    return per_node
+
+
+def _shares(log_weights: Tensor, values: Tensor, mixed: Tensor, flow: Tensor) -> Tensor:
+    """Split the flow (O, B) of sum units among their inputs (I, B): returns (I,)."""
+    is_reached = (flow > 0) & (mixed != -torch.inf)
+    scale = torch.where(is_reached, flow.log() - mixed, -torch.inf)
+    logs = log_weights.unsqueeze(-1) + values + scale.unsqueeze(1)  # (O, I, B)
+    return logs.exp().sum((0, 2))

@@ -1,0 +1,5 @@
+"""Circuits as scikit-learn estimators."""
+
+from circuits.sklearn.density import CircuitDensity
+
+__all__ = ["CircuitDensity"]

@@ -1,0 +1,32 @@
+"""Symbolic circuits: nodes, what is below one root, scopes, structural properties, and how circuits align."""
+
+from circuits.symbolic.circuit import Circuit, build_code
+from circuits.symbolic.nodes import (
+    Input,
+    Node,
+    ParametricNode,
+    Product,
+    ProductMode,
+    Sum,
+    inputs,
+    parameter_owner,
+    product,
+    sum,
+)
+from circuits.symbolic.scopes import format_scope
+
+__all__ = [
+    "Circuit",
+    "Input",
+    "Node",
+    "ParametricNode",
+    "Product",
+    "ProductMode",
+    "Sum",
+    "build_code",
+    "format_scope",
+    "inputs",
+    "parameter_owner",
+    "product",
+    "sum",
+]

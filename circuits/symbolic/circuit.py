@@ -1,0 +1,218 @@
+"""Symbolic circuits: everything below one root, checked when it is built.
+
+A circuit is a directed acyclic graph of *input*, *product* and *sum* nodes (Choi, Vergari, Van den Broeck 2020,
+"Probabilistic Circuits"), see :mod:`circuits.symbolic.nodes`. Nodes are decomposable and smooth by construction, so
+every :class:`Circuit` admits exact marginals.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from circuits.arguments import checked_count
+from circuits.errors import ArgumentError, StructureError
+from circuits.symbolic.nodes import Input, Node, ParametricNode, Product, Sum, parameter_owner
+from circuits.symbolic.scopes import format_scope, variables_of
+
+
+class Circuit:
+    """A symbolic circuit: everything reachable from one root over the variables 0 .. ``num_vars`` - 1.
+
+    Args:
+        root: a node with one unit, or with ``num_classes`` units.
+        num_vars: D; by default the largest variable plus one. Every variable must occur.
+        num_classes: R, for a class-conditional model: unit r of the root is the distribution p(x | class r).
+
+    Raises:
+        StructureError: another number of root units, a variable that does not occur or is out of range, or input nodes
+            that disagree on a variable's number of categories.
+    """
+
+    def __init__(self, root: Node, *, num_vars: int | None = None, num_classes: int | None = None) -> None:
+        if not isinstance(root, Node):
+            if isinstance(root, (list, tuple)):
+                raise StructureError(f"no single root: got {len(root)} nodes {root[:2]}; join them with ct.sum(...)")
+            raise ArgumentError(f"root: expected a node built with ct.inputs, ct.product or ct.sum, got {root!r}")
+        self.num_classes = None if num_classes is None else checked_count("num_classes", num_classes)
+        if num_classes is not None and root.num_units != num_classes:
+            raise StructureError(
+                f"num_classes: {root} has {root.num_units} units, expected one per class, {num_classes}"
+            )
+        if num_classes is None and root.num_units != 1:
+            raise StructureError(
+                f"no single root: {root} has {root.num_units} units, over {_children_text(root)}; "
+                "put ct.sum(root, num_units=1) on top, or say num_classes if each unit is the model of a class"
+            )
+        self.root = root
+        self.nodes = tuple(_children_first(root))
+        self.num_vars = root.scope_bits.bit_length() if num_vars is None else checked_count("num_vars", num_vars)
+        self._check_variables()
+        self._check_names()
+
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """All input nodes, children first."""
+        return tuple(node for node in self.nodes if isinstance(node, Input))
+
+    @cached_property
+    def sums(self) -> tuple[Sum, ...]:
+        """All sum nodes, children first."""
+        return tuple(node for node in self.nodes if isinstance(node, Sum))
+
+    @cached_property
+    def num_categories(self) -> tuple[int, ...]:
+        """C of every variable; 0 where there are infinitely many values."""
+        categories = {node.var: node.distribution.num_values for node in self.inputs}
+        return tuple(categories[var] for var in range(self.num_vars))
+
+    @cached_property
+    def is_discrete(self) -> bool:
+        """Whether all variables have whole numbers as values."""
+        return all(node.distribution.is_discrete for node in self.inputs)
+
+    @property
+    def scope(self) -> frozenset[int]:
+        """The variables of the circuit."""
+        return self.root.scope
+
+    @property
+    def num_units(self) -> int:
+        """How many units the circuit has, over all nodes."""
+        return builtins.sum(node.num_units for node in self.nodes)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many weights the circuit has; tied ones are counted once."""
+        owners = {parameter_owner(node) for node in self.nodes if isinstance(node, ParametricNode)}
+        return builtins.sum(math.prod(owner.parameter_shape) for owner in owners)
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether all children of every sum have its scope; holds for every circuit that could be built."""
+        return all(child.scope_bits == node.scope_bits for node in self.sums for child in node.children)
+
+    @property
+    def is_decomposable(self) -> bool:
+        """Whether the children of every product have disjoint scopes; holds for every circuit that could be built."""
+        products = (node for node in self.nodes if isinstance(node, Product))
+        return all(
+            node.scope_bits.bit_count() == builtins.sum(child.scope_bits.bit_count() for child in node.children)
+            for node in products
+        )
+
+    @cached_property
+    def is_deterministic(self) -> bool:
+        """Whether every sum has one child unit only, so that no assignment has two explanations.
+
+        This is a sufficient condition that the structure alone can show; weights are not looked at.
+        """
+        return all(node.parameter_shape[1] == 1 for node in self.sums)
+
+    @cached_property
+    def is_structured_decomposable(self) -> bool:
+        """Whether products over the same scope decompose it in the same way, see :mod:`circuits.properties`."""
+        from circuits import properties  # which builds on this module
+
+        return properties.is_structured_decomposable(self)
+
+    def node(self, name: str) -> Node:
+        """Return the node of that name; raises ArgumentError if there is none."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        known = sorted(node.name for node in self.nodes if node.name)
+        raise ArgumentError(f"name: no node is called {name!r}; named nodes: {', '.join(known) or 'none'}")
+
+    def __repr__(self) -> str:
+        """Python code that builds the circuit (given weights are left out)."""
+        return build_code(self)
+
+    def __str__(self) -> str:
+        return f"Circuit({self.num_vars} variables, {len(self.nodes)} nodes, {self.num_units} units)"
+
+    def _check_variables(self) -> None:
+        for var in variables_of(self.root.scope_bits):
+            if var >= self.num_vars:
+                node = next(n for n in self.inputs if n.var == var)
+                raise StructureError(
+                    f"unknown variable {var}: {node} is below {self.root}, but num_vars={self.num_vars} allows 0 to "
+                    f"{self.num_vars - 1}"
+                )
+        missing = ((1 << self.num_vars) - 1) & ~self.root.scope_bits
+        if missing:
+            raise StructureError(
+                f"unknown variables {format_scope(missing)}: {self.root} covers "
+                f"{format_scope(self.root.scope_bits)}, but "
+                f"a circuit over num_vars={self.num_vars} needs every variable from 0; renumber the variables"
+            )
+        first: dict[int, Input] = {}
+        for node in self.inputs:
+            other = first.setdefault(node.var, node)
+            if other.distribution.num_values != node.distribution.num_values:
+                raise StructureError(
+                    f"variable {node.var} has {other.distribution.num_values or 'infinitely many'} categories in "
+                    f"{other} and {node.distribution.num_values or 'infinitely many'} in {node}; one variable has one "
+                    "number of categories"
+                )
+            if other.distribution.domain != node.distribution.domain:
+                raise StructureError(
+                    f"variable {node.var} has {other.distribution.domain} as values in {other} and "
+                    f"{node.distribution.domain} in {node}; one variable has one kind of values"
+                )
+
+    def _check_names(self) -> None:
+        named: dict[str, Node] = {}
+        for node in self.nodes:
+            if node.name is not None and named.setdefault(node.name, node) is not node:
+                raise StructureError(
+                    f"two nodes are called {node.name!r}: {named[node.name]} and {node}; names are unique"
+                )
+
+
+def build_code(circuit: Circuit) -> str:
+    """Write Python code that builds the circuit's structure, one line a node."""
+    names = {node: f"n{i}" for i, node in enumerate(circuit.nodes)}
+    first_users: dict[Node, str] = {}
+    lines = ["import circuits as ct"]
+    for node in circuit.nodes:
+        options = f", name={node.name!r}" if node.name else ""
+        if isinstance(node, ParametricNode):
+            first_user = first_users.setdefault(parameter_owner(node), names[node])
+            if first_user != names[node]:
+                options += f", tied_to={first_user}"
+        lines.append(f"{names[node]} = ct.{_build_call(node, [names[child] for child in node.children], options)}")
+    classes = "" if circuit.num_classes is None else f", num_classes={circuit.num_classes}"
+    lines.append(f"circuit = ct.Circuit({names[circuit.root]}{classes})")
+    return "\n".join(lines)
+
+
+def _build_call(node: Node, children: Sequence[str], options: str) -> str:
+    if isinstance(node, Input):
+        return f"inputs({node.var}, {node.num_units}, ct.{node.distribution!r}{options})"
+    if isinstance(node, Product):
+        mode = "" if node.mode == "elementwise" else f", mode={node.mode!r}"
+        return f"product({', '.join(children)}{mode}{options})"
+    return f"sum({', '.join(children)}, num_units={node.num_units}{options})"
+
+
+def _children_first(root: Node) -> Iterator[Node]:
+    """Yield every node below ``root`` once, each after its children, without recursion (chains can be long)."""
+    done: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, children_done = stack.pop()
+        if node in done:
+            continue
+        if children_done:
+            done.add(node)
+            yield node
+            continue
+        stack.append((node, True))
+        stack.extend((child, False) for child in reversed(node.children) if child not in done)
+
+
+def _children_text(node: Node) -> str:
+    return " and ".join(str(child) for child in node.children[:2]) or "no children"

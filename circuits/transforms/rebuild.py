@@ -1,0 +1,219 @@
+"""What the transformations share: building new nodes together with their weights, and compiling them.
+
+A transformation visits the nodes children first and builds a new node for each. :class:`Rebuild` remembers the log
+weights of the new nodes, ties those that came from tied nodes and still have the same weights, and writes all of them
+into the new compiled circuit, which keeps device and dtype of the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from circuits.engine.compile import CompiledCircuit, check_compiled, compile
+from circuits.errors import PropertyError
+from circuits.families import Bernoulli, Categorical, Distribution, Finite
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, inputs, parameter_owner, sum
+
+AnyParametric = TypeVar("AnyParametric", Input, Sum)
+
+TABLES = (Categorical, Bernoulli)
+"""The input families whose parameters are one log-weight per value."""
+
+
+class Rebuild:
+    """Builds the nodes of a new circuit from those of ``pc``."""
+
+    def __init__(self, pc: CompiledCircuit) -> None:
+        check_compiled(pc)
+        self.pc = pc
+        self._parameters: dict[ParametricNode, Tensor] = {}
+        self._heirs: dict[Hashable, list[ParametricNode]] = {}
+
+    def log_weights(self, node: ParametricNode) -> Tensor:
+        """Return the normalised log-weights of an old node, float64: sums (K, I), inputs of finite families (C, K)."""
+        if isinstance(node, Input):
+            check_is_finite(node, "this transformation")
+        with torch.no_grad():
+            return self.pc.log_weights(node).double()
+
+    def raw(self, node: ParametricNode) -> Tensor:
+        """Return the parameters of an old node as they are stored, of any family."""
+        bank, row = self.pc.bank_address(node)
+        return self.pc.bank[bank].detach()[row]
+
+    def input(self, old: Input, units: Tensor | None = None, *, var: int | None = None) -> Input:
+        """Build some units (all if None, perhaps repeated) of ``old`` in its place, perhaps on another variable."""
+        raw, family = self.raw(old), old.distribution
+        if units is not None:
+            family, raw = family.select_units(raw, units.to(raw.device))
+        return self._input(old, family, raw, old.num_units if units is None else len(units), var)
+
+    def table(self, old: Input, log_weights: Tensor, *, var: int | None = None) -> Input:
+        """Build input units with this log-table (C, K') in the place of ``old``, whose family becomes a categorical."""
+        return self._input(old, table_family(old.distribution), log_weights, log_weights.shape[1], var)
+
+    def _input(self, old: Input, family: Distribution, parameters: Tensor, num_units: int, var: int | None) -> Input:
+        key = parameter_owner(old)
+        tied_to = self._heir(key, parameters, family)
+        owner = tied_to if isinstance(tied_to, Input) else None
+        node = inputs(old.var if var is None else var, num_units, family, tied_to=owner, name=old.name)
+        return self._record(node, parameters, key)
+
+    def sum(self, old: Sum, children: Sequence[Node], log_weights: Tensor) -> Sum:
+        """Build sum units with these log-weights (K', I'), in the place of ``old``."""
+        return self.extra_sum(children, log_weights, key=parameter_owner(old), name=old.name)
+
+    def copy(
+        self, old: ParametricNode, children: Sequence[Node], parameters: Tensor, tied_to: ParametricNode | None
+    ) -> ParametricNode:
+        """Build a node like ``old`` that is tied to ``tied_to``, or has parameters of its own if that is None."""
+        if isinstance(old, Input):
+            owner = tied_to if isinstance(tied_to, Input) else None
+            leaf = inputs(old.var, old.num_units, old.distribution, tied_to=owner, name=old.name)
+            return self._record(leaf, parameters)
+        mixed = sum(
+            *children, num_units=old.num_units, tied_to=tied_to if isinstance(tied_to, Sum) else None, name=old.name
+        )
+        return self._record(mixed, parameters)
+
+    def extra_input(
+        self,
+        var: int,
+        distribution: Distribution,
+        parameters: Tensor,
+        *,
+        key: Hashable = None,
+        name: str | None = None,
+    ) -> Input:
+        """Build input units of a family with one column of parameters (..., K') per unit, as an additional node.
+
+        Args:
+            var: their variable.
+            distribution: their family.
+            parameters: as the family stores them, or a log-table.
+            key: what the parameters were made of; nodes of one key that have the same ones are tied. None: no node is.
+            name: of the node.
+        """
+        tied_to = self._heir(key, parameters, distribution)
+        owner = tied_to if isinstance(tied_to, Input) else None
+        return self._record(inputs(var, parameters.shape[-1], distribution, tied_to=owner, name=name), parameters, key)
+
+    def extra_sum(
+        self, children: Sequence[Node], log_weights: Tensor, *, key: Hashable = None, name: str | None = None
+    ) -> Sum:
+        """Build sum units with these log-weights (K', I'), as an additional node; see :meth:`extra_input`."""
+        tied_to = self._heir(key, log_weights)
+        owner = tied_to if isinstance(tied_to, Sum) else None
+        node = sum(*children, num_units=len(log_weights), tied_to=owner, name=name)
+        return self._record(node, log_weights, key)
+
+    def select(self, node: Node, units: Tensor | None) -> Node:
+        """Return a node whose unit k is the unit ``units[k]`` of ``node``: a sum with one-hot weights, if needed."""
+        if units is None or is_identity(units, node.num_units):
+            return node
+        weights = torch.full((len(units), node.num_units), -torch.inf, dtype=torch.float64)
+        weights[torch.arange(len(units)), units.cpu()] = 0.0
+        return self.extra_sum([node], weights)
+
+    def mixture(self, node: Node, log_weights: Tensor) -> Sum:
+        """Build sum units that mix those of ``node`` with log-weights (K', K); of a sum, mix its children instead."""
+        if not isinstance(node, Sum):
+            return self.extra_sum([node], log_weights)
+        inner = torch.log_softmax(self._parameters[parameter_owner(node)].to(log_weights), 1)
+        multiplied = torch.logsumexp(log_weights.unsqueeze(2) + inner, 1)
+        return self._record(sum(*node.children, num_units=len(multiplied), name=node.name), multiplied)
+
+    def compile(self, root: Node, *, has_classes: bool | None = None) -> CompiledCircuit:
+        """Compile what is below ``root``, with the recorded weights.
+
+        Args:
+            root: the new root.
+            has_classes: whether each unit of it is the distribution of a class; None: as in the old circuit.
+        """
+        if has_classes is None:
+            has_classes = self.pc.circuit.num_classes is not None
+        circuit = Circuit(root, num_classes=root.num_units if has_classes else None)
+        new = compile(circuit, dtype=self.pc.dtype, device=self.pc.device, seed=0)
+        with torch.no_grad():
+            for node in circuit.nodes:
+                if isinstance(node, ParametricNode):
+                    bank, row = new.bank_address(node)
+                    new.bank[bank][row] = self._parameters[parameter_owner(node)].to(new.device, new.dtype)
+        return new
+
+    def _heir(self, key: Hashable, parameters: Tensor, family: Distribution | None = None) -> ParametricNode | None:
+        for heir in self._heirs.get(key, []):
+            known = self._parameters[heir]
+            if isinstance(heir, Input) and heir.distribution != family:
+                continue
+            if known.dtype == parameters.dtype and torch.equal(known, parameters):
+                return heir
+        return None
+
+    def _record(self, node: AnyParametric, parameters: Tensor, key: Hashable = None) -> AnyParametric:
+        if node.tied_to is None:
+            self._parameters[node] = parameters
+            if key is not None:
+                self._heirs.setdefault(key, []).append(node)
+        return node
+
+
+def is_identity(units: Tensor, num_units: int) -> bool:
+    """Whether ``units`` is 0 .. ``num_units`` - 1."""
+    return len(units) == num_units and bool((units.cpu() == torch.arange(num_units)).all())
+
+
+def check_is_table(node: Input, operation: str) -> None:
+    """Raise PropertyError unless the units of ``node`` are tables of weights, one per value."""
+    if not isinstance(node.distribution, TABLES):
+        raise PropertyError(
+            f"{operation} needs input units with one weight per value (ct.Categorical, ct.Bernoulli), and {node} is "
+            f"{node.distribution!r}"
+        )
+
+
+def check_is_finite(node: Input, operation: str) -> None:
+    """Raise PropertyError unless the variable of ``node`` has finitely many values."""
+    if not isinstance(node.distribution, Finite):
+        raise PropertyError(
+            f"{operation} needs variables with finitely many values, and {node} is {node.distribution!r}"
+        )
+
+
+def table_family(distribution: Distribution) -> Distribution:
+    """Return the family that takes any table over the values of a finite one."""
+    return distribution if isinstance(distribution, TABLES) else Categorical(distribution.num_values)
+
+
+def normalise(log_weights: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return log-weights that sum to 1 along ``axis``, and the logarithm of what they summed to.
+
+    Where all weights are zero, they become equal: such a unit is never reached, and its log-total of -inf says so.
+    """
+    totals = torch.logsumexp(log_weights, axis, keepdim=True)
+    is_impossible = totals == -torch.inf
+    normalised = (log_weights - totals.masked_fill(is_impossible, 0.0)).masked_fill(is_impossible, 0.0)
+    return torch.log_softmax(normalised, axis), totals.squeeze(axis)
+
+
+def add_columns(log_weights: Tensor, units: Tensor, num_units: int) -> Tensor:
+    """Add up the weights of columns that become one: column i goes to column ``units[i]``, or nowhere where it is -1.
+
+    Args:
+        log_weights: (K, I).
+        units: int64 (I,), from -1 to ``num_units`` - 1.
+        num_units: I', the number of columns of the result.
+    """
+    if is_identity(units, num_units):
+        return log_weights
+    is_kept = units >= 0
+    columns, kept = units[is_kept].to(log_weights.device), log_weights[:, is_kept.to(log_weights.device)]
+    peak = log_weights.new_full((len(log_weights), num_units), -torch.inf)
+    peak = peak.scatter_reduce(1, columns.expand_as(kept), kept, "amax")
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    totals = torch.zeros_like(peak).index_add_(1, columns, (kept - peak[:, columns]).exp())
+    return totals.log() + peak
