@@ -104,6 +104,31 @@ class TableLayer(InputLayer):
             self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
         )
 
+    def of_values(
+        self,
+        semiring: Semiring,
+        factors: Tensor,  # shape: (B, D, C, *E)
+        weights: Weights,
+    ) -> Tensor:  # shape: (F, K, B, *E)
+        """Return the sum over v of factor v times ``p(v)`` of every unit; the factors are values of the semiring."""
+        num_categories, num_nodes = weights.log.shape[1], len(self.variables)
+        if factors.shape[2] < num_categories:
+            raise ArgumentError(
+                f"factors: expected at least {num_categories} values per variable, got {factors.shape[2]} (shape "
+                f"{tuple(factors.shape)})"
+            )
+        factors = self._of_variables(factors)[:, :, :num_categories]  # (B, F, C, *E)
+        batch_size = len(factors)
+        is_one_matmul = self.parameter_rows.is_tied and num_nodes > 1
+        if is_one_matmul:  # all positions share one table: one GEMM reads it once
+            factors = factors.flatten(0, 1).unsqueeze(1)
+        log_table = self.parameter_rows.select(weights.log, expand=not is_one_matmul).transpose(1, 2)
+        table = self.parameter_rows.select(weights.linear, expand=not is_one_matmul).transpose(1, 2)
+        out = semiring.contract(log_table, factors.movedim(0, 2), weights=table)
+        if is_one_matmul:
+            out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
+        return out
+
     def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
         if semiring.adds_up:
             return self._one(semiring, weights.log)
@@ -166,19 +191,8 @@ class TableLayer(InputLayer):
         return torch.nn.functional.pad(out, (0, factors.shape[1] - num_categories))
 
     def _soft(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        num_categories = weights.log.shape[1]
-        factors = self._of_variables(evidence.factors(num_categories))[..., :num_categories]
-        factors = factors.to(weights.log.dtype)  # (B, F, C)
-        batch_size, num_nodes = factors.shape[:2]
-        is_one_matmul = self.parameter_rows.is_tied and num_nodes > 1
-        if is_one_matmul:  # all positions share one table: one GEMM reads it once
-            factors = factors.reshape(batch_size * num_nodes, 1, num_categories)
-        log_table = self.parameter_rows.select(weights.log, expand=not is_one_matmul).transpose(1, 2)
-        table = self.parameter_rows.select(weights.linear, expand=not is_one_matmul).transpose(1, 2)
-        out = semiring.contract(log_table, semiring.lift(factors.permute(1, 2, 0)), weights=table)
-        if is_one_matmul:
-            out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
-        return out
+        factors = evidence.factors(weights.log.shape[1]).to(weights.log.dtype)
+        return self.of_values(semiring, semiring.lift(factors), weights)
 
     def _listed(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         assert evidence.values is not None
