@@ -25,3 +25,11 @@ class ImpossibleEvidenceError(UnfactorError, ValueError):
 
 class CheckpointError(UnfactorError, ValueError):
     """A saved circuit or training state is missing, corrupt, hostile, or of a newer format version."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Long work ended where it was asked to, at a place from which it can go on; the message says where and how.
+
+    It is asked by :func:`circuits.progress.request_stop`, for instance from a signal handler. Like a KeyboardInterrupt
+    it is no :class:`Exception`: what handles errors by going on with the next piece of work is not to swallow it.
+    """

@@ -1,4 +1,4 @@
-"""One progress bar for every long loop."""
+"""What every long loop has: a progress bar, and a place where it looks whether it is to stop."""
 
 from __future__ import annotations
 
@@ -33,3 +33,29 @@ def progress_bar(description: str, total: int, *, enabled: bool, completed: int 
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total, completed=completed, note="")
         yield lambda n=1, note="": progress.update(task, advance=n, note=note)
+
+
+_stop_reason: str | None = None
+
+
+def request_stop(reason: str = "asked to stop") -> None:
+    """Ask long work to end at its next update; safe in a signal handler.
+
+    A run of learning then writes its checkpoint and raises :class:`~circuits.errors.Interrupted`.
+
+    Args:
+        reason: why, for the message; for instance the name of a signal.
+    """
+    global _stop_reason
+    _stop_reason = reason
+
+
+def stop_requested() -> str | None:
+    """Return the reason for which long work is to end, None where it is to go on."""
+    return _stop_reason
+
+
+def forget_stop() -> None:
+    """Let work go on again."""
+    global _stop_reason
+    _stop_reason = None
