@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from operator import attrgetter
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
+from circuits.symbolic.alignment import can_align
+from circuits.symbolic.flat import below_first
 from circuits.symbolic.nodes import Input, Node, ParametricNode, Product, Sum, parameter_owner
 from circuits.symbolic.scopes import format_scope, variables_of
 
@@ -47,7 +50,7 @@ class Circuit:
                 "put ct.sum(root, num_units=1) on top, or say num_classes if each unit is the model of a class"
             )
         self.root = root
-        self.nodes = tuple(_children_first(root))
+        self.nodes = tuple(below_first(root, attrgetter("children")))
         self.num_vars = root.scope_bits.bit_length() if num_vars is None else checked_count("num_vars", num_vars)
         self._check_variables()
         self._check_names()
@@ -114,9 +117,7 @@ class Circuit:
     @cached_property
     def is_structured_decomposable(self) -> bool:
         """Whether products over the same scope decompose it in the same way, see :mod:`circuits.properties`."""
-        from circuits import properties  # which builds on this module
-
-        return properties.is_structured_decomposable(self)
+        return can_align(self.root, self.root)
 
     def node(self, name: str) -> Node:
         """Return the node of that name; raises ArgumentError if there is none."""
@@ -196,22 +197,6 @@ def _build_call(node: Node, children: Sequence[str], options: str) -> str:
         mode = "" if node.mode == "elementwise" else f", mode={node.mode!r}"
         return f"product({', '.join(children)}{mode}{options})"
     return f"sum({', '.join(children)}, num_units={node.num_units}{options})"
-
-
-def _children_first(root: Node) -> Iterator[Node]:
-    """Yield every node below ``root`` once, each after its children, without recursion (chains can be long)."""
-    done: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False)]
-    while stack:
-        node, children_done = stack.pop()
-        if node in done:
-            continue
-        if children_done:
-            done.add(node)
-            yield node
-            continue
-        stack.append((node, True))
-        stack.extend((child, False) for child in reversed(node.children) if child not in done)
 
 
 def _children_text(node: Node) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
 from circuits.families import Categorical, Distribution
+from circuits.symbolic.flat import reduced
 from circuits.symbolic.scopes import bit_of, format_scope, variables_of
 
 ProductMode = Literal["elementwise", "outer"]
@@ -35,6 +36,14 @@ class Node:
         if getattr(self, "_is_built", False):
             raise AttributeError(f"nodes are immutable: cannot set {attribute!r} on {self}; build a new node instead")
         super().__setattr__(attribute, value)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Node:
+        """Return the node itself, for it never changes: a copied circuit knows the nodes of the first."""
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle flat records, not one node inside of the other: recursion would end long chains."""
+        return reduced(self)
 
     @property
     def scope(self) -> frozenset[int]:

@@ -267,3 +267,13 @@ def test_columns_of_missing_values_at_the_end_change_no_hidden_markov_model():
     long = np.concatenate([x, np.full((60, 20), np.nan)], axis=1)
     scores = [small(structure="hmm", num_epochs=5, categories=3).fit(data).score(data) for data in (x, long)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+
+
+def test_an_estimator_of_long_sequences_is_saved_by_joblib(tmp_path):
+    import joblib
+
+    X = np.random.default_rng(0).integers(0, 3, (20, 200))
+    estimator = ct.CircuitDensity("hmm", num_latents=2, num_epochs=1, random_state=0).fit(X)
+    joblib.dump(estimator, tmp_path / "estimator.joblib")
+    loaded = joblib.load(tmp_path / "estimator.joblib")
+    np.testing.assert_array_equal(loaded.score_samples(X), estimator.score_samples(X))

@@ -1,5 +1,9 @@
 """What can be built, and what every invalid structure is told."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 
@@ -152,3 +156,64 @@ def test_a_chain_of_ten_thousand_steps_builds_and_evaluates():
     log_p = pc(torch.zeros(1, 10_000, dtype=torch.int64))
     assert log_p.isfinite().all()
     assert log_p < -1000
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def loaded_by_torch(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, loaded_by_torch], ids=lambda f: f.__name__)
+def test_the_copy_of_a_long_chain_is_the_same_function(copied):
+    """Copies do not go from node to node by recursion, which would end at about a hundred steps."""
+    pc = ct.compile(ct.structures.hmm(400, 2, 3, initial=torch.tensor([0.25, 0.75])), seed=0)
+    x = torch.randint(3, (2, 400), generator=torch.Generator().manual_seed(0))
+    other = copied(pc)
+    assert torch.equal(other(x), pc(x))
+    assert repr(other.circuit) == repr(pc.circuit)  # ties and names
+    assert torch.equal(other.circuit.root.weights, pc.circuit.root.weights)
+    assert len(list(other.parameters())) == len(list(pc.parameters()))
+    assert torch.equal(
+        other.log_weights(other.circuit.node("transition7")), pc.log_weights(pc.circuit.node("transition7"))
+    )
+
+
+def test_averaged_weights_of_a_long_chain():
+    pc = ct.compile(ct.structures.hmm(400, 2, 3), seed=0)
+    x = torch.zeros(1, 400, dtype=torch.int64)
+    averaged = torch.optim.swa_utils.AveragedModel(pc)
+    averaged.update_parameters(pc)
+    assert torch.equal(averaged(x), pc(x))
+
+
+def test_pickled_nodes_stay_the_nodes_of_their_circuit():
+    circuit = ct.structures.hmm(300, 2, 3)
+    node, same, root = pickled([circuit.node("transition150"), circuit, circuit.root])
+    assert same.node("transition150") is node
+    assert same.root is root is same.nodes[-1]
+
+
+def test_what_a_pickled_node_is_tied_to_goes_with_it():
+    """Also where the owner of the parameters is above its user, or outside of the circuit."""
+    outside = leaf(7, weights=torch.full((3, 2), 1 / 3), name="outside")
+    user, alone = leaf(0, tied_to=outside), leaf(1)
+    shared = ct.sum(ct.product(user, alone), num_units=2)
+    late = ct.sum(ct.product(shared, ct.sum(leaf(2), num_units=2, tied_to=shared)), num_units=1)
+    again = pickled(late)
+    first, second = again.children[0].children
+    assert second.tied_to is first
+    owner = first.children[0].children[0].tied_to
+    assert (owner.name, owner.var, owner.scope) == ("outside", 7, {7})
+    assert torch.equal(owner.weights, outside.weights)
+    with pytest.raises(AttributeError, match="immutable"):
+        owner.num_units = 5
+
+
+def test_the_deep_copy_of_a_node_is_the_node():
+    node = leaf()
+    assert copy.deepcopy(node) is node
