@@ -27,7 +27,7 @@ from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical, Direct, Finite
 from circuits.precision import own_precision
-from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, parameter_owner
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, num_free_parameters, parameter_owner
 
 _ROWS = 4096
 """Of a table that is set: copies are made of so many at a time."""
@@ -82,6 +82,12 @@ class CompiledCircuit(nn.Module):
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
         return next(iter(self.bank.values())).dtype
+
+    @property
+    def num_free_parameters(self) -> int:
+        """How many numbers the distribution depends on, as AIC and BIC count them; weights of 0 stay 0: not counted."""
+        owners = self._plan.bank_addresses
+        return sum(num_free_parameters(owner, self.bank_row(owner)) for owner in owners)
 
     def forward(self, x: Tensor | Evidence, *, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log p(x)`` of assignments, (B, D), see :meth:`Evidence.observe`, or log Z of any evidence: (B,).

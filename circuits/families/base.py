@@ -7,6 +7,7 @@ calls them, such as probabilities, rates, means and standard deviations.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -60,6 +61,15 @@ class Distribution(ABC):
     @abstractmethod
     def parameter_shape(self, num_units: int) -> tuple[int, int]:
         """Return the shape of the parameters of K units, mostly (S, K)."""
+
+    def num_free_parameters(self, num_units: int, raw: Tensor | None = None) -> int:
+        """Return how many numbers the distributions of K units depend on: all parameters by default.
+
+        Args:
+            num_units: K.
+            raw: parameters of one node; in a table, weights of 0 are no free numbers.
+        """
+        return math.prod(self.parameter_shape(num_units))
 
     @abstractmethod
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:

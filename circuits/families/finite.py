@@ -29,6 +29,11 @@ class _Table(Finite):
         """Return (C, K)."""
         return self.num_values, num_units
 
+    def num_free_parameters(self, num_units: int, raw: Tensor | None = None) -> int:
+        """Return how many weights are not 0, less one per unit."""
+        num_weights = self.num_values * num_units if raw is None else int((raw > -torch.inf).sum())
+        return num_weights - num_units
+
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw every unit's probabilities from the uniform Dirichlet distribution; these are their logarithms."""
         draw = torch.empty(tuple(shape), dtype=torch.float32).exponential_(generator=generator)
@@ -204,6 +209,10 @@ class DiscretizedLogistic(Finite):
         """Return (2, K)."""
         return 2, num_units
 
+    def num_free_parameters(self, num_units: int, raw: Tensor | None = None) -> int:
+        """Return 2 K; fewer than three values have less freedom."""
+        return min(2, self.num_categories - 1) * num_units
+
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw means between the values, and scales of about a tenth of their number."""
         draw = torch.empty(tuple(shape), dtype=torch.float32).uniform_(-1, 1, generator=generator)
@@ -355,6 +364,11 @@ class EmbeddingCategorical(Finite):
     def parameter_shape(self, num_units: int) -> tuple[int, int]:
         """Return (C + K, R)."""
         return self.num_categories + num_units, self.rank
+
+    def num_free_parameters(self, num_units: int, raw: Tensor | None = None) -> int:
+        """Return the dimension of the logit tables of rank R, each unit up to a constant: R (C - 1 + K - R)."""
+        rank = min(self.rank, self.num_categories - 1, num_units)
+        return rank * (self.num_categories - 1 + num_units - rank)
 
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw normal numbers such that the logits have variance 1."""

@@ -11,7 +11,7 @@ from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, StructureError
 from circuits.learning.em import checked_sample_weights
 from circuits.precision import own_precision
-from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
+from circuits.symbolic import Circuit, ParametricNode, sum
 
 
 @own_precision
@@ -44,15 +44,15 @@ def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | Non
     shares = torch.ones(len(members)) if weights is None else weights.detach().cpu()
     if shares.shape != (len(members),) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < torch.inf:
         raise ArgumentError(f"weights: expected {len(members)} finite numbers >= 0, not all zero, got {weights!r}")
-    copies = [_copied_nodes(member.circuit, f"member{position}.") for position, member in enumerate(members)]
-    roots = [copy[member.circuit.root] for member, copy in zip(members, copies, strict=True)]
+    copies = [member.circuit.with_prefix(f"member{position}.") for position, member in enumerate(members)]
+    roots = [copy.root for copy in copies]
     root = sum(*roots, num_units=roots[0].num_units, name="members")
     circuit = Circuit(root, num_classes=members[0].circuit.num_classes)
     pc = compile(circuit, device=members[0].device, dtype=members[0].dtype, seed=0)
     pc.set_weights(root, torch.kron(shares / shares.sum(), torch.eye(root.num_units)))
     with torch.no_grad():
         for member, copy in zip(members, copies, strict=True):
-            for node, twin in copy.items():
+            for node, twin in zip(member.circuit.nodes, copy.nodes, strict=True):
                 if isinstance(node, ParametricNode) and isinstance(twin, ParametricNode):
                     (bank, row), (new_bank, new_row) = member.bank_address(node), pc.bank_address(twin)
                     pc.bank[new_bank][new_row] = member.bank[bank][row]
@@ -112,26 +112,3 @@ def convex_weights(
             break
         before = now
     return weights / weights.sum()
-
-
-def _copied_nodes(circuit: Circuit, prefix: str) -> dict[Node, Node]:
-    """Return a copy of every node of a circuit: names get the prefix, and shared parameters are shared again."""
-    copies: dict[Node, Node] = {}
-    first_users: dict[ParametricNode, Node] = {}
-    for node in circuit.nodes:
-        name = None if node.name is None else prefix + node.name
-        children = [copies[child] for child in node.children]
-        tie = first_users.get(parameter_owner(node)) if isinstance(node, ParametricNode) else None
-        if isinstance(node, Input):
-            copy: Node = inputs(
-                node.var, node.num_units, node.distribution, tied_to=tie if isinstance(tie, Input) else None, name=name
-            )
-        elif isinstance(node, Sum):
-            copy = sum(*children, num_units=node.num_units, tied_to=tie if isinstance(tie, Sum) else None, name=name)
-        else:
-            assert isinstance(node, Product)
-            copy = product(*children, mode=node.mode, name=name)
-        if isinstance(node, ParametricNode):
-            first_users.setdefault(parameter_owner(node), copy)
-        copies[node] = copy
-    return copies

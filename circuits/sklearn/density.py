@@ -152,6 +152,19 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         """Return the mean log-density of samples, in nats; ``y`` is ignored."""
         return float(np.mean(self.score_samples(X)))
 
+    def aic(self, X: Any) -> float:
+        """Return Akaike's information criterion on samples, ``2 k - 2 log p(X)`` of k numbers: less is better.
+
+        Edges and tails of bins are not counted.
+        """
+        log_likelihood, num_free = self._fit_and_size(X)
+        return 2 * num_free - 2 * float(log_likelihood.sum())
+
+    def bic(self, X: Any) -> float:
+        """Return the Bayesian information criterion on N samples, ``k log N - 2 log p(X)``: less is better."""
+        log_likelihood, num_free = self._fit_and_size(X)
+        return num_free * float(np.log(len(log_likelihood))) - 2 * float(log_likelihood.sum())
+
     def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> Array:
         """Draw samples, (n_samples, D): values of integer columns, numbers uniform within their bin of others.
 
@@ -206,6 +219,11 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         if data.dtype.kind == "u" and data.max() > np.iinfo(np.int64).max:
             raise ArgumentError(f"X: expected integers below 2^63, got {data.max()}")
         return data.astype(np.int64)
+
+    def _fit_and_size(self, X: Any) -> tuple[Array, int]:
+        """Return the log-density of samples, and how many numbers it depends on; R classes have R - 1 shares."""
+        log_density = self.score_samples(X)
+        return log_density, sum(pc.num_free_parameters for pc in self.circuits_) + len(self.circuits_) - 1
 
     def _log_prior(self) -> Array:
         return np.zeros(1) if self.class_prior_ is None else np.log(self.class_prior_)

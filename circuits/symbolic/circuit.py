@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from operator import attrgetter
+from typing import Any
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
 from circuits.symbolic.alignment import can_align
 from circuits.symbolic.flat import below_first
-from circuits.symbolic.nodes import Input, Node, ParametricNode, Product, Sum, parameter_owner
+from circuits.symbolic.nodes import Input, Node, ParametricNode, Product, Sum, num_free_parameters, parameter_owner
 from circuits.symbolic.scopes import format_scope, variables_of
 
 
@@ -92,6 +93,15 @@ class Circuit:
         owners = {parameter_owner(node) for node in self.nodes if isinstance(node, ParametricNode)}
         return builtins.sum(math.prod(owner.parameter_shape) for owner in owners)
 
+    @cached_property
+    def num_free_parameters(self) -> int:
+        """How many numbers the circuit's distribution depends on, as AIC and BIC count them; tied ones once.
+
+        Of weights that sum to 1 the last one follows from the others, and given weights of 0 stay 0.
+        """
+        owners = {parameter_owner(node) for node in self.nodes if isinstance(node, ParametricNode)}
+        return builtins.sum(num_free_parameters(owner) for owner in owners)
+
     @property
     def is_smooth(self) -> bool:
         """Whether all children of every sum have its scope; holds for every circuit that could be built."""
@@ -126,6 +136,39 @@ class Circuit:
                 return node
         known = sorted(node.name for node in self.nodes if node.name)
         raise ArgumentError(f"name: no node is called {name!r}; named nodes: {', '.join(known) or 'none'}")
+
+    def with_prefix(self, prefix: str) -> Circuit:
+        """Return the circuit with ``prefix`` before the name of every named node, all nodes being new ones.
+
+        So circuits that use the same names, such as two HMMs, become parts of one. Ties between nodes stay; with other
+        circuits the new one shares no parameters.
+
+        Raises:
+            ArgumentError: the prefix is no string.
+        """
+        if not isinstance(prefix, str):
+            raise ArgumentError(f"prefix: expected a string, got {prefix!r}")
+        built: dict[Node, Node] = {}
+        heirs: dict[ParametricNode, Any] = {}
+        for node in self.nodes:
+            name = node.name and prefix + node.name
+            children = [built[child] for child in node.children]
+            if isinstance(node, Product):
+                built[node] = Product(children, node.mode, name=name)
+                continue
+            assert isinstance(node, ParametricNode)
+            owner = parameter_owner(node)
+            tied_to = heirs.get(owner)
+            weights = None if tied_to else owner.weights
+            if isinstance(node, Input):
+                new: Input | Sum = Input(
+                    node.var, node.num_units, node.distribution, tied_to=tied_to, weights=weights, name=name
+                )
+            else:
+                new = Sum(children, node.num_units, tied_to=tied_to, weights=weights, name=name)
+            built[node] = new
+            heirs.setdefault(owner, new)
+        return Circuit(built[self.root], num_vars=self.num_vars, num_classes=self.num_classes)
 
     def __repr__(self) -> str:
         """Python code that builds the circuit (given weights are left out)."""

@@ -217,6 +217,16 @@ def parameter_owner(node: ParametricNode) -> ParametricNode:
     return node
 
 
+def num_free_parameters(node: ParametricNode, raw: Tensor | None = None) -> int:
+    """Return how many numbers the units of a node depend on: with these raw parameters, or those it was given."""
+    if raw is None and node.weights is not None:
+        raw = node.distribution.raw(node.weights) if isinstance(node, Input) else node.weights.log()
+    if isinstance(node, Input):
+        return node.distribution.num_free_parameters(node.num_units, raw)
+    num_weights = math.prod(node.parameter_shape) if raw is None else int((raw > -torch.inf).sum())
+    return num_weights - node.num_units
+
+
 def _checked_name(name: str | None) -> str | None:
     if name is not None and (not isinstance(name, str) or not name):
         raise ArgumentError(f"name: expected a non-empty string or None, got {name!r}")

@@ -277,3 +277,26 @@ def test_an_estimator_of_long_sequences_is_saved_by_joblib(tmp_path):
     joblib.dump(estimator, tmp_path / "estimator.joblib")
     loaded = joblib.load(tmp_path / "estimator.joblib")
     np.testing.assert_array_equal(loaded.score_samples(X), estimator.score_samples(X))
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_information_criteria_are_those_of_the_textbook(targets):
+    """A mixture of K components of D variables with C values: K - 1 + K D (C - 1) numbers a class, and shares."""
+    random = np.random.default_rng(0)
+    X, y = random.integers(0, 3, (60, 4)), np.arange(60) % 2
+    estimator = ct.CircuitDensity("mixture", num_latents=2, num_epochs=3, random_state=0).fit(X, y if targets else None)
+    count = 1 + 2 * 4 * 2
+    count = 2 * count + 1 if targets else count
+    total = estimator.score_samples(X).sum()
+    assert estimator.aic(X) == pytest.approx(2 * count - 2 * total)
+    assert estimator.bic(X) == pytest.approx(count * np.log(60) - 2 * total)
+
+
+def test_the_criterion_prefers_as_many_components_as_the_data_have():
+    random = np.random.default_rng(0)
+    kind = random.integers(0, 2, 400)
+    X = (random.random((400, 6)) < np.where(kind, 0.9, 0.1)[:, None]).astype(int)
+    criteria = [
+        ct.CircuitDensity("mixture", num_latents=k, num_epochs=30, random_state=0).fit(X).bic(X) for k in (1, 2, 6)
+    ]
+    assert np.argmin(criteria) == 1

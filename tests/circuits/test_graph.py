@@ -217,3 +217,70 @@ def test_what_a_pickled_node_is_tied_to_goes_with_it():
 def test_the_deep_copy_of_a_node_is_the_node():
     node = leaf()
     assert copy.deepcopy(node) is node
+
+
+def test_a_prefix_renames_and_nothing_else():
+    circuit = ct.structures.hmm(4, 2, 3, initial=torch.tensor([0.25, 0.75]))
+    left = circuit.with_prefix("left_")
+    assert {node.name for node in left.nodes if node.name} == {f"left_{n.name}" for n in circuit.nodes if n.name}
+    assert repr(left).replace("left_", "") == repr(circuit)
+    assert torch.equal(left.root.weights, circuit.root.weights)
+    assert not set(left.nodes) & set(circuit.nodes)
+    x = torch.randint(3, (5, 4), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ct.compile(left, seed=0)(x), ct.compile(circuit, seed=0)(x))
+    with pytest.raises(ct.ArgumentError, match="prefix: expected a string, got 3"):
+        circuit.with_prefix(3)
+
+
+def test_given_weights_of_an_owner_outside_of_the_circuit_stay_under_a_prefix():
+    outside = leaf(7, weights=torch.tensor([[0.5, 0.1], [0.2, 0.2], [0.3, 0.7]]))
+    pair = ct.product(leaf(0, tied_to=outside, name="a"), leaf(1, tied_to=outside))
+    circuit = ct.Circuit(ct.sum(pair, num_units=1, weights=torch.tensor([[0.5, 0.5]])))
+    x = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    torch.testing.assert_close(ct.compile(circuit.with_prefix("b_"))(x), ct.compile(circuit)(x))
+
+
+def test_a_mixture_of_hidden_markov_models_is_the_mean_of_its_parts():
+    tables = [ct.testing.enumerate_joint(ct.compile(ct.structures.hmm(3, 2, 2), seed=seed)).exp() for seed in range(2)]
+    parts = [ct.structures.hmm(3, 2, 2).with_prefix(f"part{i}_") for i in range(2)]
+    pc = ct.compile(ct.Circuit(ct.sum(*(part.root for part in parts), num_units=1)), seed=0)
+    for seed, part in enumerate(parts):
+        alone = ct.compile(ct.structures.hmm(3, 2, 2), seed=seed)
+        for node, own in zip(part.nodes, alone.circuit.nodes, strict=True):
+            if isinstance(node, ct.Sum | ct.Input):
+                pc.set_weights(node, alone.parameters_of(own))
+    pc.set_weights(pc.circuit.root, torch.tensor([[0.3, 0.7]]))
+    torch.testing.assert_close(ct.testing.enumerate_joint(pc).exp(), 0.3 * tables[0] + 0.7 * tables[1])
+
+
+def test_free_parameters_are_those_of_the_textbook():
+    hmm = ct.structures.hmm
+    assert hmm(20, 3, 5).num_free_parameters == 2 + 3 * 2 + 3 * 4
+    assert ct.compile(hmm(20, 3, 5)).num_free_parameters == 20
+    assert hmm(20, 3, 5, homogeneous=False).num_free_parameters == 2 + 19 * 3 * 2 + 20 * 3 * 4
+    assert ct.structures.fully_factorized(4, 3).num_free_parameters == 4 * 2
+    assert hmm(5, 2, ct.Gaussian()).num_free_parameters == 1 + 2 + 2 * 2
+    assert hmm(5, 2, ct.Poisson()).num_free_parameters == 1 + 2 + 2
+    assert hmm(5, 2, ct.Binomial(9)).num_free_parameters == 1 + 2 + 2
+    assert hmm(5, 2, ct.Bernoulli()).num_free_parameters == 1 + 2 + 2
+    assert hmm(5, 2, ct.DiscretizedLogistic(9)).num_free_parameters == 1 + 2 + 2 * 2
+    assert hmm(5, 2, ct.DiscretizedLogistic(2)).num_free_parameters == 1 + 2 + 2
+    assert ct.structures.naive_bayes(3, 2, 4).num_free_parameters == 3 + 3 * 4  # the indicators of the class are fixed
+
+
+def test_weights_of_zero_are_not_free():
+    bakis = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
+    circuit = ct.structures.hmm(6, 3, 4, transition=bakis)
+    assert circuit.num_free_parameters == 2 + 2 + 3 * 3
+    pc = ct.compile(circuit)
+    assert pc.num_free_parameters == 2 + 2 + 3 * 3
+    pc.set_weights(pc.circuit.node("emission0"), torch.eye(4)[:, :3])
+    assert pc.num_free_parameters == 2 + 2
+
+
+def test_free_parameters_of_a_low_rank_table_are_the_rank_of_its_jacobian():
+    """C = 5 logits of K = 4 units from vectors of R = 2 numbers, each unit's up to a constant."""
+    family = ct.EmbeddingCategorical(5, 2)
+    raw = family.initial((1, *family.parameter_shape(4)), torch.Generator().manual_seed(0)).double()
+    jacobian = torch.autograd.functional.jacobian(family.read, raw).reshape(5 * 4, -1)
+    assert int(torch.linalg.matrix_rank(jacobian, rtol=1e-9)) == family.num_free_parameters(4) == 12
