@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from circuits.files import file_hash, replace_file, replace_folder
+from circuits.files import file_hash, replace_file
+from circuits.store import replace_folder
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

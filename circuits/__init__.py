@@ -12,6 +12,7 @@ from circuits.errors import (
     ImpossibleEvidenceError,
     Interrupted,
     PropertyError,
+    StorageError,
     StructureError,
     UnfactorError,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "PropertyError",
     "RegionGraph",
     "RowGenerators",
+    "StorageError",
     "StructureError",
     "Sum",
     "UnfactorError",

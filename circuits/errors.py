@@ -33,3 +33,7 @@ class Interrupted(KeyboardInterrupt):
     It is asked by :func:`circuits.progress.request_stop`, for instance from a signal handler. Like a KeyboardInterrupt
     it is no :class:`Exception`: what handles errors by going on with the next piece of work is not to swallow it.
     """
+
+
+class StorageError(UnfactorError, OSError):
+    """A file or folder cannot be written: no space, no permission, something in its way, or another process at work."""

@@ -1,104 +1,148 @@
-"""Files and folders of which a reader finds an old or a new version, never a part, and whose damage is noticed."""
+"""Files of which a reader finds an old or a new version, never a part, and whose damage is noticed."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
 from circuits.digests import digest, named_digest
-from circuits.errors import ArgumentError, CheckpointError
+from circuits.errors import CheckpointError, StorageError
 
-_T = TypeVar("_T")
-_ATTEMPTS = 100
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.unfactor-tmp")
 _FIRST_VERSION = 1
 """Of every format; its files may lack the hash of what they hold."""
+_WAYS_OUT = {
+    errno.ENOSPC: "make room there, or give another place",
+    errno.EDQUOT: "make room there, or give another place",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or save something smaller",
+    errno.EACCES: "give a place that you may write to",
+    errno.EPERM: "give a place that you may write to",
+    errno.EROFS: "give a place that you may write to",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EISDIR: "remove the folder that is in the way, or give another place",
+    errno.ENOTDIR: "remove the file that is in the way, or give another place",
+    errno.EEXIST: "remove what is in the way, or give another place",
+    errno.ENOTEMPTY: "remove what is in the way, or give another place",
+}
+
+
+@contextlib.contextmanager
+def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the system says while ``path`` is written into a StorageError with the way out."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        way_out = _WAYS_OUT.get(error.errno or 0, "look at that place, or give another one")
+        raise StorageError(
+            f"path: expected a place that can be written, got {error.strerror or error!s:.200} at {path}; {way_out}"
+        ) from error
 
 
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it onto ``path`` if the block succeeds, else delete it.
+    """Yield the path of a new file; rename it onto ``path``, with all it holds on the disk, if the block succeeds.
 
-    It ends like ``path``, for writers that go by the suffix.
+    If the block fails, nothing is left of it. The new file has the name of ``path``, for writers that go by the suffix.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with system_errors(path), temporary_folder(path.parent) as temporary:
+        new = temporary / path.name
+        yield new
+        sync(new)
+        os.replace(new, path)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
-def replace_folder(
-    path: str | os.PathLike[str], names: Collection[str], *, kind: str, kept: Collection[str] = ()
-) -> Iterator[Path]:
-    """Yield a new folder beside ``path``; rename it to ``path`` if the block succeeds, else delete it.
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in ``parent``, which is made if it is not there; it is removed at the end.
 
-    Whoever reads with :func:`read_folder`, at any time, gets the version before or this one.
-
-    Args:
-        path: the folder to write; it may be absent, empty, or hold a version, which is replaced.
-        names: the files and folders that a version consists of.
-        kind: what such a folder is called.
-        kept: files that others may have put there, and that are copied into the new version.
-
-    Raises:
-        ArgumentError: ``path`` holds something else.
+    What killed processes left of theirs goes first.
     """
-    folder = Path(path).resolve()
-    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*names, *kept}):
-        raise ArgumentError(
-            f"path: {folder} is not {kind}, and saving would replace it; give a folder that does not exist yet"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(folder, f"{secrets.token_hex(4)}.tmp")
-    try:
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_litter(parent)
+    lock = None
+    while lock is None:  # else another process took it for litter just now
+        temporary = parent / f".{secrets.token_hex(4)}.unfactor-tmp"
         temporary.mkdir()
+        lock = hold(temporary)
+    try:
         yield temporary
-        for name in kept:
-            if (folder / name).exists():
-                shutil.copy2(folder / name, temporary / name)
-        _swap_in(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
-def read_folder(path: str | os.PathLike[str], read: Callable[[Path], _T]) -> _T:
-    """Return what ``read`` makes of a folder that :func:`replace_folder` wrote, all of it from one version.
+def remove_litter(folder: Path) -> None:
+    """Remove the temporary folders that killed processes left in a folder; those of living ones are held."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            lock = hold(folder / name, is_needed=True) if is_litter(name) else None
+            if lock is not None:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                os.close(lock)
+
+
+def is_litter(name: str) -> bool:
+    """Return whether a file of this name is a temporary one."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def hold(folder: Path, *, is_needed: bool = False) -> int | None:
+    """Lock a folder until the descriptor that is returned is closed, or its process ends, however it does.
 
     Args:
-        path: the folder. Where a crash left only the version before it, that is read.
-        read: a function of the folder's present place; it is called again when the folder was replaced meanwhile.
+        folder: which one.
+        is_needed: whether to raise OSError on file systems that have no locks; else it goes without one there.
 
-    Raises:
-        CheckpointError: ``read`` raised it, or the folder was replaced again and again.
+    Returns:
+        The descriptor, or None if somebody else holds the folder, or it is gone.
     """
-    path = Path(path).resolve()
-    for _ in range(_ATTEMPTS):
-        place, version = _present(path)
-        failure = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
         try:
-            result = read(place)
-        except CheckpointError as error:
-            failure = error
-        if _present(path) != (place, version):
-            continue
-        if failure is not None:
-            raise failure
-        return result
-    raise CheckpointError(f"{path}: it was replaced {_ATTEMPTS} times while it was read; read it when that is over")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if is_needed or isinstance(error, BlockingIOError):
+                raise
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):  # else another one is there by now
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of what is in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(*([OSError] if path.is_dir() else [])):  # not every file system syncs folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def regular_size(path: str | os.PathLike[str]) -> int:
@@ -140,16 +184,33 @@ def write_tensors(
         version: of the format.
         metadata: texts by name.
     """
-    from safetensors.torch import save_file
-
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = {"format": format, "format_version": str(version), **metadata}
-    with replace_file(path) as temporary:
-        save_file(stored, temporary, {**texts, "sha256": _content_hash(texts, stored)})
+    with replace_file(path) as new:
+        write_safetensors(new, stored, {**texts, "sha256": _content_hash(texts, stored)})
+
+
+def write_safetensors(new: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous tensors as a new file of a temporary folder, with the mode that the umask gives.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), new, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(new)) from error
+    os.chmod(new, stat.S_IMODE(os.stat(new.parent).st_mode) & 0o666)  # it is 0600
 
 
 def read_tensors(
-    path: str | os.PathLike[str], *, format: str, versions: Sequence[int], way_out: str
+    path: str | os.PathLike[str], *, format: str, versions: Sequence[int], way_out: str, is_verified: bool = False
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return (metadata, tensors) of a file that :func:`write_tensors` wrote; the tensors are on the CPU.
 
@@ -158,6 +219,7 @@ def read_tensors(
         format: its name.
         versions: those that can be read. Files of version 1 may lack the hash.
         way_out: what to do about a file that is of no use, for the message.
+        is_verified: whether a manifest had the file's hash, so that it need not be hashed once more.
 
     Raises:
         CheckpointError: the file is missing, corrupt, or of another format or version.
@@ -181,7 +243,8 @@ def read_tensors(
         )
     sha256 = texts.pop("sha256", None)
     may_lack_it = version == str(_FIRST_VERSION)
-    if sha256 != _content_hash(texts, tensors) and not (sha256 is None and may_lack_it):
+    is_sound = is_verified or (sha256 is None and may_lack_it)
+    if not is_sound and sha256 != _content_hash(texts, tensors):
         raise CheckpointError(f"{path} is corrupt: its contents do not match their hash; {way_out}")
     return texts, tensors
 
@@ -193,33 +256,3 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _content_hash(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest(named_digest(texts), named_digest(tensors))
-
-
-def _swap_in(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``. A crash between the two renames leaves the old version as the backup."""
-    backup = _sibling(folder, "backup")
-    if folder.exists():
-        shutil.rmtree(backup, ignore_errors=True)
-        folder.rename(backup)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if not folder.exists():
-            with contextlib.suppress(FileNotFoundError):
-                backup.rename(folder)
-        raise
-    shutil.rmtree(backup, ignore_errors=True)
-
-
-def _present(path: Path) -> tuple[Path, tuple[int, int] | None]:
-    """Return where the present version of a folder is, and what tells it from others."""
-    place = path if path.exists() else _sibling(path, "backup")
-    try:
-        found = place.stat()
-    except OSError:
-        return place, None
-    return place, (found.st_ino, found.st_mtime_ns)
-
-
-def _sibling(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")

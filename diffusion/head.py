@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, checked_temperature
-from circuits.files import file_hash, not_finite, read_folder, read_tensors, replace_folder, write_tensors
+from circuits.files import file_hash, not_finite, read_tensors, write_tensors
 from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
+from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import conditioner_class
 from diffusion.coupling import CoupledDistribution, Normalization
@@ -284,14 +285,19 @@ class CoupledHead(OnHub, nn.Module):
         check_token_ids("targets", targets, masked.shape, size)
         return self.distribution(prediction, targets, masked, include=targets).log_prob(targets)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, made_from: Any = None) -> None:
         """Write a folder: the circuit in ``circuit/``, settings and conditioners in ``head.safetensors``; no pickle.
 
         The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
 
+        Args:
+            path: the folder to write; it may be absent, empty, or hold a saved head, which is replaced.
+            made_from: what it was made from, to be kept in the manifest; anything that JSON can hold.
+
         Raises:
             ArgumentError: ``path`` holds something else, a weight is NaN or infinite, or a conditioner is not
                 registered.
+            StorageError: it cannot be written: no space, no permission, ...
         """
         tensors = cast(nn.Module, self.conditioners).state_dict()
         if self.vocabulary is not None:
@@ -307,6 +313,7 @@ class CoupledHead(OnHub, nn.Module):
                 "circuit_sha256": circuit_hash(folder),
             }
             write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
+            write_manifest(folder, format=FORMAT, version=FORMAT_VERSION, made_from=made_from)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CoupledHead:
@@ -315,7 +322,7 @@ class CoupledHead(OnHub, nn.Module):
         Raises:
             CheckpointError: a file is missing, corrupt, of a newer format, or does not belong to the others.
         """
-        return read_folder(path, cls._loaded).to(device)
+        return read_folder(path, cls._loaded, format=FORMAT).to(device)
 
     @classmethod
     def from_jpc(
@@ -342,9 +349,10 @@ class CoupledHead(OnHub, nn.Module):
         return cls(load_jpc(find_jpc(path_or_repo, revision=revision), device=device, dtype=dtype), **settings)
 
     @classmethod
-    def _loaded(cls, folder: Path) -> CoupledHead:
+    def _loaded(cls, folder: Path, manifest: Manifest) -> CoupledHead:
+        versions, is_verified = (1, 2, FORMAT_VERSION), _FILE in manifest.files
         metadata, tensors = read_tensors(
-            folder / _FILE, format=FORMAT, versions=(1, 2, FORMAT_VERSION), way_out=_WAY_OUT
+            folder / _FILE, format=FORMAT, versions=versions, way_out=_WAY_OUT, is_verified=is_verified
         )
         if metadata.get("circuit_sha256") != circuit_hash(folder):
             raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")

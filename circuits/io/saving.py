@@ -1,4 +1,4 @@
-"""Saving and loading compiled circuits: a folder with ``structure.json`` and ``weights.safetensors``, no pickle.
+"""Compiled circuits as folders: ``structure.json``, ``weights.safetensors`` and a manifest, no pickle.
 
 What is read is never trusted: hashes find accidents, and every number is checked before anything is allocated for it.
 """
@@ -18,9 +18,10 @@ from torch import Tensor
 from circuits.arguments import checked_device
 from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, CheckpointError
-from circuits.files import file_hash, read_folder, regular_size, replace_folder
+from circuits.files import file_hash, regular_size, write_safetensors
 from circuits.io.records import circuit_of, records_of
 from circuits.schema import check_keys, short
+from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from circuits.symbolic import Circuit, Node, ParametricNode, parameter_owner
 
 FORMAT = "unfactor-circuit"
@@ -32,33 +33,34 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MAX_STRUCTURE_BYTES = 1 << 28
 
 
-def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
+def save(pc: CompiledCircuit, path: str | os.PathLike[str], *, made_from: Any = None) -> None:
     """Save a compiled circuit, structure and weights, as a folder.
 
-    The folder is written beside ``path`` and swapped in by renaming, so whoever loads it, at any time, gets the version
-    before or this one. ``weights=`` that nodes were given are not stored; the present weights are.
+    The folder is written beside ``path`` and swapped in once it is on the disk, so whoever loads it, at any time, gets
+    the version before or this one. ``weights=`` that nodes were given are not stored; the present weights are.
 
     Args:
         pc: the circuit.
         path: the folder to write; it may be absent, empty, or hold a saved circuit, which is replaced.
+        made_from: what it was made from, to be kept in the manifest; anything that JSON can hold.
 
     Raises:
         ArgumentError: ``path`` holds something else, or a weight is NaN or +inf.
+        StorageError: it cannot be written: no space, no permission, ...
     """
-    from safetensors.torch import save_file
-
     check_compiled(pc)
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}
     for name, tensor in weights.items():
         if not _are_sound(pc, name, tensor):
             raise ArgumentError(f"pc: {name} has NaN or +inf, or a unit without weight; such a circuit cannot be saved")
     with replace_folder(path, (STRUCTURE_FILE, WEIGHTS_FILE), kind="a saved circuit") as folder:
-        save_file(weights, folder / WEIGHTS_FILE)
+        write_safetensors(folder / WEIGHTS_FILE, weights)
+        weights_hash = file_hash(folder / WEIGHTS_FILE)
         structure = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "library_version": _library_version(),
-            "weights_sha256": file_hash(folder / WEIGHTS_FILE),
+            "weights_sha256": weights_hash,
             "dtype": str(pc.dtype).removeprefix("torch."),
             "num_vars": pc.circuit.num_vars,
             "nodes": records_of(pc.circuit),
@@ -69,6 +71,8 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str]) -> None:
         if len(text) > _MAX_STRUCTURE_BYTES:
             raise ArgumentError(f"pc: {pc.circuit} takes {len(text)} bytes; the limit is {_MAX_STRUCTURE_BYTES}")
         (folder / STRUCTURE_FILE).write_text(text, encoding="ascii")
+        known = {WEIGHTS_FILE: weights_hash}
+        write_manifest(folder, format=FORMAT, version=FORMAT_VERSION, made_from=made_from, known=known)
 
 
 def load(
@@ -89,12 +93,12 @@ def load(
         raise ArgumentError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype}")
     target = checked_device("device", device)
     try:
-        return read_folder(path, _loaded).to(device=target, dtype=dtype)
+        return read_folder(path, _loaded, format=FORMAT).to(device=target, dtype=dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{Path(path).resolve()}: {error}") from error
 
 
-def _loaded(folder: Path) -> CompiledCircuit:
+def _loaded(folder: Path, manifest: Manifest) -> CompiledCircuit:
     structure = _read_structure(folder / STRUCTURE_FILE)
     try:
         check_keys(structure, {"library_version", "weights_sha256", "dtype", "num_vars", "nodes"}, {"num_classes"})
@@ -104,7 +108,9 @@ def _loaded(folder: Path) -> CompiledCircuit:
     except CheckpointError as error:
         raise CheckpointError(f"{STRUCTURE_FILE}: {error}; save the circuit again") from error
     dtype = _DTYPES[structure["dtype"]]
-    weights = _read_weights(folder / WEIGHTS_FILE, structure["weights_sha256"], circuit)
+    expected = str(structure["weights_sha256"])
+    is_verified = manifest.files.get(WEIGHTS_FILE) == expected
+    weights = _read_weights(folder / WEIGHTS_FILE, None if is_verified else expected, circuit)
     pc = CompiledCircuit(circuit, dtype=dtype)
     for name in sorted(pc.bank.keys() | weights.keys()):
         expected, found = (_form(tensors.get(name)) for tensors in (dict(pc.bank.items()), weights))
@@ -153,11 +159,12 @@ def _check_version(structure: Mapping[str, Any]) -> None:
         )
 
 
-def _read_weights(path: Path, expected_hash: Any, circuit: Circuit) -> dict[str, Tensor]:
+def _read_weights(path: Path, expected_hash: str | None, circuit: Circuit) -> dict[str, Tensor]:
+    """Return the weights by name; their file has the hash, which is None where it was looked at before."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        if file_hash(path) != expected_hash:
+        if expected_hash is not None and file_hash(path) != expected_hash:
             raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

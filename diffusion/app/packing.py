@@ -13,7 +13,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from circuits.files import replace_file, replace_folder
+from circuits.files import replace_file
+from circuits.store import replace_folder
 from diffusion.app.model_card import model_card
 from diffusion.app.recipe import read_recipe, write_recipe
 from diffusion.app.sources import read_digests

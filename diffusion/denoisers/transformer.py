@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuits.files import not_finite, read_folder, read_tensors, regular_size, replace_folder, write_tensors
+from circuits.files import not_finite, read_tensors, regular_size, write_tensors
+from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.layers import KeysValues, Layer, PrefixCache, rotation_of
 from diffusion.denoisers.questions import check_question
@@ -257,6 +258,7 @@ class TransformerDenoiser(nn.Module):
 
         Raises:
             ArgumentError: the folder holds something else, or a weight is NaN or infinite.
+            StorageError: it cannot be written: no space, no permission, ...
         """
         weights, config = self.state_dict(), self.config.to_dict()
         bad = not_finite(weights)
@@ -268,6 +270,7 @@ class TransformerDenoiser(nn.Module):
             )
             text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **config}, indent=2)
             (new / _CONFIG).write_text(text + "\n", encoding="utf-8")
+            write_manifest(new, format=FORMAT, version=FORMAT_VERSION)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> TransformerDenoiser:
@@ -276,10 +279,10 @@ class TransformerDenoiser(nn.Module):
         Raises:
             CheckpointError: a file is missing or corrupt, of a newer format, or the two do not fit together.
         """
-        return read_folder(folder, cls._loaded).to(device)
+        return read_folder(folder, cls._loaded, format=FORMAT).to(device)
 
     @classmethod
-    def _loaded(cls, folder: Path) -> TransformerDenoiser:
+    def _loaded(cls, folder: Path, manifest: Manifest) -> TransformerDenoiser:
         version, content = _read_config(folder / _CONFIG)
         path = folder / _WEIGHTS
         try:
@@ -287,7 +290,9 @@ class TransformerDenoiser(nn.Module):
                 regular_size(path)
                 weights = load_file(path)
             else:
-                metadata, weights = read_tensors(path, format=FORMAT, versions=(version,), way_out=_WAY_OUT)
+                metadata, weights = read_tensors(
+                    path, format=FORMAT, versions=(version,), way_out=_WAY_OUT, is_verified=_WEIGHTS in manifest.files
+                )
                 if json.loads(metadata["config"]) != content:
                     raise CheckpointError(f"{folder / _CONFIG} does not belong to {_WEIGHTS}; {_WAY_OUT}")
             bad = not_finite(weights)

@@ -99,56 +99,6 @@ def test_other_formats_and_versions_are_named(options, message, tmp_path):
         files.read_tensors(tmp_path / "x", **READ)
 
 
-def write_folder(path, number):
-    with files.replace_folder(path, ("a", "b"), kind="a pair") as folder:
-        for name in ("a", "b"):
-            (folder / name).write_text(str(number))
-
-
-def test_a_reader_who_is_overtaken_gets_both_files_of_one_version(tmp_path):
-    path = tmp_path / "pair"
-    write_folder(path, 0)
-    for overtaken in (0, 1, 5):
-        calls = []
-
-        def read(folder, calls=calls, overtaken=overtaken):
-            a = (folder / "a").read_text()
-            calls.append(a)
-            if len(calls) <= overtaken:
-                write_folder(path, len(calls))
-            return a, (folder / "b").read_text()
-
-        write_folder(path, 0)
-        assert files.read_folder(path, read) == (str(overtaken), str(overtaken))
-        assert len(calls) == overtaken + 1
-
-
-def test_a_reader_who_is_overtaken_for_ever_is_told_so(tmp_path):
-    path = tmp_path / "pair"
-    write_folder(path, 0)
-    with pytest.raises(ct.CheckpointError, match=r"was replaced .* times while it was read"):
-        files.read_folder(path, lambda folder: write_folder(path, 1))
-
-
-def test_an_error_of_the_reader_is_its_own_unless_the_folder_was_replaced(tmp_path):
-    def failing(folder):
-        raise ct.CheckpointError(f"nothing in {folder.name}")
-
-    for _ in range(2):
-        with pytest.raises(ct.CheckpointError, match="nothing in"):
-            files.read_folder(tmp_path / "pair", failing)
-        write_folder(tmp_path / "pair", 0)
-
-
-def test_a_block_that_fails_leaves_the_version_before(tmp_path):
-    path = tmp_path / "pair"
-    write_folder(path, 0)
-    with pytest.raises(UnicodeEncodeError):
-        write_folder(path, "\ud800")
-    assert files.read_folder(path, lambda folder: (folder / "a").read_text()) == "0"
-    assert os.listdir(tmp_path) == ["pair"]
-
-
 LOADERS = {
     "circuit": (ct.load, "circuit/structure.json"),
     "weights": (ct.load, "circuit/weights.safetensors"),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import circuits as ct
-from circuits.files import not_finite, read_folder, read_tensors, replace_folder, write_tensors
+from circuits.files import not_finite, read_tensors, write_tensors
+from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import circuit_hash
 
@@ -72,13 +73,17 @@ def save_content(path: str | os.PathLike[str], kind: str, owner: type, content: 
             ct.save(content.circuit, folder / "circuit")
             metadata["circuit_sha256"] = circuit_hash(folder)
         write_tensors(folder / _FILE, content.tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
+        write_manifest(folder, format=FORMAT, version=FORMAT_VERSION)
 
 
 def load_content(path: str | os.PathLike[str], owner: type[AnyHead], device: torch.device | str) -> AnyHead:
     """Return the head that a folder holds, which has to be an ``owner``; see :meth:`~.base.BlockHead.load`."""
 
-    def read(folder: Path) -> AnyHead:
-        metadata, tensors = read_tensors(folder / _FILE, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)
+    def read(folder: Path, manifest: Manifest) -> AnyHead:
+        is_verified = _FILE in manifest.files
+        metadata, tensors = read_tensors(
+            folder / _FILE, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT, is_verified=is_verified
+        )
         found = KINDS.get(metadata.get("kind", ""))
         if found is None or not issubclass(found, owner):
             raise CheckpointError(
@@ -100,7 +105,7 @@ def load_content(path: str | os.PathLike[str], owner: type[AnyHead], device: tor
             raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
         return head
 
-    return read_folder(path, read)
+    return read_folder(path, read, format=FORMAT)
 
 
 def module_of(make: Callable[..., AnyModule], sizes: dict[str, int], tensors: dict[str, Tensor]) -> AnyModule:
