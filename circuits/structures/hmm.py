@@ -2,12 +2,16 @@
 
 Every circuit here is the backward recursion ``b_t(i) = sum_j p(z_t+1 = j | z_t = i) p(x_t+1 | j) b_t+1(j)``: the sum
 node named ``transition{t}`` mixes the states of step t + 1, and the root, named ``initial``, those of step 0.
+
+With M families a step emits M variables, independent given its state. Variable ``t M + m`` is the m-th of step t, so
+series (B, L, M) are ``x.flatten(1)``.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +22,41 @@ from circuits.families import Distribution
 from circuits.structures.options import checked_table, family_of
 from circuits.symbolic import Circuit, Input, Node, Sum, inputs, product, sum
 
+Families = int | Distribution | Sequence[int | Distribution]
+"""Of what a step emits: one, a number of categories standing for a categorical one, or one for each of M variables."""
+Emission = Tensor | Sequence[Tensor | None] | None
+"""The table of the one family, or one table, or None, for each of several."""
+
 
 def hmm(
     seq_length: int,
     num_states: int,
-    num_categories: int | Distribution,
+    num_categories: Families,
     homogeneous: bool = True,
     *,
     initial: Tensor | None = None,
     transition: Tensor | None = None,
-    emission: Tensor | None = None,
+    emission: Emission = None,
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build a hidden Markov model, ``p(x) = sum_z p(z_0) prod_t p(z_t | z_t-1) p(x_t | z_t)`` (Rabiner 1989).
 
     The circuit is the backward recursion: the sum node named ``transition{t}`` has one unit per state of step t and
-    mixes the states of step t + 1; the root mixes the states of step 0.
+    mixes the states of step t + 1; the root mixes the states of step 0. The input nodes are ``emission{t}``, or, where
+    M families are given, ``emission{t}_{m}``.
 
     Args:
-        seq_length: L >= 1, the number of variables.
+        seq_length: L >= 1, the number of steps.
         num_states: N >= 1.
-        num_categories: C >= 1, or the input family of all steps.
+        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
         homogeneous: whether all steps share one transition and one emission table.
         initial: (N,) initial probabilities p(z_0); random when omitted, like the others.
         transition: p(z_t = j | z_t-1 = i) at [i, j], (N, N), or (L - 1, N, N) when not homogeneous.
         emission: p(x_t = v | z_t = i) at [i, v], (N, C), or (L, N, C) when not homogeneous; of other families the
-            parameters of every state, (N, S) or (L, N, S), means and standard deviations (N, 2) for instance.
+            parameters of every state, (N, S) or (L, N, S), means and standard deviations (N, 2) for instance. For M
+            variables per step a list of M tables, None for those to be random.
+        num_classes: R, for a class-conditional model: R such models, each with parameters of its own (given tables are
+            where all of them start). The nodes of class r are called ``class{r}_...``, the root is ``class``.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -50,27 +64,28 @@ def hmm(
     """
     checked_count("seq_length", seq_length)
     checked_count("num_states", num_states)
-    emissions = _Emissions(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     transitions = checked_table("transition", transition, (num_states, num_states), seq_length - 1, homogeneous)
-    tables = _Tables(homogeneous)
-    states: Node = emissions.leaf(tables, seq_length - 1)
+    every = slice(0, num_states)
+    states = _product(nodes.leaves(seq_length - 1, every))
     for step in reversed(range(seq_length - 1)):
         weights = None if transitions is None else transitions[step]
-        mixed = tables.sum("transition", [states], num_states, weights, name=f"transition{step}")
-        states = product(emissions.leaf(tables, step), mixed)
-    return _rooted([states], num_states, initial)
+        mixed = nodes.sum("transition", [states], num_states, weights, name=f"transition{step}")
+        states = _product([*nodes.leaves(step, every), mixed])
+    return _rooted([states], num_states, initial, num_classes)
 
 
 def low_rank_hmm(
     seq_length: int,
     num_states: int,
-    num_categories: int | Distribution,
+    num_categories: Families,
     rank: int,
     homogeneous: bool = True,
     *,
     initial: Tensor | None = None,
     transition: tuple[Tensor, Tensor] | None = None,
-    emission: Tensor | None = None,
+    emission: Emission = None,
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build a hidden Markov model whose transition is a product of two stochastic tables, (N, R) and (R, N).
 
@@ -79,14 +94,15 @@ def low_rank_hmm(
     ``factor{t}``, which mixes the states of step t + 1.
 
     Args:
-        seq_length: L >= 1, the number of variables.
+        seq_length: L >= 1, the number of steps.
         num_states: N >= 1.
-        num_categories: C >= 1, or the input family of all steps.
+        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
         rank: R >= 1.
         homogeneous: whether all steps share their tables.
         initial: (N,) initial probabilities.
         transition: (N, R) and (R, N), rows sum to 1, with a leading (L - 1) when not homogeneous.
-        emission: (N, C), or (L, N, C) when not homogeneous; parameters (N, S) or (L, N, S) of other families.
+        emission: as in :func:`hmm`.
+        num_classes: as in :func:`hmm`.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -100,31 +116,32 @@ def low_rank_hmm(
             f"transition: expected two tables, ({num_states}, {rank}) and ({rank}, {num_states}), got "
             f"{type(transition).__name__}"
         )
-    emissions = _Emissions(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     left, right = (None, None) if transition is None else transition
     left = checked_table("transition[0]", left, (num_states, rank), seq_length - 1, homogeneous)
     right = checked_table("transition[1]", right, (rank, num_states), seq_length - 1, homogeneous)
-    tables = _Tables(homogeneous)
-    states: Node = emissions.leaf(tables, seq_length - 1)
+    every = slice(0, num_states)
+    states = _product(nodes.leaves(seq_length - 1, every))
     for step in reversed(range(seq_length - 1)):
         weights = None if right is None else right[step]
-        factor: Node = tables.sum("factor", [states], rank, weights, name=f"factor{step}")
+        factor: Node = nodes.sum("factor", [states], rank, weights, name=f"factor{step}")
         weights = None if left is None else left[step]
-        mixed = tables.sum("transition", [factor], num_states, weights, name=f"transition{step}")
-        states = product(emissions.leaf(tables, step), mixed)
-    return _rooted([states], num_states, initial)
+        mixed = nodes.sum("transition", [factor], num_states, weights, name=f"transition{step}")
+        states = _product([*nodes.leaves(step, every), mixed])
+    return _rooted([states], num_states, initial, num_classes)
 
 
 def block_sparse_hmm(
     seq_length: int,
     group_sizes: Sequence[int],
-    num_categories: int | Distribution,
+    num_categories: Families,
     follows: Tensor | Sequence[Sequence[bool]],
     homogeneous: bool = True,
     *,
     initial: Tensor | None = None,
     transition: Tensor | None = None,
-    emission: Tensor | None = None,
+    emission: Emission = None,
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build a hidden Markov model whose states come in groups, and a pattern says which group may follow which.
 
@@ -135,14 +152,15 @@ def block_sparse_hmm(
     in one tensor operation.
 
     Args:
-        seq_length: L >= 1, the number of variables.
+        seq_length: L >= 1, the number of steps.
         group_sizes: how many states each of the G groups has, N together.
-        num_categories: C >= 1, or the input family of all steps.
+        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
         follows: bool (G, G): whether group h may follow group g, at [g, h]; at least one in every row.
         homogeneous: whether all steps share one transition and one emission table.
         initial: (N,) initial probabilities, group after group.
         transition: (N, N), zero outside of the pattern, or (L - 1, N, N) when not homogeneous.
-        emission: (N, C), or (L, N, C) when not homogeneous; parameters (N, S) or (L, N, S) of other families.
+        emission: as in :func:`hmm`.
+        num_classes: as in :func:`hmm`.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -157,12 +175,11 @@ def block_sparse_hmm(
     starts = [int(start) for start in torch.tensor([0, *group_sizes]).cumsum(0)]
     groups = [slice(start, end) for start, end in itertools.pairwise(starts)]
     num_states = starts[-1]
-    emissions = _Emissions(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     transitions = checked_table("transition", transition, (num_states, num_states), seq_length - 1, homogeneous)
     if transitions is not None:
         _check_pattern(transitions, groups, followers)
-    tables = _Tables(homogeneous)
-    states: list[Node] = [emissions.group(tables, seq_length - 1, g, group) for g, group in enumerate(groups)]
+    states = [_product(nodes.leaves(seq_length - 1, group, f"_{g}")) for g, group in enumerate(groups)]
     for step in reversed(range(seq_length - 1)):
         mixed = []
         for g, group in enumerate(groups):
@@ -171,21 +188,22 @@ def block_sparse_hmm(
                 weights = torch.cat([transitions[step, group, groups[h]] for h in followers[g]], 1)
             children = [states[h] for h in followers[g]]
             name = f"transition{step}_{g}"
-            mixed.append(tables.sum(("transition", g), children, group_sizes[g], weights, name=name))
-        states = [product(emissions.group(tables, step, g, groups[g]), mixed[g]) for g in range(len(groups))]
-    return _rooted(states, num_states, initial)
+            mixed.append(nodes.sum(("transition", g), children, group_sizes[g], weights, name=name))
+        states = [_product([*nodes.leaves(step, group, f"_{g}"), mixed[g]]) for g, group in enumerate(groups)]
+    return _rooted(states, num_states, initial, num_classes)
 
 
 def second_order_hmm(
     seq_length: int,
     num_states: int,
-    num_categories: int | Distribution,
+    num_categories: Families,
     homogeneous: bool = True,
     *,
     initial: Tensor | None = None,
     first_transition: Tensor | None = None,
     transition: Tensor | None = None,
-    emission: Tensor | None = None,
+    emission: Emission = None,
+    num_classes: int | None = None,
 ) -> Circuit:
     """Build a second-order hidden Markov model, ``p(z_t | z_t-1, z_t-2)`` (He 1988, "Extended Viterbi algorithm").
 
@@ -195,14 +213,15 @@ def second_order_hmm(
     on one core: L = 32 and N = 16 are 16,000 nodes and take under a second, N = 32 are 63,000 nodes and take four).
 
     Args:
-        seq_length: L >= 1, the number of variables.
+        seq_length: L >= 1, the number of steps.
         num_states: N >= 1.
-        num_categories: C >= 1, or the input family of all steps.
+        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
         homogeneous: whether all steps share one transition and one emission table.
         initial: (N,) initial probabilities p(z_0).
         first_transition: (N, N), p(z_1 = j | z_0 = i) at [i, j].
         transition: p(z_t = k | z_t-2 = i, z_t-1 = j) at [i, j, k], (N, N, N), or (L - 2, N, N, N) when not homogeneous.
-        emission: (N, C), or (L, N, C) when not homogeneous; parameters (N, S) or (L, N, S) of other families.
+        emission: as in :func:`hmm`.
+        num_classes: as in :func:`hmm`.
 
     Raises:
         ArgumentError: an argument has a wrong type or value.
@@ -210,19 +229,18 @@ def second_order_hmm(
     """
     checked_count("seq_length", seq_length)
     checked_count("num_states", num_states)
-    emissions = _Emissions(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     first = checked_table("first_transition", first_transition, (num_states, num_states), 1, True)
     num_pairs = max(seq_length - 2, 0)
     transitions = checked_table("transition", transition, (num_states,) * 3, num_pairs, homogeneous)
-    tables = _Tables(homogeneous)
     every = range(num_states)
 
     def joined(step: int, mixed: Sequence[Sequence[Node]] | None) -> list[list[Node]]:
         """Multiply the emissions of z_step = k into row j, column k; one row where nothing follows."""
-        leaves = [emissions.group(tables, step, k, slice(k, k + 1)) for k in every]
+        leaves = [nodes.leaves(step, slice(k, k + 1), f"_{k}") for k in every]
         if mixed is None:
-            return [list(leaves)] * num_states
-        return [[product(leaves[k], row[k]) for k in every] for row in mixed]
+            return [[_product(own) for own in leaves]] * num_states
+        return [[_product([*leaves[k], row[k]]) for k in every] for row in mixed]
 
     pairs = joined(seq_length - 1, None)
     for step in reversed(range(1, seq_length - 1)):
@@ -231,83 +249,99 @@ def second_order_hmm(
             weights = [None if transitions is None else transitions[step - 1, i, j][None] for j in every]
             rows.append(
                 [
-                    tables.sum(("transition", i, j), pairs[j], 1, weights[j], name=f"transition{step}_{i}_{j}")
+                    nodes.sum(("transition", i, j), pairs[j], 1, weights[j], name=f"transition{step}_{i}_{j}")
                     for j in every
                 ]
             )
         pairs = joined(step, rows)
     if seq_length == 1:
-        return _rooted(pairs[0], num_states, initial)
+        return _rooted(pairs[0], num_states, initial, num_classes)
     starts = [
         sum(*pairs[i], num_units=1, weights=None if first is None else first[0, i][None], name=f"transition0_{i}")
         for i in every
     ]
-    leaves = [emissions.group(tables, 0, i, slice(i, i + 1)) for i in every]
-    return _rooted([product(leaf, start) for leaf, start in zip(leaves, starts, strict=True)], num_states, initial)
+    states = [_product([*nodes.leaves(0, slice(i, i + 1), f"_{i}"), starts[i]]) for i in every]
+    return _rooted(states, num_states, initial, num_classes)
 
 
-class _Tables:
-    """Builds nodes whose parameters all steps share, or, when not homogeneous, that are each step's own."""
+class _Nodes:
+    """Builds the nodes of one model: all steps share their parameters, or, when not homogeneous, have their own.
 
-    def __init__(self, homogeneous: bool) -> None:
+    Step t emits the variables t M .. t M + M - 1, one of each of M families.
+    """
+
+    def __init__(
+        self, seq_length: int, num_states: int, families: Families, homogeneous: bool, emission: Emission
+    ) -> None:
         self._homogeneous = homogeneous
         self._sums: dict[Hashable, Sum] = {}
         self._inputs: dict[Hashable, Input] = {}
+        self._is_single = not isinstance(families, (list, tuple))
+        listed: Sequence[Any] = families if isinstance(families, (list, tuple)) else [families]
+        self._families = [family_of("num_categories", each) for each in listed]
+        given = [emission] if self._is_single else [None] * len(listed) if emission is None else emission
+        if not self._families or not isinstance(given, (list, tuple)) or len(given) != len(self._families):
+            raise ArgumentError(
+                f"emission: expected one table or None for each of the {len(self._families)} variables of a step "
+                f"(at least one, see num_categories), got {type(emission).__name__}"
+            )
+        self._tables = [
+            _emission_table(table, family, num_states, seq_length, homogeneous)
+            for table, family in zip(given, self._families, strict=True)
+        ]
 
     def sum(self, key: Hashable, children: Sequence[Node], num_units: int, weights: Tensor | None, *, name: str) -> Sum:
+        """Return a sum node; those of one key share their weights."""
         owner = self._sums.get(key) if self._homogeneous else None
         node = sum(*children, num_units=num_units, tied_to=owner, weights=None if owner else weights, name=name)
         self._sums.setdefault(key, node)
         return node
 
-    def inputs(
-        self, key: Hashable, var: int, num_units: int, family: Distribution, weights: Tensor | None, *, name: str
-    ) -> Input:
-        owner = self._inputs.get(key) if self._homogeneous else None
-        node = inputs(var, num_units, family, tied_to=owner, weights=None if owner else weights, name=name)
-        self._inputs.setdefault(key, node)
-        return node
-
-
-class _Emissions:
-    """The emission tables of all steps, and the input nodes made of them."""
-
-    def __init__(
-        self,
-        seq_length: int,
-        num_states: int,
-        num_categories: int | Distribution,
-        homogeneous: bool,
-        emission: Tensor | None,
-    ) -> None:
-        self._family = family_of("num_categories", num_categories)
-        self._num_states = num_states
-        if emission is None:
-            self._tables = None
-            return
-        rows, columns = self._family.parameter_shape(num_states)
-        if columns != num_states or not rows:
-            raise ArgumentError(
-                f"emission: expected a family with parameters per state, got {self._family!r}; leave the table out"
+    def leaves(self, step: int, states: slice, group: str = "") -> list[Node]:
+        """Return the input nodes of what some of the states emit at a step, one per variable."""
+        leaves: list[Node] = []
+        for position, (family, table) in enumerate(zip(self._families, self._tables, strict=True)):
+            owner = self._inputs.get((group, position)) if self._homogeneous else None
+            node = inputs(
+                step * len(self._families) + position,
+                states.stop - states.start,
+                family,
+                tied_to=owner,
+                weights=None if table is None or owner else table[step, states].t(),
+                name=f"emission{step}{group}" + ("" if self._is_single else f"_{position}"),
             )
-        self._tables = checked_table("emission", emission, (num_states, rows), seq_length, homogeneous)
-
-    def leaf(self, tables: _Tables, step: int) -> Input:
-        """Return the input node of all states."""
-        weights = None if self._tables is None else self._tables[step].t()
-        return tables.inputs("emission", step, self._num_states, self._family, weights, name=f"emission{step}")
-
-    def group(self, tables: _Tables, step: int, position: int, states: slice) -> Input:
-        """Return the input node of some of the states."""
-        weights = None if self._tables is None else self._tables[step, states].t()
-        size = states.stop - states.start
-        name = f"emission{step}_{position}"
-        return tables.inputs(("emission", position), step, size, self._family, weights, name=name)
+            self._inputs.setdefault((group, position), node)
+            leaves.append(node)
+        return leaves
 
 
-def _rooted(states: Sequence[Node], num_states: int, initial: Tensor | None) -> Circuit:
+def _product(factors: Sequence[Node]) -> Node:
+    return factors[0] if len(factors) == 1 else product(*factors)
+
+
+def _emission_table(
+    table: Tensor | None, family: Distribution, num_states: int, seq_length: int, homogeneous: bool
+) -> Tensor | None:
+    if table is None:
+        return None
+    rows, columns = family.parameter_shape(num_states)
+    if columns != num_states or not rows:
+        raise ArgumentError(
+            f"emission: expected a family with parameters per state, got {family!r}; leave the table out"
+        )
+    return checked_table("emission", table, (num_states, rows), seq_length, homogeneous)
+
+
+def _rooted(states: Sequence[Node], num_states: int, initial: Tensor | None, num_classes: int | None) -> Circuit:
     weights = checked_table("initial", initial, (num_states,), 1, True)
-    return Circuit(sum(*states, num_units=1, weights=weights, name="initial"))
+    circuit = Circuit(sum(*states, num_units=1, weights=weights, name="initial"))
+    if num_classes is None:
+        return circuit
+    models = [circuit.with_prefix(f"class{label}_") for label in range(checked_count("num_classes", num_classes))]
+    roots = [model.root for model in models]
+    return Circuit(
+        sum(*roots, num_units=num_classes, weights=torch.eye(num_classes), name="class"), num_classes=num_classes
+    )
 
 
 def _followers_of(follows: Tensor | Sequence[Sequence[bool]], num_groups: int) -> list[list[int]]:

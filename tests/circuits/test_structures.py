@@ -33,6 +33,11 @@ STRUCTURES = {
     "hmm, one step": lambda: structures.hmm(1, 3, 3),
     "hmm, not homogeneous": lambda: structures.hmm(5, 3, 3, homogeneous=False),
     "hmm of a family": lambda: structures.hmm(5, 3, ct.Bernoulli()),
+    "hmm of two variables a step": lambda: structures.hmm(3, 2, [3, ct.Bernoulli()]),
+    "hmm of two variables a step, not homogeneous": lambda: structures.hmm(2, 2, [2, 3], False),
+    "low-rank hmm of two variables a step": lambda: structures.low_rank_hmm(3, 3, [2, ct.Bernoulli()], 2),
+    "block-sparse hmm of two variables a step": lambda: structures.block_sparse_hmm(2, [2, 2, 1], [3, 2], FOLLOWS),
+    "second-order hmm of two variables a step": lambda: structures.second_order_hmm(3, 2, [2, ct.Bernoulli()]),
     "low-rank hmm": lambda: structures.low_rank_hmm(5, 4, 3, 2),
     "low-rank hmm, not homogeneous": lambda: structures.low_rank_hmm(5, 4, 3, 2, homogeneous=False),
     "block-sparse hmm": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS),
@@ -121,6 +126,72 @@ def test_hmm_is_the_forward_algorithm(homogeneous):
     tables = (transition[0], emission[0]) if homogeneous else (transition, emission)
     circuit = structures.hmm(L, N, C, homogeneous, initial=initial, transition=tables[0], emission=tables[1])
     assert_is_hmm(circuit, initial, transition, emission)
+
+
+@pytest.mark.parametrize("homogeneous", [True, False])
+def test_hmm_of_several_variables_a_step_is_the_forward_algorithm_with_their_product(homogeneous):
+    steps = (1, 1) if homogeneous else (L - 1, L)
+    initial, transition, table = stochastic(N), stochastic(steps[0], N, N), stochastic(steps[1], N, C)
+    means = torch.randn(steps[1], N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    normal = torch.stack([means, 0.5 + means.square()], -1)
+    pick = (lambda given: given[0]) if homogeneous else (lambda given: given)
+    circuit = structures.hmm(
+        L,
+        N,
+        [ct.Gaussian(), C],
+        homogeneous,
+        initial=initial,
+        transition=pick(transition),
+        emission=[pick(normal), pick(table)],
+    )
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(20, L, generator=generator, dtype=torch.float64)
+    values = torch.randint(C, (20, L), generator=generator)
+    x = torch.stack([numbers, values.double()], -1).flatten(1)
+    pc = ct.compile(circuit, dtype=torch.float64)
+    density = torch.distributions.Normal(normal[..., 0], normal[..., 1]).log_prob(numbers.unsqueeze(-1)).exp()
+    for row, found in enumerate(pc(x)):
+        joint = density[row].unsqueeze(2) * table.expand(L, N, C)  # (L, N, C), of this row's numbers
+        expected = forward_algorithm(values[row], initial, transition.expand(L - 1, N, N), joint)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    names = {node.name for node in circuit.inputs}
+    assert names == {f"emission{step}_{position}" for step in range(L) for position in range(2)}
+    assert circuit.node("emission3_1").var == 7
+
+
+HMMS = {
+    "hmm": lambda **options: structures.hmm(3, 2, 3, **options),
+    "low-rank": lambda **options: structures.low_rank_hmm(3, 3, 3, 2, **options),
+    "block-sparse": lambda **options: structures.block_sparse_hmm(3, [1, 2, 1], 3, FOLLOWS, **options),
+    "second-order": lambda **options: structures.second_order_hmm(3, 2, 3, **options),
+}
+
+
+@pytest.mark.parametrize("name", HMMS)
+def test_a_class_conditional_hmm_is_one_hmm_per_class(name):
+    circuit = HMMS[name](num_classes=2)
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    x = torch.cartesian_prod(*(torch.arange(3),) * 3)
+    for label in range(2):
+        single = ct.compile(HMMS[name](), dtype=torch.float64)
+        for node in single.circuit.nodes:
+            if node.name and not isinstance(node, ct.Product):
+                single.set_weights(node, pc.parameters_of(circuit.node(f"class{label}_{node.name}")))
+        torch.testing.assert_close(pc(x)[:, label], single(x), rtol=1e-9, atol=0)
+    assert circuit.num_free_parameters == 2 * HMMS[name]().num_free_parameters
+
+
+def test_a_class_conditional_hmm_learns_each_class_from_its_own_samples():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randint(3, (60, 4), generator=generator), torch.randint(2, (60,), generator=generator)
+    tables = {"initial": stochastic(2), "transition": stochastic(2, 2), "emission": stochastic(2, 3)}
+    options = {"optimizer": "em", "num_epochs": 5, "pseudocount": 0.1, "progress": False}
+    both = ct.compile(structures.hmm(4, 2, 3, num_classes=2, **tables), dtype=torch.float64)
+    ct.learning.fit(both, x, labels=labels, **options)
+    for label in range(2):
+        alone = ct.compile(structures.hmm(4, 2, 3, **tables), dtype=torch.float64)
+        ct.learning.fit(alone, x[labels == label], **options)
+        torch.testing.assert_close(both(x)[:, label], alone(x), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("homogeneous", [True, False])
@@ -422,6 +493,14 @@ def test_learn_spn_ends_where_all_rows_are_the_same():
         ),
         (lambda: structures.hmm(3, 2, 2, initial=torch.ones(3) / 3), ct.StructureError, "initial: expected a table"),
         (lambda: structures.hmm(3, 2, 2, initial=[0.5, 0.5]), ct.ArgumentError, "initial: .* tensor .*, got list"),
+        (
+            lambda: structures.hmm(3, 2, [2, 3], emission=torch.ones(2, 2) / 2),
+            ct.ArgumentError,
+            "emission: expected one table or None for each of the 2 variables of a step .*, got Tensor",
+        ),
+        (lambda: structures.hmm(3, 2, []), ct.ArgumentError, "expected one table or None for each of the 0 variables"),
+        (lambda: structures.hmm(3, 2, [2, "x"]), ct.ArgumentError, "num_categories: expected a number of categories"),
+        (lambda: structures.hmm(3, 2, 2, num_classes=0), ct.ArgumentError, "num_classes: expected an integer >= 1"),
         (lambda: structures.low_rank_hmm(3, 2, 2, 0), ct.ArgumentError, "rank: expected an integer >= 1, got 0"),
         (
             lambda: structures.low_rank_hmm(3, 2, 2, 1, transition=torch.ones(2, 2) / 2),
