@@ -54,7 +54,6 @@ class CompiledCircuit(nn.Module):
         super().__init__()
         self.circuit = circuit
         self._plan = plan = plan_layers(circuit)
-        self._named = {node.name: node for node in circuit.nodes if node.name is not None}
         self.families = plan.families
         self.bank = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in plan.bank_shapes.items()}
@@ -169,7 +168,7 @@ class CompiledCircuit(nn.Module):
         return Conditions(latents, self._class_factors(evidence.classes))
 
     @own_precision
-    def log_weights(self, node: ParametricNode, banks: passes.Banks | None = None) -> Tensor:
+    def log_weights(self, node: ParametricNode | str, banks: passes.Banks | None = None) -> Tensor:
         """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
         bank, row = self.bank_address(node)
         if isinstance(self.families.get(bank), Direct):
@@ -177,35 +176,34 @@ class CompiledCircuit(nn.Module):
         return (self.weights() if banks is None else banks)[bank].log[row]
 
     @own_precision
-    def parameters_of(self, node: ParametricNode) -> Tensor:
+    def parameters_of(self, node: ParametricNode | str) -> Tensor:
         """Return the parameters of one node as its family defines them, for instance rates (1, K); sums (K, I)."""
-        if isinstance(node, Input):
-            return node.distribution.parameters(self.bank_row(node))
-        return self.log_weights(node).exp()
+        family = self.families.get(self.bank_address(node)[0])
+        return self.log_weights(node).exp() if family is None else family.parameters(self.bank_row(node))
 
-    def bank_row(self, node: ParametricNode) -> Tensor:
+    def bank_row(self, node: ParametricNode | str) -> Tensor:
         """Return the unconstrained parameters of one node: sums (K, I), inputs as their family defines them."""
         bank, row = self.bank_address(node)
         return self.bank[bank][row]
 
     @torch.no_grad()
-    def set_weights(self, node: ParametricNode, weights: Tensor) -> None:
+    def set_weights(self, node: ParametricNode | str, weights: Tensor) -> None:
         """Set the weights of one node, and of all nodes tied to it: sums (K, I), inputs (C, K), each >= 0.
 
         Inputs of other families than categorical take parameters as :meth:`parameters_of` returns them.
         """
         bank, row = self.bank_address(node)
+        shape = self._owner_of(node).parameter_shape
         family = self.families.get(bank)
         if family is not None and not isinstance(family, Categorical):
-            is_shaped = tuple(weights.shape) == node.parameter_shape
-            problem = family.problem(weights) if is_shaped else f"expected the shape {node.parameter_shape}"
+            problem = family.problem(weights) if tuple(weights.shape) == shape else f"expected the shape {shape}"
             if problem:
                 raise ArgumentError(f"weights: {problem} for {node} of {family}, got {tuple(weights.shape)}")
             self.bank[bank][row] = family.raw(weights.to(self.device, torch.float64)).to(self.dtype)
             return
-        if tuple(weights.shape) != node.parameter_shape or bool((weights < 0).any()):
+        if tuple(weights.shape) != shape or bool((weights < 0).any()):
             raise ArgumentError(
-                f"weights: expected numbers >= 0 of shape {node.parameter_shape} for {node}, got {tuple(weights.shape)}"
+                f"weights: expected numbers >= 0 of shape {shape} for {node}, got {tuple(weights.shape)}"
             )
         for own, given in zip(self.bank[bank][row].split(_ROWS), weights.split(_ROWS), strict=True):
             own.copy_(given.to(self.device, torch.float64).log())
@@ -235,17 +233,14 @@ class CompiledCircuit(nn.Module):
             raise ArgumentError(f"node: expected a sum node, got {node}")
         return node
 
-    def address(self, node: Node) -> Address:
-        """Return where a node of the circuit is evaluated: (layer, row)."""
-        try:
-            return self._plan.addresses[node]
-        except KeyError:
-            raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
+    def address(self, node: Node | str) -> Address:
+        """Return where a node of the circuit, or the one of that name, is evaluated: (layer, row)."""
+        return self._plan.addresses[self._node_of("node", node)]
 
-    def bank_address(self, node: ParametricNode) -> tuple[str, int]:
+    def bank_address(self, node: ParametricNode | str) -> tuple[str, int]:
         """Return where the parameters of a node are: (bank, row); nodes that share them have one address."""
         try:
-            return self._plan.bank_addresses[parameter_owner(node)]
+            return self._plan.bank_addresses[self._owner_of(node)]
         except KeyError:
             raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
 
@@ -259,10 +254,17 @@ class CompiledCircuit(nn.Module):
         return f"CompiledCircuit({self.circuit}, {self.circuit.num_parameters} parameters, {self.dtype}, {self.device})"
 
     def _node_of(self, argument: str, key: Node | str) -> Node:
-        node = self._named.get(key) if isinstance(key, str) else key
-        if node not in self._plan.addresses:
-            raise ArgumentError(f"{argument}: {key!r} is no node of {self.circuit} and no name of one")
-        return node
+        if isinstance(key, str):
+            return self.circuit.node(key)
+        if key not in self._plan.addresses:
+            raise ArgumentError(f"{argument}: expected a node of {self.circuit}, or its name, got {key!r}")
+        return key
+
+    def _owner_of(self, node: ParametricNode | str) -> ParametricNode:
+        found = self._node_of("node", node) if isinstance(node, str) else node
+        if not isinstance(found, ParametricNode):
+            raise ArgumentError(f"node: expected a sum or an input node, which have weights, or its name, got {found}")
+        return parameter_owner(found)
 
     def _external_weights(
         self, external: Mapping[ParametricNode | str, Tensor], normalize: bool

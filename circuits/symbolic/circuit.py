@@ -8,6 +8,7 @@ every :class:`Circuit` admits exact marginals.
 from __future__ import annotations
 
 import builtins
+import difflib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -53,6 +54,7 @@ class Circuit:
         self.root = root
         self.nodes = tuple(below_first(root, attrgetter("children")))
         self.num_vars = root.scope_bits.bit_length() if num_vars is None else checked_count("num_vars", num_vars)
+        self._named: dict[str, Node] = {}
         self._check_variables()
         self._check_names()
 
@@ -130,12 +132,12 @@ class Circuit:
         return can_align(self.root, self.root)
 
     def node(self, name: str) -> Node:
-        """Return the node of that name; raises ArgumentError if there is none."""
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        known = sorted(node.name for node in self.nodes if node.name)
-        raise ArgumentError(f"name: no node is called {name!r}; named nodes: {', '.join(known) or 'none'}")
+        """Return the node of that name; raises ArgumentError, with the nearest names, if there is none."""
+        if name in self._named:
+            return self._named[name]
+        near = difflib.get_close_matches(str(name), self._named, 3)
+        known = f"did you mean {', '.join(near)}?" if near else f"some are {', '.join(sorted(self._named)[:3]) or 'none'}"
+        raise ArgumentError(f"name: expected one of the {len(self._named)} names of nodes, got {name!r}; {known}")
 
     def with_prefix(self, prefix: str) -> Circuit:
         """Return the circuit with ``prefix`` before the name of every named node, all nodes being new ones.
@@ -208,11 +210,11 @@ class Circuit:
                 )
 
     def _check_names(self) -> None:
-        named: dict[str, Node] = {}
         for node in self.nodes:
-            if node.name is not None and named.setdefault(node.name, node) is not node:
+            if node.name is not None and self._named.setdefault(node.name, node) is not node:
                 raise StructureError(
-                    f"two nodes are called {node.name!r}: {named[node.name]} and {node}; names are unique"
+                    f"two nodes are called {node.name!r}: {self._named[node.name]} and {node}; names are unique, and "
+                    "circuit.with_prefix(...) makes them so"
                 )
 
 

@@ -263,3 +263,44 @@ def test_a_device_that_is_not_here_is_named(tmp_path, device):
 def test_a_seed_is_an_integer(seed):
     with pytest.raises(ct.ArgumentError, match="seed: expected an integer"):
         ct.compile(ct.structures.hmm(3, 2, 2), seed=seed)
+
+
+def test_names_work_where_nodes_do():
+    pc = ct.compile(ct.structures.hmm(3, 2, [3, ct.Gaussian()]), seed=0, dtype=torch.float64)
+    emission, normal, transition = (pc.circuit.node(name) for name in ("emission1_0", "emission1_1", "transition0"))
+    table = torch.tensor([[0.5, 0.1], [0.3, 0.2], [0.2, 0.7]], dtype=torch.float64)
+    pc.set_weights("emission1_0", table)
+    torch.testing.assert_close(pc.parameters_of("emission0_0"), table)  # tied
+    pc.set_weights("transition0", torch.eye(2))
+    assert torch.equal(pc.log_weights("transition0").exp(), torch.eye(2, dtype=torch.float64))
+    for name, node in (("emission1_0", emission), ("emission1_1", normal), ("transition0", transition)):
+        assert torch.equal(pc.parameters_of(name), pc.parameters_of(node))
+        assert torch.equal(pc.bank_row(name), pc.bank_row(node))
+        assert pc.address(name) == pc.address(node)
+        assert pc.bank_address(name) == pc.bank_address(node)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pc, n: pc.set_weights(n, torch.eye(2)),
+        lambda pc, n: pc.log_weights(n),
+        lambda pc, n: pc.parameters_of(n),
+        lambda pc, n: pc.address(n),
+        lambda pc, n: pc.bank_address(n),
+    ],
+)
+def test_an_unknown_name_is_told_the_near_ones(ask):
+    pc = ct.compile(ct.structures.hmm(3, 2, 3))
+    with pytest.raises(
+        ct.ArgumentError,
+        match="name: expected one of the 6 names of nodes, got 'transitions0'; did you mean transition0, transition1",
+    ):
+        ask(pc, "transitions0")
+
+
+def test_a_product_has_no_weights():
+    pc = ct.compile(ct.structures.hmm(2, 2, 3))
+    product = next(node for node in pc.circuit.nodes if isinstance(node, ct.Product))
+    with pytest.raises(ct.ArgumentError, match=r"node: expected a sum or an input node, .* got Product"):
+        pc.parameters_of(product)

@@ -210,13 +210,13 @@ def test_wrong_external_weights_are_explained():
     pc = ct.compile(tree(), seed=0)
     table = torch.zeros(2, 12)
     for external, message in (
-        ({"nobody": table}, "no name of one"),
+        ({"nobody": table}, "one of the 15 names of nodes, got 'nobody'; some are a0, a1, a2"),
         ({"left": torch.zeros(2, 11)}, "expected floating-point log-weights"),
         ({"left": table, pc.circuit.node("left"): table}, "given twice"),
         ({"left": table.expand(3, -1, -1), "right": table.expand(2, -1, -1)}, "one batch size"),
         ({"left": table - torch.inf}, "a unit without any"),
         ({"left": table * torch.nan}, "NaN"),
-        ({ct.inputs(0, 2, ct.Categorical(3)): torch.zeros(3, 2)}, "is no node of"),
+        ({ct.inputs(0, 2, ct.Categorical(3)): torch.zeros(3, 2)}, "external: expected a node of"),
     ):
         with pytest.raises(ct.ArgumentError, match=message):
             pc.weights(external=external)
@@ -381,7 +381,7 @@ def test_wrong_latent_evidence_is_explained():
         ({"left": torch.full((2, 12), torch.inf)}, "below"),
         ({"left": torch.zeros(2, 3)}, "12"),
         ({"leaf0": torch.zeros(2, 3)}, "expected a sum node"),
-        ({"nobody": torch.zeros(2, 3)}, "no name of one"),
+        ({"nobody": torch.zeros(2, 3)}, "one of the 15 names of nodes, got 'nobody'"),
         ({"left": torch.zeros(2, 12), pc.circuit.node("left"): torch.zeros(2, 12)}, "given twice"),
     ):
         with pytest.raises(ct.ArgumentError, match=message):

@@ -127,7 +127,10 @@ def test_an_invalid_structure_names_what_is_wrong(build, message):
         (lambda: ct.compile("circuit"), "circuit: expected ct.Circuit"),
         (lambda: ct.structures.hmm(0, 2, 3), "seq_length: expected an integer >= 1, got 0"),
         (lambda: ct.structures.mixture(2, [3], 2), "num_categories: expected one number or num_vars=2"),
-        (lambda: ct.structures.hmm(3, 2, 3).node("no"), "no node is called .no.; named nodes: emission0"),
+        (
+            lambda: ct.structures.hmm(3, 2, 3).node("no"),
+            "one of the 6 names of nodes, got .no.; some are emission0, emission1, emission2",
+        ),
     ],
 )
 def test_a_wrong_argument_names_itself(build, message):
