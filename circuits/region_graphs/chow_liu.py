@@ -57,7 +57,7 @@ def empirical_mutual_information(
     memory is bounded whatever the data's size.
 
     Args:
-        data: int64 (N, D), values 0 .. C - 1.
+        data: integers (N, D), values 0 .. C - 1, or floating point with NaN for missing values.
         num_categories: C, one for all variables or one each; by default one more than each variable's largest value.
         pseudocount: added to the count of every pair of variables, spread evenly over the pairs of values.
         weights: (N,), >= 0, how much each row counts; 1 by default.
@@ -71,8 +71,7 @@ def empirical_mutual_information(
     Raises:
         ArgumentError: an argument has a wrong type, shape or value.
     """
-    if observed is not None:
-        data = known_values(data, observed)
+    data, observed = known_values(data, observed)
     counts = checked_categories(data, num_categories)
     weights = _checked_weights(data, weights)
     if not isinstance(pseudocount, (int, float)) or not 0 <= pseudocount < float("inf"):
@@ -133,13 +132,33 @@ def maximum_spanning_tree(weights: Tensor) -> list[tuple[int, int]]:
     return edges
 
 
-def known_values(data: Tensor, observed: Tensor) -> Tensor:
-    """Return data with 0 in the place of missing values; raise ArgumentError unless ``observed`` is such a mask."""
-    is_mask = isinstance(observed, Tensor) and observed.dtype == torch.bool
-    if not is_mask or not isinstance(data, Tensor) or observed.shape != data.shape:
-        got = f"{observed.dtype} {tuple(observed.shape)}" if isinstance(observed, Tensor) else type(observed).__name__
-        raise ArgumentError(f"observed: expected bool of the shape of data, got {got}")
-    return data.masked_fill(~observed.to(data.device), 0)
+def known_values(data: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return data as integers, with 0 in the place of missing values, and where values are known; None: everywhere.
+
+    Missing is what ``observed`` says, and NaN. Truth values are 0 and 1.
+
+    Raises:
+        ArgumentError: ``observed`` is no mask of the data, or a known value is no whole number.
+    """
+    if not isinstance(data, Tensor) or data.is_complex():
+        got = f"{data.dtype}" if isinstance(data, Tensor) else type(data).__name__
+        raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}; convert it with torch.as_tensor(data)")
+    if observed is not None:
+        if not isinstance(observed, Tensor) or observed.dtype != torch.bool or observed.shape != data.shape:
+            got = f"{observed.dtype} {tuple(observed.shape)}" if isinstance(observed, Tensor) else f"{type(observed)}"
+            raise ArgumentError(f"observed: expected bool of the shape of data, {tuple(data.shape)}, got {got}")
+        observed = observed.to(data.device)
+    if data.is_floating_point():
+        is_number = ~data.isnan()
+        if not bool(is_number.all()):
+            observed = is_number if observed is None else observed & is_number
+    values = data if observed is None else data.masked_fill(~observed, 0)
+    if values.is_floating_point() and not torch.equal(values, values.round().clamp(-(2**62), 2**62)):
+        raise ArgumentError(
+            "data: expected whole numbers, and NaN where a value is missing, got others; cut real numbers into bins, "
+            "for instance with torch.bucketize(data, edges)"
+        )
+    return values.long(), observed
 
 
 @own_precision

@@ -271,7 +271,7 @@ class RegionGraph:
         """Build the region graph of the tree with the most mutual information in data (Chow and Liu 1968).
 
         Args:
-            data: int64 (N, D).
+            data: integers (N, D), or floating point with NaN for missing values.
             num_categories: C, one for all variables or one each; by default one more than the largest value.
             root: the variable at the top; None: the tree's centre.
             pseudocount: added to the count of every pair of variables, spread over the pairs of values.

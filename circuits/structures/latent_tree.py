@@ -75,7 +75,7 @@ def hclt(
     weights are not fitted: learn them with ``ct.learning.fit``.
 
     Args:
-        data: int64 (N, D), on any device; only the tree depends on it.
+        data: integers (N, D), or floating point with NaN for missing values; only the tree depends on it.
         num_latents: K, states of every hidden variable.
         num_categories: C, or an input family; one for all variables, or one per variable; by default one more than
             each variable's largest value.
@@ -93,12 +93,10 @@ def hclt(
     """
     checked_count("num_latents", num_latents)
     checked_count("num_trees", num_trees)
-    if not isinstance(data, Tensor) or data.dim() != 2 or 0 in data.shape:
-        got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
-        raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}")
+    data, observed = known_values(data, observed)
+    if data.dim() != 2 or 0 in data.shape:
+        raise ArgumentError(f"data: expected an int64 tensor (N, D) that is not empty, got {tuple(data.shape)}")
     num_vars = data.shape[1]
-    if observed is not None:
-        data = known_values(data, observed)
     if num_categories is None:
         num_categories = [int(largest) + 1 for largest in data.amax(0).tolist()]
     families = families_of("num_categories", num_categories, num_vars)

@@ -136,7 +136,9 @@ class Circuit:
         if name in self._named:
             return self._named[name]
         near = difflib.get_close_matches(str(name), self._named, 3)
-        known = f"did you mean {', '.join(near)}?" if near else f"some are {', '.join(sorted(self._named)[:3]) or 'none'}"
+        known = (
+            f"did you mean {', '.join(near)}?" if near else f"some are {', '.join(sorted(self._named)[:3]) or 'none'}"
+        )
         raise ArgumentError(f"name: expected one of the {len(self._named)} names of nodes, got {name!r}; {known}")
 
     def with_prefix(self, prefix: str) -> Circuit:

@@ -320,6 +320,19 @@ def test_mutual_information_of_incomplete_data_is_that_of_the_complete_pairs(max
         structures.hclt(x, 2, 3, observed=observed[:3])
 
 
+def test_nan_is_missing_and_truth_values_are_categories():
+    x = data()
+    observed = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    expected = repr(structures.hclt(x, 2, observed=observed))
+    gaps = x.double().masked_fill(~observed, torch.nan)
+    assert repr(structures.hclt(gaps, 2)) == expected
+    assert repr(structures.hclt(gaps, 2, observed=observed)) == expected
+    information = structures.empirical_mutual_information
+    assert torch.equal(information(gaps), information(x, observed=observed))
+    assert repr(structures.hclt(x > 0, 2)) == repr(structures.hclt((x > 0).long(), 2))
+    assert structures.hclt(torch.tensor([[0.0, torch.nan], [1.0, 1.0]]), 2).num_categories == (2, 2)
+
+
 def test_bins_merge_neighbouring_values():
     x = data(num_categories=8)
     found = structures.empirical_mutual_information(x, num_categories=8, num_bins=4)
@@ -544,7 +557,8 @@ def test_learn_spn_ends_where_all_rows_are_the_same():
             ct.ArgumentError,
             "variables: 'c' is not a node of the tree",
         ),
-        (lambda: structures.hclt(torch.rand(3, 2), 2), ct.ArgumentError, "data: expected an int64 tensor"),
+        (lambda: structures.hclt(torch.rand(3, 2), 2), ct.ArgumentError, "data: expected whole numbers, and NaN"),
+        (lambda: structures.hclt(torch.full((3, 2), torch.inf), 2), ct.ArgumentError, "data: expected whole numbers"),
         (lambda: structures.learn_spn(torch.rand(3, 2)), ct.ArgumentError, "data: expected an int64 tensor"),
         (lambda: structures.learn_spn(data(), num_clusters=1), ct.ArgumentError, "num_clusters: .* >= 2, got 1"),
         (
