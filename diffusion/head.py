@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +114,6 @@ class CoupledHead(OnHub, nn.Module):
 
     vocabulary: Tensor | None
     """The denoiser's ids of the circuit's categories, int64 (C,), or None."""
-
-    modes: ClassVar[frozenset[str]] = frozenset({"independent", "latent", "marginal", "any_order", "joint"})
-    """Ways of decoding that it has: all."""
 
     @property
     def calibration(self) -> NoiseCalibration | None:

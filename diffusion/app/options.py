@@ -51,7 +51,12 @@ def _int(help: str, *names: str) -> Any:
 
 CONFIG_HELP = described(DecodingConfig)
 """What :class:`~diffusion.decoding.config.DecodingConfig` says of its options."""
-Decode = Annotated[str | None, typer.Option(help=_table("decode", MODES), show_default=DecodingConfig.decode)]
+Decode = Annotated[
+    str | None,
+    typer.Option(
+        help=_table("decode", {name: mode.says for name, mode in MODES.items()}), show_default=DecodingConfig.decode
+    ),
+]
 StrategyName = Annotated[
     str | None,
     typer.Option(

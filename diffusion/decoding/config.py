@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from circuits.arguments import checked_temperature, is_number
 from diffusion.errors import ArgumentError
 
-DecodeMode = Literal["independent", "latent", "marginal", "any_order", "joint"]
 Strategy = Literal[
     "low_confidence", "margin", "entropy", "random", "top_prob", "threshold", "entropy_bound", "joint_entropy"
 ]
 
-MODES: dict[str, str] = {
-    "independent": "every token on its own from q^(1 / tau), without the circuit",
-    "latent": "the circuit's latents z from p(z | e)^(1 / tau), then every token from (q p(. | z))^(1 / tau)",
-    "marginal": "every token on its own from its exact posterior marginal, to the power 1 / tau",
-    "any_order": "one token after the other from its marginal given those before, without asking the denoiser again",
-    "joint": "all tokens together from the circuit's explanations, latents and tokens, to the power 1 / tau",
-}
-"""What a step does with the distribution of a window, by mode. At tau = 0 each takes the best."""
+DecodeMode = str
+"""A name of :data:`MODES`."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way of decoding: what a step does with the distribution of a window.
+
+    Attributes:
+        says: the mode in one sentence; at tau = 0 it takes the best.
+        propose: from a distribution, the options and random numbers to a proposal.
+        each_alone: every token is drawn from its own marginal, so that some may not fit together.
+        one_by_one: a step's tokens are committed one after the other, each given those before.
+        draws_latents: positions are judged given a draw of latents that is not part of the text.
+    """
+
+    says: str
+    propose: Callable[..., Any]
+    each_alone: bool = False
+    one_by_one: bool = False
+    draws_latents: bool = False
+
+
+P = TypeVar("P", bound=Callable[..., Any])
+MODES: dict[str, Mode] = {}
+"""All ways of decoding, by name; :mod:`diffusion.decoding.proposers` has them."""
+
+
+def mode(name: str, says: str, **properties: bool) -> Callable[[P], P]:
+    """Return a decorator of proposers: the mode of this name is to decode by it, see :class:`Mode`."""
+
+    def entered(propose: P) -> P:
+        MODES[name] = Mode(says, propose, **properties)
+        return propose
+
+    return entered
+
 
 STRATEGIES: dict[str, str] = {
     "low_confidence": "the most probable drawn tokens first (LLaDA); changes the law at temperatures above 0",
@@ -67,7 +96,7 @@ class DecodingConfig:
     remask: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.decode not in get_args(DecodeMode):
+        if self.decode not in MODES:
             raise ArgumentError(f"decode: expected one of {', '.join(MODES)}, got {self.decode!r}")
         if self.strategy is not None and self.strategy not in get_args(Strategy):
             raise ArgumentError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
@@ -97,7 +126,8 @@ class DecodingConfig:
         """
         if self.remask:
             return False
-        return self.chosen_strategy == "random" or (self.chosen_strategy in KEEPS_LAW and self.decode != "latent")
+        judged_by_draw = MODES[self.decode].draws_latents
+        return self.chosen_strategy == "random" or (self.chosen_strategy in KEEPS_LAW and not judged_by_draw)
 
     def changed(self, **changes: Any) -> DecodingConfig:
         """Return the same options but for those that are not None in ``changes``.

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from circuits import RowGenerators
-from diffusion.decoding.config import DecodingConfig
+from diffusion.decoding.config import MODES, DecodingConfig
 from diffusion.decoding.constraints.coupled import check_chain
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
@@ -74,7 +74,9 @@ class JointHead(Protocol):
         temperature: tau that decoding takes if it is not 1 and nothing else is said.
         top_k: list the k best tokens of every position only; None: all.
         needs_features: whether the prediction has to bring the denoiser's hidden states.
-        modes: ways of decoding that it has, of :data:`~diffusion.decoding.config.MODES`.
+
+    A head without exact draws or marginals names the ways of decoding that it has in ``modes``, a set of names of
+    :data:`~diffusion.decoding.config.MODES`; one without that attribute has all.
     """
 
     @property
@@ -89,8 +91,6 @@ class JointHead(Protocol):
     def vocab_size(self) -> int: ...  # noqa: D102
     @property
     def needs_features(self) -> bool: ...  # noqa: D102
-    @property
-    def modes(self) -> frozenset[str]: ...  # noqa: D102
 
     def distribution(
         self,
@@ -172,9 +172,10 @@ def check_head(head: JointHead, spec: DenoiserSpec, config: DecodingConfig) -> N
             f"head: expected one over the denoiser's {spec.vocab_size} tokens, got {head.vocab_size}; fit one on this "
             "denoiser's tokens"
         )
-    if config.decode != "independent" and config.decode not in head.modes:
+    modes = getattr(head, "modes", MODES)
+    if config.decode != "independent" and config.decode not in modes:
         raise ArgumentError(
-            f"decode: expected one of {', '.join(sorted(head.modes))} with {type(head).__name__}, got {config.decode!r}"
+            f"decode: expected one of {', '.join(sorted(modes))} with {type(head).__name__}, got {config.decode!r}"
         )
 
 

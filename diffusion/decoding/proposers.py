@@ -1,18 +1,21 @@
-"""Proposers: from the distribution of windows to tokens, and to what their reliability is judged by."""
+"""Proposers: from the distribution of windows to tokens, and to what their reliability is judged by.
+
+A proposer takes the joint distribution of W windows, the options, and random numbers for each window. A way of decoding
+is a proposer with its row of :data:`~diffusion.decoding.config.MODES` above it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from circuits import RowGenerators
 from diffusion.coupling import CoupledDistribution
-from diffusion.decoding.config import DecodeMode, DecodingConfig
+from diffusion.decoding.config import MODES, DecodeMode, DecodingConfig, mode
 from diffusion.decoding.joint import JointDistribution, LatentDistribution, SelfAccepting
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
@@ -36,10 +39,6 @@ class Proposal:
     log_prob: Callable[[Tensor], Tensor] | None = None
 
 
-Proposer = Callable[[Any, DecodingConfig, RowGenerators], Proposal]
-"""From the joint distribution of W windows, the options, and random numbers for each window."""
-
-
 def drawn(beliefs: Prediction, temperature: float, generators: RowGenerators) -> Tensor:
     """Draw every token on its own from beliefs to the power 1 / tau, int64 (W, n); the best at tau = 0."""
     if temperature == 0:
@@ -49,11 +48,17 @@ def drawn(beliefs: Prediction, temperature: float, generators: RowGenerators) ->
     return index if beliefs.values is None else beliefs.values.gather(2, index.unsqueeze(-1)).squeeze(-1)
 
 
+@mode("independent", "every token on its own from q^(1 / tau), without the circuit")
 def independent(prediction: Prediction, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose every token on its own, without the circuit."""
     return Proposal(drawn(prediction, config.temperature, generators), lambda: prediction)
 
 
+@mode(
+    "latent",
+    "the circuit's latents z from p(z | e)^(1 / tau), then every token from (q p(. | z))^(1 / tau)",
+    draws_latents=True,
+)
 def latent(dist: LatentDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Choose the circuit's latents, then every token on its own given them; judged given them too.
 
@@ -66,12 +71,20 @@ def latent(dist: LatentDistribution, config: DecodingConfig, generators: RowGene
     return Proposal(tokens, dist.posterior if config.chosen_strategy == "threshold" else lambda: beliefs)
 
 
+@mode(
+    "any_order",
+    "one token after the other from its marginal given those before, without asking the denoiser again",
+    each_alone=True,
+    one_by_one=True,
+)
+@mode("marginal", "every token on its own from its exact posterior marginal, to the power 1 / tau", each_alone=True)
 def marginal(dist: JointDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose every token on its own from its exact posterior marginal."""
     beliefs = dist.posterior()
     return Proposal(drawn(beliefs, config.temperature, generators), lambda: beliefs)
 
 
+@mode("joint", "all tokens together from the circuit's explanations, latents and tokens, to the power 1 / tau")
 def joint(dist: JointDistribution, config: DecodingConfig, generators: RowGenerators) -> Proposal:
     """Propose all tokens together: an exact joint sample at temperature 1, the most probable explanation at 0."""
     if isinstance(dist, SelfAccepting):
@@ -88,7 +101,7 @@ def given(tokens: Tensor, source: JointDistribution | Prediction, decode: Decode
         source: of the draws: the joint distribution of W windows, or a prediction without a circuit.
         decode: how they would be drawn: all together, or each on its own.
     """
-    if decode == "joint" and not isinstance(source, Prediction):
+    if not MODES[decode].each_alone and not isinstance(source, Prediction):
         if not isinstance(source, Coupled):
             raise ArgumentError(
                 f"head: expected a circuit, whose joint probabilities are exact, got one of {type(source).__name__}"
@@ -101,14 +114,6 @@ def given(tokens: Tensor, source: JointDistribution | Prediction, decode: Decode
         return each.double().masked_fill(~positions, 0.0).sum(-1)
 
     return Proposal(tokens, lambda: beliefs, log_prob=log_prob)
-
-
-PROPOSERS: dict[DecodeMode, Proposer] = {
-    "latent": latent,
-    "marginal": marginal,
-    "any_order": marginal,  # again and again, see diffusion.decoding.step
-    "joint": joint,
-}
 
 
 def dependence_of(dist: JointDistribution, num_candidates: int = 4) -> Tensor:

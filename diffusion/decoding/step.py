@@ -14,12 +14,12 @@ from circuits import RowGenerators
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
-from diffusion.decoding.config import DecodeMode, DecodingConfig
+from diffusion.decoding.config import MODES, DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
 from diffusion.decoding.controls import Control
 from diffusion.decoding.joint import ConstrainableHead, JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
-from diffusion.decoding.proposers import PROPOSERS, Proposal, dependence_of, given, independent
+from diffusion.decoding.proposers import Proposal, dependence_of, given
 from diffusion.decoding.rounds import Outlook
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
@@ -164,14 +164,15 @@ def _decode_part(
         _write(canvas, part, _proposal(canvas, part, None, "independent", config, generators), None, config, generators)
         return
     dist = _distribution(canvas, part, head, weights)
-    mode = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
-    if mode == "any_order" and isinstance(dist, CoupledDistribution) and _is_free(canvas) and Outlook.serves(config):
+    name = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
+    mode = MODES[name]
+    if mode.one_by_one and isinstance(dist, CoupledDistribution) and _is_free(canvas) and Outlook.serves(config):
         _one_by_one(canvas, part, dist, config, generators)
         return
-    if mode == "any_order" or (mode == "marginal" and canvas.constraint is not None):
+    if mode.one_by_one or (mode.each_alone and canvas.constraint is not None):
         _in_rounds(canvas, part, dist, config, generators)
         return
-    _write(canvas, part, _proposal(canvas, part, dist, mode, config, generators), dist, config, generators)
+    _write(canvas, part, _proposal(canvas, part, dist, name, config, generators), dist, config, generators)
 
 
 def _proposal(
@@ -186,9 +187,8 @@ def _proposal(
     if canvas.teacher is not None:
         tokens = canvas.teacher.tokens[part.windows.rows.unsqueeze(1), part.positions]
         return given(tokens, part.prediction if dist is None else dist, mode)
-    if dist is None:
-        return independent(part.prediction, config, generators)
-    return PROPOSERS[mode](dist, config, generators)
+    proposal: Proposal = MODES[mode].propose(part.prediction if dist is None else dist, config, generators)
+    return proposal
 
 
 def _distribution(canvas: Canvas, part: Part, head: JointHead | None, weights: Banks | None) -> JointDistribution:
@@ -227,7 +227,7 @@ def _write(
     generators: RowGenerators,
 ) -> Tensor:
     """Commit the most reliable proposals; return where, bool (W, n)."""
-    is_filtered = canvas.constraint is not None and config.decode in ("marginal", "any_order")
+    is_filtered = canvas.constraint is not None and MODES[config.decode].each_alone
     needs_scores = is_filtered or config.remask > 0
     committed, scores = _committed(canvas, part, proposal, dist, config, generators, needs_scores=needs_scores)
     if is_filtered:
@@ -319,7 +319,7 @@ def _in_rounds(
     ``marginal`` all of them, and in the next round those that the constraint refused. A window is done when its own
     count is.
     """
-    most = 1 if config.decode == "any_order" else None
+    most = 1 if MODES[config.decode].one_by_one else None
     left, rounds = part.counts, 0
     while True:
         waits = (left <= 0).unsqueeze(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits import RowGenerators
 from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas, Teacher
-from diffusion.decoding.config import KEEPS_LAW, DecodingConfig
+from diffusion.decoding.config import KEEPS_LAW, MODES, DecodingConfig
 from diffusion.decoding.generation import fill
 from diffusion.decoding.plans import Blocks, Look, Plan
 from diffusion.decoding.prompts import Rows, check_length, checked_seeds, padded_rows, token_rows
@@ -24,7 +24,6 @@ from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 
 Method = Literal["decoder", "elbo", "sequential"]
-_MODES = ("independent", "marginal", "any_order", "joint")
 _OPTIONS: dict[Method, frozenset[str]] = {
     "decoder": frozenset({"num_steps", "config", "plan", *DecodingConfig.__dataclass_fields__}),
     "elbo": frozenset({"num_samples"}),
@@ -161,10 +160,11 @@ def _check_config(config: DecodingConfig) -> None:
         raise ArgumentError(
             f"temperature: expected 1, got {config.temperature!r}; only draws that are not tempered have a likelihood"
         )
-    if config.decode not in _MODES:
+    if MODES[config.decode].draws_latents:
+        known = ", ".join(name for name, mode in MODES.items() if not mode.draws_latents)
         raise ArgumentError(
-            f"decode: expected one of {', '.join(_MODES)}, got {config.decode!r}; its draws of latents are not summed "
-            "over, joint has the same law where positions do not depend on them"
+            f"decode: expected one of {known}, got {config.decode!r}; its draws of latents are not summed over, joint "
+            "has the same law where positions do not depend on them"
         )
     if config.remask:
         raise ArgumentError(f"remask: expected 0, got {config.remask!r}; texts that are rewritten have many histories")

@@ -110,7 +110,7 @@ def check_what_is_written(run, out, options, first):
 def test_the_help_is_that_of_the_tables(run):
     """Every mode and every strategy, and every option of the configuration, in the words in which they are defined."""
     said = " ".join(run("generate", "--help")[1].replace("│", " ").split())
-    for name, meaning in (MODES | STRATEGIES).items():
+    for name, meaning in ({name: mode.says for name, mode in MODES.items()} | STRATEGIES).items():
         assert f"{name}: {meaning}."[:30] in said
     for name in DecodingConfig.__dataclass_fields__:
         assert OPTIONS[name]

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 import circuits as ct
 from diffusion import CoupledHead, DenoiserSpec, generate, infill
 from diffusion.decoding.commit import SCORES, Ranking
-from diffusion.decoding.config import DecodeMode, Strategy
+from diffusion.decoding.config import MODES, Strategy
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 V, L, MASK, PAD, EOS = 7, 4, 6, 5, 4
-MODES = typing.get_args(DecodeMode)
 STRATEGIES = typing.get_args(Strategy)
 
 

@@ -11,7 +11,7 @@ from likelihood_cases import EXACT, MASK, READER, Reader, V, all_texts, hmm_head
 
 import circuits as ct
 import diffusion as df
-from diffusion.decoding.config import KEEPS_LAW, DecodeMode, Strategy
+from diffusion.decoding.config import KEEPS_LAW, MODES, Strategy
 from diffusion.decoding.plans import Plan
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.testing import decoder_law, reference, worlds
@@ -275,7 +275,7 @@ def test_what_has_no_likelihood_is_refused(options, message):
 
 
 def test_every_mode_and_strategy_is_either_measured_or_refused():
-    for decode, strategy in itertools.product(typing.get_args(DecodeMode), typing.get_args(Strategy)):
+    for decode, strategy in itertools.product(tuple(MODES), typing.get_args(Strategy)):
         config = df.DecodingConfig(decode=decode, strategy=strategy, temperature=1.0)
         keeps = config.keeps_law and decode != "latent"
         try:

@@ -22,7 +22,7 @@ from diffusion import (
     generate,
     infill,
 )
-from diffusion.decoding.config import DecodeMode, Strategy
+from diffusion.decoding.config import MODES, Strategy
 from diffusion.evaluation.few_steps import few_step_quality
 from diffusion.evaluation.gap import misspecification_gap
 from diffusion.training.denoiser import DenoiserTraining, held_out_loss, train_denoiser
@@ -108,7 +108,7 @@ def test_coupled_samples_follow_their_marginals(elsewhere):
     torch.testing.assert_close(frequencies, dist.marginal_probs.detach().cpu(), rtol=0, atol=0.04)
 
 
-@pytest.mark.parametrize("decode", typing.get_args(DecodeMode))
+@pytest.mark.parametrize("decode", tuple(MODES))
 def test_greedy_text(decode, elsewhere):
     prompt = torch.tensor([[0, 1, 2], [3, 4, 5]])
     there = greedy(elsewhere.device, decode, prompt.to(elsewhere.device))
@@ -137,7 +137,7 @@ def test_holes_go_where_the_denoiser_is(elsewhere):
     assert torch.equal(texts[0], texts[2])
 
 
-MIXED = [(mode, "entropy") for mode in typing.get_args(DecodeMode)]
+MIXED = [(mode, "entropy") for mode in tuple(MODES)]
 MIXED += [("latent", strategy) for strategy in typing.get_args(Strategy)]
 
 
