@@ -1,6 +1,7 @@
 """The architecture: who may import whom, what stays unloaded, and how long files and functions may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -64,6 +65,7 @@ CORE = ("symbolic", "families", "evidence", "engine", "queries/basic.py")
 MAX_LINES_OF_THE_CORE = 5600  # shrinks to 5,000
 BEHIND_A_SECOND_DOOR = ("batteries", "sklearn")
 MAX_MODULES_ON_THE_TOP_FLOOR = 12
+MAX_LINES_BEFORE_THE_FIRST_QUERY = 1500
 
 # Private attributes of other libraries.
 THEIRS = {"_attn_implementation", "_params", "_replace", "_source_node", "_version"}
@@ -230,6 +232,19 @@ def test_the_core_is_read_in_one_sitting():
     paths = [path for path in FILES["circuits"] if named(path).removeprefix("circuits/").startswith(CORE)]
     assert {part_of(path) for path in paths} == {part.split("/")[0] for part in CORE}
     assert sum(len(path.read_text().splitlines()) for path in paths) <= MAX_LINES_OF_THE_CORE
+
+
+def test_the_first_query_is_understood_after_a_few_files():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    files = re.findall(r"^\d\. `(circuits/[\w/]+\.py)`", page, re.MULTILINE)
+    assert len(files) >= 4
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) < MAX_LINES_BEFORE_THE_FIRST_QUERY
+
+
+def test_the_page_of_the_architecture_names_every_wing():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    wings = {init.parent.name for package in FILES for init in (ROOT / package).glob("*/__init__.py")}
+    assert not [wing for wing in wings if not re.search(rf"\b{wing}\b", page)]
 
 
 def test_the_top_floor_of_circuits_is_small():

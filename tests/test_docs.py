@@ -16,6 +16,7 @@ import diffusion
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "adapters").glob("*.md"))]
+FRONT = [ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 PACKAGES = [
     circuits,
@@ -86,7 +87,7 @@ def test_blocks_are_found():
     assert sum(len(BLOCK.findall(page.read_text())) for page in PAGES) > 40
 
 
-@pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *FRONT, *REFERENCE], ids=name_of)
 def test_links_and_pictures_exist(page):
     missing = []
     for link in ("".join(found) for found in LINK.findall(without_code(page.read_text()))):
