@@ -34,11 +34,11 @@ class DenoiserSpec:
         named = {"mask_id": (self.mask_id,), "pad_id": (self.pad_id,), "eos_ids": self.eos_ids}
         for name, ids in {**named, "forbidden_ids": self.forbidden_ids}.items():
             if not all(0 <= id < self.vocab_size for id in ids):
-                raise ArgumentError(f"{name} must lie in 0..{self.vocab_size - 1} (vocab_size - 1), got {ids}")
+                raise ArgumentError(f"{name}: expected 0 to {self.vocab_size - 1} (vocab_size - 1), got {ids}")
         if self.mask_id not in self.forbidden_ids:
-            raise ArgumentError(f"forbidden_ids must contain mask_id {self.mask_id}, got {self.forbidden_ids}")
+            raise ArgumentError(f"forbidden_ids: expected mask_id {self.mask_id} among them, got {self.forbidden_ids}")
         if self.max_length < 1:
-            raise ArgumentError(f"max_length must be at least 1, got {self.max_length}")
+            raise ArgumentError(f"max_length: expected an integer >= 1, got {self.max_length}")
 
 
 @runtime_checkable

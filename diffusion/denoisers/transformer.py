@@ -70,18 +70,18 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("block_length", "max_length", "width", "num_layers", "num_heads", "expansion"):
             if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ArgumentError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         if self.context_length < 0:
-            raise ArgumentError(f"context_length must be at least 0, got {self.context_length}")
+            raise ArgumentError(f"context_length: expected an integer >= 0, got {self.context_length}")
         if self.width % (2 * self.num_heads):
-            raise ArgumentError(f"width must be a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.width}")
+            raise ArgumentError(f"width: expected a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.width}")
         if self.attention not in get_args(Attention):
             raise ArgumentError(
                 f"attention: expected one of {', '.join(get_args(Attention))}, got {self.attention!r}; see the options"
             )
         if self.max_length < self.span:
             raise ArgumentError(
-                f"max_length must be at least context_length + block_length = {self.span}, got {self.max_length}"
+                f"max_length: expected at least context_length + block_length = {self.span}, got {self.max_length}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def _config_of(content: dict[str, Any], path: Path) -> TransformerConfig:
     known -= {"attention"}
     numbers = {name: value for name, value in content.items() if name != "attention"}
     if set(numbers) != known or not all(_is_int_or_ints(value) for value in numbers.values()):
-        raise CheckpointError(f"{path} must hold whole numbers for exactly: {', '.join(sorted(known))}")
+        raise CheckpointError(f"{path}: expected whole numbers for exactly {', '.join(sorted(known))}")
     try:
         return TransformerConfig(**content | {"forbidden_ids": tuple(content["forbidden_ids"])})
     except (ArgumentError, TypeError) as error:

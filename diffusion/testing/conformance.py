@@ -48,7 +48,9 @@ class DenoiserTestCase:
 
     def make_denoiser(self) -> Denoiser:
         """Return the denoiser under test."""
-        raise NotImplementedError(f"{type(self).__name__}.make_denoiser(self) has to return a Denoiser")
+        raise NotImplementedError(
+            f"{type(self).__name__}.make_denoiser(self): expected a method that returns a Denoiser"
+        )
 
     def examples(self) -> Tensor | None:
         """Return texts that the denoiser knows, int64 (N, L); None: random ids are tried, and it may know nothing."""
@@ -87,7 +89,7 @@ class DenoiserTestCase:
                 logits = self.denoiser.logits(tokens)
                 assert logits.shape == (len(tokens), length, spec.vocab_size)
                 assert logits.dtype == torch.float32
-                assert bool(logits.isfinite().all()), "logits have to be finite, also at forbidden ids"
+                assert bool(logits.isfinite().all()), "logits: expected finite numbers, also at forbidden ids"
 
     def test_logits_are_where_the_tokens_are(self) -> None:
         """The device of the logits is that of the tokens."""
@@ -138,7 +140,7 @@ class DenoiserTestCase:
         expected = self._log_probs(padded, valid=valid)[:, _PADDING:]
         for id in (self.denoiser.spec.mask_id, self._allowed[0], self._allowed[-1]):
             logits = self.denoiser.logits(padded.masked_fill(~valid, id), valid=valid)
-            assert bool(logits.isfinite().all()), "logits have to be finite at padding too"
+            assert bool(logits.isfinite().all()), "logits: expected finite numbers at padding too"
             self._assert_close(torch.log_softmax(logits.detach(), -1)[:, _PADDING:], expected)
 
     def test_everything_is_valid_by_default(self) -> None:

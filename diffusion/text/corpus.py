@@ -64,7 +64,7 @@ def load_corpus(
         ArgumentError: ``field`` is missing or superfluous, or ``held_out_fraction`` outside [0, 1).
     """
     if not 0 <= held_out_fraction < 1:
-        raise ArgumentError(f"held_out_fraction must lie in [0, 1), got {held_out_fraction}")
+        raise ArgumentError(f"held_out_fraction: expected a share from 0 to below 1, got {held_out_fraction}")
     name = str(source)
     if name == "gsm8k":
         documents = _documents_of_jsonl(str(gsm8k_train()), field or FIELD)
@@ -78,7 +78,7 @@ def load_corpus(
         documents = arithmetic_documents(ARITHMETIC_DOCUMENTS, seed=seed)
     elif is_jsonl:
         if field is None:
-            raise ArgumentError(f"field must name the key that holds the text in each line of {name}")
+            raise ArgumentError(f"field: expected the key that holds the text in each line of {name}, got none")
         documents = _documents_of_jsonl(name, field)
     elif name.removesuffix(".gz").endswith(".txt"):
         documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
@@ -175,7 +175,7 @@ def arithmetic_documents(num_documents: int, seed: int) -> list[str]:
         seed: the same seed gives the same documents.
     """
     if num_documents < 0:
-        raise ArgumentError(f"num_documents must be at least 0, got {num_documents}")
+        raise ArgumentError(f"num_documents: expected an integer >= 0, got {num_documents}")
     random = np.random.default_rng(seed)
     shortest, longest = ARITHMETIC_LINES
     documents = []
@@ -244,7 +244,7 @@ def windows(stream: Tensor, *, length: int, max_windows: int | None = None) -> T
     if max_windows is None:
         return cut
     if max_windows < 1:
-        raise ArgumentError(f"max_windows must be at least 1, got {max_windows}")
+        raise ArgumentError(f"max_windows: expected an integer >= 1, got {max_windows}")
     kept = min(max_windows, count)
     return cut[torch.arange(kept) * count // kept]
 
@@ -295,8 +295,8 @@ def random_windows(
 
 def _check_stream(stream: Tensor, length: int) -> None:
     if stream.ndim != 1 or stream.dtype != torch.int64:
-        raise ArgumentError(f"stream must be a vector of int64, got {stream.dtype} of shape {tuple(stream.shape)}")
+        raise ArgumentError(f"stream: expected a vector of int64, got {stream.dtype} of shape {tuple(stream.shape)}")
     if length < 1:
-        raise ArgumentError(f"length must be at least 1, got {length}")
+        raise ArgumentError(f"length: expected an integer >= 1, got {length}")
     if stream.numel() < length:
-        raise CorpusError(f"the text has {stream.numel()} tokens, fewer than one window of {length}")
+        raise CorpusError(f"stream: expected at least one window of {length} tokens, got {stream.numel()}")

@@ -64,7 +64,7 @@ class TextTokenizer:
         """
         ids = [int(id) for id in ids]
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            raise ArgumentError(f"ids must lie in 0..{self.vocab_size - 1}, got {min(ids)} to {max(ids)}")
+            raise ArgumentError(f"ids: expected 0 to {self.vocab_size - 1}, got {min(ids)} to {max(ids)}")
         return str(self._tokenizer.decode(ids, skip_special_tokens=not keep_special))
 
     def token_bytes(self) -> list[bytes | None]:
@@ -106,13 +106,13 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
+            raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
         return cls(tokenizer)
 
     def _id_of(self, token: str) -> int:
         id: int | None = self._tokenizer.token_to_id(token)
         if id is None:
-            raise CheckpointError(f"the tokenizer has no {token} token: train it with train_tokenizer")
+            raise CheckpointError(f"tokenizer: expected a token {token}, got none; train it with train_tokenizer")
         return id
 
 
@@ -142,10 +142,10 @@ def train_tokenizer(
         ArgumentError: the documents are empty, ``kind`` is unknown, or ``vocab_size`` too small.
     """
     if kind not in get_args(TokenizerKind):
-        raise ArgumentError(f"kind must be one of {', '.join(get_args(TokenizerKind))}, got {kind!r}")
+        raise ArgumentError(f"kind: expected one of {', '.join(get_args(TokenizerKind))}, got {kind!r}")
     documents = list(documents)
     if not any(documents):
-        raise ArgumentError("documents must hold some text, got none")
+        raise ArgumentError("documents: expected some text, got none")
     if kind == "characters":
         return TextTokenizer(_character_tokenizer(documents, vocab_size))
     return TextTokenizer(_byte_pair_tokenizer(documents, DEFAULT_BPE_VOCABULARY if vocab_size is None else vocab_size))
@@ -156,7 +156,7 @@ def _character_tokenizer(documents: Sequence[str], vocab_size: int | None) -> To
 
     special = [PAD, MASK, EOS, UNK]
     if vocab_size is not None and vocab_size <= len(special):
-        raise ArgumentError(f"vocab_size must exceed the {len(special)} special tokens, got {vocab_size}")
+        raise ArgumentError(f"vocab_size: expected more than the {len(special)} special tokens, got {vocab_size}")
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(document)
@@ -178,7 +178,7 @@ def _byte_pair_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer
     smallest = len(special) + len(alphabet)
     if vocab_size < smallest:
         raise ArgumentError(
-            f"vocab_size must be at least {smallest}, all bytes and the special tokens: got {vocab_size}"
+            f"vocab_size: expected at least {smallest}, all bytes and the special tokens, got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     # Digit by digit, so that the parts of a number keep their places and arithmetic can be learnt.

@@ -55,10 +55,10 @@ class CircuitTraining:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ArgumentError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("learning_rate", "feature_learning_rate"):
             if not getattr(self, name) > 0:
-                raise ArgumentError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if self.weighting not in get_args(Weighting):
             raise ArgumentError(f"weighting: expected one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
 
@@ -120,7 +120,8 @@ def fit_coupled(
             loss.backward()
             if not bool(loss.isfinite()):
                 raise ArgumentError(
-                    f"the loss became {float(loss)} at step {state.step}: lower learning_rate={config.learning_rate}"
+                    f"learning_rate: with {config.learning_rate} the loss became {float(loss)} at update {state.step}; "
+                    "lower it"
                 )
             optimizer.step()
             state = state.after_update(float(loss.detach()))

@@ -70,15 +70,17 @@ class DenoiserTraining:
     def __post_init__(self) -> None:
         for name in ("batch_size", "validate_every", "validation_windows", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ArgumentError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("steps", "warmup_steps", "weight_decay", "seed"):
             if getattr(self, name) < 0:
-                raise ArgumentError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise ArgumentError(f"{name}: expected an integer >= 0, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
-                raise ArgumentError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if not 0 <= self.short_context_probability <= 1:
-            raise ArgumentError(f"short_context_probability must lie in [0, 1], got {self.short_context_probability}")
+            raise ArgumentError(
+                f"short_context_probability: expected a probability, got {self.short_context_probability}"
+            )
         schedule(self.schedule)
         if self.loss not in ("masked_mean", "elbo"):
             raise ArgumentError(f"loss: expected masked_mean or elbo, got {self.loss!r}")
@@ -184,7 +186,7 @@ def held_out_loss(
     """
     if held_out.ndim != 2 or not len(held_out) or not 1 <= block_length <= held_out.shape[1]:
         raise ArgumentError(
-            f"held_out must be windows of shape (N >= 1, length) with length >= block_length = {block_length} >= 1, "
+            f"held_out: expected windows of shape (N >= 1, length) with length >= block_length = {block_length} >= 1, "
             f"got shape {tuple(held_out.shape)}"
         )
     length = held_out.shape[1]

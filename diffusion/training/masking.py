@@ -79,7 +79,7 @@ class GeometricSchedule:
 
     def __post_init__(self) -> None:
         if not 0 < self.least < self.most:
-            raise ArgumentError(f"least and most must satisfy 0 < least < most, got {self.least} and {self.most}")
+            raise ArgumentError(f"least, most: expected 0 < least < most, got {self.least} and {self.most}")
 
     def mask_probability(self, t: Tensor) -> Tensor:
         """Return 1 - exp(-s(t))."""
@@ -106,7 +106,7 @@ def schedule(name: ScheduleName) -> Schedule:
         "geometric": GeometricSchedule(),
     }
     if name not in schedules:
-        raise ArgumentError(f"schedule name must be one of {', '.join(schedules)}, got {name!r}")
+        raise ArgumentError(f"schedule: expected one of {', '.join(schedules)}, got {name!r}")
     return schedules[name]
 
 
@@ -135,11 +135,11 @@ def sample_times(
         ArgumentError: ``batch`` is negative, ``earliest`` outside [0, 1), or ``method`` unknown.
     """
     if batch < 0:
-        raise ArgumentError(f"batch must be at least 0, got {batch}")
+        raise ArgumentError(f"batch: expected an integer >= 0, got {batch}")
     if not 0 <= earliest < 1:
-        raise ArgumentError(f"earliest must lie in [0, 1), got {earliest}")
+        raise ArgumentError(f"earliest: expected a time from 0 to below 1, got {earliest}")
     if method not in get_args(TimeSampling):
-        raise ArgumentError(f"method must be one of {', '.join(get_args(TimeSampling))}, got {method!r}")
+        raise ArgumentError(f"method: expected one of {', '.join(get_args(TimeSampling))}, got {method!r}")
     if device is None:
         device = generator.device if generator is not None else "cpu"
 
@@ -183,9 +183,9 @@ def mask_tokens(
     """
     _check_token_batch(tokens)
     if t.shape != tokens.shape[:1]:
-        raise ArgumentError(f"t must have shape ({tokens.shape[0]},), one time per sequence, got {tuple(t.shape)}")
+        raise ArgumentError(f"t: expected shape ({tokens.shape[0]},), one time per sequence, got {tuple(t.shape)}")
     if t.numel() and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ArgumentError(f"t must lie in [0, 1], got values from {t.min().item()} to {t.max().item()}")
+        raise ArgumentError(f"t: expected times from 0 to 1, got {t.min().item()} to {t.max().item()}")
     probability = (schedule or LinearSchedule()).mask_probability(t)
     # rand draws from [0, 1), so that probability 1 masks everything and probability 0 nothing
     masked = torch.rand(tokens.shape, generator=generator, device=tokens.device) < probability[:, None]
@@ -193,7 +193,7 @@ def mask_tokens(
         _check_maskable(maskable)
         if maskable.shape != tokens.shape:
             raise ArgumentError(
-                f"maskable must have the tokens' shape {tuple(tokens.shape)}, got {tuple(maskable.shape)}"
+                f"maskable: expected the tokens' shape {tuple(tokens.shape)}, got {tuple(maskable.shape)}"
             )
         masked = masked & maskable
     return tokens.masked_fill(masked, mask_id), masked
@@ -213,7 +213,7 @@ def count_masked(num_maskable: int, ratio: float) -> int:
         ArgumentError: ``ratio`` lies outside (0, 1].
     """
     if not 0 < ratio <= 1:
-        raise ArgumentError(f"ratio must lie in (0, 1], got {ratio}")
+        raise ArgumentError(f"ratio: expected a share above 0, up to 1, got {ratio}")
     return min(num_maskable, max(1, round(ratio * num_maskable)))
 
 
@@ -245,11 +245,13 @@ def mask_fixed_ratio(
 
 def _check_token_batch(tokens: Tensor) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ArgumentError(f"tokens must be int64 of shape (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        raise ArgumentError(
+            f"tokens: expected int64 of shape (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
 
 
 def _check_maskable(maskable: Tensor) -> None:
     if maskable.ndim != 2 or maskable.dtype != torch.bool:
         raise ArgumentError(
-            f"maskable must be bool of shape (B, L), got {maskable.dtype} of shape {tuple(maskable.shape)}"
+            f"maskable: expected bool of shape (B, L), got {maskable.dtype} of shape {tuple(maskable.shape)}"
         )

@@ -460,7 +460,9 @@ def test_an_unfinished_test_case_says_what_is_missing():
     class Unfinished(ct.testing.StructureTestCase):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Unfinished.circuit\(self, draw\) has to return a ct.Circuit"):
+    with pytest.raises(
+        NotImplementedError, match=r"Unfinished.circuit\(self, draw\): expected a method that returns a ct.Circuit"
+    ):
         Unfinished().test_probabilities_sum_to_one()
 
 

@@ -108,7 +108,7 @@ def test_folder_is_not_a_corpus(tmp_path: Path) -> None:
 
 
 def test_field_goes_with_jsonl_only(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="field must name the key"):
+    with pytest.raises(ArgumentError, match="field: expected the key"):
         load_corpus(tmp_path / "text.jsonl")
     with pytest.raises(ArgumentError, match="leave it out"):
         load_corpus("embedded", field="text")
@@ -161,7 +161,7 @@ def test_joining_ends_every_document_once(token_docs: list[list[int]]) -> None:
 def test_windows_tile_the_stream_in_order(num_tokens: int, length: int, limit: int) -> None:
     stream = torch.arange(num_tokens)
     if num_tokens < length:
-        with pytest.raises(CorpusError, match="fewer than one window"):
+        with pytest.raises(CorpusError, match="expected at least one window"):
             windows(stream, length=length)
         return
     tiles = windows(stream, length=length)
@@ -188,5 +188,5 @@ def test_bad_window_arguments_are_named() -> None:
         windows(torch.arange(5), length=0)
     with pytest.raises(ArgumentError, match="max_windows"):
         windows(torch.arange(5), length=1, max_windows=0)
-    with pytest.raises(ArgumentError, match="stream must be a vector of int64"):
+    with pytest.raises(ArgumentError, match="stream: expected a vector of int64"):
         random_windows(torch.zeros(5), length=1, num_windows=1)

@@ -308,7 +308,9 @@ def test_every_test_of_the_kit_is_known_to_fail_somewhere():
 
 
 def test_an_unfinished_test_case_says_what_is_missing():
-    with pytest.raises(NotImplementedError, match=r"Case.make_denoiser\(self\) has to return a Denoiser"):
+    with pytest.raises(
+        NotImplementedError, match=r"Case.make_denoiser\(self\): expected a method that returns a Denoiser"
+    ):
         type("Case", (DenoiserTestCase,), {})().test_it_is_a_denoiser()
 
 

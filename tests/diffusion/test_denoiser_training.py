@@ -147,7 +147,7 @@ def test_untrained_model_knows_nothing() -> None:
 
 def test_held_out_loss_needs_windows() -> None:
     for shape, block_length in (((0, 16), 8), ((3, 16), 17), ((3, 16), 0)):
-        with pytest.raises(ArgumentError, match="held_out must be windows"):
+        with pytest.raises(ArgumentError, match="held_out: expected windows"):
             held_out_loss(TransformerDenoiser(SHAPE), torch.ones(shape, dtype=torch.long), block_length=block_length)
 
 
@@ -159,7 +159,7 @@ def test_matrix_products_in_bfloat16_train_too() -> None:
 
 
 def test_text_that_does_not_fit_the_model_is_refused() -> None:
-    with pytest.raises(CorpusError, match="fewer than one window of 16"):
+    with pytest.raises(CorpusError, match="expected at least one window of 16"):
         train_denoiser(TransformerDenoiser(SHAPE), COUNTING[:15], config=TRAINING, progress=False)
     with pytest.raises(ArgumentError, match="tokens: expected ids from"):
         train_denoiser(TransformerDenoiser(SHAPE), COUNTING + PERIOD, config=TRAINING, progress=False)

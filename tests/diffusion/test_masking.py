@@ -144,15 +144,21 @@ def test_same_seed_same_masks() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mask_fixed_ratio(torch.ones(2, 3, dtype=torch.bool), 0.0), r"ratio must lie in \(0, 1\], got 0.0"),
+        (
+            lambda: mask_fixed_ratio(torch.ones(2, 3, dtype=torch.bool), 0.0),
+            r"ratio: expected a share above 0, up to 1, got 0.0",
+        ),
         (lambda: mask_fixed_ratio(torch.ones(2, 3, dtype=torch.bool), math.nan), "ratio"),
-        (lambda: count_masked(3, 1.5), r"ratio must lie in \(0, 1\], got 1.5"),
-        (lambda: mask_fixed_ratio(torch.ones(2, 3), 0.5), "maskable must be bool"),
-        (lambda: mask_tokens(torch.zeros(2, 3), torch.zeros(2), mask_id=0), "tokens must be int64"),
-        (lambda: mask_tokens(torch.zeros(2, 3).long(), torch.zeros(3), mask_id=0), r"t must have shape \(2,\)"),
-        (lambda: mask_tokens(torch.zeros(1, 3).long(), torch.tensor([1.5]), mask_id=0), r"t must lie in \[0, 1\]"),
+        (lambda: count_masked(3, 1.5), r"ratio: expected a share above 0, up to 1, got 1.5"),
+        (lambda: mask_fixed_ratio(torch.ones(2, 3), 0.5), "maskable: expected bool"),
+        (lambda: mask_tokens(torch.zeros(2, 3), torch.zeros(2), mask_id=0), "tokens: expected int64"),
+        (lambda: mask_tokens(torch.zeros(2, 3).long(), torch.zeros(3), mask_id=0), r"t: expected shape \(2,\)"),
+        (
+            lambda: mask_tokens(torch.zeros(1, 3).long(), torch.tensor([1.5]), mask_id=0),
+            r"t: expected times from 0 to 1",
+        ),
         (lambda: sample_times(3, earliest=1.0), "earliest"),
-        (lambda: sample_times(3, method="sobol"), "method must be one of"),
+        (lambda: sample_times(3, method="sobol"), "method: expected one of"),
         (lambda: GeometricSchedule(least=2, most=1), "least"),
     ],
 )

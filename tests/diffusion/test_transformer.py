@@ -177,11 +177,11 @@ def test_damaged_folder_is_a_checkpoint_error(model: TransformerDenoiser, tmp_pa
         (lambda m: m.logits(torch.zeros(1, 3).long(), valid=torch.ones(1, 2).bool()), "valid: expected bool"),
         (lambda m: m.logits(torch.zeros(1, 3).long(), window=(2, 4)), "window: expected 0 <= start"),
         (lambda m: m.logits(torch.zeros(1, 3).long(), window=(2, 1)), "window: expected 0 <= start"),
-        (lambda m: replace(CONFIG, num_heads=3), "width must be a multiple of 2"),
-        (lambda m: replace(CONFIG, num_layers=0), "num_layers must be at least 1"),
-        (lambda m: replace(CONFIG, max_length=9), "max_length must be at least context_length"),
-        (lambda m: TransformerDenoiser(replace(CONFIG, mask_id=12)), "mask_id must lie in"),
-        (lambda m: replace(m.spec, forbidden_ids=()), "forbidden_ids must contain mask_id"),
+        (lambda m: replace(CONFIG, num_heads=3), "width: expected a multiple of 2"),
+        (lambda m: replace(CONFIG, num_layers=0), "num_layers: expected an integer >= 1"),
+        (lambda m: replace(CONFIG, max_length=9), "max_length: expected at least context_length"),
+        (lambda m: TransformerDenoiser(replace(CONFIG, mask_id=12)), "mask_id: expected 0 to"),
+        (lambda m: replace(m.spec, forbidden_ids=()), "forbidden_ids: expected mask_id"),
     ],
 )
 def test_bad_arguments_are_named(model: TransformerDenoiser, call, message: str) -> None:

@@ -24,7 +24,9 @@ class StructureCases(ConformanceTestCase):
 
     def circuit(self, draw: st.DrawFn) -> Circuit:
         """Return a small circuit of the structure under test; sizes and options come from ``draw(strategy)``."""
-        raise NotImplementedError(f"{type(self).__name__}.circuit(self, draw) has to return a ct.Circuit")
+        raise NotImplementedError(
+            f"{type(self).__name__}.circuit(self, draw): expected a method that returns a ct.Circuit"
+        )
 
     def log_joint(self, pc: CompiledCircuit) -> Tensor:
         """Return the dense oracle: log p of all assignments, float64, shape ``pc.circuit.num_categories``.

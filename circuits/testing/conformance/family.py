@@ -40,7 +40,9 @@ class FamilyTestCase(StructureTestCase):
 
     def distribution(self, draw: st.DrawFn) -> Distribution:
         """Return a distribution of the family under test, of few values; its options come from ``draw(strategy)``."""
-        raise NotImplementedError(f"{type(self).__name__}.distribution(self, draw) has to return an input family")
+        raise NotImplementedError(
+            f"{type(self).__name__}.distribution(self, draw): expected a method that returns an input family"
+        )
 
     def log_prob(self, distribution: Distribution, parameters: Tensor, values: Tensor) -> Tensor | None:
         """Return the oracle's log p of values, float64 (N,), such as scipy's; None, the default: there is no oracle.

@@ -61,15 +61,19 @@ class SemiringTestCase(ConformanceTestCase):
 
     def semiring(self) -> Semiring:
         """Return the semiring under test."""
-        raise NotImplementedError(f"{type(self).__name__}.semiring(self) has to return a Semiring")
+        raise NotImplementedError(f"{type(self).__name__}.semiring(self): expected a method that returns a Semiring")
 
     def plus(self, left: Tensor, right: Tensor) -> Tensor:
         """Add two values of shape (*E)."""
-        raise NotImplementedError(f"{type(self).__name__}.plus(self, left, right) has to add two values")
+        raise NotImplementedError(
+            f"{type(self).__name__}.plus(self, left, right): expected a method that adds two values"
+        )
 
     def times(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply two values of shape (*E)."""
-        raise NotImplementedError(f"{type(self).__name__}.times(self, left, right) has to multiply two values")
+        raise NotImplementedError(
+            f"{type(self).__name__}.times(self, left, right): expected a method that multiplies two values"
+        )
 
     def weigh(self, log_weight: Tensor, value: Tensor) -> Tensor:
         """Multiply a value (*E) by a weight, ``log_weight`` (); by default :meth:`times` of the lifted weight."""
