@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -157,7 +156,7 @@ class CircuitDistribution(Distribution):
         is_per_query = self.weights is not None and self.weights.batch_size > 1
         if is_per_query and len(x) > 1:
             return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
-        factors = _factors_at(x, evidence, self.pc.dtype)
+        factors = evidence.at(x, self.pc.dtype)
         observed = x.flatten(0, 1).unsqueeze(-1)
         scored = evidence
         if len(x) != 1:  # copies share what they are relative to
@@ -249,36 +248,3 @@ def _support_of(family: InputFamily) -> constraints.Constraint:
     if family.num_values:
         return constraints.integer_interval(0, family.num_values - 1)
     return constraints.nonnegative_integer if family.is_discrete else constraints.real
-
-
-def _factors_at(
-    x: Tensor,  # shape: (S, B, D)
-    evidence: Evidence,
-    dtype: torch.dtype,
-) -> Tensor:  # shape: (S, B, D)
-    """Return the log-factors ``log e_i(x_i)`` of S values per query and variable."""
-    if evidence.values is not None:
-        factors = torch.zeros_like(evidence.values, dtype=dtype)
-        factors = factors if evidence.log_factors is None else evidence.log_factors.to(dtype)
-        found = factors.masked_fill(evidence.values != x.unsqueeze(-1), -torch.inf).amax(-1)
-    elif evidence.bounds is not None:
-        lower, upper = evidence.bounds.unbind(-1)
-        found = torch.where((lower < x) & (x <= upper), 0.0, -torch.inf).to(dtype)
-    elif evidence.normal is not None:
-        mean, std = evidence.normal.to(dtype).unbind(-1)
-        found = -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-    else:
-        assert evidence.log_factors is not None
-        found = _picked(evidence.log_factors.to(dtype), x.long())
-    if evidence.missing is None:
-        return found
-    rest = torch.zeros_like(found) if evidence.otherwise is None else _factors_at(x, evidence.otherwise, dtype)
-    return torch.where(evidence.missing, rest, found)
-
-
-def _picked(log_factors: Tensor, x: Tensor) -> Tensor:
-    """Return the factors of the values x, (S, B, D), -inf for values that have none."""
-    exists = (x >= 0) & (x < log_factors.shape[2])
-    index = x.masked_fill(~exists, 0).unsqueeze(-1)
-    picked = log_factors.expand(len(x), -1, -1, -1).gather(3, index).squeeze(-1)
-    return picked.masked_fill(~exists, -torch.inf)

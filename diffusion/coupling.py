@@ -179,7 +179,7 @@ class CoupledDistribution(CircuitDistribution):
         sure = replace(prediction, log_q=prediction.log_q.to(pc.dtype)).with_observed(tokens, ~masked)
         evidence = Evidence.soft(sure.log_q) if sure.values is None else Evidence.sparse(sure.values, sure.log_q)
         if normalization == "local":
-            evidence = evidence.relative_to(Evidence(sure.log_q, sure.values, ~masked))
+            evidence = evidence.relative_to(evidence.without(~masked))
         if absent is not None:
             evidence = evidence.without(absent)
         if latents:

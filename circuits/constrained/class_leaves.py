@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.layers import Weights
 from circuits.engine.passes import Banks
 from circuits.engine.semirings import Semiring
-from circuits.evidence import Evidence
+from circuits.evidence import Dense, Evidence, Factors, Listed, Nothing, Where
 
 
 def explicit(evidence: Evidence, num_values: int, dtype: torch.dtype, reads: Tensor | None) -> Evidence:
@@ -20,41 +21,41 @@ def explicit(evidence: Evidence, num_values: int, dtype: torch.dtype, reads: Ten
 
     Lists stay lists where they can, so that nothing of the size of all values is made.
     """
-    evidence = _one_list(evidence, dtype)
-    is_explicit = evidence.values is not None and evidence.otherwise is None
-    if is_explicit and evidence.missing is not None:
-        is_explicit = not bool((evidence.missing if reads is None else evidence.missing & reads).any())
-    if is_explicit and evidence.values is not None:
-        if evidence.log_factors is not None:
-            return evidence
-        factors = torch.zeros_like(evidence.values, dtype=dtype)
-        return evidence.with_factors(factors, evidence.values.long(), evidence.missing)
-    if evidence.is_dense and evidence.log_factors is not None and evidence.missing is None:
+    listed, missing = _as_list(evidence.factors, dtype), evidence.missing
+    is_lacking = missing is not None and bool((missing if reads is None else missing & reads).any())
+    if listed is not None and not is_lacking:
+        return replace(evidence, factors=listed if missing is None else listed.without(missing))
+    if isinstance(evidence.factors, Dense):
         return evidence
     return evidence.with_factors(evidence.dense(num_values, dtype))
 
 
-def _one_list(evidence: Evidence, dtype: torch.dtype) -> Evidence:
-    """Return evidence whose variables are listed in two parts, such as some observed and some not, as one list."""
-    other = evidence.otherwise
-    if other is None or evidence.values is None or other.values is None or other.otherwise is not None:
-        return evidence
-    assert evidence.missing is not None
-    length = max(evidence.values.shape[2], other.values.shape[2])
-    lists = []
-    for part in (evidence, other):
-        assert part.values is not None
-        padding = (0, length - part.values.shape[2])
-        zeros = torch.zeros_like(part.values, dtype=dtype)
-        factors = zeros if part.log_factors is None else part.log_factors.to(dtype)
-        values = torch.nn.functional.pad(part.values.long(), padding)
-        lists.append((values, torch.nn.functional.pad(factors, padding, value=-torch.inf)))
-    (values, factors), (other_values, other_factors) = lists
-    where = evidence.missing.unsqueeze(-1)
-    missing = None if other.missing is None else other.missing & evidence.missing
-    return evidence.with_factors(
-        torch.where(where, other_factors, factors), torch.where(where, other_values, values), missing
-    )
+def _as_list(factors: Factors, dtype: torch.dtype) -> Listed | None:
+    """Return listed values with their factors as one list, where nothing is known any; None if not all are listed."""
+    match factors:
+        case Listed(values):
+            return Listed(values.long(), factors.factors(dtype))
+        case Where(_, one, Nothing()):
+            return _as_list(one, dtype)
+        case Where(condition, one, other):
+            first, second = _as_list(one, dtype), _as_list(other, dtype)
+            if first is None or second is None:
+                return None
+            length = max(first.values.shape[2], second.values.shape[2])
+            (values, log_factors), (others, other_factors) = (
+                _padded(first, length, dtype),
+                _padded(second, length, dtype),
+            )
+            is_first = condition.unsqueeze(-1)
+            return Listed(torch.where(is_first, values, others), torch.where(is_first, log_factors, other_factors))
+    return None
+
+
+def _padded(listed: Listed, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the values and factors of lists of this length, with impossible values at the end."""
+    padding = 0, length - listed.values.shape[2]
+    pad, factors = torch.nn.functional.pad, listed.factors(dtype)
+    return pad(listed.values, padding), pad(factors, padding, value=-torch.inf)
 
 
 def class_leaves(
@@ -96,11 +97,11 @@ def _dense(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, chosen: 
             values.append(torch.full(shape, -torch.inf, dtype=pc.dtype, device=pc.device))
             continue
         rows = own if len(members) == own.log.shape[1] else Weights(own.log[:, members], own.linear[:, members])
-        part = layer(semiring, Evidence(evidence.log_factors[..., members].to(pc.dtype), None, None), rows)
+        part = layer(semiring, Evidence(Dense(evidence.log_factors[..., members].to(pc.dtype))), rows)
         external = banks.external.get(position)
         if external is not None:
             restricted = evidence.log_factors.masked_fill(~chosen[: evidence.log_factors.shape[-1]], -torch.inf)
-            part = external.of_inputs(semiring, Evidence(restricted, None, None), layer.variables, part)
+            part = external.of_inputs(semiring, Evidence(Dense(restricted)), layer.variables, part)
         values.append(part)
     return values
 
@@ -139,5 +140,5 @@ def _listed(
     index = (lists.starts[..., c : c + 1] + offset).clamp_max(lists.values.shape[2] - 1)
     is_listed = offset < lists.counts[..., c : c + 1]
     factors = lists.log_factors.gather(2, index).masked_fill(~is_listed, -torch.inf)
-    restricted = Evidence(factors.to(pc.dtype), lists.values.gather(2, index), None)
+    restricted = Evidence(Listed(lists.values.gather(2, index), factors.to(pc.dtype)))
     return passes.leaves(pc, semiring, restricted, banks)

@@ -18,7 +18,7 @@ from circuits.constrained.arcs import Arcs, arcs_of, log_indicator
 from circuits.constrained.chain import Chain, Vectors, downward, temperature_of, upward
 from circuits.constrained.class_leaves import class_leaves, explicit
 from circuits.constrained.latents import ConstrainedLatentChoice
-from circuits.distribution import CircuitDistribution, _factors_at, kept, without_kept
+from circuits.distribution import CircuitDistribution, kept, without_kept
 from circuits.engine import passes
 from circuits.engine.choices import draw_values
 from circuits.engine.compile import CompiledCircuit, check_compiled
@@ -124,7 +124,7 @@ class ConstrainedDistribution(CircuitDistribution):
         if self._banks.batch_size > 1 and len(x) > 1:
             return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
         index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
-        factors = _factors_at(x, self._explicit, self.pc.dtype)
+        factors = self._explicit.at(x, self.pc.dtype)
         conditions = replace(self._explicit, reference=None).rows(index)
         scored = conditions.with_factors(factors.flatten(0, 1).unsqueeze(-1), x.long().flatten(0, 1).unsqueeze(-1))
         scored = replace(scored, reference=evidence.reference)  # copies share what they are relative to

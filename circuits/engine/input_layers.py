@@ -6,7 +6,8 @@ Like all layers they evaluate F nodes at once, into values (F, K, B, *E), see :m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from circuits.engine.addressing import ParameterRows
 from circuits.engine.layers import Weights
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.errors import ArgumentError, PropertyError
-from circuits.evidence import Evidence
+from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Normal, Nothing, Where
 from circuits.families import Direct
 from circuits.randomness import RowGenerators, Source
 
@@ -25,6 +26,8 @@ class InputLayer(nn.Module, ABC):
     """Input units of F nodes of one family with K units each."""
 
     variables: Tensor
+    checks_values: ClassVar[bool] = False
+    """Whether evaluating looks at the values anyway, so that looking where they count costs no wait for a device."""
 
     def __init__(self, variables: Sequence[int], parameters: ParameterRows, num_vars: int) -> None:
         super().__init__()
@@ -34,19 +37,12 @@ class InputLayer(nn.Module, ABC):
 
     def forward(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         """Return the sum of ``e(v) p(v)`` over all v of every unit, as values of the semiring (F, K, B, *E)."""
-        if evidence.missing is None:
-            return self._evaluate(semiring, evidence, weights)
-        missing = self._of_variables(evidence.missing).t().unsqueeze(1)  # (F, 1, B)
-        if self._is_all(evidence, missing):
-            return self._evaluate(semiring, evidence, weights)
-        if evidence.otherwise is None:
-            rest = self._without_evidence(semiring, weights)
-        else:
-            rest = self(semiring, evidence.otherwise, weights)
-        if self._is_unneeded(evidence, missing):
-            return rest.expand(len(rest), weights.log.shape[-1], missing.shape[2], *rest.shape[3:])
-        out = self._evaluate(semiring, evidence, weights)
-        return torch.where(missing.reshape(missing.shape + (1,) * (out.dim() - 3)), rest, out)
+        return self._of_kinds(
+            evidence.factors,
+            lambda factors: self._evaluate(semiring, factors, weights),
+            lambda: self._without_evidence(semiring, weights, evidence.batch_size),
+            lambda condition: self._of_variables(condition).t().unsqueeze(1),  # (F, 1, B)
+        )
 
     @abstractmethod
     def choose(
@@ -72,37 +68,57 @@ class InputLayer(nn.Module, ABC):
             PropertyError: there are infinitely many values.
         """
 
-    def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
-        """Whether the evidence says nothing on this layer, and so need not fit its family."""
-        return evidence.otherwise is not None and not torch.compiler.is_compiling() and bool(missing.all())
-
-    def _is_all(self, evidence: Evidence, missing: Tensor) -> bool:
-        """Whether other evidence, which need not fit this layer's family, says nothing on this layer."""
-        return evidence.otherwise is not None and not torch.compiler.is_compiling() and not bool(missing.any())
+    def _of_kinds(
+        self,
+        factors: Factors,
+        evaluate: Callable[[Factors], Tensor],
+        of_nothing: Callable[[], Tensor],
+        mask_of: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Evaluate factors of one kind, or of several: each where it counts; one that counts nowhere need not fit."""
+        if isinstance(factors, Nothing):
+            return of_nothing()
+        if not isinstance(factors, Where):
+            return evaluate(factors)
+        mask = mask_of(factors.condition)
+        if not torch.compiler.is_compiling() and (self.checks_values or not isinstance(factors.other, Nothing)):
+            if bool(mask.all()):
+                return evaluate(factors.one)
+            if not bool(mask.any()):
+                return self._of_kinds(factors.other, evaluate, of_nothing, mask_of)
+        one, rest = evaluate(factors.one), self._of_kinds(factors.other, evaluate, of_nothing, mask_of)
+        return torch.where(mask.reshape(mask.shape + (1,) * (one.dim() - mask.dim())), one, rest)
 
     @abstractmethod
-    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        """Return the values of all units (F, K, B, *E) where their variables are not missing."""
+    def _evaluate(self, semiring: Semiring, factors: Factors, weights: Weights) -> Tensor:
+        """Return the values of all units (F, K, B, *E) under factors of one kind."""
+
+    def _without_evidence(self, semiring: Semiring, weights: Weights, batch_size: int) -> Tensor:
+        """Return the values of all units where nothing is known, (F, K, B, *E)."""
+        if semiring.adds_up:
+            log_one = torch.zeros((), dtype=weights.log.dtype, device=weights.log.device)
+        else:
+            log_one = self._peaks(weights)
+        one = semiring.lift(log_one.expand(len(self.variables), weights.log.shape[-1], 1))
+        return one.expand(-1, -1, batch_size, *one.shape[3:])
 
     @abstractmethod
-    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
-        """Return the values of all units where nothing is known, broadcastable with (F, K, B, *E)."""
+    def _peaks(self, weights: Weights) -> Tensor:
+        """Return the log-probability of the best value of every unit, (F, K, 1)."""
 
     def _of_variables(self, tensor: Tensor) -> Tensor:
         """Select this layer's variables: (B, D, ...) to (B, F, ...)."""
         return tensor if self.takes_all else tensor.index_select(1, self.variables)
 
-    def _one(self, semiring: Semiring, like: Tensor) -> Tensor:
-        return semiring.lift(torch.zeros((len(self.variables), 1, 1), dtype=like.dtype, device=like.device))
-
 
 class TableLayer(InputLayer):
     """Input units of F nodes with equally many categories C: each reads a column of a log-table (C, K)."""
 
-    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        return (
-            self._soft(semiring, evidence, weights) if evidence.is_dense else self._listed(semiring, evidence, weights)
-        )
+    def _evaluate(self, semiring: Semiring, factors: Factors, weights: Weights) -> Tensor:
+        if isinstance(factors, Listed):
+            return self._listed(semiring, factors, weights)
+        dense = factors.dense(weights.log.shape[1], weights.log.dtype)
+        return self.of_values(semiring, semiring.lift(dense), weights)
 
     def of_values(
         self,
@@ -129,10 +145,8 @@ class TableLayer(InputLayer):
             out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
         return out
 
-    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
-        if semiring.adds_up:
-            return self._one(semiring, weights.log)
-        return semiring.lift(self.parameter_rows.select(weights.log).amax(1).unsqueeze(-1))
+    def _peaks(self, weights: Weights) -> Tensor:
+        return self.parameter_rows.select(weights.log).amax(1).unsqueeze(-1)
 
     def choose(
         self,
@@ -145,11 +159,12 @@ class TableLayer(InputLayer):
         generator: Source,
     ) -> Tensor:
         """Choose a value of n reached units, int64 (n,); among listed ones without looking at the others."""
-        if evidence.values is None or evidence.log_factors is None or evidence.missing is not None:
+        listed = evidence.factors
+        if not isinstance(listed, Listed) or listed.log_factors is None:
             return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
-        values = evidence.values[query, self.variables[node]].long()  # (n, k)
+        values = listed.values[query, self.variables[node]].long()  # (n, k)
         scores = weights.log[self.parameter_rows.index[node].unsqueeze(1), values, unit.unsqueeze(1)]
-        scores = scores + evidence.log_factors[query, self.variables[node]].to(scores.dtype)
+        scores = scores + listed.log_factors[query, self.variables[node]].to(scores.dtype)
         return values.gather(1, semiring.choose(scores, generator).unsqueeze(1)).squeeze(1)
 
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
@@ -190,22 +205,15 @@ class TableLayer(InputLayer):
             out[here] = logspace.mix_adjoint(weights.log[used], weights.linear[used], None, *parts)
         return torch.nn.functional.pad(out, (0, factors.shape[1] - num_categories))
 
-    def _soft(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        factors = evidence.factors(weights.log.shape[1]).to(weights.log.dtype)
-        return self.of_values(semiring, semiring.lift(factors), weights)
-
-    def _listed(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
-        assert evidence.values is not None
+    def _listed(self, semiring: Semiring, listed: Listed, weights: Weights) -> Tensor:
         num_categories, num_units = weights.log.shape[1:]
-        values = self._of_variables(evidence.values).long()  # (B, F, k)
+        values = self._of_variables(listed.values).long()  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
-        factors = None
-        if evidence.log_factors is not None:
-            factors = self._of_variables(evidence.log_factors).to(weights.log.dtype)
+        if listed.log_factors is None and num_listed == 1:
+            return semiring.lift(self._looked_up(values[..., 0].t(), weights.log))
+        factors = self._of_variables(listed.factors(weights.log.dtype))
         if num_listed == 1:
-            out = self._looked_up(values[..., 0].t(), weights.log)
-            return semiring.lift(out if factors is None else out + factors[..., 0].t().unsqueeze(1))
-        assert factors is not None
+            return semiring.lift(self._looked_up(values[..., 0].t(), weights.log) + factors[..., 0].t().unsqueeze(1))
         values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
         log_table, table = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
         out = semiring.mix(log_table, values, factors.flatten(0, 1), table=table)
@@ -227,6 +235,7 @@ class DirectLayer(InputLayer):
     """Input units of F nodes of a family that is evaluated at given values."""
 
     zero: Tensor
+    checks_values = True
 
     def __init__(
         self,
@@ -254,7 +263,12 @@ class DirectLayer(InputLayer):
         if isinstance(generator, RowGenerators):
             raise PropertyError(f"generators by row draw from finitely many values; {self.distribution} has more")
         parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
-        return self._choose(semiring, evidence.pick(query, self.variables[node]), parameters, generator)
+        return self._of_kinds(
+            evidence.pick(query, self.variables[node]).factors,
+            lambda factors: self._chosen(semiring, factors, parameters, generator),
+            lambda: self._any(semiring, parameters, -torch.inf, torch.inf, generator),
+            lambda condition: condition[:, 0],
+        )
 
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
         """Refuse."""
@@ -280,49 +294,43 @@ class DirectLayer(InputLayer):
         moved, log_constant = self.distribution.tilt(
             read.expand(*sizes, -1).unsqueeze(-1), coefficients.expand(*sizes, -1).unsqueeze(-1)
         )
-        out = self._under(evidence, moved.squeeze(-1).unbind(-1)) + log_constant[..., 0, 0]
-        return out.to(self.zero.dtype)
+        parameters = moved.squeeze(-1).unbind(-1)  # S of (F, K, B): each query has units of its own
+        out = self._of_kinds(
+            evidence.factors,
+            lambda factors: self._of_units(LogSemiring(), factors, parameters),
+            lambda: torch.zeros_like(parameters[0]),
+            lambda condition: self._of_variables(condition).t().unsqueeze(1),
+        )
+        return (out + log_constant[..., 0, 0]).to(self.zero.dtype)
 
     def columns(self, tensor: Tensor) -> Tensor:
         """Select this layer's variables: (B, D, ...) to (F, 1, B, ...), in the circuit's dtype."""
         return self._of_variables(tensor).transpose(0, 1).unsqueeze(1).to(self.zero.dtype)
 
-    def _under(self, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
-        """Return the log-values of units with parameters of their own for every query, S of (F, K, B)."""
-        if evidence.missing is None:
-            return self._joint(LogSemiring(), evidence, parameters)
-        if self._is_all(evidence, self._of_variables(evidence.missing)):
-            return self._joint(LogSemiring(), evidence, parameters)
-        rest = torch.zeros_like(parameters[0])
-        if evidence.otherwise is not None:
-            rest = self._under(evidence.otherwise, parameters)
-        if self._is_unneeded(evidence, self._of_variables(evidence.missing)):
-            return rest
-        missing = self._of_variables(evidence.missing).t().unsqueeze(1)
-        return torch.where(missing, rest, self._joint(LogSemiring(), evidence, parameters))
-
-    def _evaluate(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
+    def _evaluate(self, semiring: Semiring, factors: Factors, weights: Weights) -> Tensor:
         parameters = self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)  # S of (F, K, 1)
-        out = self._joint(semiring, evidence, parameters)
+        out = self._of_units(semiring, factors, parameters)
         out = out + self.parameter_rows.select(weights.linear).transpose(1, 2)
         return semiring.lift(out.to(self.zero.dtype))
 
-    def _without_evidence(self, semiring: Semiring, weights: Weights) -> Tensor:
-        if semiring.adds_up:
-            return self._one(semiring, self.zero)
-        return semiring.lift(self._peak(self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)))
+    def _peaks(self, weights: Weights) -> Tensor:
+        return self._peak(self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)).to(self.zero.dtype)
 
-    def _is_unneeded(self, evidence: Evidence, missing: Tensor) -> bool:
-        return not torch.compiler.is_compiling() and bool(missing.all())
-
-    def _joint(self, semiring: Semiring, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
-        """Return the log-values of units with given parameters where nothing is missing, (F, K, B)."""
-        if evidence.bounds is not None:
-            return self._in_bounds(semiring, parameters, *self.columns(evidence.bounds).unbind(-1))
-        if evidence.normal is not None:
-            joined, out = self.distribution.times_normal(parameters, *self.columns(evidence.normal).unbind(-1))
+    def _of_units(self, semiring: Semiring, factors: Factors, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the log-values of units with given parameters under factors of one kind, (F, K, B)."""
+        if isinstance(factors, Interval):
+            return self._in_bounds(semiring, parameters, *self.columns(factors.bounds).unbind(-1))
+        if isinstance(factors, Normal):
+            joined, out = self.distribution.times_normal(parameters, *self.columns(factors.parameters).unbind(-1))
             return out if semiring.adds_up else out + self._peak(joined)
-        return self._listed(semiring, parameters, evidence)
+        values, log_factors = self._checked_list(factors)
+        parameters = [part.unsqueeze(-1) for part in parameters]
+        scores = self.distribution.log_density(parameters, self.columns(values))  # (F, K, B, k)
+        if log_factors is not None:
+            scores = scores + self.columns(log_factors)
+        if scores.shape[-1] == 1:
+            return scores.squeeze(-1)
+        return logspace.log_sum(scores) if semiring.adds_up else scores.amax(-1)
 
     def _in_bounds(self, semiring: Semiring, parameters: Sequence[Tensor], lower: Tensor, upper: Tensor) -> Tensor:
         if semiring.adds_up:
@@ -331,55 +339,25 @@ class DirectLayer(InputLayer):
         is_inside = (lower < best) & (best <= upper) if self.distribution.is_discrete else lower < upper
         return torch.where(is_inside, self.distribution.log_density(parameters, best), -torch.inf)
 
-    def _listed(self, semiring: Semiring, parameters: Sequence[Tensor], evidence: Evidence) -> Tensor:
-        values, factors = self._checked_list(evidence)
-        parameters = [part.unsqueeze(-1) for part in parameters]
-        scores = self.distribution.log_density(parameters, self.columns(values))  # (F, K, B, k)
-        if factors is not None:
-            scores = scores + self.columns(factors)
-        if scores.shape[-1] == 1:
-            return scores.squeeze(-1)
-        return logspace.log_sum(scores) if semiring.adds_up else scores.amax(-1)
-
-    def _choose(
+    def _chosen(
         self,
         semiring: ChoosingSemiring,
-        evidence: Evidence,
+        factors: Factors,
         parameters: Sequence[Tensor],
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Choose a value of n units (n,) for evidence on n single variables (n, 1, ...)."""
-        if evidence.missing is None:
-            return self._known(semiring, evidence, parameters, generator)
-        if self._is_all(evidence, evidence.missing):
-            return self._known(semiring, evidence, parameters, generator)
-        if evidence.otherwise is not None:
-            rest = self._choose(semiring, evidence.otherwise, parameters, generator)
-        else:
-            rest = self._any(semiring, parameters, -torch.inf, torch.inf, generator)
-        if self._is_unneeded(evidence, evidence.missing):
-            return rest
-        return torch.where(evidence.missing[:, 0], rest, self._known(semiring, evidence, parameters, generator))
-
-    def _known(
-        self,
-        semiring: ChoosingSemiring,
-        evidence: Evidence,
-        parameters: Sequence[Tensor],
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Choose like :meth:`_choose` where nothing is missing."""
-        if evidence.bounds is not None:
-            lower, upper = evidence.bounds[:, 0].unbind(-1)
+        """Choose a value of n units, (n,), under factors of one kind on n single variables (n, 1, ...)."""
+        if isinstance(factors, Interval):
+            lower, upper = factors.bounds[:, 0].unbind(-1)
             return self._any(semiring, parameters, lower, upper, generator)
-        if evidence.normal is not None:
-            mean, std = evidence.normal[:, 0].to(self.zero.dtype).unbind(-1)
+        if isinstance(factors, Normal):
+            mean, std = factors.parameters[:, 0].to(self.zero.dtype).unbind(-1)
             joined, _ = self.distribution.times_normal(parameters, mean, std)
             return self._any(semiring, joined, -torch.inf, torch.inf, generator)
-        values, factors = (None if part is None else part[:, 0] for part in self._checked_list(evidence))
-        assert values is not None
+        values, log_factors = self._checked_list(factors)
+        values = values[:, 0]
         scores = self.distribution.log_density([part.unsqueeze(-1) for part in parameters], values)
-        chosen = semiring.choose(scores if factors is None else scores + factors, generator)
+        chosen = semiring.choose(scores if log_factors is None else scores + log_factors[:, 0], generator)
         return values.gather(1, chosen.unsqueeze(1))[:, 0].to(self.zero.dtype)
 
     def _any(
@@ -399,23 +377,22 @@ class DirectLayer(InputLayer):
         free = [torch.full_like(parameters[0], bound) for bound in (-torch.inf, torch.inf)]
         return self.distribution.log_density(parameters, self.distribution.mode(parameters, free[0], free[1]))
 
-    def _checked_list(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
-        """Return the values and factors of one kind of evidence, (B, D, k); dense factors are those of 0 .. C - 1."""
-        factors = evidence.log_factors
-        if evidence.values is None:
-            assert factors is not None
-            if not self.distribution.is_discrete:
-                raise ArgumentError(
-                    f"log_factors: a {self.distribution} has no list of values; use Evidence.gaussian or "
-                    "Evidence.interval on its variable, and Evidence.where to join kinds of evidence"
-                )
-            return torch.arange(factors.shape[-1], device=factors.device).expand_as(factors), factors
+    def _checked_list(self, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        """Return the values and log-factors of a list, (B, D, k); dense factors are those of 0 .. C - 1."""
+        if isinstance(factors, Dense) and self.distribution.is_discrete:
+            values = torch.arange(factors.log_factors.shape[-1], device=factors.stored.device)
+            return values.expand_as(factors.log_factors), factors.log_factors
+        if not isinstance(factors, Listed):
+            raise ArgumentError(
+                f"log_factors: a {self.distribution} has no list of values; use Evidence.gaussian or Evidence.interval "
+                "on its variable, and Evidence.where to join kinds of evidence"
+            )
         if not torch.compiler.is_compiling():
-            values = evidence.values if evidence.values.shape[1] == 1 else self._of_variables(evidence.values)
+            values = factors.values if factors.values.shape[1] == 1 else self._of_variables(factors.values)
             outside = self.distribution.outside(values)
             if bool(outside.any()):
                 raise ArgumentError(
                     f"x: expected {self.distribution.domain} for a {self.distribution}, got "
                     f"{values[outside][0].item()}; use NaN or `observed` for unknown values"
                 )
-        return evidence.values, factors
+        return factors.values, factors.log_factors

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from circuits.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from circuits.evidence import Evidence
 
 
 def check_integers(name: str, value: Tensor, shape: str, *, dim: int) -> None:
@@ -58,30 +54,6 @@ def check_range(values: Tensor, upper: Tensor | int, name: str) -> None:
             f"{name}: expected values from 0 to {limit - 1}, got {values[tuple(first)].item()} at batch {first[0]}, "
             f"variable {first[1]}; use `observed` for unknown values"
         )
-
-
-def check_fits(evidence: Evidence, num_categories: Tensor) -> None:
-    """Raise ArgumentError unless evidence fits variables with these numbers of categories, int64 (D,)."""
-    if evidence.num_vars != len(num_categories):
-        raise ArgumentError(
-            f"evidence: the circuit has {len(num_categories)} variables, the evidence has {evidence.num_vars} "
-            f"(shape {tuple(evidence._stored.shape)})"
-        )
-    if evidence.device != num_categories.device:
-        raise ArgumentError(
-            f"evidence: expected it on {num_categories.device}, where the circuit is, got {evidence.device}; move it "
-            "with evidence.to(pc.device), or x.to(pc.device)"
-        )
-    if evidence.values is not None:
-        check_range(evidence.values, num_categories.unsqueeze(-1), "x")
-    elif evidence.log_factors is not None and evidence.log_factors.shape[-1] < int(num_categories.max()):
-        raise ArgumentError(
-            f"log_factors: expected at least {int(num_categories.max())} values per variable, got "
-            f"{evidence.log_factors.shape[-1]} (shape {tuple(evidence.log_factors.shape)})"
-        )
-    for part in (evidence.otherwise, evidence.reference):
-        if part is not None:
-            part.check(num_categories)
 
 
 def check_distinct(values: Tensor, log_factors: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Evidence: one log-factor per variable and value.
 
 Hard evidence is 0 at the observed value and -inf elsewhere; a missing variable is 0 everywhere; soft (virtual) evidence
-is any log-weight per value, for instance a language model's logits. All three are the same thing, stored in the
-cheapest of two forms: dense factors (B, D, C), or *listed* values (B, D, k) with -inf for every value not listed.
-Factors on ordered and real variables that need no list are intervals and normal densities.
+is any log-weight per value, for instance a language model's logits. All are the same thing, stored as the cheapest of
+several kinds: dense factors (B, D, C), or *listed* values (B, D, k) with -inf for every value not listed. Factors on
+ordered and real variables that need no list are intervals and normal densities.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from circuits.errors import ArgumentError
 from circuits.evidence.checks import (
     check_distinct,
     check_factors,
-    check_fits,
     check_floats,
     check_integers,
     check_mask,
     check_range,
     checked_pair,
 )
-from circuits.evidence.code import evidence_code
-from circuits.evidence.dense import dense_factors, unlisted_factors
-from circuits.evidence.levels import even_factors
-from circuits.evidence.where import joined
+from circuits.evidence.kinds import Dense, Factors, Interval, Listed, Normal, Nothing, Where, tensor_code
 
 if TYPE_CHECKING:
     from circuits.symbolic import Sum
+
+_MAX_SHOWN = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,23 +38,13 @@ class Evidence:
     """Log-factors on the variables of a batch of B queries; build it with the class methods.
 
     Attributes:
-        log_factors: (B, D, C) dense, or (B, D, k) for the listed values, or None: 0 for every listed value.
-        values: None when dense, else the listed values, int64 or floating point (B, D, k).
-        missing: bool (B, D), True where every value has log-factor 0; None: nowhere.
-        bounds: lower and upper bounds in place of factors, (B, D, 2).
-        normal: means and standard deviations in place of factors, (B, D, 2).
-        otherwise: evidence on the variables that are missing here; None: none.
+        factors: on the variables, of one kind or of several, see :mod:`circuits.evidence.kinds`.
         latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
         classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
         reference: evidence that every input unit's value is divided by its value under; see :meth:`relative_to`.
     """
 
-    log_factors: Tensor | None
-    values: Tensor | None
-    missing: Tensor | None
-    bounds: Tensor | None = None
-    normal: Tensor | None = None
-    otherwise: Evidence | None = None
+    factors: Factors
     latents: Mapping[Sum | str, Tensor] | None = None
     classes: Tensor | None = None
     reference: Evidence | None = None
@@ -77,18 +65,18 @@ class Evidence:
             return cls._observe_floats(x, observed)
         check_integers("x", x, "int64 or floating point (B, D)", dim=2)
         if observed is None:
-            return cls(None, x.long().unsqueeze(-1), None)
+            return cls(Listed(x.long().unsqueeze(-1)))
         check_mask("observed", observed, x.shape)
-        return cls(None, x.long().masked_fill(~observed, 0).unsqueeze(-1), ~observed)
+        return cls(Where(observed, Listed(x.long().masked_fill(~observed, 0).unsqueeze(-1)), Nothing(observed)))
 
     @classmethod
     def _observe_floats(cls, x: Tensor, observed: Tensor | None) -> Evidence:
         check_floats("x", x, "int64 or floating point (B, D)", dim=2)
-        missing = x.isnan()
+        known = ~x.isnan()
         if observed is not None:
             check_mask("observed", observed, x.shape)
-            missing = missing | ~observed
-        return cls(None, x.masked_fill(missing, 0.0).unsqueeze(-1), missing)
+            known &= observed
+        return cls(Where(known, Listed(x.masked_fill(~known, 0.0).unsqueeze(-1)), Nothing(known)))
 
     @classmethod
     def soft(cls, log_factors: Tensor) -> Evidence:
@@ -100,7 +88,7 @@ class Evidence:
             ArgumentError: wrong shape or dtype, or a factor that is NaN or +inf.
         """
         check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
-        return cls(log_factors, None, None)
+        return cls(Dense(log_factors))
 
     @classmethod
     def sparse(cls, values: Tensor, log_factors: Tensor, missing: Tensor | None = None) -> Evidence:
@@ -123,7 +111,8 @@ class Evidence:
         if missing is not None:
             check_mask("missing", missing, values.shape[:2])
         check_distinct(values, log_factors)
-        return cls(log_factors, values.long(), missing)
+        listed = Listed(values.long(), log_factors)
+        return cls(listed if missing is None else listed.without(missing))
 
     @classmethod
     def mixed(cls, x: Tensor, observed: Tensor, log_factors: Tensor) -> Evidence:
@@ -144,7 +133,7 @@ class Evidence:
         check_range(x.masked_fill(~observed, 0), num_values, "x")
         hard = torch.full_like(log_factors, -torch.inf)
         hard.scatter_(2, x.long().masked_fill(~observed, 0).unsqueeze(-1), 0.0)
-        return cls(torch.where(observed.unsqueeze(-1), hard, log_factors), None, None)
+        return cls(Dense(torch.where(observed.unsqueeze(-1), hard, log_factors)))
 
     @classmethod
     def interval(cls, lower: Tensor, upper: Tensor) -> Evidence:
@@ -162,7 +151,7 @@ class Evidence:
         bounds = checked_pair("lower", lower, "upper", upper)
         if bool(bounds.isnan().any()):
             raise ArgumentError("lower, upper: expected numbers or infinities, got NaN; use -inf and +inf for no bound")
-        return cls(None, None, None, bounds=bounds)
+        return cls(Interval(bounds))
 
     @classmethod
     def gaussian(cls, mean: Tensor, std: Tensor) -> Evidence:
@@ -178,7 +167,7 @@ class Evidence:
         normal = checked_pair("mean", mean, "std", std)
         if not bool(normal.isfinite().all() & (normal[..., 1] > 0).all()):
             raise ArgumentError("mean, std: expected finite numbers, std > 0; use Evidence.where for missing variables")
-        return cls(None, None, None, normal=normal)
+        return cls(Normal(normal))
 
     @classmethod
     def where(cls, condition: Tensor, one: Evidence, other: Evidence) -> Evidence:
@@ -195,13 +184,32 @@ class Evidence:
         Raises:
             ArgumentError: shapes that do not fit, or both name the class.
         """
-        return joined(condition, one, other)
+        shape = torch.Size((one.batch_size, one.num_vars))
+        if (other.batch_size, other.num_vars) != shape:
+            raise ArgumentError(
+                f"other: expected evidence for {tuple(shape)} queries and variables like `one`, got "
+                f"{(other.batch_size, other.num_vars)}"
+            )
+        if isinstance(condition, Tensor) and condition.dim() == 1:
+            condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
+        check_mask("condition", condition, shape)
+        if one.classes is not None and other.classes is not None:
+            raise ArgumentError("other: it names the class, as `one` does; give it once")
+        reference = None
+        if one.reference is not None or other.reference is not None:  # where nothing is known a unit has the value 1
+            nothing = cls(Nothing(condition))
+            reference = cls.where(condition, one.reference or nothing, other.reference or nothing)
+        return cls(
+            one.factors.where(condition, other.factors),
+            latents={**(other.latents or {}), **(one.latents or {})} or None,
+            classes=other.classes if one.classes is None else one.classes,
+            reference=reference,
+        )
 
     @classmethod
     def nothing(cls, batch_size: int, num_vars: int, device: torch.device | str | None = None) -> Evidence:
         """Evidence that says nothing: every variable is missing. Its log-partition is log 1 = 0."""
-        values = torch.zeros(batch_size, num_vars, 1, dtype=torch.int64, device=device)
-        return cls(None, values, torch.ones(batch_size, num_vars, dtype=torch.bool, device=device))
+        return cls(Nothing(torch.zeros(batch_size, num_vars, dtype=torch.bool, device=device)))
 
     def with_latents(self, log_factors: Mapping[Sum | str, Tensor]) -> Evidence:
         """Return the same evidence with log-factors on latent variables too.
@@ -283,68 +291,89 @@ class Evidence:
             values: the listed values, int64 (B, D, k); None: dense.
             missing: where every value has log-factor 0, bool (B, D); None: nowhere.
         """
-        kept = replace(self, bounds=None, normal=None, otherwise=None)
-        return replace(kept, log_factors=log_factors, values=values, missing=missing)
+        factors = Dense(log_factors) if values is None else Listed(values, log_factors)
+        return replace(self, factors=factors if missing is None else factors.without(missing))
 
     @property
-    def is_dense(self) -> bool:
-        """Whether no values are listed: every value has a factor."""
-        return self.values is None
+    def log_factors(self) -> Tensor | None:
+        """Dense factors (B, D, C), or those of listed values (B, D, k); None for other kinds, and for several."""
+        kind = self._one_kind
+        return kind.log_factors if isinstance(kind, (Dense, Listed)) else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Listed values, int64 or floating point (B, D, k); None for other kinds, and for several."""
+        kind = self._one_kind
+        return kind.values if isinstance(kind, Listed) else None
+
+    @property
+    def missing(self) -> Tensor | None:
+        """On which variables there are no factors at all, bool (B, D); None: on all there are."""
+        return ~self.factors.known() if isinstance(self.factors, (Where, Nothing)) else None
+
+    @property
+    def _one_kind(self) -> Factors:
+        """The kind of the factors where there are any, if it is the same everywhere."""
+        kind = self.factors
+        return kind.one if isinstance(kind, Where) and isinstance(kind.other, Nothing) else kind
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return self._stored.shape[0]
+        return len(self.factors.stored)
 
     @property
     def num_vars(self) -> int:
         """D."""
-        return self._stored.shape[1]
+        return self.factors.stored.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where the evidence is stored."""
-        return self._stored.device
-
-    @property
-    def _stored(self) -> Tensor:
-        for stored in (self.values, self.log_factors, self.bounds, self.normal):
-            if stored is not None:
-                return stored
-        raise AssertionError("evidence without content")
+        return self.factors.stored.device
 
     def dense(self, num_categories: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
-        return dense_factors(self, num_categories, dtype)
+        return self.factors.dense(num_categories, dtype)
 
-    def factors(self, num_categories: int) -> Tensor:
-        """Return the factors of evidence without listed values, (B, D, C); missing variables are not looked at."""
-        return unlisted_factors(self, num_categories)
+    def at(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the log-factors ``log e_i(x_i)`` of values x, (S, B, D) like them."""
+        return self.factors.at(x, dtype)
 
-    def says_nothing(self, num_categories: Tensor) -> Tensor:
+    def says_nothing(self, num_values: Tensor) -> Tensor:
         """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
 
         Evidence that is relative to other evidence says nothing only where that does not either.
 
         Args:
-            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+            num_values: of the variables, int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0
+                for others.
         """
-        return even_factors(self, num_categories) == 0
+        return self._even(num_values) == 0
 
-    def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
+    def levelled(self, num_values: Tensor) -> tuple[Evidence, Tensor]:
         """Take out the factors that all values of a variable share, which no posterior depends on.
 
         Args:
-            num_categories: of the variables, int64 (D,); 0 where there are infinitely many values.
+            num_values: as for :meth:`says_nothing`.
 
         Returns:
             The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
         """
-        even = even_factors(self, num_categories)
+        even = self._even(num_values)
         is_even = ~even.isnan()
         if not bool(((even != 0) & is_even).any()):
             return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
         return self.without(is_even), even.nan_to_num(0.0).sum(1)
+
+    @torch.no_grad()
+    def _even(self, num_values: Tensor) -> Tensor:
+        """Return the log-factor of all values of a variable, NaN where they differ; if relative, 0 where both are."""
+        num_values = num_values.to(self.device)
+        even = self.factors.even(num_values)
+        if self.reference is None:
+            return even
+        return torch.where((even == 0) & (self.reference._even(num_values) == 0), 0.0, torch.nan)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
@@ -352,8 +381,7 @@ class Evidence:
 
     def pick(self, query: Tensor, variable: Tensor) -> Evidence:
         """Return the evidence on n single variables of given queries, (n,) each, as n queries over one variable."""
-        variables_only = replace(self, latents=None, classes=None, reference=None)
-        return variables_only._map(lambda tensor: tensor[query, variable].unsqueeze(1))
+        return Evidence(self.factors.map(lambda tensor: tensor[query, variable].unsqueeze(1)))
 
     def to(self, device: torch.device | str) -> Evidence:
         """Return the evidence on another device."""
@@ -364,28 +392,53 @@ class Evidence:
 
         Variables with 0 categories have infinitely many values; the layers of their input units check these.
         """
-        check_fits(self, num_categories)
+        if self.num_vars != len(num_categories):
+            raise ArgumentError(
+                f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
+                f"(shape {tuple(self.factors.stored.shape)})"
+            )
+        if self.device != num_categories.device:
+            raise ArgumentError(
+                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
+                "with evidence.to(pc.device), or x.to(pc.device)"
+            )
+        self.factors.check(num_categories)
+        if self.reference is not None:
+            self.reference.check(num_categories)
 
     def without(self, where: Tensor) -> Evidence:
         """Return the evidence that says nothing on the variables ``where``, bool (B, D)."""
-        missing = where if self.missing is None else self.missing | where
-        otherwise = None if self.otherwise is None else self.otherwise.without(where)
-        return replace(self, missing=missing, otherwise=otherwise)
+        return replace(self, factors=self.factors.without(where))
 
     def __repr__(self) -> str:
         """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""
-        return evidence_code(self)
+        factors = self.factors
+        if max(tensor.numel() for tensor in factors.tensors()) > _MAX_SHOWN:
+            kind = type(factors).__name__.lower()
+            code = f"Evidence({kind}, {self.batch_size} queries, {self.num_vars} variables, {self.device})"
+        else:
+            code = factors.code()
+        if self.reference is not None:
+            code += f".relative_to({self.reference!r})"
+        if self.latents and sum(latent.numel() for latent in self.latents.values()) > _MAX_SHOWN:
+            code += f".with_latents({len(self.latents)} nodes)"
+        elif self.latents:
+            items = (f"{key!r}: {tensor_code(latent)}" for key, latent in self.latents.items())
+            code += f".with_latents({{{', '.join(items)}}})"
+        if self.classes is not None:
+            method = "with_class" if self.classes.dim() == 1 else "with_class_prior"
+            is_long = self.classes.numel() > _MAX_SHOWN
+            code += f".{method}({tuple(self.classes.shape) if is_long else tensor_code(self.classes)})"
+        return code
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Show the code in interactive shells and failing examples too, which otherwise list a dataclass's fields."""
         printer.text(repr(self))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
-        def mapped(value: Any) -> Any:
-            if isinstance(value, Evidence):
-                return value._map(function)
-            if isinstance(value, Mapping):
-                return {key: function(factors) for key, factors in value.items()}
-            return None if value is None else function(value)
-
-        return replace(self, **{name: mapped(value) for name, value in vars(self).items()})
+        return Evidence(
+            self.factors.map(function),
+            latents=self.latents and {key: function(latent) for key, latent in self.latents.items()},
+            classes=None if self.classes is None else function(self.classes),
+            reference=None if self.reference is None else self.reference._map(function),
+        )

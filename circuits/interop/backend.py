@@ -32,7 +32,7 @@ class JuiceCircuit(CompiledCircuit):
     def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
         """Return ``log Z(e)``, shape (B,), see :meth:`CompiledCircuit.log_partition`."""
         is_hard = evidence.values is not None and evidence.log_factors is None and evidence.values.shape[-1] == 1
-        is_hard = is_hard and evidence.otherwise is None and not evidence.latents and evidence.classes is None
+        is_hard = is_hard and not evidence.latents and evidence.classes is None
         is_hard = is_hard and evidence.reference is None and evidence.batch_size > 0
         if not is_hard or weights is not None or torch.is_grad_enabled() or self.device.type != "cuda":
             return super().log_partition(evidence, weights)

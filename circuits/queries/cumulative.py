@@ -10,7 +10,7 @@ from torch import Tensor
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.passes import Banks
 from circuits.errors import ArgumentError, PropertyError
-from circuits.evidence import Evidence
+from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Nothing, Where
 from circuits.precision import own_precision
 from circuits.queries.common import checked_possible, dense_evidence, given_evidence, has_infinite_values
 
@@ -55,7 +55,8 @@ def log_cdf(
         given if given.batch_size == len(x) else given.rows(torch.zeros(len(x), dtype=torch.int64, device=given.device))
     )
     banks = pc.weights() if weights is None else weights
-    log_p = pc.log_partition(_bounded(repeated, x.to(pc.device), pc.dtype), banks)
+    bounded = replace(repeated, factors=_bounded(repeated.factors, x.to(pc.device), pc.dtype))
+    log_p = pc.log_partition(bounded, banks)
     return log_p if evidence is None else log_p - checked_possible(pc.log_partition(given, banks))
 
 
@@ -70,28 +71,23 @@ def _with_dense_factors(pc: CompiledCircuit, evidence: Evidence | None, weights:
     return Evidence.where(is_finite, Evidence.soft(listed), given)
 
 
-def _bounded(evidence: Evidence, upper: Tensor, dtype: torch.dtype) -> Evidence:
-    """Return the evidence with all values above ``upper``, (B, D), ruled out."""
-    known = _bounded_where_known(evidence, upper, dtype)
-    if evidence.missing is None:
-        return known
-    if evidence.otherwise is not None:
-        return Evidence.where(~evidence.missing, known, _bounded(evidence.otherwise, upper, dtype))
-    bounds = upper.to(dtype)
-    return Evidence.where(~evidence.missing, known, Evidence.interval(torch.full_like(bounds, -torch.inf), bounds))
-
-
-def _bounded_where_known(evidence: Evidence, upper: Tensor, dtype: torch.dtype) -> Evidence:
-    known = replace(evidence, missing=None, otherwise=None)
-    if known.bounds is not None:
-        lower, old_upper = known.bounds.unbind(-1)
-        return replace(known, bounds=torch.stack([lower, torch.minimum(old_upper, upper.to(old_upper.dtype))], -1))
-    if known.values is not None:
-        factors = torch.zeros_like(known.values, dtype=dtype) if known.log_factors is None else known.log_factors
-        return replace(known, log_factors=factors.masked_fill(known.values > upper.unsqueeze(2), -torch.inf))
-    if known.log_factors is not None:
-        values = torch.arange(known.log_factors.shape[2], device=upper.device)
-        return replace(known, log_factors=known.log_factors.masked_fill(values > upper.unsqueeze(2), -torch.inf))
+def _bounded(factors: Factors, upper: Tensor, dtype: torch.dtype) -> Factors:
+    """Return the factors with all values above ``upper``, (B, D), ruled out."""
+    match factors:
+        case Where(condition, one, other):
+            return Where(condition, _bounded(one, upper, dtype), _bounded(other, upper, dtype))
+        case Nothing():
+            upper = upper.to(dtype)
+            return Interval(torch.stack([torch.full_like(upper, -torch.inf), upper], -1))
+        case Interval(bounds):
+            lower, old_upper = bounds.unbind(-1)
+            return Interval(torch.stack([lower, torch.minimum(old_upper, upper.to(bounds.dtype))], -1))
+        case Listed(values, log_factors):
+            log_factors = torch.zeros_like(values, dtype=dtype) if log_factors is None else log_factors
+            return Listed(values, log_factors.masked_fill(values > upper.unsqueeze(2), -torch.inf))
+        case Dense(log_factors):
+            is_above = torch.arange(log_factors.shape[2], device=upper.device) > upper.unsqueeze(2)
+            return Dense(log_factors.masked_fill(is_above, -torch.inf))
     raise PropertyError(
         "log_cdf of variables with infinitely many values and Gaussian evidence needs a family that is closed under "
         "products with normal densities and intervals at once, which none is; use hard or interval evidence"

@@ -70,7 +70,7 @@ def latent_marginals(
         return checked_possible(one_per_query(pc, pc.log_partition(conditioned, banks)))
 
     zeros = torch.zeros(evidence.batch_size, sum(sizes), dtype=pc.dtype, device=pc.device)
-    inputs = [tensor for tensor in (evidence.log_factors, *given.values()) if tensor is not None]
+    inputs = [tensor for tensor in (*evidence.factors.tensors(), *given.values()) if tensor.is_floating_point()]
     posterior = passes.factor_gradients(log_z_of, zeros, banks, also=inputs)
     return dict(zip(wanted, posterior.split(sizes, 1), strict=True))
 

@@ -185,8 +185,7 @@ def posterior(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
     """
     banks = pc.weights() if weights is None else weights
     given = given_evidence(pc, evidence, banks)
-    is_listed = given.log_factors is not None and given.otherwise is None
-    if not is_listed or any(position < len(pc.input_layers) for position in banks.external):
+    if given.log_factors is None or any(position < len(pc.input_layers) for position in banks.external):
         raise PropertyError(
             "posterior: expected factors on all values or on listed ones, and no external weights of input nodes; use "
             "ct.queries.marginals"

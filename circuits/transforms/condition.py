@@ -10,7 +10,7 @@ from torch import Tensor
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.conditioning import conditions_of
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
-from circuits.evidence import Evidence
+from circuits.evidence import Evidence, Factors, Listed, Where
 from circuits.precision import own_precision
 from circuits.symbolic import Input, Node, Product, Sum
 from circuits.transforms.rebuild import Rebuild, check_is_finite, normalise
@@ -61,8 +61,8 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         is_finite = pc.num_categories > 0
         listed = Evidence.where(is_finite, evidence, Evidence.nothing(1, evidence.num_vars, pc.device))
         factors = listed.dense(max(1, int(pc.num_categories.max())), torch.float64)[0]
-        is_fixed = torch.where(is_finite, (factors > -torch.inf).sum(1) == 1, _has_one_value(evidence)).cpu()
-    is_missing = _says_nothing(evidence).cpu()
+        is_fixed = torch.where(is_finite, (factors > -torch.inf).sum(1) == 1, _has_one_value(evidence.factors)[0]).cpu()
+    is_missing = ~evidence.factors.known()[0].cpu()
     fixed = is_fixed & ~is_missing
     kept = [var for var in range(evidence.num_vars) if variables == "all" or not fixed[var]]
     if not kept:
@@ -114,19 +114,9 @@ def _product_values(node: Product, values: dict[Node, Tensor]) -> Tensor:
     return total
 
 
-def _says_nothing(evidence: Evidence) -> Tensor:
-    """Return on which variables evidence of one query is silent, bool (D,)."""
-    if evidence.missing is None:
-        return torch.zeros(evidence.num_vars, dtype=torch.bool, device=evidence.device)
-    missing = evidence.missing[0]
-    return missing if evidence.otherwise is None else missing & _says_nothing(evidence.otherwise)
-
-
-def _has_one_value(evidence: Evidence) -> Tensor:
-    """Return on which variables evidence of one query lists a single value, bool (D,)."""
-    is_listed = evidence.values is not None and evidence.values.shape[2] == 1
-    one = torch.full((evidence.num_vars,), is_listed, device=evidence.device)
-    if evidence.missing is None:
-        return one
-    rest = torch.zeros_like(one) if evidence.otherwise is None else _has_one_value(evidence.otherwise)
-    return torch.where(evidence.missing[0], rest, one)
+def _has_one_value(factors: Factors) -> Tensor:
+    """Return on which variables a single value is listed, bool (B, D)."""
+    if isinstance(factors, Where):
+        return torch.where(factors.condition, _has_one_value(factors.one), _has_one_value(factors.other))
+    is_hard = isinstance(factors, Listed) and factors.values.shape[2] == 1
+    return torch.full(factors.stored.shape[:2], is_hard, device=factors.stored.device)

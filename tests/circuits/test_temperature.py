@@ -65,7 +65,7 @@ def test_missing_variables_do_not_move_what_is_drawn_at_a_temperature():
     short, long = (ct.compile(ct.structures.hmm(n, 3, 4), seed=0, dtype=torch.float64) for n in (4, 9))
     factors = torch.randn(5, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     missing = (torch.arange(9) >= 4).expand(5, 9)
-    padded = ct.Evidence(factors, None, missing)
+    padded = ct.Evidence.soft(factors).without(missing)
     for temperature in (0.0, 0.4):
         seeds = ct.RowGenerators(torch.arange(5))
         one = ct.queries.sample(short, 2000, ct.Evidence.soft(factors[:, :4]), seeds, temperature=temperature)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
-from circuits.evidence.code import tensor_code
+from circuits.evidence.kinds import tensor_code
 from circuits.symbolic import Circuit, ParametricNode, build_code, parameter_owner
 
 _SUPPRESSED = [

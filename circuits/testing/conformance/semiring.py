@@ -14,7 +14,7 @@ from torch import Tensor
 from circuits.engine import passes
 from circuits.engine.semirings import Semiring
 from circuits.evidence import Evidence
-from circuits.evidence.code import tensor_code
+from circuits.evidence.kinds import tensor_code
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, law
 from circuits.testing.conformance._configurations import configurations

@@ -1,0 +1,316 @@
+"""The kinds of factors on variables: dense, listed, intervals, normal densities, nothing, or one here and one there.
+
+Each kind is a few tensors (B, D, ...) and says for itself what its factors are, where it says nothing, what it fits and
+which code builds it. Input layers and queries ask it for dense factors, or treat a kind in its own way.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from circuits.errors import ArgumentError
+from circuits.evidence.checks import check_range
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+class Factors(ABC):
+    """Log-factors on the D variables of a batch of B queries; every tensor begins with (B, D)."""
+
+    @property
+    def stored(self) -> Tensor:
+        """A tensor (B, D, ...) that tells the sizes and the device."""
+        return self.tensors()[0]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that the factors are made of."""
+        parts = [part for part in vars(self).values() if part is not None]
+        return [tensor for part in parts for tensor in (part.tensors() if isinstance(part, Factors) else [part])]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        """Return the same kind with every tensor changed."""
+
+        def mapped(part: Factors | Tensor | None) -> Factors | Tensor | None:
+            if isinstance(part, Factors):
+                return part.map(function)
+            return None if part is None else function(part)
+
+        return type(self)(*map(mapped, vars(self).values()))
+
+    @abstractmethod
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the log-factors ``log e_i(x_i)`` of values (S, B, D), or broadcastable with that: (S, B, D)."""
+
+    def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
+        """Return the log-factors of the values 0 .. num_categories - 1: (B, D, num_categories)."""
+        values = torch.arange(num_categories, device=self.stored.device)
+        return self.at(values.view(-1, 1, 1), dtype).permute(1, 2, 0)
+
+    def even(self, num_values: Tensor) -> Tensor:
+        """Return the finite log-factor that all values of a variable have, NaN where they differ: (B, D).
+
+        Args:
+            num_values: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
+        """
+        return self._all(torch.nan)
+
+    def known(self) -> Tensor:
+        """Return on which variables there are factors at all, bool (B, D)."""
+        return self._all(True)
+
+    def check(self, num_categories: Tensor) -> None:  # noqa: B027 - most kinds fit all variables
+        """Raise ArgumentError unless the factors fit variables with these numbers of categories, int64 (D,)."""
+
+    def where(self, condition: Tensor, other: Factors) -> Factors:
+        """Return these factors where ``condition``, bool (B, D), is True, and ``other`` elsewhere."""
+        return Where(condition, self, other)
+
+    def without(self, where: Tensor) -> Factors:
+        """Return the factors with nothing known of the variables ``where``, bool (B, D)."""
+        return self.where(~where, Nothing(where))
+
+    @abstractmethod
+    def code(self) -> str:
+        """Return Python code that builds evidence with these factors."""
+
+    def _all(self, value: bool | float) -> Tensor:
+        return torch.full(self.stored.shape[:2], value, device=self.stored.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Nothing(Factors):
+    """No factors: every variable is missing."""
+
+    place: Tensor
+    """Any tensor (B, D, ...): only its shape and its device count."""
+
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return 0."""
+        shape = torch.broadcast_shapes(x.shape, self.place.shape[:2])
+        return torch.zeros(shape, dtype=dtype, device=self.place.device)
+
+    def even(self, num_values: Tensor) -> Tensor:
+        """Return 0."""
+        return self._all(0.0)
+
+    def known(self) -> Tensor:
+        """Return False."""
+        return self._all(False)
+
+    def where(self, condition: Tensor, other: Factors) -> Factors:
+        """Return ``other`` without these variables."""
+        return other.without(condition)
+
+    def without(self, where: Tensor) -> Factors:
+        """Return the same."""
+        return self
+
+    def code(self) -> str:
+        """Return ``ct.Evidence.nothing(...)``."""
+        batch_size, num_vars = self.place.shape[:2]
+        return f"ct.Evidence.nothing({batch_size}, {num_vars}{_device_code(self.place)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Factors):
+    """One log-factor for each of the values 0 .. C - 1; other values are ruled out."""
+
+    log_factors: Tensor
+    """(B, D, C)."""
+
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pick the factors of the values; -inf for values that have none."""
+        x = x.long()
+        exists = (x >= 0) & (x < self.log_factors.shape[2])
+        index = x.masked_fill(~exists, 0).unsqueeze(-1)
+        picked = self.log_factors.to(dtype).expand(len(x), -1, -1, -1).gather(3, index).squeeze(-1)
+        return picked.masked_fill(~exists, -torch.inf)
+
+    def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
+        """Return the log-factors, no more than there are."""
+        return self.log_factors[..., :num_categories].to(dtype)
+
+    def even(self, num_values: Tensor) -> Tensor:
+        """Compare the least and the greatest factor of the values that a variable has."""
+        values = torch.arange(self.log_factors.shape[2], device=num_values.device)
+        is_whole = num_values <= len(values)
+        return _one_level(self.log_factors, is_whole, values < num_values.unsqueeze(-1), num_values)
+
+    def check(self, num_categories: Tensor) -> None:
+        """Check that every category has a factor."""
+        count = int(num_categories.max())
+        if self.log_factors.shape[-1] < count:
+            raise ArgumentError(
+                f"log_factors: expected at least {count} values per variable, got {self.log_factors.shape[-1]} (shape "
+                f"{tuple(self.log_factors.shape)})"
+            )
+
+    def code(self) -> str:
+        """Return ``ct.Evidence.soft(...)``."""
+        return f"ct.Evidence.soft({tensor_code(self.log_factors)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Factors):
+    """Log-factors of listed values; all others are ruled out. One listed value with the factor 0 is hard evidence."""
+
+    values: Tensor
+    """int64 or floating point (B, D, k)."""
+    log_factors: Tensor | None = None
+    """(B, D, k); None: 0 for every listed value."""
+
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Look the values up in the lists."""
+        return self.factors(dtype).masked_fill(self.values != x.unsqueeze(-1), -torch.inf).amax(-1)
+
+    def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
+        """Scatter the listed factors."""
+        listed, values = self.factors(dtype), self.values
+        factors = listed.new_full((*values.shape[:2], num_categories), -torch.inf)
+        exists = (values >= 0) & (values < num_categories)  # other families have other values
+        values, listed = values.long().masked_fill(~exists, 0), listed.masked_fill(~exists, -torch.inf)
+        return factors.scatter_reduce(2, values, listed, "amax")
+
+    def factors(self, dtype: torch.dtype) -> Tensor:
+        """Return the log-factors of the listed values, (B, D, k)."""
+        given = self.log_factors
+        return torch.zeros_like(self.values, dtype=dtype) if given is None else given.to(dtype)
+
+    def even(self, num_values: Tensor) -> Tensor:
+        """Return the one factor of lists of all values."""
+        if self.log_factors is None:
+            return self._all(torch.nan)
+        # what is listed above -inf is distinct, so that counting says whether it is everything
+        counts = (self.log_factors > -torch.inf) & (self.values >= 0) & (self.values < num_values.unsqueeze(-1))
+        return _one_level(self.log_factors, counts.sum(-1) == num_values, counts, num_values)
+
+    def check(self, num_categories: Tensor) -> None:
+        """Check that all listed values exist."""
+        check_range(self.values, num_categories.unsqueeze(-1), "x")
+
+    def code(self) -> str:
+        """Return ``ct.Evidence.observe(...)`` or ``ct.Evidence.sparse(...)``."""
+        if self.log_factors is None and self.values.shape[-1] == 1:
+            return f"ct.Evidence.observe({tensor_code(self.values[..., 0])})"
+        factors = self.factors(torch.float32) if self.log_factors is None else self.log_factors
+        return f"ct.Evidence.sparse({tensor_code(self.values)}, {tensor_code(factors)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Interval(Factors):
+    """Values between bounds, ``lower < v <= upper``, have the factor 1, others 0."""
+
+    bounds: Tensor
+    """Lower and upper bounds, (B, D, 2)."""
+
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compare the values with the bounds."""
+        lower, upper = self.bounds.unbind(-1)
+        return torch.where((lower < x) & (x <= upper), 0.0, -torch.inf).to(dtype)
+
+    def even(self, num_values: Tensor) -> Tensor:
+        """Return 0 where all values lie between the bounds."""
+        lower, upper = self.bounds.unbind(-1)
+        greatest = torch.where(num_values > 0, num_values - 1.0, torch.inf)
+        holds_all = (lower < torch.where(num_values != 0, 0.0, -torch.inf)) | (lower == -torch.inf)
+        return torch.where(holds_all & (upper >= greatest), 0.0, torch.nan)
+
+    def code(self) -> str:
+        """Return ``ct.Evidence.interval(...)``."""
+        lower, upper = self.bounds.unbind(-1)
+        return f"ct.Evidence.interval({tensor_code(lower)}, {tensor_code(upper)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Normal(Factors):
+    """Factors ``N(v; mean, std^2)``: a measurement with normal noise."""
+
+    parameters: Tensor
+    """Means and standard deviations, (B, D, 2)."""
+
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Evaluate the densities."""
+        parameters = self.parameters.to(torch.promote_types(self.parameters.dtype, dtype))
+        mean, std = parameters.unbind(-1)
+        return (-0.5 * ((x - mean) / std).square() - std.log() - _HALF_LOG_TWO_PI).to(dtype)
+
+    def code(self) -> str:
+        """Return ``ct.Evidence.gaussian(...)``."""
+        mean, std = self.parameters.unbind(-1)
+        return f"ct.Evidence.gaussian({tensor_code(mean)}, {tensor_code(std)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Where(Factors):
+    """One kind on some variables, others elsewhere; build it with :meth:`Factors.where`, which keeps ``one`` simple."""
+
+    condition: Tensor
+    """bool (B, D)."""
+    one: Factors
+    """The factors where the condition is True, of one of the other kinds."""
+    other: Factors
+    """The factors elsewhere, of any kind."""
+
+    def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Choose between both."""
+        return torch.where(self.condition, self.one.at(x, dtype), self.other.at(x, dtype))
+
+    def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
+        """Choose between both."""
+        parts = self.one.dense(num_categories, dtype), self.other.dense(num_categories, dtype)
+        return torch.where(self.condition.unsqueeze(-1), *parts)
+
+    def even(self, num_values: Tensor) -> Tensor:
+        """Choose between both."""
+        return torch.where(self.condition, self.one.even(num_values), self.other.even(num_values))
+
+    def known(self) -> Tensor:
+        """Return where either is."""
+        return self.condition | self.other.known()
+
+    def check(self, num_categories: Tensor) -> None:
+        """Check both."""
+        self.one.check(num_categories)
+        self.other.check(num_categories)
+
+    def where(self, condition: Tensor, other: Factors) -> Factors:
+        """Narrow the condition down, so that ``one`` stays simple."""
+        return Where(self.condition & condition, self.one, self.other.where(condition, other))
+
+    def code(self) -> str:
+        """Return the code of one kind where there is but one, ``ct.Evidence.where(...)`` else."""
+        for is_all, part in ((self.condition, self.one), (~self.condition, self.other)):
+            if bool(is_all.all()):
+                return part.code()
+        one, condition = self.one.code(), tensor_code(self.condition)
+        if isinstance(self.one, Listed) and one.startswith("ct.Evidence.observe") and isinstance(self.other, Nothing):
+            return f"{one[:-1]}, observed={condition})"
+        return f"ct.Evidence.where({condition}, {one}, {self.other.code()})"
+
+
+def tensor_code(tensor: Tensor) -> str:
+    """Return code that builds a tensor, to the last bit."""
+    numbers = str(tensor.detach().tolist()).replace("inf", "torch.inf").replace("nan", "torch.nan")
+    is_default = tensor.numel() > 0 and tensor.dtype in (torch.int64, torch.bool, torch.float32)
+    return f"torch.tensor({numbers}{'' if is_default else f', dtype={tensor.dtype}'}{_device_code(tensor)})"
+
+
+def _device_code(tensor: Tensor) -> str:
+    return "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"
+
+
+def _one_level(log_factors: Tensor, is_whole: Tensor, counts: Tensor, num_values: Tensor) -> Tensor:
+    """Return the one factor of those that count, bool (B, D, C) or (D, C), NaN where they differ or are not all."""
+    if not log_factors.shape[-1]:
+        return torch.full(log_factors.shape[:2], torch.nan, device=log_factors.device)
+    least = greatest = log_factors
+    if not bool(counts.all()):
+        least, greatest = log_factors.masked_fill(~counts, torch.inf), log_factors.masked_fill(~counts, -torch.inf)
+    low, high = least.amin(-1), greatest.amax(-1)
+    return torch.where(is_whole & (num_values > 0) & (low == high) & low.isfinite(), low, torch.nan)
