@@ -143,9 +143,10 @@ def read_manifest(folder: Path, format: str) -> Manifest:
     if type(version) is not int or version > MANIFEST_VERSION:
         raise CheckpointError(f"{path} has version {version!r:.80}, this unfactor reads 1; install a newer one")
     sha256 = content.pop("sha256", None)
-    is_table = isinstance(files, dict) and len(files) <= _MAX_FILES and all(map(_is_name, files))
-    if not is_table or sha256 != _own_hash(content):
+    if sha256 != _own_hash(content) or not isinstance(files, dict):
         raise CheckpointError(f"{path} is corrupt, it does not match its hash; save the folder again")
+    if len(files) > _MAX_FILES or not all(map(_is_name, files)):
+        raise CheckpointError(f"{path}: expected at most {_MAX_FILES} files of its folder; save the folder again")
     for name, expected in files.items():
         try:
             found = file_hash(folder / name)

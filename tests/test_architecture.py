@@ -29,6 +29,7 @@ CIRCUITS = (
     ("evidence",),
     ("symbolic",),
     ("families",),
+    ("store",),
     ("arguments", "files", "precision", "progress", "randomness", "schema"),
     ("digests",),
     ("errors",),

@@ -77,7 +77,7 @@ def test_another_kind_is_refused(tmp_path):
         CausalHead.load(tmp_path / "head")
     df.CoupledHead(WORLD.circuit()).save(tmp_path / "coupled")
     for load in (load_head, MixtureHead.load):
-        with pytest.raises(CheckpointError, match="cannot read"):
+        with pytest.raises(CheckpointError, match="expected the format unfactor-baseline-head, got 'unfactor-coupled"):
             load(tmp_path / "coupled")
     with pytest.raises(ArgumentError, match="is not a saved baseline head"):
         HEADS["mixture"]().save(tmp_path / "coupled")
@@ -86,6 +86,9 @@ def test_another_kind_is_refused(tmp_path):
 def test_a_head_and_the_circuit_of_another_do_not_fit_together(tmp_path):
     HEADS["copula"]().save(tmp_path / "one")
     ct.save(ct.compile(ct.structures.hmm(3, 2, V), seed=5), tmp_path / "one" / "circuit")
+    with pytest.raises(CheckpointError, match=r"circuit/manifest.json is corrupt, it does not match its hash"):
+        load_head(tmp_path / "one")
+    (tmp_path / "one" / "manifest.json").unlink()  # there was none before
     with pytest.raises(CheckpointError, match="belongs to another circuit; save the head again"):
         load_head(tmp_path / "one")
 
