@@ -266,7 +266,7 @@ def test_a_writer_who_is_killed_leaves_the_version_before_or_the_new_one(kind, t
             return wrapped
 
         with monkeypatch.context() as patch:
-            steps = ((store, "_exchange"), (Path, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"))
+            steps = ((store, "_exchange"), (Path, "rename"), (os, "replace"), (shutil, "rmtree"))
             for owner, name in steps:
                 patch.setattr(owner, name, until_killed(getattr(owner, name)))
             try:
