@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from torch import Tensor
 from circuits.arguments import checked_count
 from circuits.files import regular_size, replace_file
 from circuits.progress import progress_bar
+from circuits.store import locked
 from diffusion._json import read_json, write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
@@ -33,6 +36,8 @@ from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, 
 FORMAT_VERSION = 2
 _WAY_OUT = "delete the folder and cache again"
 _LOWEST_LOG_Q = -6e4  # float16 holds it
+SECONDS_BETWEEN_RECORDS = 1.0
+"""What a run that is killed computes again, at most; how far a cache has come is not written down after every batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +156,7 @@ def cache_logits(
         ArgumentError: no windows, windows shorter than a block, or a denoiser without the features asked for.
         CheckpointError: the folder holds something else, or a cache made with other arguments, or what was written
             before is damaged.
+        StorageError: there is no room for it, the folder cannot be written, or another process caches there.
     """
     if windows.dim() != 2 or not len(windows) or not 1 <= block_length <= windows.shape[1]:
         raise ArgumentError(
@@ -180,24 +186,45 @@ def cache_logits(
     tokenizer = getattr(denoiser, "tokenizer_fingerprint", None)
     if tokenizer is not None:
         meta["tokenizer"] = tokenizer
-    folder = Path(path)
-    meta = _continue_or_create(folder, meta)
-    done, digest = meta["done"], meta["digest"]
-    if done == meta["num_examples"]:
-        return LogitCache.open(folder)
-    arrays = _verified_arrays(folder, meta, mode="r+")
-    windows = windows.repeat(masks_per_window, 1)
-    with progress_bar("caching logits", len(windows), enabled=progress, completed=done) as advance:
-        for start in range(done, len(windows), batch_size):
-            rows = slice(start, min(start + batch_size, len(windows)))
-            generator = torch.Generator().manual_seed(_seed_of(seed, start))
+    folder, windows = Path(path), windows.repeat(masks_per_window, 1)
+    with locked(folder):
+        meta = _continue_or_create(folder, meta)
+        arrays = _verified_arrays(folder, meta, mode="r+") if meta["done"] < meta["num_examples"] else {}
+
+        def fill(rows: slice) -> None:
+            generator = torch.Generator().manual_seed(_seed_of(seed, rows.start))
             _fill(arrays, rows, denoiser, windows[rows], block_length, schedule_name, generator, device)
-            for array in arrays.values():
-                array.flush()
-            digest = _extended(digest, arrays, rows)
-            write_json(folder / "meta.json", meta | {"done": rows.stop, "digest": digest})
-            advance(rows.stop - rows.start)
+
+        _complete(folder, meta, arrays, fill, progress=progress)
     return LogitCache.open(folder)
+
+
+def _complete(
+    folder: Path, meta: dict, arrays: dict[str, np.memmap], fill: Callable[[slice], None], *, progress: bool
+) -> None:
+    """Fill all rows that are not done, and write down how far it came: now and then, and however it ends."""
+    total, size = meta["num_examples"], meta["batch_size"]
+    known = state = meta["done"], meta["digest"]
+
+    def record() -> None:
+        for array in arrays.values():
+            array.flush()
+        write_json(folder / "meta.json", meta | {"done": state[0], "digest": state[1]})
+
+    since = time.monotonic()
+    try:
+        with progress_bar("caching logits", total, enabled=progress, completed=state[0]) as advance:
+            for start in range(state[0], total, size):
+                rows = slice(start, min(start + size, total))
+                fill(rows)
+                state = rows.stop, _extended(state[1], arrays, rows)
+                if time.monotonic() - since >= SECONDS_BETWEEN_RECORDS:
+                    record()
+                    known, since = state, time.monotonic()
+                advance(rows.stop - rows.start)
+    finally:
+        if state != known:
+            record()
 
 
 def _fill(
@@ -276,9 +303,21 @@ def _continue_or_create(folder: Path, meta: dict) -> dict:
         write_json(folder / "meta.json", found)
     for name, (shape, dtype) in _array_layout(meta).items():
         if not found["done"] and not (folder / f"{name}.npy").exists():
-            with replace_file(folder / f"{name}.npy") as temporary:
-                np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
+            _create_array(folder / f"{name}.npy", shape, np.dtype(dtype))
     return found
+
+
+def _create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Write an array of zeros for which there is room: one that runs out of it later ends the process."""
+    form = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with replace_file(path) as new, open(new, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, form)
+        size = file.tell() + math.prod(shape) * dtype.itemsize
+        file.flush()
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} for {size:,} bytes") from error
 
 
 def _first_digest(meta: dict) -> str:
