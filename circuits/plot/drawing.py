@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ _MAX_VERTICES = 400
 _SUM, _PRODUCT, _INPUT, _REGION = "#cfe2f3", "#fde2c4", "#dcefd8", "#e8e8e8"
 _FLOW, _WIDEST, _THINNEST = "#c0504d", 7.0, 0.3
 _MAX_LISTED = 6
-_INCHES, _MARGIN = 0.62, 0.25
+_MARGIN, _GRID = 0.15, 0.45
 
 
 def structure(circuit: Circuit, path: str | os.PathLike[str], *, engine: Engine | None = None) -> None:
@@ -52,7 +53,7 @@ def structure(circuit: Circuit, path: str | os.PathLike[str], *, engine: Engine 
     position = {node: i for i, node in enumerate(circuit.nodes)}
     vertices = [_vertex_of(node) for node in circuit.nodes]
     edges = [(position[node], position[child]) for node in circuit.nodes for child in node.children]
-    _draw("circuit", Diagram(vertices, edges), path, engine)
+    _draw("circuit", Diagram(vertices, edges, is_chain=_is_chain(circuit)), path, engine)
 
 
 def region_graph(graph: RegionGraph, path: str | os.PathLike[str], *, engine: Engine | None = None) -> None:
@@ -78,7 +79,8 @@ def region_graph(graph: RegionGraph, path: str | os.PathLike[str], *, engine: En
         edges.append((partition.region, len(vertices)))
         edges += [(len(vertices), part) for part in partition.parts]
         vertices.append(Vertex("", "dot", "black"))
-    _draw("graph", Diagram(vertices, edges), path, engine)
+    regions = {graph.scope_bits[partition.region] for partition in graph.partitions}
+    _draw("graph", Diagram(vertices, edges, is_chain=_are_nested(regions, graph.num_vars)), path, engine)
 
 
 def flows(
@@ -119,7 +121,19 @@ def flows(
         for child, share in zip(node.children, shares, strict=True):
             edges.append((position[node], position[child]))
             widths.append(_THINNEST + (_WIDEST - _THINNEST) * min(share, 1.0))
-    _draw("pc", Diagram([_vertex_of(node) for node in pc.circuit.nodes], edges, widths), path, engine)
+    vertices = [_vertex_of(node) for node in pc.circuit.nodes]
+    _draw("pc", Diagram(vertices, edges, widths, _is_chain(pc.circuit)), path, engine)
+
+
+def _is_chain(circuit: Circuit) -> bool:
+    return _are_nested({node.scope_bits for node in circuit.nodes if isinstance(node, Product)}, circuit.num_vars)
+
+
+def _are_nested(scopes: set[int], num_vars: int) -> bool:
+    """Whether of the scopes that are split, each is what is left of the one before, and there are many of them."""
+    by_size = sorted(scopes, key=int.bit_count, reverse=True)
+    is_nested = all(inner & outer == inner for outer, inner in itertools.pairwise(by_size))
+    return is_nested and (len(scopes) > 2 or 2 * len(scopes) > num_vars)
 
 
 def _vertex_of(node: Node) -> Vertex:
@@ -198,6 +212,7 @@ def dot_text(diagram: Diagram) -> str:
     """Return the diagram in Graphviz's language."""
     lines = [
         "digraph {",
+        f"  rankdir={'LR' if diagram.is_chain else 'TB'};",
         "  graph [dpi=72, bgcolor=white, nodesep=0.12, ranksep=0.25, margin=0.05];",
         '  node [style=filled, fontname="Helvetica", fontsize=9, margin="0.04,0.02", width=0.35, height=0.2];',
         "  edge [arrowhead=none];",
@@ -216,12 +231,11 @@ def _draw_with_matplotlib(diagram: Diagram, path: Path) -> None:
     from matplotlib.figure import Figure
 
     places, width, height = placed(diagram)
-    row_height = min(max(0.8, 0.05 * width), 1.2)
-    figure = Figure(figsize=((width + 2 * _MARGIN) * _INCHES, height * row_height), dpi=72)
+    figure = Figure(figsize=(width + 2 * _MARGIN, height), dpi=72)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(-_MARGIN, width + _MARGIN)
-    axes.set_ylim(-0.5, height - 0.5)
+    axes.set_ylim(0, height)
     for edge, (above, below) in enumerate(diagram.edges):
         (x0, y0), (x1, y1) = places[above], places[below]
         style: dict[str, Any] = {"color": "#888888", "linewidth": 0.8}
@@ -229,11 +243,11 @@ def _draw_with_matplotlib(diagram: Diagram, path: Path) -> None:
             style = {"color": _FLOW, "linewidth": diagram.widths[edge]}
         axes.plot([x0, x1], [y0, y1], zorder=1, **style)
     for vertex, (x, y) in zip(diagram.vertices, places, strict=True):
-        _draw_vertex(axes, vertex, x, y, _INCHES / row_height)
+        _draw_vertex(axes, vertex, x, y)
     save(figure, path)
 
 
-def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float, aspect: float) -> None:
+def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float) -> None:
     from matplotlib.patches import Rectangle
 
     if vertex.shape == "dot":
@@ -241,14 +255,13 @@ def _draw_vertex(axes: Axes, vertex: Vertex, x: float, y: float, aspect: float) 
         return
     if vertex.shape == "grid":
         rows, columns = len(vertex.cells), len(vertex.cells[0])
-        cell = 0.72 / max(rows, columns)
-        cell_height = cell * aspect
-        left, top = x - cell * columns / 2, y + cell_height * rows / 2
+        cell = _GRID / max(rows, columns)
+        left, top = x - cell * columns / 2, y + cell * rows / 2
         for i, row in enumerate(vertex.cells):
             for j, is_inside in enumerate(row):
                 color = "#3c78b4" if is_inside else "#f4f4f4"
-                corner = left + j * cell, top - (i + 1) * cell_height
-                patch = Rectangle(corner, cell, cell_height, facecolor=color, edgecolor="#999999", lw=0.5, zorder=2)
+                corner = left + j * cell, top - (i + 1) * cell
+                patch = Rectangle(corner, cell, cell, facecolor=color, edgecolor="#999999", lw=0.5, zorder=2)
                 axes.add_patch(patch)
         return
     style: dict[str, Any] = {"facecolor": vertex.color, "edgecolor": "#444444", "linewidth": 0.8}

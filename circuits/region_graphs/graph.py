@@ -314,12 +314,6 @@ class RegionGraph:
         """
         return records.read(path, cls)
 
-    def draw(self, path: str | os.PathLike[str]) -> None:
-        """Draw the region graph into a file, see :func:`circuits.plot.region_graph`."""
-        from circuits import plot
-
-        plot.region_graph(self, path)
-
     def __repr__(self) -> str:
         return f"RegionGraph({self.num_vars} variables, {self.num_regions} regions, {len(self.partitions)} partitions)"
 

@@ -3,13 +3,15 @@
 import itertools
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import circuits as ct
-from circuits import plot
-from circuits.plot.layout import Diagram, Vertex, placed
+from circuits.plot import drawing
+from circuits.plot.layout import INCHES, Diagram, Vertex, placed
 
 CIRCUIT = ct.structures.rat_spn(4, 2, 2, 2, 2, seed=0)
 GRAPHS = {
@@ -33,7 +35,7 @@ def test_a_circuit_is_drawn(suffix, engine, tmp_path):
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_region_graph_is_drawn(name, tmp_path):
-    GRAPHS[name].draw(tmp_path / "graph.png")
+    ct.plot.region_graph(GRAPHS[name], tmp_path / "graph.png")
     ct.plot.region_graph(GRAPHS[name], tmp_path / "again.png", engine="matplotlib")
     assert (tmp_path / "graph.png").stat().st_size > 1000
 
@@ -56,22 +58,79 @@ def random_diagram(seed):
     return Diagram([Vertex(label, "box", "white") for label in labels], edges)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_vertices_do_not_overlap_and_edges_go_down(seed):
-    diagram = random_diagram(seed)
+def boxes(diagram):
+    """Return the corners of every vertex, in inches: left, right, low, high."""
     places, width, height = placed(diagram)
-    for upper, lower in diagram.edges:
-        assert places[upper][1] > places[lower][1]
-    for (x0, y0), (x1, y1) in itertools.combinations(places, 2):
-        assert y0 != y1 or x0 != x1
-    for i, j in itertools.combinations(range(len(places)), 2):
-        if places[i][1] == places[j][1]:
-            room = (diagram.vertices[i].width + diagram.vertices[j].width) / 2
-            assert abs(places[i][0] - places[j][0]) > room
-    for vertex, (x, y) in zip(diagram.vertices, places, strict=True):
-        assert vertex.width / 2 <= x + 1e-9
-        assert x + vertex.width / 2 <= width + 1e-9
-        assert 0 <= y < height
+    assert all(0 < x < width and 0 < y < height for x, y in places)
+    halves = [(INCHES * vertex.width / 2, INCHES * min(vertex.width, 0.6) / 2) for vertex in diagram.vertices]
+    return [(x - w, x + w, y - h, y + h) for (x, y), (w, h) in zip(places, halves, strict=True)]
+
+
+@pytest.mark.parametrize("is_chain", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_vertices_do_not_overlap(seed, is_chain):
+    diagram = replace(random_diagram(seed), is_chain=is_chain)
+    for one, other in itertools.combinations(boxes(diagram), 2):
+        assert one[1] < other[0] or other[1] < one[0] or one[3] < other[2] or other[3] < one[2]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edges_go_down(seed):
+    diagram = random_diagram(seed)
+    places, _, _ = placed(diagram)
+    assert all(places[upper][1] > places[lower][1] for upper, lower in diagram.edges)
+
+
+def drawn(monkeypatch, draw, *args):
+    """Return the diagram that a function would draw."""
+    seen = []
+    monkeypatch.setattr(drawing, "_draw", lambda argument, diagram, path, engine: seen.append(diagram))
+    draw(*args, "picture.png")
+    return seen[0]
+
+
+def test_a_chain_is_a_line_from_left_to_right_with_its_inputs_below(monkeypatch):
+    circuit = ct.structures.hmm(6, 2, 3)
+    places, _, _ = placed(drawn(monkeypatch, ct.plot.structure, circuit))
+    place = dict(zip(circuit.nodes, places, strict=True))
+    node, line = circuit.root, []
+    while not isinstance(node, ct.Input):
+        line.append(node)
+        node = node.children[-1]
+    assert len(line) == 11
+    assert len({round(place[node][1], 9) for node in line}) == 1
+    assert all(place[left][0] < place[right][0] for left, right in itertools.pairwise(line))
+    for node in line[1::2]:
+        leaf = node.children[0]
+        assert place[leaf][0] == pytest.approx(place[node][0])
+        assert place[leaf][1] < place[node][1]
+
+
+@pytest.mark.parametrize(
+    ("draw", "built", "is_chain"),
+    [
+        (ct.plot.structure, ct.structures.hmm(3, 2, 3), True),
+        (ct.plot.structure, ct.structures.hmm(3, 2, [3, 2]), True),
+        (ct.plot.structure, ct.structures.second_order_hmm(4, 2, 3), True),
+        (ct.plot.structure, ct.structures.linear_tree(5, 2, 3), True),
+        (ct.plot.region_graph, ct.RegionGraph.linear_tree(5), True),
+        (ct.plot.structure, ct.structures.mixture(4, 2, 3), False),
+        (ct.plot.structure, ct.structures.latent_tree([(0, 1), (0, 2), (1, 3), (2, 4)], 2, 2), False),
+        (ct.plot.structure, ct.structures.poon_domingos((1, 4), 1, 2, 2), False),
+        (ct.plot.region_graph, ct.RegionGraph.quad_tree((4, 4)), False),
+    ],
+)
+def test_chains_are_told_from_trees(draw, built, is_chain, monkeypatch):
+    assert drawn(monkeypatch, draw, built).is_chain == is_chain
+
+
+def test_no_two_pictures_of_the_documentation_are_the_same():
+    pictures = sorted((Path(__file__).parents[2] / "docs").rglob("*.png"))
+    contents = [picture.read_bytes() for picture in pictures]
+    assert len(pictures) > 20
+    assert [
+        [a.name, b.name] for (a, x), (b, y) in itertools.combinations(zip(pictures, contents, strict=True), 2) if x == y
+    ] == []
 
 
 def test_graphviz_gets_every_node_and_edge(monkeypatch, tmp_path):
@@ -81,8 +140,8 @@ def test_graphviz_gets_every_node_and_edge(monkeypatch, tmp_path):
         seen["text"] = options["input"]
         return subprocess.CompletedProcess(command, 1, "", "out of paper")
 
-    monkeypatch.setattr(plot.shutil, "which", lambda program: "/usr/bin/dot")
-    monkeypatch.setattr(plot.subprocess, "run", run)
+    monkeypatch.setattr(drawing.shutil, "which", lambda program: "/usr/bin/dot")
+    monkeypatch.setattr(drawing.subprocess, "run", run)
     with pytest.raises(ct.UnfactorError, match="Graphviz failed with code 1: out of paper"):
         ct.plot.structure(CIRCUIT, tmp_path / "circuit.png")
     assert seen["text"].count("label=") == len(CIRCUIT.nodes)
@@ -109,7 +168,7 @@ def test_what_cannot_be_drawn_is_told_why(draw, message, tmp_path):
 
 
 def test_graphviz_that_is_not_installed_is_an_error_when_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(plot.shutil, "which", lambda program: None)
+    monkeypatch.setattr(drawing.shutil, "which", lambda program: None)
     with pytest.raises(ct.ArgumentError, match="engine: Graphviz's program `dot` is not installed"):
         ct.plot.structure(CIRCUIT, tmp_path / "a.png", engine="graphviz")
     ct.plot.structure(CIRCUIT, tmp_path / "a.png")
