@@ -414,6 +414,7 @@ def _explained() -> Iterator[None]:
         yield
     except ImpossibleEvidenceError as error:
         raise ImpossibleEvidenceError(
-            "circuit and denoiser rule out every text for some blocks: allow more tokens, raise top_k, or give the "
+            "logits: circuit and denoiser rule out every text for some blocks; allow more tokens, raise top_k, or "
+            "give the "
             f"circuit no zero weights ({error})"
         ) from error

@@ -302,7 +302,7 @@ class Literal(Finite):
     def parameter_shape(self, num_units: int) -> tuple[int, int]:
         """Return (0, K)."""
         if num_units != len(self.values):
-            raise ArgumentError(f"num_units: {len(self.values)} values need as many units, got {num_units}")
+            raise ArgumentError(f"num_units: expected {len(self.values)}, one per value, got {num_units}")
         return 0, num_units
 
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -179,7 +179,7 @@ class _Builder:
         assert node.edges is not None
         sizes = {self.nodes[child].block_size for child in node.children}
         if len(sizes) != 1:
-            raise ArgumentError(f"block_size: children of a sum need one block size, got {sorted(sizes)}")
+            raise ArgumentError(f"block_size: expected one for all children of a sum, got {sorted(sizes)}")
         child_block = sizes.pop()
         num_child_blocks = torch.tensor([self.nodes[child].num_blocks for child in node.children]).sum().item()
         limits = torch.tensor([[node.num_blocks], [num_child_blocks]])

@@ -119,8 +119,7 @@ def import_pyjuice() -> Any:
         import pyjuice
     except ImportError as error:
         raise ArgumentError(
-            f"pyjuice: this needs the package pyjuice (Linux on x86-64), which is not there: {error}; "
-            "pip install pyjuice"
+            f"pyjuice: expected the package pyjuice (Linux on x86-64), which is not there: {error}; pip install pyjuice"
         ) from error
     return pyjuice
 

@@ -205,7 +205,7 @@ def _draw_with_graphviz(program: str, diagram: Diagram, path: Path, suffix: str)
         check=False,
     )
     if done.returncode != 0:
-        raise UnfactorError(f"Graphviz failed with code {done.returncode}: {done.stderr.strip()[:200]}")
+        raise UnfactorError(f"Graphviz: it failed with code {done.returncode}: {done.stderr.strip()[:200]}")
 
 
 def dot_text(diagram: Diagram) -> str:

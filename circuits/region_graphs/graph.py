@@ -45,12 +45,12 @@ class RegionGraph:
         object.__setattr__(self, "partitions", tuple(Partition(p, tuple(parts)) for p, parts in self.partitions))
         for region, scope in enumerate(self.scope_bits):
             if scope <= 0:
-                raise StructureError(f"region {region} has no variables")
+                raise StructureError(f"region {region}: expected variables, got none")
         for partition in self.partitions:
             self._check_partition(partition)
         if self.root_scope != (1 << self.num_vars) - 1:
             raise StructureError(
-                f"the root has the variables {format_scope(self.root_scope)}; expected all of 0 to {self.num_vars - 1}"
+                f"root: expected all variables from 0 to {self.num_vars - 1}, got {format_scope(self.root_scope)}"
             )
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
@@ -178,8 +178,9 @@ class RegionGraph:
             above, below = list(graph.predecessors(node)), list(graph.successors(node))
             if len(above) != 1 or any(neighbour not in regions for neighbour in above + below):
                 raise StructureError(
-                    f"graph: the partition {node!r} needs one region above it and regions below it; regions are the "
-                    "nodes with an attribute scope"
+                    f"graph: expected one region above the partition {node!r} and regions below it; regions are the "
+                    "nodes "
+                    "with an attribute scope"
                 )
             builder.partition(regions[above[0]], [regions[part] for part in below])
         return cls._built(builder, shape)
@@ -333,20 +334,21 @@ class RegionGraph:
         scope = self.scope_bits[partition.region]
         if len(partition.parts) < 2:
             raise StructureError(
-                f"a partition of the region {format_scope(scope)} has {len(partition.parts)} parts; expected at least 2"
+                f"partition of {format_scope(scope)}: expected at least 2 parts, got {len(partition.parts)}"
             )
         covered = 0
         for part in partition.parts:
             shared = covered & self.scope_bits[part]
             if shared:
                 raise StructureError(
-                    f"the parts of the region {format_scope(scope)} overlap: {format_scope(shared)} is in several"
+                    f"partition of {format_scope(scope)}: expected disjoint parts, got {format_scope(shared)} in "
+                    "several"
                 )
             covered |= self.scope_bits[part]
         if covered != scope:
             raise StructureError(
-                f"the parts of the region {format_scope(scope)} have the variables {format_scope(covered)}; expected "
-                "the same variables"
+                f"partition of {format_scope(scope)}: expected the same variables in its parts, got "
+                f"{format_scope(covered)}"
             )
 
     def _check_shape(self) -> None:
@@ -357,7 +359,9 @@ class RegionGraph:
                 raise ArgumentError(f"shape: expected integers >= 1, got {self.shape!r}")
             total *= length
         if total != self.num_vars:
-            raise ArgumentError(f"shape: {self.shape} has {total} cells; expected {self.num_vars}, one per variable")
+            raise ArgumentError(
+                f"shape: expected {self.num_vars} cells, one per variable, got {self.shape} with {total}"
+            )
 
 
 __all__ = ["Partition", "RegionGraph"]

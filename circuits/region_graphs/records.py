@@ -57,20 +57,20 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         size = regular_size(path)
         if size > _MAX_BYTES:
-            raise CheckpointError(f"the file has {size} bytes, and the limit is {_MAX_BYTES}")
+            raise CheckpointError(f"size: expected at most {_MAX_BYTES} bytes, got {size}")
         record = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error}") from error
+        raise CheckpointError(f"cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"the file is corrupt, {error}") from error
+        raise CheckpointError(f"corrupt: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError("the file does not describe a region graph")
+        raise CheckpointError("format: expected a region graph")
     version = record.get("format_version")
     if isinstance(version, bool) or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"format version {short(version)}, and this unfactor reads version {FORMAT_VERSION}: install a newer one"
+            f"format version: expected {FORMAT_VERSION}, got {short(version)}; install a newer unfactor"
         )
     check_keys(record, {"format", "format_version", "regions", "partitions", "shape"})
     return record
@@ -80,7 +80,7 @@ def _graph_of(record: dict[str, Any], kind: type[RegionGraph]) -> RegionGraph:
     regions = _list("regions", record["regions"])
     num_vars = max((len(_list("a region", region)) for region in regions), default=0)
     if num_vars * len(regions) // 8 > _MAX_SCOPE_BYTES:
-        raise CheckpointError(f"regions: {len(regions)} of them over {num_vars} variables would need too much memory")
+        raise CheckpointError(f"regions: {len(regions)} of them over {num_vars} variables ask for too much memory")
     for region in regions:  # the root has all variables, so their number bounds the bit sets
         for var in region:
             _check_integer("a region", var, num_vars - 1)
@@ -100,7 +100,7 @@ def _graph_of(record: dict[str, Any], kind: type[RegionGraph]) -> RegionGraph:
     try:
         return kind(tuple(bits_of(region) for region in regions), tuple(partitions), shape)
     except (StructureError, ArgumentError) as error:
-        raise CheckpointError(f"not a valid region graph: {error}") from error
+        raise CheckpointError(f"region graph: {error}") from error
 
 
 def _list(what: str, value: Any) -> list[Any]:

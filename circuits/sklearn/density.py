@@ -25,7 +25,7 @@ try:
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise ArgumentError(
-        f"CircuitDensity needs scikit-learn >= 1.6, which is not there ({error}); pip install 'unfactor[sklearn]'"
+        f"CircuitDensity: expected scikit-learn >= 1.6, which is not there ({error}); pip install 'unfactor[sklearn]'"
     ) from error
 
 StructureName = Literal["mixture", "fully_factorized", "hmm", "hclt"]

@@ -192,23 +192,23 @@ class Circuit:
         missing = ((1 << self.num_vars) - 1) & ~self.root.scope_bits
         if missing:
             raise StructureError(
-                f"unknown variables {format_scope(missing)}: {self.root} covers "
-                f"{format_scope(self.root.scope_bits)}, but "
-                f"a circuit over num_vars={self.num_vars} needs every variable from 0; renumber the variables"
+                f"unknown variables {format_scope(missing)}: expected every variable from 0 to {self.num_vars - 1}, "
+                "got "
+                f"{self.root}, which covers {format_scope(self.root.scope_bits)}; renumber the variables"
             )
         first: dict[int, Input] = {}
         for node in self.inputs:
             other = first.setdefault(node.var, node)
             if other.distribution.num_values != node.distribution.num_values:
                 raise StructureError(
-                    f"variable {node.var} has {other.distribution.num_values or 'infinitely many'} categories in "
-                    f"{other} and {node.distribution.num_values or 'infinitely many'} in {node}; one variable has one "
-                    "number of categories"
+                    f"variable {node.var}: expected one number of categories, got "
+                    f"{other.distribution.num_values or 'infinitely many'} in {other} and "
+                    f"{node.distribution.num_values or 'infinitely many'} in {node}"
                 )
             if other.distribution.domain != node.distribution.domain:
                 raise StructureError(
-                    f"variable {node.var} has {other.distribution.domain} as values in {other} and "
-                    f"{node.distribution.domain} in {node}; one variable has one kind of values"
+                    f"variable {node.var}: expected one kind of values, got {other.distribution.domain} in {other} and "
+                    f"{node.distribution.domain} in {node}"
                 )
 
     def _check_names(self) -> None:

@@ -98,7 +98,7 @@ class Product(Node):
                 other = next(c for c in self.children[:position] if c.scope_bits & child.scope_bits)
                 raise StructureError(
                     f"product is not decomposable: {other} and {child} share the variables "
-                    f"{format_scope(other.scope_bits & child.scope_bits)}; children of a product need disjoint scopes"
+                    f"{format_scope(other.scope_bits & child.scope_bits)}; expected disjoint scopes below a product"
                 )
             self.scope_bits |= child.scope_bits
         if mode == "elementwise":
@@ -134,7 +134,7 @@ class Sum(Node):
             if child.scope_bits != self.scope_bits:
                 raise StructureError(
                     f"sum is not smooth: {self.children[0]} and {child} have different scopes; "
-                    "children of a sum need the same scope (multiply the smaller one with inputs on the missing "
+                    "expected the same scope below a sum (multiply the smaller one with inputs on the missing "
                     "variables)"
                 )
         self.parameter_shape = (num_units, builtins.sum(child.num_units for child in self.children))
@@ -249,14 +249,12 @@ def _checked_tie(node: ParametricNode, tied_to: ParametricNode | None) -> Parame
         raise StructureError(f"tied_to: {node} can only use the parameters of its own kind of node, got {tied_to!r}")
     if tied_to.parameter_shape != node.parameter_shape:
         raise StructureError(
-            f"shape mismatch of tied parameters: {node} needs weights of shape {node.parameter_shape}, and {tied_to} "
-            "has "
-            f"{tied_to.parameter_shape}"
+            f"tied_to: expected weights of shape {node.parameter_shape} for {node}, got {tied_to.parameter_shape} of "
+            f"{tied_to}"
         )
     if isinstance(node, Input) and isinstance(tied_to, Input) and node.distribution != tied_to.distribution:
         raise StructureError(
-            f"tied_to: {node} is {node.distribution!r} and {tied_to} is {tied_to.distribution!r}; families must be "
-            "the same"
+            f"tied_to: expected the family of {node}, {node.distribution!r}, got {tied_to.distribution!r} of {tied_to}"
         )
     return tied_to
 
@@ -269,7 +267,7 @@ def _checked_weights(node: ParametricNode, weights: Tensor | None, normalised_ax
     weights = torch.as_tensor(weights).detach().clone()
     if not weights.is_floating_point() or tuple(weights.shape) != node.parameter_shape:
         raise StructureError(
-            f"shape mismatch of weights: {node} needs floating-point weights of shape {node.parameter_shape}, got "
+            f"weights: expected floating-point weights of shape {node.parameter_shape} for {node}, got "
             f"{tuple(weights.shape)} of {weights.dtype}"
         )
     if isinstance(node, Input) and not isinstance(node.distribution.stored_as, Categorical):
@@ -280,7 +278,8 @@ def _checked_weights(node: ParametricNode, weights: Tensor | None, normalised_ax
     totals = weights.double().sum(normalised_axis)
     if bool((weights < 0).any()) or not torch.allclose(totals, torch.ones_like(totals), atol=1e-4):
         raise ArgumentError(
-            f"weights: {node} needs weights >= 0 that sum to 1 along axis {normalised_axis}; the least weight is "
+            f"weights: expected weights >= 0 that sum to 1 along axis {normalised_axis} for {node}; the least weight "
+            "is "
             f"{float(weights.min()):.6g} and sums lie in [{float(totals.min()):.6g}, {float(totals.max()):.6g}]"
         )
     return weights

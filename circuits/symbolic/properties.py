@@ -90,10 +90,10 @@ def require_compatible(p: Circuit, q: Circuit, query: str) -> None:
     """Raise PropertyError, naming the nodes, unless two circuits are compatible."""
     if p.num_categories != q.num_categories:
         raise PropertyError(
-            f"{query} needs compatible circuits, but {p} has categories {p.num_categories[:8]} and {q} has "
+            f"{query}: expected compatible circuits, got {p} with categories {p.num_categories[:8]} and {q} with "
             f"{q.num_categories[:8]} (roots {p.root} and {q.root})"
         )
     try:
         align([(Part(p.root), Part(q.root))])
     except PropertyError as error:
-        raise PropertyError(f"{query} needs compatible circuits, but they are {error}") from None
+        raise PropertyError(f"{query}: expected compatible circuits, got some that are {error}") from None

@@ -231,9 +231,11 @@ class _Multiplication:
                 scope = left_scope | right_scope
             if len(group) > 1 and len(others) > 1:
                 raise PropertyError(
-                    f"the circuits are not compatible: {left} splits {format_scope(scope)} into "
-                    f"{_scopes_text(group)} and {right} into {_scopes_text(others)}; multiply circuits whose products "
-                    "split their variables in the same way"
+                    "other: expected a compatible circuit, whose products split their variables in the same way, got "
+                    "one "
+                    f"that is not compatible: {left} splits {format_scope(scope)} into {_scopes_text(group)} and "
+                    f"{right} "
+                    f"into {_scopes_text(others)}"
                 )
             one, left_units = self._grouped(left, group)
             two, right_units = self._grouped(right, others)

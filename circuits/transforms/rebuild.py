@@ -171,8 +171,8 @@ def check_is_table(node: Input, operation: str) -> None:
     """Raise PropertyError unless the units of ``node`` are tables of weights, one per value."""
     if not isinstance(node.distribution, TABLES):
         raise PropertyError(
-            f"{operation} needs input units with one weight per value (ct.Categorical, ct.Bernoulli), and {node} is "
-            f"{node.distribution!r}"
+            f"{operation}: expected input units with one weight per value (ct.Categorical, ct.Bernoulli), got {node}, "
+            f"which is {node.distribution!r}"
         )
 
 
@@ -180,7 +180,7 @@ def check_is_finite(node: Input, operation: str) -> None:
     """Raise PropertyError unless the variable of ``node`` has finitely many values."""
     if not isinstance(node.distribution, Finite):
         raise PropertyError(
-            f"{operation} needs variables with finitely many values, and {node} is {node.distribution!r}"
+            f"{operation}: expected variables with finitely many values, got {node}, which is {node.distribution!r}"
         )
 
 

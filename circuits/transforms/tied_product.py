@@ -49,7 +49,7 @@ class TiedProduct(nn.Module):
             other = copy.deepcopy(other).requires_grad_(False)
         for circuit in (pc, other):
             if isinstance(circuit, CompiledCircuit) and circuit.circuit.num_classes is not None:
-                raise PropertyError("TiedProduct needs circuits without classes; use multiply, class by class")
+                raise PropertyError("TiedProduct: expected circuits without classes; use multiply, class by class")
         self.pc = pc
         self.other = other
         if not isinstance(other, CompiledCircuit):
@@ -102,8 +102,8 @@ class TiedProduct(nn.Module):
         """
         if not isinstance(self.other, CompiledCircuit):
             raise PropertyError(
-                "the product with an automaton is not written as a circuit; ask ct.ConstrainedDistribution(pc, "
-                "evidence, automaton)"
+                "other: expected a circuit, got an automaton, whose product is not written as a circuit; ask "
+                "ct.ConstrainedDistribution(pc, evidence, automaton)"
             )
         return multiply(self.pc, self.other)
 

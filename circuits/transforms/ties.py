@@ -39,8 +39,9 @@ def share_parameters(pc: CompiledCircuit, groups: Sequence[Sequence[Node | str]]
                 raise ArgumentError(f"groups: the parameters of {owner} are in two groups; join these groups")
             if _kind(owner) != _kind(owners[0]):
                 raise StructureError(
-                    f"groups: {owners[0]} and {owner} cannot share parameters: shapes {owners[0].parameter_shape} and "
-                    f"{owner.parameter_shape}; a group needs one kind of node, one shape and one family"
+                    f"groups: expected one kind of node, one shape and one family in each, got {owners[0]} and "
+                    f"{owner} of "
+                    f"shapes {owners[0].parameter_shape} and {owner.parameter_shape}"
                 )
             owner_of[owner] = owners[0]
         means[owners[0]] = _mean_parameters(rebuild, owners)

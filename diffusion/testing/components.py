@@ -78,7 +78,7 @@ class Components:
         seen = normalisers if normalization == "global" else np.where(masked, normalisers > 0, normalisers)
         weights = self.weights * seen.prod(1)
         if not weights.sum() > 0:
-            raise ImpossibleEvidenceError("circuit and denoiser rule out every text")
+            raise ImpossibleEvidenceError("logits: circuit and denoiser rule out every text")
         possible = weights > 0
         given = products[possible] / normalisers[possible, :, None]
         return Components(weights[possible] / weights.sum(), given)

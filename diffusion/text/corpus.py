@@ -71,7 +71,10 @@ def load_corpus(
         return _corpus(name, documents, held_out_fraction, seed)
     is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
     if field is not None and not is_jsonl:
-        raise ArgumentError(f"field={field!r} applies to .jsonl files only, and the source is {name!r}: leave it out")
+        raise ArgumentError(
+            f"field: expected none, since only .jsonl files have fields and the source is {name!r}, got {field!r}; "
+            "leave it out"
+        )
     if name == "embedded":
         documents = _python_reference()
     elif name == "arithmetic":
@@ -84,7 +87,7 @@ def load_corpus(
         documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
     else:
         raise CorpusError(
-            f"cannot tell the format of {name!r}: "
+            f"{name}: its format is not known; "
             "expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .txt.gz or .jsonl.gz"
         )
     return _corpus(name, documents, held_out_fraction, seed)
@@ -93,11 +96,11 @@ def load_corpus(
 def _corpus(name: str, documents: list[str], held_out_fraction: float, seed: int) -> Corpus:
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise CorpusError(f"{name} holds no text")
+        raise CorpusError(f"{name}: it holds no text")
     train, held_out = _split(documents, held_out_fraction, seed)
     if not train or (held_out_fraction > 0 and not held_out):
         raise CorpusError(
-            f"{name} has {len(documents)} document(s), too few to hold out a share of {held_out_fraction:g}: "
+            f"{name}: {len(documents)} document(s) are too few to hold out a share of {held_out_fraction:g}; "
             "separate documents by blank lines, or pass held_out_fraction=0"
         )
     return Corpus(name, train, held_out)
@@ -112,22 +115,22 @@ def _python_reference() -> list[str]:
 def _read_text(name: str) -> str:
     path = Path(name)
     if not path.exists():
-        raise CorpusError(f"there is no file {name!r}")
+        raise CorpusError(f"{name}: there is no such file")
     if not path.is_file():
-        raise CorpusError(f"{name} is not a file")
+        raise CorpusError(f"{name}: it is not a file")
     try:
         content = path.read_bytes()
         if name.endswith(".gz"):
             content = gzip.decompress(content)
         text = content.decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"{name} is not a complete gzip file: {error}") from error
+        raise CorpusError(f"{name}: not a complete gzip file: {error}") from error
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{name} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+        raise CorpusError(f"{name}: not UTF-8 text: byte {error.start} cannot be decoded") from error
     except OSError as error:
-        raise CorpusError(f"{name} cannot be read: {error.strerror or error}") from error
+        raise CorpusError(f"{name}: cannot be read: {error.strerror or error}") from error
     if "\0" in text:
-        raise CorpusError(f"{name} is not text: it contains null characters")
+        raise CorpusError(f"{name}: not text: it contains null characters")
     return text.replace("\r\n", "\n")
 
 
@@ -139,11 +142,11 @@ def _documents_of_jsonl(name: str, field: str) -> list[str]:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise CorpusError(f"{name}, line {number} is not JSON: {error}") from error
+            raise CorpusError(f"{name}, line {number}: not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise CorpusError(f"{name}, line {number} is not a JSON object")
+            raise CorpusError(f"{name}, line {number}: not a JSON object")
         if field not in record:
-            raise CorpusError(f"{name}, line {number} has no key {field!r}; its keys are: {', '.join(record)}")
+            raise CorpusError(f"{name}, line {number}: no key {field!r}; its keys are: {', '.join(record)}")
         if not isinstance(record[field], str):
             raise CorpusError(f"{name}, line {number}: {field!r} holds {type(record[field]).__name__}, expected text")
         documents.append(record[field])

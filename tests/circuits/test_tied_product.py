@@ -145,7 +145,7 @@ def disjoint():
     [
         (lambda: TiedProduct(3, hmm(0)), ct.ArgumentError, "pc: expected"),
         (lambda: TiedProduct(hmm(0), "a*"), ct.ArgumentError, "other: expected a compiled circuit or an automaton"),
-        (lambda: TiedProduct(hmm(0), hmm(0, length=2)), ct.PropertyError, "TiedProduct needs compatible circuits"),
+        (lambda: TiedProduct(hmm(0), hmm(0, length=2)), ct.PropertyError, "TiedProduct: expected compatible circuits"),
         (lambda: TiedProduct(hmm(0), hmm(1))(EVERY[:, :2]), ct.ArgumentError, r"x: expected int64 \(B, 3\), got"),
         (lambda: TiedProduct(hmm(0), three_states()).multiplied(), ct.PropertyError, "ask ct.ConstrainedDistribution"),
         (lambda: TiedProduct(*disjoint())(torch.tensor([[0]])), ct.ImpossibleEvidenceError, "their product is zero"),

@@ -115,7 +115,7 @@ class ConstrainedMixture:
         log_z = components.log_partition.to(log_weights.dtype)
         if bool((log_z.reshape(log_weights.shape) == -torch.inf).all(1).any()):
             raise ImpossibleEvidenceError(
-                "constraint and denoiser rule out every text for some blocks: allow more tokens, or loosen the "
+                "constraint: it and the denoiser rule out every text for some blocks; allow more tokens, or loosen the "
                 "constraint"
             )
         if temperature == 0:

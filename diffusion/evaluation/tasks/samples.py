@@ -111,9 +111,11 @@ class SampleFile:
             return {}
         header = self._parsed(lines[0], 1)
         if header.get("format") != _FORMAT or header.get("format_version") != _VERSION:
-            raise CheckpointError(f"{self.path} does not begin as a file of samples does; delete it and start again")
+            raise CheckpointError(
+                f"{self.path}: it does not begin as a file of samples does; delete it and start again"
+            )
         if header.get("made_with") != self._made_with:
-            raise CheckpointError(f"{self.path} was made with other settings than its name says; delete it")
+            raise CheckpointError(f"{self.path}: it was made with other settings than its name says; delete it")
         samples = [self._sample(line, number) for number, line in enumerate(lines[1:], 2)]
         return {sample.index: sample for sample in samples}
 
@@ -138,10 +140,10 @@ class SampleFile:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.path} is damaged in line {number}: {error}; delete it and start again"
+                f"{self.path}: damaged in line {number}: {error}; delete it and start again"
             ) from error
         if not isinstance(record, dict):
-            raise CheckpointError(f"{self.path} is damaged in line {number}: expected an object; delete it")
+            raise CheckpointError(f"{self.path}: damaged in line {number}: expected an object; delete it")
         return record
 
     def _sample(self, line: bytes, number: int) -> Sample:
@@ -149,5 +151,5 @@ class SampleFile:
         names = {field.name for field in fields(Sample)}
         is_whole = record.keys() == names and all(isinstance(record[name], kind) for name, kind in _TYPES.items())
         if not is_whole:
-            raise CheckpointError(f"{self.path} is damaged in line {number}: it is no sample; delete it")
+            raise CheckpointError(f"{self.path}: damaged in line {number}: it is no sample; delete it")
         return Sample(**record)
