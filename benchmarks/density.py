@@ -127,7 +127,7 @@ def fit_blocks(recipe: Blocks, train: Tensor, valid: Tensor, seconds: float, see
         steps = int(seconds / seconds_per_step(blocks))
         max_values //= 4
     passes = MAX_PASSES * len(train) // BATCH_SIZE
-    return ct.learning.fit_continuous_mixture(
+    return ct.batteries.fit_continuous_mixture(
         train,
         num_categories=2,
         validation_data=valid,
@@ -165,7 +165,7 @@ def fit_trees(recipe: Trees, train: Tensor, valid: Tensor, seconds: float, seed:
         ct.learning.fit(expert, rows, sample_weights=blurred, num_epochs=max(1, epochs // 5), **options)
         experts.append(expert)
         shares.append(float(blurred.sum()))
-    mixture = ct.learning.convex_combination(experts, torch.tensor(shares))
+    mixture = ct.batteries.convex_combination(experts, torch.tensor(shares))
     ct.learning.fit(
         mixture,
         rows,
@@ -206,9 +206,9 @@ def run(folder: Path, name: str, seed: int, minutes: float, workers: int) -> dic
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             results = list(pool.map(fit_member, jobs))
         scores = torch.stack([score for score, _ in results], 1)
-        weights = ct.learning.convex_weights(scores)
+        weights = ct.batteries.convex_weights(scores)
         kept = [position for position, weight in enumerate(weights.tolist()) if weight > 0.003]
-        ensemble = ct.learning.convex_combination([ct.load(paths[i]) for i in kept], weights[kept])
+        ensemble = ct.batteries.convex_combination([ct.load(paths[i]) for i in kept], weights[kept])
     valid = log_likelihoods(ensemble, load(folder, name, "valid"))
     test = log_likelihoods(ensemble, load(folder, name, "test")).double()
     return {

@@ -198,7 +198,7 @@ class Run:
         self.optimizer.zero_grad()
         weights = self.pc.weights()
         nll = -self.pc(batch.to(self.pc.device, torch.int64), weights=weights).mean()
-        roughness = ct.learning.roughness(self.pc, weights=weights, values=slice(1, None))
+        roughness = ct.batteries.roughness(self.pc, weights=weights, values=slice(1, None))
         (nll + self.settings.roughness / len(self.images.train) * roughness).backward()
         self.optimizer.step()
         return float(nll.detach()) * BITS
@@ -313,7 +313,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=0.2)
-    parser.add_argument("--roughness", type=float, default=4.0, help="strength of ct.learning.roughness")
+    parser.add_argument("--roughness", type=float, default=4.0, help="strength of ct.batteries.roughness")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     keep_freed_memory()

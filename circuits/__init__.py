@@ -34,6 +34,7 @@ from circuits.region_graphs import RegionGraph
 from circuits.symbolic import Circuit, Input, Node, Product, Sum, inputs, product, sum
 
 if TYPE_CHECKING:
+    from circuits import batteries
     from circuits.sklearn.density import CircuitDensity
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "StructureError",
     "Sum",
     "UnfactorError",
+    "batteries",
     "compile",
     "hub",
     "inputs",
@@ -89,4 +91,8 @@ def __getattr__(name: str) -> Any:
         from circuits.sklearn.density import CircuitDensity
 
         return CircuitDensity
+    if name == "batteries":
+        import circuits.batteries
+
+        return circuits.batteries
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

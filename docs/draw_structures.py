@@ -40,7 +40,7 @@ CIRCUITS = {
     "quad_tree": lambda: structures.quad_tree((2, 2), 4, 2),
     "quad_graph": lambda: structures.quad_graph((2, 2), 4, 2),
     "linear_tree": lambda: structures.linear_tree(4, 4, 2),
-    "learn_spn": lambda: structures.learn_spn(data()[:300, :4], min_rows=150, seed=0),
+    "learn_spn": lambda: ct.batteries.learn_spn(data()[:300, :4], min_rows=150, seed=0),
 }
 
 REGION_GRAPHS = {

@@ -112,7 +112,9 @@ def silent_sums(pc: CompiledCircuit, is_silent: Sequence[Tensor], conditions: Co
         if external is not None and external.log_scale is not None:
             silent = _heard(silent, external.rows)
         if position in conditions.latents:
-            silent = _heard(silent, conditions.latents[position].rows)
+            factors = conditions.latents[position]  # those that are 0 throughout say nothing
+            is_heard = (factors.log != 0).any(1, keepdim=True)
+            silent = silent.index_copy(0, factors.rows, silent.index_select(0, factors.rows) & ~is_heard)
         outputs.append(silent)
         by_layer[position] = silent
     return replace(conditions, silent=by_layer)

@@ -31,6 +31,8 @@ class Distribution(ABC):
     """
 
     family: ClassVar[str]
+    parameter_names: ClassVar[tuple[str, ...]] = ()
+    """Of the S parameters of a unit, where each has a name."""
     is_discrete: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
@@ -203,6 +205,16 @@ class Direct(Distribution):
     @abstractmethod
     def prior_statistics(self, flows: Tensor) -> Tensor:
         """Return the statistics of the pseudo-observation that EM adds to flows (P, T, K)."""
+
+    def hold(self, statistics: Tensor, read: Tensor, held: Tensor) -> Tensor:
+        """Return the mean statistics whose fit keeps some parameters, and is the likeliest in the others.
+
+        Args:
+            statistics: mean statistics that the free parameters are to fit, (P, T, K).
+            read: the present parameters, as :meth:`read` returns them, (P, S, K).
+            held: where parameters stay, bool (P, S, 1).
+        """
+        return torch.where(held.all(1, keepdim=True), self.mean_statistics(read), statistics)
 
     @abstractmethod
     def fit(self, statistics: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Poisson(Direct):
     """
 
     family: ClassVar[str] = "poisson"
+    parameter_names: ClassVar[tuple[str, ...]] = ("rate",)
 
     @property
     def num_values(self) -> int:
@@ -174,6 +175,7 @@ class Gaussian(Direct):
     """
 
     family: ClassVar[str] = "gaussian"
+    parameter_names: ClassVar[tuple[str, ...]] = ("mean", "std")
     is_discrete: ClassVar[bool] = False
     min_std: float = 1e-3
 
@@ -295,6 +297,16 @@ class Gaussian(Direct):
         """Return those of observations with the mean of the flows and variance 1."""
         mean = flows[..., 1:2, :] / flows[..., :1, :]
         return torch.cat([torch.ones_like(mean), mean, mean.square() + 1], -2)
+
+    def hold(self, statistics: Tensor, read: Tensor, held: Tensor) -> Tensor:
+        """Keep means, around which the mean square distance is the variance, or standard deviations."""
+        one, mean, square = statistics.split(1, -2)
+        own_mean, own_std = read.split(1, -2)
+        keeps_mean, keeps_std = held.split(1, 1)
+        centre = torch.where(keeps_mean, own_mean, mean)
+        variance = square - 2 * centre * mean + centre.square()
+        variance = torch.where(keeps_std, own_std.square(), variance)
+        return torch.cat([one, centre, centre.square() + variance], -2)
 
     def fit(self, statistics: Tensor) -> Tensor:
         """Match mean and variance, but for the least standard deviation."""

@@ -194,6 +194,7 @@ class DiscretizedLogistic(Finite):
     """
 
     family: ClassVar[str] = "discretized_logistic"
+    parameter_names: ClassVar[tuple[str, ...]] = ("mean", "scale")
     num_categories: int
     _least_scale: ClassVar[float] = 0.01
 

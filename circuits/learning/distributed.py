@@ -90,6 +90,10 @@ class Processes:
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
+    def is_any(self, condition: bool) -> bool:
+        """Return whether a condition holds in one of the processes."""
+        return condition if self.size == 1 else bool(self.summed(torch.tensor([condition], dtype=torch.int64)))
+
     def summed_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of the processes' tensors by name."""
         return {name: self.summed(tensor) for name, tensor in tensors.items()}

@@ -26,8 +26,9 @@ from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Direct, Distribution, Finite
-from circuits.learning.em_options import check_em_options
+from circuits.learning.checks import check_em_options
 from circuits.learning.entropy import entropic_maximum
+from circuits.learning.frozen import Frozen, frozen_parameters
 from circuits.precision import own_precision
 from circuits.queries.common import refuse_relative
 
@@ -98,6 +99,7 @@ def em_step(
     step_size: float = 1.0,
     pseudocount: float = 0.0,
     entropy: float = 0.0,
+    frozen: Frozen | None = None,
 ) -> None:
     """Move the weights of a circuit towards the maximum-likelihood weights of its expected flows, in place.
 
@@ -117,14 +119,17 @@ def em_step(
         entropy: tau >= 0: the weights of sums and of finite input families maximise ``sum_c F_nc log w_nc + tau F_n
             H(w_n)``, with H the entropy and F with the pseudocounts; tau = 0 is the fraction above. So they stay spread
             out (Liu and Van den Broeck 2021).
+        frozen: nodes or names whose parameters stay as they are; a dict says which of them, for instance
+            ``{"emission0": "mean"}`` of Gaussians, and then the others are the likeliest ones given these.
 
     Raises:
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
     check_em_options(step_size, pseudocount, entropy)
     _check_flows(pc, flows)
+    held = frozen_parameters(pc, frozen, by_em=True)
     for name, weights in pc.weights().items():
-        _move(pc, name, weights, flows[name], step_size, pseudocount, entropy)
+        _move(pc, name, weights, flows[name], (step_size, pseudocount, entropy), held.get(name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +155,7 @@ def anemone_step(
     pseudocount: float = 1e-6,
     entropy: float = 0.0,
     own_flows: BankFlows | None = None,
+    frozen: Frozen | None = None,
 ) -> AnemoneState:
     """Do one step of Anemone, mini-batch EM with momentum and flow-rescaled steps (Liu et al. 2025), in place.
 
@@ -169,6 +175,7 @@ def anemone_step(
         entropy: tau >= 0, see :func:`em_step`.
         own_flows: TD(n) w_nc where the batch has missing values, ``top_down_flows(pc, evidence)``; by default those of
             complete samples.
+        frozen: what stays as it is, see :func:`em_step`.
 
     Returns:
         The state for the next step. A batch of mass 0 changes neither the state nor the weights.
@@ -182,6 +189,7 @@ def anemone_step(
         raise ArgumentError(f"mass: expected a finite number, got {mass!r}")
     state = state or AnemoneState({name: torch.zeros_like(flow) for name, flow in flows.items()}, 0.0)
     _check_state(state, flows)
+    held = frozen_parameters(pc, frozen, by_em=True)
     if mass <= 0:
         return state
     state = AnemoneState(
@@ -191,7 +199,7 @@ def anemone_step(
     own_flows = top_down_flows(pc) if own_flows is None else own_flows
     for name, weights in pc.weights().items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
-        _move(pc, name, weights, rescaled, 1.0, pseudocount, entropy)
+        _move(pc, name, weights, rescaled, (1.0, pseudocount, entropy), held.get(name))
     return state
 
 
@@ -310,11 +318,11 @@ def _move(
     name: str,
     weights: Weights,
     flows: Tensor,
-    step_size: float,
-    pseudocount: float,
-    entropy: float,
+    options: tuple[float, float, float],
+    held: Tensor | None,
 ) -> None:
     """Replace the parameters of one bank by ``1 - s`` of the old ones and s of those that maximise the flows' score."""
+    step_size, pseudocount, entropy = options
     raw, family = pc.bank[name], pc.families.get(name)
     if isinstance(family, Direct):
         mass = flows[:, :1]
@@ -322,7 +330,10 @@ def _move(
         flows = torch.where(is_reached, flows, 1.0)
         maximised = (flows + pseudocount * family.prior_statistics(flows)) / (flows[:, :1] + pseudocount)
         mixed = torch.lerp(_mean_statistics(family, weights), maximised, step_size)
-        raw.copy_(torch.where(is_reached, family.fit(mixed).to(raw.dtype), raw))
+        if held is not None:
+            mixed = family.hold(mixed, weights.log.double(), held)
+        moved = torch.where(is_reached, family.fit(mixed).to(raw.dtype), raw)
+        raw.copy_(moved if held is None else torch.where(held, raw, moved))
         return
     log_maximised, is_reached = _maximise(flows, weights.log, _axis(name), pseudocount)
     if entropy > 0:
@@ -331,11 +342,12 @@ def _move(
     if step_size < 1:
         log_mixed = torch.logaddexp(weights.log + math.log1p(-step_size), log_maximised + math.log(step_size))
     if family is None:
-        raw.copy_(torch.where(is_reached, log_mixed, raw))
+        moved = torch.where(is_reached, log_mixed, raw)
     else:
         assert isinstance(family, Finite)
         target = torch.where(is_reached, log_mixed, weights.log)
-        raw.copy_(family.fit(raw, target, flows.sum(-2, keepdim=True)))
+        moved = family.fit(raw, target, flows.sum(-2, keepdim=True))
+    raw.copy_(moved if held is None else torch.where(held, raw, moved))
 
 
 def _maximise(flows: Tensor, log_weights: Tensor, axis: int, pseudocount: float) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical
 from circuits.learning import em
-from circuits.learning.em_options import check_em_options
-from circuits.learning.samples import checked_samples
+from circuits.learning.checks import check_em_options
+from circuits.learning.samples import Samples, checked_samples
 from circuits.precision import own_precision
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def initialize_inputs(
     """
     check_em_options(pseudocount=pseudocount)
     _check_options(by, samples_per_unit, bandwidth)
-    samples = checked_samples(pc, "data", data, observed, None, takes_labels=False)
+    samples = checked_samples(pc, "data", Samples(data, observed), takes_labels=False)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(samples.x), generator=generator)[: _BATCH_SIZE * _NUM_BATCHES[by]]
     flows: em.BankFlows = {}
-    for batch in samples.batches(_BATCH_SIZE, pc.device, chosen):
+    for batch in samples.batches(_BATCH_SIZE, chosen):
         num_samples = samples_per_unit if by == "random" else None
         for name, flow in _assigned_flows(pc, batch.evidence, num_samples, generator).items():
             flows[name] = flows[name] + flow if name in flows else flow

@@ -1,11 +1,11 @@
-"""The ways to move a circuit's weights that the fit loop knows: the EM family, and any ``torch.optim`` optimizer."""
+"""How a circuit's weights are moved, batch by batch: by the EM family, or down the gradient."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,32 +14,26 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning import em
 from circuits.learning.distributed import Processes
-from circuits.learning.em_options import check_em_options
-from circuits.learning.hard import viterbi_flows
 from circuits.learning.samples import Batch
-
-EMName = Literal["em", "minibatch_em", "anemone", "viterbi_em"]
-OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
-
-_DEFAULTS: dict[str, dict[str, float]] = {
-    "em": {"step_size": 1.0, "pseudocount": 0.01, "entropy": 0.0},
-    "minibatch_em": {"step_size": 0.1, "pseudocount": 0.01, "entropy": 0.0},
-    "anemone": {"step_size": 0.4, "momentum": 0.9, "pseudocount": 1e-6, "entropy": 0.0},
-    "viterbi_em": {"step_size": 1.0, "pseudocount": 0.01, "entropy": 0.0},
-}
 
 _LEAST_MASS = 1e-300
 
 
 class Learner(ABC):
-    """Moves the weights of one circuit, batch by batch."""
+    """Moves the weights of one circuit, batch by batch.
+
+    Args:
+        pc: the circuit.
+        processes: those that learn together; the batches of each are its shares.
+        description: tells the learner from others.
+    """
 
     is_shuffled = True
-    processes = Processes()
-    """Those that learn together; the batches of each are its shares."""
 
-    def __init__(self, pc: CompiledCircuit) -> None:
+    def __init__(self, pc: CompiledCircuit, processes: Processes, description: str) -> None:
         self.pc = pc
+        self.processes = processes
+        self.description = description
 
     @abstractmethod
     def update(self, batch: Batch) -> Tensor:
@@ -49,7 +43,7 @@ class Learner(ABC):
         """Do what is left to do when all batches were seen."""
 
     def state(self) -> Any:
-        """Return all that the next epoch depends on, but the weights: nested dicts and lists of tensors and numbers."""
+        """Return all that the next batch depends on, but the weights: nested dicts and lists of tensors and numbers."""
         return None
 
     def restore(self, state: Any) -> None:
@@ -57,57 +51,79 @@ class Learner(ABC):
         if state is not None:
             raise ValueError("this optimizer keeps no state")
 
+    def _flows(self, state: Any) -> em.BankFlows:
+        """Return flows that a state has, where the circuit is."""
+        flows = {name: state[name].to(self.pc.device) for name in self.pc.bank}
+        if {name: tuple(flow.shape) for name, flow in flows.items()} != em.flow_shapes(self.pc):
+            raise ValueError("its flows have other shapes than the weights")
+        return flows
 
-class FullBatchEM(Learner):
+
+class FullBatchLearner(Learner):
     """One EM step an epoch, from the flows of all batches."""
 
     is_shuffled = False
-    flows_of: Callable[..., em.ExpectedFlows] = staticmethod(em.expected_flows)
 
-    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
-        super().__init__(pc)
+    def __init__(
+        self,
+        pc: CompiledCircuit,
+        processes: Processes,
+        description: str,
+        options: dict[str, Any],
+        flows_of: Callable[..., em.ExpectedFlows] = em.expected_flows,
+    ) -> None:
+        super().__init__(pc, processes, description)
         self._options = options
-        self._flows: em.BankFlows = {}
+        self._flows_of = flows_of
+        self._total: em.BankFlows = {}
 
     def update(self, batch: Batch) -> Tensor:
-        flows, log_likelihood = self.flows_of(self.pc, *batch)
+        """Add the batch's flows to the epoch's."""
+        flows, log_likelihood = self._flows_of(self.pc, *batch)
         for name, flow in flows.items():
-            self._flows[name] = self._flows[name].add_(flow) if name in self._flows else flow
+            self._total[name] = self._total[name].add_(flow) if name in self._total else flow
         return log_likelihood
 
     def end_epoch(self) -> None:
-        em.em_step(self.pc, self.processes.summed_all(self._flows), **self._options)
-        self._flows = {}
+        """Do the step."""
+        em.em_step(self.pc, self.processes.summed_all(self._total), **self._options)
+        self._total = {}
+
+    def state(self) -> Any:
+        """Return the flows of the epoch so far."""
+        return self.processes.summed_all(self._total) or None
+
+    def restore(self, state: Any) -> None:
+        """Go on within an epoch; the first process has all flows."""
+        self._total = {} if state is None else self._flows(state)
+        if self.processes.rank:
+            self._total = {name: torch.zeros_like(flow) for name, flow in self._total.items()}
 
 
-class ViterbiEM(FullBatchEM):
-    """One step of hard EM an epoch."""
-
-    flows_of = staticmethod(viterbi_flows)
-
-
-class MinibatchEM(Learner):
+class MiniBatchLearner(Learner):
     """One EM step of size s a batch."""
 
-    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
-        super().__init__(pc)
+    def __init__(self, pc: CompiledCircuit, processes: Processes, description: str, options: dict[str, Any]) -> None:
+        super().__init__(pc, processes, description)
         self._options = options
 
     def update(self, batch: Batch) -> Tensor:
+        """Do a step."""
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
         em.em_step(self.pc, self.processes.summed_all(flows), **self._options)
         return log_likelihood
 
 
-class Anemone(Learner):
+class AnemoneLearner(Learner):
     """One step of Anemone a batch."""
 
-    def __init__(self, pc: CompiledCircuit, **options: float) -> None:
-        super().__init__(pc)
+    def __init__(self, pc: CompiledCircuit, processes: Processes, description: str, options: dict[str, Any]) -> None:
+        super().__init__(pc, processes, description)
         self._options = options
         self._state: em.AnemoneState | None = None
 
     def update(self, batch: Batch) -> Tensor:
+        """Do a step."""
         flows, log_likelihood = em.expected_flows(self.pc, *batch)
         mass = float(self.processes.summed(possible_mass(log_likelihood, batch.weights)))
         own_flows = self._own_flows(batch, log_likelihood, mass)
@@ -127,27 +143,40 @@ class Anemone(Learner):
         return self.processes.summed_all({name: flow * share for name, flow in own_flows.items()})
 
     def state(self) -> Any:
+        """Return the moving averages."""
         return None if self._state is None else {"flows": self._state.flows, "mass": self._state.mass}
 
     def restore(self, state: Any) -> None:
-        if state is None:
-            self._state = None
-            return
-        flows = {name: state["flows"][name].to(self.pc.device) for name in self.pc.bank}
-        if {name: tuple(flow.shape) for name, flow in flows.items()} != em.flow_shapes(self.pc):
-            raise ValueError("the momentum has other shapes than the weights")
-        self._state = em.AnemoneState(flows, float(state["mass"]))
+        """Go on from moving averages."""
+        self._state = None if state is None else em.AnemoneState(self._flows(state["flows"]), float(state["mass"]))
 
 
 class GradientLearner(Learner):
-    """One step of a ``torch.optim`` optimizer a batch, down the mean negative log-likelihood."""
+    """One step of a ``torch.optim`` optimizer a batch, down the mean negative log-likelihood.
 
-    def __init__(self, pc: CompiledCircuit, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(pc)
+    Args:
+        pc: the circuit.
+        processes: those that learn together.
+        description: tells the learner from others.
+        optimizer: over parameters of the circuit.
+        held: where the parameters of a bank stay as they are, bool (P, S, 1).
+    """
+
+    def __init__(
+        self,
+        pc: CompiledCircuit,
+        processes: Processes,
+        description: str,
+        optimizer: torch.optim.Optimizer,
+        held: dict[str, Tensor],
+    ) -> None:
+        super().__init__(pc, processes, description)
         self._optimizer = optimizer
+        self._held = held
         self._start = self._weights()
 
     def update(self, batch: Batch) -> Tensor:
+        """Do a step."""
         seen: list[Tensor] = []
 
         def loss_and_gradient() -> Tensor:
@@ -164,24 +193,34 @@ class GradientLearner(Learner):
             self._sum_gradients()
             return loss
 
+        fixed = {name: self.pc.bank[name].detach().clone() for name in self._held}
         self._optimizer.step(loss_and_gradient)  # type: ignore[arg-type]
+        with torch.no_grad():  # momentum and weight decay move what has no gradient
+            for name, weights in fixed.items():
+                self.pc.bank[name].copy_(torch.where(self._held[name], weights, self.pc.bank[name]))
         return seen[0]
 
     def end_epoch(self) -> None:
+        """Make sure that the weights are numbers."""
         if not all(bool((parameter < torch.inf).all()) for parameter in self.pc.bank.values()):
             self._give_up()
         self._start = self._weights()
         self.pc.zero_grad()
 
     def state(self) -> Any:
+        """Return that of the optimizer."""
         return self._optimizer.state_dict()
 
     def restore(self, state: Any) -> None:
+        """Go on from a state of the optimizer."""
         self._optimizer.load_state_dict(state)
+        self._start = self._weights()
 
     def _sum_gradients(self) -> None:
-        for parameter in self.pc.bank.values():
+        for name, parameter in self.pc.bank.items():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if name in self._held:
+                gradient = gradient.masked_fill(self._held[name], 0.0)
             parameter.grad = self.processes.summed(gradient)
 
     def _weights(self) -> list[Tensor]:
@@ -210,53 +249,3 @@ def possible_total(log_likelihood: Tensor, weights: Tensor | None) -> Tensor:
     is_possible = log_likelihood != -torch.inf
     possible = log_likelihood[is_possible].double()
     return possible.sum() if weights is None else (possible * weights[is_possible]).sum()
-
-
-def build_learner(
-    pc: CompiledCircuit, optimizer: EMName | torch.optim.Optimizer | OptimizerFactory, options: dict[str, float | None]
-) -> tuple[Learner, str]:
-    """Return the learner and a text that tells it from others; options that are None take their defaults."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if isinstance(optimizer, str):
-        if optimizer not in _DEFAULTS:
-            raise ArgumentError(f"optimizer: expected {', '.join(_DEFAULTS)}, or one of torch.optim, got {optimizer!r}")
-        _refuse(given.keys() - _DEFAULTS[optimizer].keys(), optimizer)
-        chosen = _DEFAULTS[optimizer] | given
-        check_em_options(**chosen)
-        kinds: dict[str, Callable[..., Learner]] = {
-            "em": FullBatchEM,
-            "minibatch_em": MinibatchEM,
-            "anemone": Anemone,
-            "viterbi_em": ViterbiEM,
-        }
-        return kinds[optimizer](pc, **chosen), f"{optimizer} {sorted(chosen.items())}"
-    built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else _built_optimizer(pc, optimizer)
-    _refuse(given.keys(), type(built).__name__)
-    moved = {id(parameter) for group in built.param_groups for parameter in group["params"]}
-    if not moved or not moved <= {id(parameter) for parameter in pc.parameters()}:
-        raise ArgumentError(
-            f"optimizer: expected one over parameters of pc alone, got {type(built).__name__} over other tensors; "
-            "build it with pc.parameters()"
-        )
-    if not any(parameter.requires_grad for group in built.param_groups for parameter in group["params"]):
-        raise ArgumentError(
-            f"optimizer: none of the parameters of {type(built).__name__} takes a gradient; call pc.requires_grad_()"
-        )
-    names = {id(p): f"{name}{'' if p.requires_grad else ' (fixed)'}" for name, p in pc.named_parameters()}
-    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in built.param_groups]
-    return GradientLearner(pc, built), f"{type(built).__name__} {groups}"
-
-
-def _built_optimizer(pc: CompiledCircuit, factory: OptimizerFactory) -> torch.optim.Optimizer:
-    built = factory(pc.parameters()) if callable(factory) else None
-    if not isinstance(built, torch.optim.Optimizer):
-        raise ArgumentError(
-            "optimizer: expected 'em', 'minibatch_em', 'anemone', a torch.optim.Optimizer, or a function from "
-            f"parameters to one, got {factory!r}"
-        )
-    return built
-
-
-def _refuse(options: Iterable[str], optimizer: str) -> None:
-    for name in sorted(options):
-        raise ArgumentError(f"{name}: {optimizer} has no such option; leave it out")

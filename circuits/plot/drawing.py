@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, UnfactorError
 from circuits.files import replace_file
-from circuits.learning.samples import checked_samples
+from circuits.learning.samples import Samples, checked_samples
 from circuits.plot.charts import checked_path, learning_curves, samples, save
 from circuits.plot.edge_flows import edge_flows
 from circuits.plot.layout import Diagram, Vertex, placed
@@ -113,8 +113,8 @@ def flows(
     check_compiled(pc)
     checked_path(path)
     _check_size("pc", len(pc.circuit.nodes))
-    samples_given = checked_samples(pc, "data", data, observed, None, labels)
-    (batch,) = samples_given.batches(len(samples_given.x), pc.device)
+    samples_given = checked_samples(pc, "data", Samples(data, observed, labels=labels))
+    (batch,) = samples_given.batches(len(samples_given))
     position = {node: i for i, node in enumerate(pc.circuit.nodes)}
     edges, widths = [], []
     for node, shares in zip(pc.circuit.nodes, edge_flows(pc, batch.evidence), strict=True):

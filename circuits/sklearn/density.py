@@ -13,7 +13,9 @@ from circuits import queries, structures
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.learning.fit import fit
+from circuits.learning.fit import FitResult, fit
+from circuits.learning.optimizers import Optimizer
+from circuits.learning.samples import Samples
 from circuits.sklearn.columns import Array, Encoded, columns_of
 from circuits.symbolic import Circuit
 
@@ -54,15 +56,21 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         categories: of integer data: "auto": the distinct values of a column in training, all others being impossible;
             or C, or one C per column: the values 0 to C - 1.
         num_bins: of floating-point data, per column.
-        optimizer: "em", "minibatch_em" or "anemone", see ``ct.learning.fit``.
-        num_epochs: passes over the data.
+        optimizer: a name, "em", "minibatch_em" or "anemone", or an object such as ``ct.learning.EM(frozen=...)``, see
+            ``ct.learning.fit``.
+        num_epochs: passes over the data, at most.
+        tol: stop when an epoch gains less than this, in nats per sample, see ``ct.learning.fit``; None: do not.
         batch_size: the greatest number of samples a batch.
         pseudocount: smoothing, see ``ct.learning.fit``; None: the optimizer's default.
         device: where the circuits are.
         random_state: for initial weights and the order of batches: an integer, a ``RandomState``, or None.
+        classifier: True: it is a classifier, to scikit-learn also before it is fitted: targets are needed, and
+            ``score`` is the accuracy, as of all classifiers. False: targets are ignored. None: it becomes one by being
+            fitted with targets, and ``score`` stays the mean log-density.
 
     Attributes:
         circuits_: the fitted circuits, one per class, or one.
+        fits_: what the fits measured, and why they stopped, one ``FitResult`` per circuit.
         classes_: the classes, sorted; None without targets.
         class_prior_: their share in the training data; None without targets.
         columns_: how values are encoded as categories.
@@ -79,12 +87,14 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         num_latents: int = 8,
         categories: Literal["auto"] | int | Sequence[int] = "auto",
         num_bins: int = 16,
-        optimizer: Literal["em", "minibatch_em", "anemone"] = "em",
+        optimizer: Literal["em", "minibatch_em", "anemone"] | Optimizer = "em",
         num_epochs: int = 30,
+        tol: float | None = None,
         batch_size: int = 256,
         pseudocount: float | None = None,
         device: str = "cpu",
         random_state: int | np.random.RandomState | None = None,
+        classifier: bool | None = None,
     ) -> None:
         self.structure = structure
         self.num_latents = num_latents
@@ -92,17 +102,19 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         self.num_bins = num_bins
         self.optimizer = optimizer
         self.num_epochs = num_epochs
+        self.tol = tol
         self.batch_size = batch_size
         self.pseudocount = pseudocount
         self.device = device
         self.random_state = random_state
+        self.classifier = classifier
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> CircuitDensity:
         """Fit the circuit, or one per class.
 
         Args:
             X: integers or floating-point numbers (N, D), NaN where missing.
-            y: classes (N,), or None.
+            y: classes (N,), or None; ignored where ``classifier`` is False.
             sample_weight: how often each sample counts, (N,) >= 0.
 
         Raises:
@@ -113,7 +125,9 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, data)
         if weights is not None and bool((weights < 0).any()):
             raise ArgumentError(f"sample_weight: expected numbers >= 0, the least is {weights.min()}")
-        labels = None if y is None else np.asarray(y)
+        labels = None if y is None or self.classifier is False else np.asarray(y)
+        if labels is None and self.classifier:
+            raise ArgumentError("y: expected the class of every sample, got None; requires y, or classifier=None")
         if labels is not None:
             check_classification_targets(labels)
             if labels.shape != (len(data),):
@@ -133,24 +147,29 @@ class CircuitDensity(DensityMixin, BaseEstimator):
         random = check_random_state(self.random_state)
         if labels is None:
             self.classes_ = self.class_prior_ = None
-            self.circuits_ = [self._fitted(encoded, np.arange(len(data)), weights, random)]
+            self._fit_circuits(encoded, [np.arange(len(data))], weights, random)
             return self
         self.classes_ = np.unique(labels)
         counts = np.ones(len(data)) if weights is None else weights
         self.class_prior_ = np.array([counts[labels == c].sum() for c in self.classes_]) / counts.sum()
-        self.circuits_ = [
-            self._fitted(encoded, np.flatnonzero(labels == label), weights, random) for label in self.classes_
-        ]
+        self._fit_circuits(encoded, [np.flatnonzero(labels == label) for label in self.classes_], weights, random)
         return self
+
+    def _fit_circuits(
+        self, encoded: Encoded, parts: list[Array], weights: Array | None, random: np.random.RandomState
+    ) -> None:
+        fitted = [self._fitted(encoded, rows, weights, random) for rows in parts]
+        self.circuits_, self.fits_ = [pc for pc, _ in fitted], [result for _, result in fitted]
 
     def score_samples(self, X: Any) -> Array:
         """Return the log-density of samples, (N,), in nats; -inf outside of what training made possible."""
         joint = self._joint_log_density(X)
         return np.logaddexp.reduce(joint, axis=1)
 
-    def score(self, X: Any, y: Any = None) -> float:
-        """Return the mean log-density of samples, in nats; ``y`` is ignored."""
-        return float(np.mean(self.score_samples(X)))
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Return the mean log-density of samples, in nats; the accuracy on classes y where ``classifier`` is True."""
+        values = self.predict(X) == np.asarray(y) if self.classifier else self.score_samples(X)
+        return float(np.average(values, weights=sample_weight))
 
     def aic(self, X: Any) -> float:
         """Return Akaike's information criterion on samples, ``2 k - 2 log p(X)`` of k numbers: less is better.
@@ -204,7 +223,8 @@ class CircuitDensity(DensityMixin, BaseEstimator):
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that NaN is welcome, and that what was fitted with targets is a classifier."""
         tags = super().__sklearn_tags__()
-        if _has_classes(self):
+        if self.classifier or _has_classes(self):
+            tags.target_tags.required = bool(self.classifier)
             tags.estimator_type, tags.classifier_tags = "classifier", ClassifierTags()
         tags.input_tags.allow_nan = True
         tags.input_tags.categorical = True
@@ -247,25 +267,26 @@ class CircuitDensity(DensityMixin, BaseEstimator):
 
     def _fitted(
         self, encoded: Encoded, rows: Array, weights: Array | None, random: np.random.RandomState
-    ) -> CompiledCircuit:
+    ) -> tuple[CompiledCircuit, FitResult]:
         codes, observed = torch.from_numpy(encoded.codes[rows]), torch.from_numpy(encoded.observed[rows])
         counts = None if weights is None else torch.from_numpy(weights[rows].astype(np.float64))
         circuit = self._circuit(codes, observed, counts)
         seed = int(random.randint(2**31 - 1))
         pc = compile(circuit, device=self.device, dtype=torch.float64, seed=seed)
-        fit(
+        options: dict[str, Any] = {} if self.pseudocount is None else {"pseudocount": self.pseudocount}
+        if isinstance(self.optimizer, str):
+            options["seed"] = seed
+        result = fit(
             pc,
-            codes,
+            Samples(codes, None if bool(observed.all()) else observed, counts),
             optimizer=self.optimizer,
-            observed=None if bool(observed.all()) else observed,
-            sample_weights=counts,
             num_epochs=self.num_epochs,
+            tol=self.tol,
             batch_size=self.batch_size,
-            pseudocount=self.pseudocount,
-            seed=seed,
             progress=False,
+            **options,
         )
-        return pc
+        return pc, result
 
     def _circuit(self, codes: Tensor, observed: Tensor, counts: Tensor | None) -> Circuit:
         num_categories = self.columns_.num_categories

@@ -5,7 +5,6 @@ from circuits.structures.basic import fully_factorized, mixture, naive_bayes
 from circuits.structures.blocks import block_mixture, correlated_blocks
 from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, second_order_hmm
 from circuits.structures.latent_tree import hclt, latent_tree
-from circuits.structures.learnspn import learn_spn
 from circuits.structures.regions import from_region_graph, linear_tree, poon_domingos, quad_graph, quad_tree, rat_spn
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "hclt",
     "hmm",
     "latent_tree",
-    "learn_spn",
     "linear_tree",
     "low_rank_hmm",
     "maximum_spanning_tree",

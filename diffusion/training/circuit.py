@@ -6,7 +6,6 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from circuits.digests import digest
+from circuits.learning.checkpoint import Checkpoint
+from circuits.learning.loop import ModuleTraining, Plan, run
 from circuits.precision import own_precision
-from circuits.progress import progress_bar
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.training.cached import CachedBatch
-from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
+from diffusion.training.curve import TrainingCurve
 from diffusion.training.logit_cache import LogitCache
 
 Weighting = Literal["masked_mean", "uniform"]
@@ -95,13 +95,12 @@ def fit_coupled(
     Raises:
         ArgumentError: cache and circuit do not fit together, or the loss is not finite.
         CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
-    optimizer = torch.optim.Adam(_parameter_groups(head, config), betas=(0.9, 0.95))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    checkpoint = TrainingCheckpoint(
-        Path(checkpoint_path) if checkpoint_path is not None else None,
+    checkpoint = Checkpoint(
+        checkpoint_path,
         {
             "configuration": json.dumps(asdict(config)),
             "head": _description(head),
@@ -109,31 +108,49 @@ def fit_coupled(
             "held-out cache": "none" if held_out is None else held_out.digest,
         },
     )
-    state = checkpoint.restore(head, optimizer)
+    plan = Plan(
+        num_updates=config.steps,
+        entries=range(0, config.steps + 1, config.validate_every),
+        checkpoint_every=config.checkpoint_every,
+        title="fitting the circuit",
+    )
+    history, _ = run(_Training(head, cache, held_out, config), plan, checkpoint, progress=progress)
     head.tokenizer_fingerprint = head.tokenizer_fingerprint or cache.tokenizer_fingerprint
-    with progress_bar("fitting the circuit", config.steps, enabled=progress, completed=state.step) as advance:
-        while state.step < config.steps:
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * (1 + math.cos(math.pi * state.step / config.steps)) / 2
-            loss = _loss(head, _training_batch(cache, head, config, state.step), config)
-            optimizer.zero_grad()
-            loss.backward()
-            if not bool(loss.isfinite()):
-                raise ArgumentError(
-                    f"learning_rate: with {config.learning_rate} the loss became {float(loss)} at update {state.step}; "
-                    "lower it"
-                )
-            optimizer.step()
-            state = state.after_update(float(loss.detach()))
-            is_last = state.step == config.steps
-            if is_last or state.step % config.validate_every == 0:
-                state = state.after_validation(
-                    math.nan if held_out is None else coupled_loss(head, held_out, weighting=config.weighting)
-                )
-            if is_last or state.step % config.checkpoint_every == 0:
-                checkpoint.write(head, optimizer, state)
-            advance(note=f"{state.losses[-1] if state.losses else state.curve.train[-1]:.3f} nats/token")
-    return state.curve
+    return TrainingCurve.of(history)
+
+
+class _Training(ModuleTraining):
+    """Updates of a head on the examples of a cache."""
+
+    def __init__(
+        self, head: CoupledHead, cache: LogitCache, held_out: LogitCache | None, config: CircuitTraining
+    ) -> None:
+        super().__init__(head, torch.optim.Adam(_parameter_groups(head, config), betas=(0.9, 0.95)))
+        self.head, self._cache, self._held_out, self._config = head, cache, held_out, config
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+
+    def update(self, step: int) -> Tensor:
+        """Do one update of the head's parameters: (loss, 1)."""
+        config = self._config
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * (1 + math.cos(math.pi * step / config.steps)) / 2
+        loss = _loss(self.head, _training_batch(self._cache, self.head, config, step), config)
+        self.optimizer.zero_grad()
+        loss.backward()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ArgumentError(
+                f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of {value} at "
+                f"step {step}; lower it"
+            )
+        self.optimizer.step()
+        return torch.tensor([value, 1.0], dtype=torch.float64)
+
+    def evaluate(self) -> float | None:
+        """Return the loss of the held-out examples."""
+        if self._held_out is None:
+            return None
+        return coupled_loss(self.head, self._held_out, weighting=self._config.weighting)
 
 
 @torch.no_grad()

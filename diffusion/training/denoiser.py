@@ -6,7 +6,6 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,14 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from circuits.digests import digest
+from circuits.learning.checkpoint import Checkpoint
+from circuits.learning.loop import ModuleTraining, Plan, run
 from circuits.precision import own_precision
-from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError
 from diffusion.prediction import check_logits
 from diffusion.text.corpus import random_windows, windows
-from diffusion.training.checkpoint import TrainingCheckpoint, TrainingCurve
+from diffusion.training.curve import TrainingCurve
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
 __all__ = ["DenoiserTraining", "TrainingCurve", "held_out_loss", "train_denoiser"]
@@ -119,13 +119,13 @@ def train_denoiser(
     Raises:
         CheckpointError: the checkpoint is corrupt, or of another model, configuration or text, or of a run that started
             from other weights.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
         CorpusError: a token stream is shorter than a window.
         ArgumentError: a token is outside the model's vocabulary.
     """
     config = config or DenoiserTraining()
-    optimizer = _optimizer(model, config)
-    checkpoint = TrainingCheckpoint(
-        Path(checkpoint_path) if checkpoint_path is not None else None,
+    checkpoint = Checkpoint(
+        checkpoint_path,
         {
             "configuration": json.dumps(asdict(config)),
             "model": json.dumps(model.config.to_dict()),
@@ -133,25 +133,39 @@ def train_denoiser(
             "held-out text": digest(held_out_tokens),
         },
     )
-    state = checkpoint.restore(model, optimizer)
     held_out = None
     if held_out_tokens is not None:
         held_out = windows(held_out_tokens, length=model.config.span, max_windows=config.validation_windows)
         held_out = held_out.to(model.device)
-    with progress_bar("training the denoiser", config.steps, enabled=progress, completed=state.step) as advance:
-        while state.step < config.steps:
-            loss = _update(model, optimizer, train_tokens, config, state.step)
-            state = state.after_update(loss)
-            is_last = state.step == config.steps
-            if is_last or state.step % config.validate_every == 0:
-                block_length = model.config.block_length
-                state = state.after_validation(
-                    held_out_loss(model, held_out, block_length=block_length) if held_out is not None else math.nan
-                )
-            if is_last or state.step % config.checkpoint_every == 0:
-                checkpoint.write(model, optimizer, state)
-            advance(note=f"{loss:.3f} nats/token")
-    return state.curve
+    plan = Plan(
+        num_updates=config.steps,
+        entries=range(0, config.steps + 1, config.validate_every),
+        checkpoint_every=config.checkpoint_every,
+        title="training the denoiser",
+    )
+    training = _Training(model, train_tokens, held_out, config)
+    return TrainingCurve.of(run(training, plan, checkpoint, progress=progress)[0])
+
+
+class _Training(ModuleTraining):
+    """Updates of a denoiser on random windows of a token stream."""
+
+    def __init__(
+        self, model: TransformerDenoiser, stream: Tensor, held_out: Tensor | None, config: DenoiserTraining
+    ) -> None:
+        super().__init__(model, _optimizer(model, config))
+        self.denoiser, self._stream, self._held_out, self._config = model, stream, held_out, config
+
+    def update(self, step: int) -> Tensor:
+        """Do one update of the weights: (loss, 1)."""
+        loss = _update(self.denoiser, self.optimizer, self._stream, self._config, step)
+        return torch.tensor([loss, 1.0], dtype=torch.float64)
+
+    def evaluate(self) -> float | None:
+        """Return the loss of the held-out windows."""
+        if self._held_out is None:
+            return None
+        return held_out_loss(self.denoiser, self._held_out, block_length=self.denoiser.config.block_length)
 
 
 @torch.no_grad()

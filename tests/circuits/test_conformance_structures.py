@@ -41,7 +41,7 @@ class TestLearnSPN(ct.testing.StructureTestCase):
         seed = draw(SEED)
         data = torch.randint(2, (40, 3), generator=torch.Generator().manual_seed(seed))
         data[:, 1] = data[:, 0]
-        return ct.structures.learn_spn(data, num_categories=2, min_rows=20, seed=seed)
+        return ct.batteries.learn_spn(data, num_categories=2, min_rows=20, seed=seed)
 
 
 class TestLowRankHMM(ct.testing.StructureTestCase):

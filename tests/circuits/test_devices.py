@@ -248,7 +248,7 @@ def test_flows(elsewhere):
         found.append([flows, ct.learning.top_down_flows(pc), ct.learning.viterbi_flows(pc, evidence)])
         state = ct.learning.anemone_step(pc, flows.flows, float(len(x)))
         ct.learning.em_step(pc, flows.flows, pseudocount=0.1, entropy=0.1, step_size=0.5)
-        found[-1] += [state.flows, list(pc.parameters()), ct.learning.roughness(pc)]
+        found[-1] += [state.flows, list(pc.parameters()), ct.batteries.roughness(pc)]
     assert_same(*found)
 
 
@@ -259,7 +259,7 @@ def test_starts(elsewhere):
         lambda pc: ct.learning.initialize_inputs(pc, x, by="quantiles"),
         lambda pc: ct.learning.initialize_inputs(pc, x, bandwidth=1.0),
         lambda pc: ct.learning.initialize_by_kmeans(pc, x),
-        lambda pc: ct.learning.distill_latents(pc, x, {pc.circuit.inputs[0]: x[:, 0] % 3}),
+        lambda pc: ct.batteries.distill_latents(pc, x, {pc.circuit.inputs[0]: x[:, 0] % 3}),
     ):
         found = []
         for pc in both(latents, elsewhere):
@@ -278,7 +278,7 @@ TRANSFORMS = {
     "merge": lambda pc, x: ct.transforms.merge_equal_units(pc),
     "multiply": lambda pc, x: ct.transforms.multiply(pc, pc).pc,
     "untie": lambda pc, x: ct.transforms.untie_parameters(pc),
-    "combine": lambda pc, x: ct.learning.convex_combination([pc, pc]),
+    "combine": lambda pc, x: ct.batteries.convex_combination([pc, pc]),
 }
 
 
@@ -312,7 +312,7 @@ def test_structures_from_data_elsewhere(elsewhere):
     there = x.to(elsewhere.device)
     for build in (
         lambda data: ct.structures.hclt(data, 3, 4, seed=0),
-        lambda data: ct.structures.learn_spn(data, seed=0),
+        lambda data: ct.batteries.learn_spn(data, seed=0),
     ):
         assert repr(build(there)) == repr(build(x))
     assert torch.equal(ct.learning.kmeans(there.double(), 3).cpu(), ct.learning.kmeans(x.double(), 3))
@@ -353,5 +353,5 @@ def test_a_continuous_mixture(elsewhere):
     if elsewhere.pretended is not None:
         pytest.skip("torch.random.fork_rng knows real devices alone")
     options = {"num_components": 16, "num_points": 16, "latent_dim": 2, "hidden_units": 8, "num_steps": 4}
-    fitted = ct.learning.fit_continuous_mixture(integers(50).to(elsewhere.device), 4, progress=False, **options)
+    fitted = ct.batteries.fit_continuous_mixture(integers(50).to(elsewhere.device), 4, progress=False, **options)
     assert fitted.pc.device == elsewhere.device

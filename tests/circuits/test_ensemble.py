@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from learning_cases import CLOSE, hmm
 
 import circuits as ct
-from circuits.learning import convex_combination, convex_weights
+from circuits.batteries import convex_combination, convex_weights
 
 
 @given(st.data())

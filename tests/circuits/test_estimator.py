@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
 from sklearn.base import clone, is_classifier
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -300,3 +301,55 @@ def test_the_criterion_prefers_as_many_components_as_the_data_have():
         ct.CircuitDensity("mixture", num_latents=k, num_epochs=30, random_state=0).fit(X).bic(X) for k in (1, 2, 6)
     ]
     assert np.argmin(criteria) == 1
+
+
+def two_classes(count=60):
+    data = integers(count)
+    return data, np.where(data[:, 0] + data[:, 1] > 10, "high", "low")
+
+
+def test_a_declared_classifier_is_one_before_it_is_fitted():
+    """Bayes' rule by hand: the class with the greater share times density; calibration needs to know it before."""
+    data, classes = two_classes()
+    model = small(categories=[31] * 3, classifier=True)
+    data = data + 5
+    assert is_classifier(model)
+    assert not is_classifier(small())
+    model.fit(data, classes)
+    joint = [
+        queries_of(pc, data) + np.log(share) for pc, share in zip(model.circuits_, model.class_prior_, strict=True)
+    ]
+    expected = np.where(joint[0] > joint[1], "high", "low")
+    assert model.score(data, classes) == pytest.approx((expected == classes).mean())
+    assert cross_val_score(model, data, classes, cv=2).max() <= 1
+    calibrated = CalibratedClassifierCV(model, cv=2).fit(data, classes)
+    np.testing.assert_allclose(calibrated.predict_proba(data).sum(1), 1)
+    with pytest.raises(ct.ArgumentError, match="y: expected the class of every sample"):
+        model.fit(data)
+
+
+def queries_of(pc, codes):
+    with torch.no_grad():
+        return ct.queries.log_likelihood(pc, torch.from_numpy(codes)).numpy()
+
+
+def test_targets_can_be_ignored():
+    data, classes = two_classes()
+    model = small(classifier=False).fit(data, classes)
+    assert not is_classifier(model)
+    np.testing.assert_allclose(model.score_samples(data), small().fit(data).score_samples(data))
+
+
+def test_the_estimator_says_why_its_fits_stopped():
+    data, classes = two_classes()
+    model = small(tol=1e-2, num_epochs=200).fit(data, classes)
+    assert [result.stopped for result in model.fits_] == ["converged", "converged"]
+    gains = [np.diff(result.train_log_likelihood) for result in model.fits_]
+    assert all((gain[:-1] >= 1e-2).all() and gain[-1] < 1e-2 for gain in gains)
+    assert [result.stopped for result in small().fit(data).fits_] == ["num_epochs"]
+
+
+def test_an_optimizer_is_an_object_too():
+    data = integers()
+    one, other = small(optimizer=ct.learning.EM(pseudocount=0.5)).fit(data), small(pseudocount=0.5).fit(data)
+    np.testing.assert_allclose(one.score_samples(data), other.score_samples(data), rtol=0)

@@ -118,11 +118,11 @@ def test_the_state_of_anemone_is_that_of_the_same_circuit():
     [
         (lambda pc: learning.initialize_inputs(pc.circuit, X), "pc: expected ct.compile"),
         (lambda pc: learning.initialize_by_kmeans(pc.circuit, X), "pc: expected ct.compile"),
-        (lambda pc: learning.distill_latents(pc.circuit, X, {}), "pc: expected ct.compile"),
+        (lambda pc: ct.batteries.distill_latents(pc.circuit, X, {}), "pc: expected ct.compile"),
         (lambda pc: learning.initialize_inputs(pc, X, bandwidth="1"), "bandwidth: expected a number"),
         (lambda pc: learning.initialize_inputs(pc, X, pseudocount="1"), "pseudocount: expected a number"),
-        (lambda pc: learning.distill_latents(pc, X, [X[:, 0]]), "states: expected tensors by input node"),
-        (lambda pc: learning.distill_latents(pc, X, {}, batch_size=0), "batch_size: expected an integer >= 1"),
+        (lambda pc: ct.batteries.distill_latents(pc, X, [X[:, 0]]), "latents: expected states by node"),
+        (lambda pc: ct.batteries.distill_latents(pc, X, {}, batch_size=0), "batch_size: expected an integer >= 1"),
     ],
 )
 def test_starts(start, message):

@@ -18,7 +18,7 @@ def test_known_states_of_an_hmm_give_the_frequencies_of_its_tables():
     pc = ct.compile(circuit, dtype=torch.float64, seed=0)
     x = drawn(pc, 40)
     z = torch.randint(0, 3, (40, 5), generator=torch.Generator().manual_seed(1))
-    learning.distill_latents(pc, x, {f"emission{t}": z[:, t] for t in range(5)}, pseudocount=0.5, batch_size=7)
+    ct.batteries.distill_latents(pc, x, {f"emission{t}": z[:, t] for t in range(5)}, pseudocount=0.5, batch_size=7)
     one_hot = torch.nn.functional.one_hot
     moved = torch.einsum("nti,ntj->ij", one_hot(z[:, :-1], 3), one_hot(z[:, 1:], 3))
     emitted = torch.einsum("nti,ntv->iv", one_hot(z, 3), one_hot(x, 4))
@@ -35,7 +35,7 @@ def test_states_that_are_unknown_are_inferred():
     counts = torch.arange(40.0) % 3
     observed = torch.rand(40, 5, generator=torch.Generator().manual_seed(2)) < 0.7
     unknown = {"emission1": torch.full((40,), -1)}
-    learning.distill_latents(pcs[0], x, unknown, observed=observed, sample_weights=counts, pseudocount=0.1)
+    ct.batteries.distill_latents(pcs[0], x, unknown, observed=observed, sample_weights=counts, pseudocount=0.1)
     flows, _ = learning.expected_flows(pcs[1], ct.Evidence.observe(x, observed), counts)
     learning.em_step(pcs[1], flows, pseudocount=0.1)
     torch.testing.assert_close(*(ct.testing.enumerate_joint(pc) for pc in pcs), **CLOSE)
@@ -46,7 +46,7 @@ def test_the_units_of_a_mixture_become_the_given_groups():
     circuit = ct.Circuit(ct.sum(ct.product(*leaves), num_units=1))
     pc = ct.compile(circuit, dtype=torch.float64, seed=0)
     x = torch.tensor([[0.0, 3.0], [1.0, 5.0], [-6.0, 0.0], [-7.0, 2.0]], dtype=torch.float64)
-    learning.distill_latents(pc, x, {leaves[0]: torch.tensor([1, 1, 0, 0])}, pseudocount=0)
+    ct.batteries.distill_latents(pc, x, {leaves[0]: torch.tensor([1, 1, 0, 0])}, pseudocount=0)
     torch.testing.assert_close(pc.parameters_of(leaves[0])[0], torch.tensor([-6.5, 0.5]).double(), **CLOSE)
     torch.testing.assert_close(pc.parameters_of(leaves[1])[0], torch.tensor([1.0, 4.0]).double(), **CLOSE)
 
@@ -127,13 +127,13 @@ def test_starts_that_cannot_be_are_refused():
     x = drawn(pc, 10)
     states = torch.zeros(10, dtype=torch.int64)
     for given, message in [
-        ({"transition0": states}, "states: expected input nodes"),
-        ({"emission0": states[:9]}, r"states: expected int64 of shape \(10,\)"),
+        ({"transition0": states + 3}, "from -1 .unknown. to 2"),
+        ({"emission0": states[:9]}, r"latents: expected integers of shape \(10,\)"),
         ({"emission0": states + 3}, "from -1 .unknown. to 2"),
         ({ct.inputs(0, 3, ct.Categorical(4)): states}, "does not belong"),
     ]:
         with pytest.raises(ct.ArgumentError, match=message):
-            learning.distill_latents(pc, x, given)
+            ct.batteries.distill_latents(pc, x, given)
     with pytest.raises(ct.ArgumentError, match="max_samples"):
         learning.initialize_by_kmeans(pc, x, max_samples=0)
     factorized = ct.compile(ct.structures.fully_factorized(4, 3), seed=0)
@@ -141,8 +141,8 @@ def test_starts_that_cannot_be_are_refused():
         learning.initialize_by_kmeans(factorized, x.clamp(max=2))
     initial = torch.tensor([1.0, 0.0, 0.0])
     stuck = ct.compile(ct.structures.hmm(4, 3, 4, initial=initial), seed=0)
-    with pytest.raises(ct.ImpossibleEvidenceError, match="states: all samples"):
-        learning.distill_latents(stuck, x, {"emission0": states + 1})
+    with pytest.raises(ct.ImpossibleEvidenceError, match="data: all 10 samples have probability zero .* with the given latents"):
+        ct.batteries.distill_latents(stuck, x, {"emission0": states + 1})
 
 
 def classes_of_groups():
@@ -158,7 +158,7 @@ def classes_of_groups():
 def test_states_of_classes_are_counted_class_by_class():
     circuit, x, labels, group = classes_of_groups()
     pc = ct.compile(circuit, dtype=torch.float64, seed=0)
-    learning.distill_latents(pc, x, {"x0": group}, labels=labels, pseudocount=0.5, batch_size=7)
+    ct.batteries.distill_latents(pc, x, {"x0": group}, labels=labels, pseudocount=0.5, batch_size=7)
     one_hot = torch.nn.functional.one_hot
     counts = torch.einsum("nr,nk->rk", one_hot(labels, 2), one_hot(group, 4))
     torch.testing.assert_close(pc.log_weights(circuit.root).exp(), frequencies(counts, 0.5), **CLOSE)

@@ -7,8 +7,8 @@ from learning_cases import weights_of
 
 import circuits as ct
 from circuits import digests, learning
-from circuits.learning import _arrays
 from circuits.learning import samples as _samples
+from circuits.learning import tables
 
 
 class Recorded:
@@ -92,9 +92,9 @@ def test_a_mapped_file_is_neither_copied_nor_hashed_without_need(view, tmp_path,
     monkeypatch.setattr(_samples, "digest", None)
     file = mapped(tmp_path / "x.npy", view(values(50)))
     assert isinstance(file, np.memmap)
-    assert _arrays.as_rows("data", file).data_ptr() == file.ctypes.data
+    assert tables.as_rows("data", file).data_ptr() == file.ctypes.data
     part = file[:, ::2]
-    assert _arrays.as_rows("data", part).data_ptr() == part.ctypes.data
+    assert tables.as_rows("data", part).data_ptr() == part.ctypes.data
     if file.shape[1] == 4:
         assert_same(fitted(file), fitted(torch.from_numpy(np.array(file))))
 
@@ -133,8 +133,8 @@ class Short(Recorded):
         (Recorded(values(9).astype(str)), "data: expected an array of numbers"),
         (Recorded(values(9).astype(">i4")), "data: expected an array of numbers"),
         (Short(values(9)), "data: asked for 9 rows, it gave 1"),
-        (values(9).tolist(), "data: expected a tensor, a numpy array, or a table"),
-        ("text", "data: expected a tensor, a numpy array, or a table"),
+        (values(9).tolist(), "data: expected a tensor, a numpy array, lists of numbers, or a table"),
+        ("text", "data: expected a tensor, a numpy array, lists of numbers, or a table"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(data, message):

@@ -152,7 +152,7 @@ def test_latents_that_are_known_where_nothing_is_observed_are_counted():
     pc, x = chain(3), torch.tensor([[0, 1, 0]])
     observed = torch.tensor([[True, False, False]])
     states = {node: torch.tensor([1]) for node in pc.circuit.inputs}
-    ct.learning.distill_latents(pc, x, states, observed=observed, pseudocount=0.0)
+    ct.batteries.distill_latents(pc, x, states, observed=observed, pseudocount=0.0)
     transition = pc.log_weights(pc.circuit.node("transition0")).exp().detach()
     torch.testing.assert_close(transition[1], torch.tensor([0.0, 1.0], dtype=torch.float64))
 
@@ -241,6 +241,6 @@ def test_the_bound_of_pruning_is_that_of_the_sequences(fraction, sequences):
 
 def test_rows_that_tell_no_members_apart_do_not_slow_stacking_down():
     scores = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = ct.learning.convex_weights(scores, max_steps=20)
-    found = ct.learning.convex_weights(torch.cat([scores, torch.zeros(400, 3)]), max_steps=20)
+    expected = ct.batteries.convex_weights(scores, max_steps=20)
+    found = ct.batteries.convex_weights(torch.cat([scores, torch.zeros(400, 3)]), max_steps=20)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits import learning
 
 
 @given(st.data())
@@ -26,7 +25,7 @@ def test_roughness_is_the_sum_of_squared_steps_of_every_unit(data):
             for before, after in itertools.pairwise(unit):
                 if before > -math.inf and after > -math.inf:
                     expected += (after - before) ** 2
-    assert learning.roughness(pc, values=slice(first, None)).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert ct.batteries.roughness(pc, values=slice(first, None)).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_the_gradient_is_right_beside_impossible_values():
@@ -37,16 +36,16 @@ def test_the_gradient_is_right_beside_impossible_values():
     pc.set_weights(node, table)
     (name,) = pc.families
     bank = pc.bank[name]
-    before = learning.roughness(pc)
+    before = ct.batteries.roughness(pc)
     before.backward()
     assert bool(bank.grad.isfinite().all())
     direction = torch.randn(bank.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     step = 1e-6
     with torch.no_grad():
         bank.add_(step * direction)
-        ahead = learning.roughness(pc).item()
+        ahead = ct.batteries.roughness(pc).item()
         bank.sub_(2 * step * direction)
-        behind = learning.roughness(pc).item()
+        behind = ct.batteries.roughness(pc).item()
     expected = (ahead - behind) / (2 * step)
     assert float((bank.grad * direction).sum()) == pytest.approx(expected, rel=1e-5)
 
@@ -62,7 +61,7 @@ def test_a_smooth_fit_of_few_samples_is_nearer_to_a_smooth_truth():
         optimizer = torch.optim.Adam(pc.parameters(), lr=0.1)
         for _ in range(200):
             weights = pc.weights()
-            loss = -pc(train, weights=weights).sum() + strength * learning.roughness(pc, weights=weights)
+            loss = -pc(train, weights=weights).sum() + strength * ct.batteries.roughness(pc, weights=weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,10 +74,10 @@ def test_a_smooth_fit_of_few_samples_is_nearer_to_a_smooth_truth():
 def test_other_than_a_slice_of_step_1_is_refused(values):
     pc = ct.compile(ct.structures.fully_factorized(2, 4), seed=0)
     with pytest.raises(ct.ArgumentError, match="values: expected a slice"):
-        learning.roughness(pc, values=values)
+        ct.batteries.roughness(pc, values=values)
 
 
 def test_a_circuit_without_finite_inputs_is_refused():
     pc = ct.compile(ct.structures.fully_factorized(2, ct.Gaussian()), seed=0)
     with pytest.raises(ct.PropertyError, match="finitely many values"):
-        learning.roughness(pc)
+        ct.batteries.roughness(pc)

@@ -8,8 +8,8 @@ import torch
 
 import circuits as ct
 from circuits import structures
+from circuits.batteries import learnspn
 from circuits.region_graphs import chow_liu
-from circuits.structures import learnspn
 
 FAMILIES = [ct.Categorical(2), ct.Bernoulli(), ct.Categorical(3), ct.Categorical(2)]
 FOLLOWS = torch.tensor([[True, False, True], [True, True, False], [False, True, True]])
@@ -66,8 +66,8 @@ STRUCTURES = {
     "quad_graph": lambda: structures.quad_graph((3, 2), 2, 2),
     "quad_graph with channels": lambda: structures.quad_graph((2, 2, 2), 2, 2),
     "linear_tree": lambda: structures.linear_tree(4, 2, FAMILIES),
-    "learn_spn": lambda: structures.learn_spn(data(), min_rows=20, seed=0),
-    "learn_spn, three clusters": lambda: structures.learn_spn(data(), num_clusters=3, min_rows=20, seed=0),
+    "learn_spn": lambda: ct.batteries.learn_spn(data(), min_rows=20, seed=0),
+    "learn_spn, three clusters": lambda: ct.batteries.learn_spn(data(), num_clusters=3, min_rows=20, seed=0),
     "linear_tree, repeated": lambda: structures.linear_tree(4, 2, FAMILIES, num_repetitions=2, seed=0),
 }
 
@@ -431,13 +431,13 @@ def clustered(num_rows, seed=0):
 
 
 def test_learn_spn_finds_a_mixture():
-    circuit = structures.learn_spn(clustered(2000), seed=0)
+    circuit = ct.batteries.learn_spn(clustered(2000), seed=0)
     assert sorted(circuit.root.weights.flatten().tolist()) == pytest.approx([0.3, 0.7], abs=0.03)
     assert all(isinstance(child, ct.Product) and len(child.children) == 6 for child in circuit.root.children)
     held_out = clustered(500, seed=1)
     learned, independent = (
         ct.compile(fitted, dtype=torch.float64)(held_out).mean()
-        for fitted in (circuit, structures.learn_spn(clustered(2000), min_rows=2001))
+        for fitted in (circuit, ct.batteries.learn_spn(clustered(2000), min_rows=2001))
     )
     assert learned > independent + 0.5
 
@@ -446,13 +446,13 @@ def test_learn_spn_finds_a_mixture():
 def test_learn_spn_tells_dependent_variables_apart_from_independent_ones_for_every_seed(seed):
     """Rows repeat in discrete data: two equal ones are no start for two clusters."""
     x = torch.tensor([[0, 0], [1, 1]]).repeat(100, 1)
-    pc = ct.compile(structures.learn_spn(x, seed=seed))
+    pc = ct.compile(ct.batteries.learn_spn(x, seed=seed))
     assert bool(pc(torch.tensor([[0, 1]])).exp() < 0.01)
 
 
 def test_learn_spn_splits_independent_groups():
     x = torch.cat([clustered(1000), clustered(1000, seed=1)], 1)
-    circuit = structures.learn_spn(x, seed=0)
+    circuit = ct.batteries.learn_spn(x, seed=0)
     groups = {child.scope for child in circuit.root.children[0].children}
     assert groups == {frozenset(range(6)), frozenset(range(6, 12))}
 
@@ -465,27 +465,27 @@ def test_learn_spn_splits_two_variables_where_scipys_g_test_does(significance):
         x = torch.randint(3, (100, 2), generator=torch.Generator().manual_seed(seed))
         table = torch.zeros(3, 3).index_put_((x[:, 0], x[:, 1]), torch.ones(100), accumulate=True)
         p_value = chi2_contingency(table.numpy(), correction=False, lambda_="log-likelihood").pvalue
-        circuit = structures.learn_spn(x, significance=significance, seed=0)
+        circuit = ct.batteries.learn_spn(x, significance=significance, seed=0)
         assert (len(circuit.root.children) == 1) == (p_value >= significance)
 
 
 def test_learn_spn_takes_the_smoothed_frequencies_of_one_variable():
     x = torch.tensor([[0], [0], [2], [0]])
-    pc = ct.compile(structures.learn_spn(x, num_categories=4, smoothing=0.5), dtype=torch.float64)
+    pc = ct.compile(ct.batteries.learn_spn(x, num_categories=4, smoothing=0.5), dtype=torch.float64)
     expected = torch.tensor([3.5, 0.5, 1.5, 0.5], dtype=torch.float64) / 6
     torch.testing.assert_close(ct.testing.enumerate_joint(pc).exp(), expected)
 
 
 def test_learn_spn_follows_the_seed_and_bounds_its_memory(monkeypatch):
     x = data(num_rows=300, num_vars=8)
-    one, other = (ct.compile(structures.learn_spn(x, seed=0, min_rows=20))(x) for _ in range(2))
+    one, other = (ct.compile(ct.batteries.learn_spn(x, seed=0, min_rows=20))(x) for _ in range(2))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     monkeypatch.setattr(learnspn, "_MAX_ELEMENTS", 64)
-    torch.testing.assert_close(ct.compile(structures.learn_spn(x, seed=0, min_rows=20))(x), one)
+    torch.testing.assert_close(ct.compile(ct.batteries.learn_spn(x, seed=0, min_rows=20))(x), one)
 
 
 def test_learn_spn_ends_where_all_rows_are_the_same():
-    circuit = structures.learn_spn(torch.ones(100, 3, dtype=torch.int64))
+    circuit = ct.batteries.learn_spn(torch.ones(100, 3, dtype=torch.int64))
     assert {len(node.scope) for node in circuit.nodes} == {1, 3}
 
 
@@ -559,14 +559,14 @@ def test_learn_spn_ends_where_all_rows_are_the_same():
         ),
         (lambda: structures.hclt(torch.rand(3, 2), 2), ct.ArgumentError, "data: expected whole numbers, and NaN"),
         (lambda: structures.hclt(torch.full((3, 2), torch.inf), 2), ct.ArgumentError, "data: expected whole numbers"),
-        (lambda: structures.learn_spn(torch.rand(3, 2)), ct.ArgumentError, "data: expected an int64 tensor"),
-        (lambda: structures.learn_spn(data(), num_clusters=1), ct.ArgumentError, "num_clusters: .* >= 2, got 1"),
+        (lambda: ct.batteries.learn_spn(torch.rand(3, 2)), ct.ArgumentError, "data: expected an int64 tensor"),
+        (lambda: ct.batteries.learn_spn(data(), num_clusters=1), ct.ArgumentError, "num_clusters: .* >= 2, got 1"),
         (
-            lambda: structures.learn_spn(data(), significance=0),
+            lambda: ct.batteries.learn_spn(data(), significance=0),
             ct.ArgumentError,
             "significance: expected a number above",
         ),
-        (lambda: structures.learn_spn(data(), smoothing=-1), ct.ArgumentError, "smoothing: expected a number above 0"),
+        (lambda: ct.batteries.learn_spn(data(), smoothing=-1), ct.ArgumentError, "smoothing: expected a number"),
         (lambda: structures.hclt([[1]], 2), ct.ArgumentError, "data: expected an int64 tensor"),
         (lambda: structures.hclt(data(), 2, 2), ct.ArgumentError, "data: expected values from 0 to 1, got 2"),
         (lambda: structures.hclt(data(), 2, weights=torch.ones(3)), ct.ArgumentError, "weights: expected numbers of"),

@@ -228,9 +228,9 @@ def test_a_fit_does_not_continue_on_another_cache(denoiser, windows, cache, tmp_
     ]
     for other in others:
         assert np.array_equal(other.tokens, cache.tokens)
-        with pytest.raises(CheckpointError, match="belongs to a run with another cache:"):
+        with pytest.raises(CheckpointError, match="of another run, with a different cache;"):
             fit_coupled(new_head(), other, cache, config=config, checkpoint_path=path, progress=False)
-        with pytest.raises(CheckpointError, match="belongs to a run with another held-out cache:"):
+        with pytest.raises(CheckpointError, match="of another run, with a different held-out cache;"):
             fit_coupled(new_head(), cache, other, config=config, checkpoint_path=path, progress=False)
 
 

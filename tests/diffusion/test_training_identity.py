@@ -112,7 +112,7 @@ def test_an_interrupted_run_is_continued_from_its_own_start_alone(
         train(new(), path)
     before = path.read_bytes()
     elsewhere, untouched = (nudged(new(), position) if is_nudged else new(seed) for _ in range(2))
-    with pytest.raises(CheckpointError, match=r"started elsewhere: expected the weights .*; make the model as for"):
+    with pytest.raises(CheckpointError, match=r"started elsewhere: expected the weights .*; make model and optimizer as for"):
         train(elsewhere, path)
     assert same(elsewhere, untouched)
     assert path.read_bytes() == before
@@ -135,7 +135,7 @@ def test_flipped_bits_of_a_checkpoint_are_noticed(kind, tmp_path):
     for _ in range(50):
         position, bit = draw.randrange(len(content)), draw.randrange(8)
         path.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :])
-        with pytest.raises(CheckpointError, match="delete it, or name another file"):
+        with pytest.raises(CheckpointError, match="delete it or give another checkpoint_path"):
             train(new(), path)
 
 
@@ -157,7 +157,7 @@ def test_everything_that_a_head_is_set_to_is_part_of_its_run(cache, tmp_path):
         fixed,
     ]
     for other in others:
-        with pytest.raises(CheckpointError, match="belongs to a run with another head: delete it"):
+        with pytest.raises(CheckpointError, match="of another run, with a different head; delete it"):
             fit(other)
     with pytest.raises(CheckpointError, match="started elsewhere"):
         fit(new_head(calibration=NoiseCalibration(V, num_knots=2)))
@@ -180,7 +180,7 @@ def test_two_structures_of_the_same_shapes_are_two_heads(cache, tmp_path):
         n: tuple(p.shape) for n, p in second.named_parameters()
     }
     fit_coupled(first, cache, config=HEAD_RUN, checkpoint_path=path, progress=False)
-    with pytest.raises(CheckpointError, match="belongs to a run with another head"):
+    with pytest.raises(CheckpointError, match="of another run, with a different head"):
         fit_coupled(second, cache, config=HEAD_RUN, checkpoint_path=path, progress=False)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from circuits import learning, queries
 from circuits.engine.compile import CompiledCircuit
 from circuits.families import Bernoulli, Categorical
-from circuits.learning.learners import EMName, OptimizerFactory
+from circuits.learning.optimizers import EMName, OptimizerFactory
 from circuits.symbolic import Input
 from circuits.testing.conformance._cases import Case, assert_close, law
 from circuits.testing.conformance._configurations import configurations

@@ -1,11 +1,11 @@
-"""The state of a fit on disk: one safetensors file whose metadata is JSON, replaced as a whole after every epoch."""
+"""The state of a run of learning on disk: one safetensors file whose metadata is JSON, replaced as a whole."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,33 @@ from circuits.digests import digest, named_digest
 from circuits.errors import ArgumentError, CheckpointError
 from circuits.files import read_tensors, write_tensors
 
-FORMAT = "unfactor-circuit-fit"
-FORMAT_VERSION = 2  # 1 did not know what a run started from
+FORMAT = "unfactor-training"
+FORMAT_VERSION = 1
 _WAY_OUT = "delete it or give another checkpoint_path"
+_EARLIER = ("unfactor-circuit-fit", "unfactor-denoiser-training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What was measured in every epoch so far."""
+    """How far a run has come, and what was measured on the way: one entry after some of its updates."""
 
+    step: int = 0
+    """Updates done."""
+    steps: tuple[int, ...] = ()
+    """Updates done at every entry."""
     train: tuple[float, ...] = ()
+    """Per entry, over the updates since the entry before."""
     validation: tuple[float, ...] = ()
-    best_epoch: int = 0
-    num_impossible: int = 0
-    """In the last epoch."""
+    """Per entry; empty where nothing is held out."""
+    best: int = 0
+    """The best entry in validation, without one the last."""
+    sums: tuple[float, ...] = ()
+    """What the updates before the last entry added up to."""
 
     @property
-    def num_epochs(self) -> int:
-        """How many epochs were done."""
-        return len(self.train)
+    def is_at_entry(self) -> bool:
+        """Whether the last update was followed by an entry."""
+        return self.steps[-1:] == (self.step,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,42 +53,51 @@ class Start:
     """Of the optimizer's state, which one that was used before brings along."""
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], learner: Any) -> Start:
-        """Return the hashes of weights and of what ``Learner.state`` returned."""
+    def of(cls, weights: Mapping[str, Tensor], optimizer: Any) -> Start:
+        """Return the hashes of weights and of the state of an optimizer."""
         tensors: dict[str, Tensor] = {}
-        tree = json.dumps(_packed(learner, "", tensors))
+        tree = json.dumps(_packed(optimizer, "", tensors))
         return cls(weights=named_digest(weights), optimizer=digest(tree, named_digest(tensors)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Snapshot:
-    """All that the next epoch depends on."""
+    """All that the next update depends on."""
 
     weights: dict[str, Tensor]
-    best_weights: dict[str, Tensor] | None
-    learner: Any
-    """What ``Learner.state`` returned."""
-    history: History
+    best_weights: dict[str, Tensor] | None = None
+    optimizer: Any = None
+    sums: Tensor | None = None
+    """What the updates since the last entry add up to."""
+    history: History = field(default_factory=History)
 
 
 class Checkpoint:
-    """A file that holds the latest snapshot of one run, or nothing at all when ``path`` is None."""
+    """A file that holds the latest snapshot of one run, or nothing at all when ``path`` is None.
+
+    Args:
+        path: the file.
+        identity: names of what the run depends on, with a text that changes whenever that does.
+
+    Raises:
+        ArgumentError: the path is a folder.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, str]) -> None:
-        self._path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path)
         self._identity = dict(identity)
-        if self._path is not None and self._path.is_dir():
-            raise ArgumentError(f"checkpoint_path: expected a file, got the folder {self._path}; add a file name to it")
+        if self.path is not None and self.path.is_dir():
+            raise ArgumentError(f"checkpoint_path: expected a file, got the folder {self.path}; add a file name to it")
 
     def write(self, snapshot: Snapshot, start: Start) -> None:
         """Replace the file; whoever reads it, at any time, finds the snapshot before or this one."""
-        if self._path is None:
+        if self.path is None:
             return
         tensors: dict[str, Tensor] = {}
         tree = _packed({f.name: getattr(snapshot, f.name) for f in fields(snapshot)}, "", tensors)
         texts = {"run": self._identity, "start": asdict(start), "tree": tree}
         metadata = {name: json.dumps(value) for name, value in texts.items()}
-        write_tensors(self._path, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
+        write_tensors(self.path, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
 
     def read(self, start: Start) -> tuple[Snapshot, Start] | None:
         """Return the snapshot in the file and what its run started from, None if there is no file.
@@ -89,12 +106,12 @@ class Checkpoint:
             start: what is to be gone on from: that start, or what the file holds.
 
         Raises:
-            ArgumentError: the file could not be written, which is better known before the first epoch than after it.
+            ArgumentError: the file could not be written, which is better known before the first update than after it.
             CheckpointError: the file is corrupt, of another version, or of another run.
         """
-        if self._path is None:
+        if self.path is None:
             return None
-        folder = self._path.parent
+        folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             is_writable = os.access(folder, os.W_OK)
@@ -102,15 +119,20 @@ class Checkpoint:
             is_writable = False
         if not is_writable:
             raise ArgumentError(f"checkpoint_path: the folder {folder} cannot be written to; give another place")
-        if not self._path.exists():
+        if not self.path.exists():
             return None
-        metadata, tensors = read_tensors(self._path, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)
+        try:
+            metadata, tensors = read_tensors(self.path, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)
+        except CheckpointError as error:
+            if any(f"got '{earlier}'" in str(error) for earlier in _EARLIER):
+                raise self.error("was written by an earlier version, whose runs this one does not go on with") from None
+            raise
         try:
             differing = _differing(json.loads(metadata["run"]), self._identity)
             if differing:
                 raise self.error(f"is of another run, with a different {' and '.join(differing)}")
             tree = _unpacked(json.loads(metadata["tree"]), tensors)
-            snapshot = Snapshot(**tree | {"history": _history_of(**tree["history"])})
+            snapshot = Snapshot(**tree | {"history": _history_of(tree["history"])})
             recorded = Start(**json.loads(metadata["start"]))
             self._check_start(start, recorded, snapshot)
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -121,25 +143,27 @@ class Checkpoint:
 
     def error(self, problem: str) -> CheckpointError:
         """Return an error that says what is wrong with the file, and the way out."""
-        return CheckpointError(f"checkpoint {self._path} {problem}; {_WAY_OUT}")
+        return CheckpointError(f"checkpoint {self.path} {problem}; {_WAY_OUT}")
 
     def _check_start(self, start: Start, recorded: Start, snapshot: Snapshot) -> None:
         kept = [weights for weights in (snapshot.weights, snapshot.best_weights) if weights is not None]
-        known = [recorded, *(Start.of(weights, snapshot.learner) for weights in kept)]
-        for name, what in (("weights", "weights of pc"), ("optimizer", "state of the optimizer")):
+        known = [recorded, *(Start.of(weights, snapshot.optimizer) for weights in kept)]
+        for name, what in (("weights", "weights"), ("optimizer", "state of the optimizer")):
             if getattr(start, name) not in [getattr(other, name) for other in known]:
                 raise self.error(
                     f"is of a run that started elsewhere: expected the {what} of its first call, or those in the "
-                    "checkpoint, got others; make pc and optimizer as for that call (compile with its seed)"
+                    "checkpoint, got others; make model and optimizer as for that call (with its seed)"
                 )
 
 
-def _history_of(train: list[float], validation: list[float], best_epoch: int, num_impossible: int) -> History:
+def _history_of(entries: Mapping[str, Any]) -> History:
     return History(
-        train=tuple(map(float, train)),
-        validation=tuple(map(float, validation)),
-        best_epoch=int(best_epoch),
-        num_impossible=int(num_impossible),
+        step=int(entries["step"]),
+        steps=tuple(map(int, entries["steps"])),
+        train=tuple(map(float, entries["train"])),
+        validation=tuple(map(float, entries["validation"])),
+        best=int(entries["best"]),
+        sums=tuple(map(float, entries["sums"])),
     )
 
 
@@ -154,7 +178,7 @@ def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous().clone()
         return ["tensor", path]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return ["dict", [[key, _packed(item, f"{path}/{key}", tensors)] for key, item in value.items()]]
     if isinstance(value, (list, tuple)):
         return ["list", [_packed(item, f"{path}/{position}", tensors) for position, item in enumerate(value)]]

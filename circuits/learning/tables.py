@@ -69,19 +69,24 @@ def as_rows(name: str, data: Any) -> Tensor | StoredRows:
 
 
 def as_tensor(name: str, data: Any) -> Tensor:
-    """Return a tensor that shares the memory of an array, or the file that it maps, wherever that is possible."""
+    """Return lists as a tensor, an array as one that shares its memory, or the file it maps, where that is possible."""
     if isinstance(data, Tensor):
         return data.detach()
-    if not hasattr(data, "__array__"):
+    if not hasattr(data, "__array__") and not isinstance(data, (list, tuple)):
         raise ArgumentError(
-            f"{name}: expected a tensor, a numpy array, or a table whose rows can be read with an array of integers, "
-            f"got {type(data).__name__}"
+            f"{name}: expected a tensor, a numpy array, lists of numbers, or a table whose rows can be read with an "
+            f"array of integers, got {type(data).__name__}"
         )
     import warnings
 
     import numpy as np
 
-    array = np.asarray(data)
+    try:
+        array = np.asarray(data)
+    except ValueError as error:
+        raise ArgumentError(
+            f"{name}: expected lists of one length, got others: {error}; fill short ones up and say so in `observed`"
+        ) from None
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
     try:
