@@ -19,7 +19,7 @@ RESULT = FitResult(
     train_log_likelihood=(-9.0, -3.0, -2.5),
     validation_log_likelihood=(-4.0, -3.5, -float("inf")),
     best_epoch=1,
-    stopped_early=False,
+    stopped="num_epochs",
     num_impossible=0,
 )
 

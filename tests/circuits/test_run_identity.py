@@ -175,7 +175,5 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(format, tmp_path):
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(tensors, path, metadata | {"format": format, "format_version": "2"})
-    with pytest.raises(
-        ct.CheckpointError, match=r"was written by an earlier version, .*; delete it or"
-    ):
+    with pytest.raises(ct.CheckpointError, match=r"was written by an earlier version, .*; delete it or"):
         fitted(hmm(1), path)

@@ -112,7 +112,9 @@ def test_an_interrupted_run_is_continued_from_its_own_start_alone(
         train(new(), path)
     before = path.read_bytes()
     elsewhere, untouched = (nudged(new(), position) if is_nudged else new(seed) for _ in range(2))
-    with pytest.raises(CheckpointError, match=r"started elsewhere: expected the weights .*; make model and optimizer as for"):
+    with pytest.raises(
+        CheckpointError, match=r"started elsewhere: expected the weights .*; make model and optimizer as for"
+    ):
         train(elsewhere, path)
     assert same(elsewhere, untouched)
     assert path.read_bytes() == before
