@@ -6,6 +6,7 @@ from learning_cases import CLOSE, drawn
 
 import circuits as ct
 from circuits import learning
+from circuits.learning import kmeans_start
 
 
 def frequencies(counts, pseudocount):
@@ -142,7 +143,7 @@ def test_starts_that_cannot_be_are_refused():
     initial = torch.tensor([1.0, 0.0, 0.0])
     stuck = ct.compile(ct.structures.hmm(4, 3, 4, initial=initial), seed=0)
     with pytest.raises(
-        ct.ImpossibleEvidenceError, match="data: all 10 samples have probability zero .* with the given latents"
+        ct.ImpossibleEvidenceError, match=r"data: all 10 samples have probability zero .* with the given latents"
     ):
         ct.batteries.distill_latents(stuck, x, {"emission0": states + 1})
 
@@ -194,3 +195,39 @@ def test_flows_of_classes_ask_for_the_class():
     flows, _ = learning.expected_flows(pc, ct.Evidence.observe(x).with_class(labels))
     (name,) = pc.sum_banks
     torch.testing.assert_close(flows[name].sum((0, 2)), torch.tensor([40.0, 40.0]).double(), **CLOSE)
+
+
+@pytest.mark.parametrize("families", [[ct.Categorical(3), ct.Bernoulli()], [4, 4], [3, ct.Gaussian()]])
+def test_several_variables_of_one_latent_get_one_set_of_states(families):
+    """Clustered apart they would contradict each other, and no sample would be possible."""
+    for seed in range(10):
+        pc = ct.compile(ct.structures.hmm(3, 2, families), dtype=torch.float64, seed=0)
+        x = drawn(ct.compile(pc.circuit, dtype=torch.float64, seed=seed), 40, seed=seed)
+        learning.initialize_by_kmeans(pc, x, seed=seed)
+        assert all(bool(parameter.isfinite().all()) for parameter in pc.bank.values())
+
+
+def test_the_states_of_steps_of_several_variables_are_counted(monkeypatch):
+    """Whatever the clusters are, the tables are the frequencies of states and values together."""
+    circuit = ct.structures.hmm(4, 3, [4, ct.Bernoulli()])
+    pc = ct.compile(circuit, dtype=torch.float64, seed=0)
+    x = drawn(pc, 30)
+    z = torch.randint(0, 3, (30, 4), generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    def clusters(rows, num_clusters, seed):
+        seen.append((rows.shape, num_clusters))
+        return z.t().flatten()
+
+    monkeypatch.setattr(kmeans_start, "_best_clusters", clusters)
+    learning.initialize_by_kmeans(pc, x, pseudocount=0.5, max_samples=1000)
+    assert seen == [((4 * 30, 3 * (4 + 1)), 3)]  # one-hot values and a number, of each step and the two beside it
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    one_hot = torch.nn.functional.one_hot
+    states, values = one_hot(z, 3), x[order].unflatten(1, (4, 2))
+    moved = torch.einsum("nti,ntj->ij", states[:, :-1], states[:, 1:])
+    torch.testing.assert_close(pc.log_weights("transition0").exp(), frequencies(moved, 0.5), **CLOSE)
+    for position, num_values in enumerate((4, 2)):
+        emitted = torch.einsum("nti,ntv->iv", states, one_hot(values[..., position], num_values))
+        table = pc.log_weights(f"emission0_{position}").exp()
+        torch.testing.assert_close(table, frequencies(emitted, 0.5).t(), **CLOSE)
