@@ -60,9 +60,9 @@ class Distribution(ABC):
         """The family whose banks hold this one's parameters; itself by default."""
         return self
 
-    @abstractmethod
     def parameter_shape(self, num_units: int) -> tuple[int, int]:
         """Return the shape of the parameters of K units, mostly (S, K)."""
+        return len(self.parameter_names), num_units
 
     def num_free_parameters(self, num_units: int, raw: Tensor | None = None) -> int:
         """Return how many numbers the distributions of K units depend on: all parameters by default.
@@ -81,13 +81,13 @@ class Distribution(ABC):
     def read(self, raw: Tensor) -> Tensor:
         """Return what queries read: the log-table (P, C, K) of a finite family, else numbers (P, S, K)."""
 
-    @abstractmethod
     def parameters(self, raw: Tensor) -> Tensor:
-        """Return the parameters, in the shape of the raw ones."""
+        """Return the parameters, in the shape of the raw ones: the same numbers by default."""
+        return raw
 
-    @abstractmethod
     def raw(self, parameters: Tensor) -> Tensor:
         """Return the raw parameters that stand for given ones: the inverse of :meth:`parameters`."""
+        return parameters
 
     def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
         """Return the family and the raw parameters (..., of K' units) of some units of a node, which may repeat.
@@ -116,6 +116,13 @@ class Finite(Distribution):
 
     Its flows, the expected number of times that every unit has every value, are all that learning needs.
     """
+
+    num_categories: int
+
+    @property
+    def num_values(self) -> int:
+        """C, the number of values: ``num_categories`` by default."""
+        return self.num_categories
 
     @property
     def domain(self) -> str:
@@ -153,6 +160,16 @@ class Direct(Distribution):
     coefficient. All methods on single units are elementwise: ``parameters`` are S tensors, as :meth:`read` returns
     them, that broadcast with the values.
     """
+
+    @property
+    def num_values(self) -> int:
+        """0: infinitely many."""
+        return 0
+
+    @property
+    def num_statistics(self) -> int:
+        """S + 1: the constant 1, x, and, with two of them, x^2."""
+        return len(self.parameter_names) + 1
 
     def linear(self, read: Tensor) -> Tensor:
         """Return the logarithm of a factor on every unit, (P, 1, K): 0, but for the gradients that EM is made of."""

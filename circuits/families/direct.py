@@ -33,23 +33,9 @@ class Poisson(Direct):
     parameter_names: ClassVar[tuple[str, ...]] = ("rate",)
 
     @property
-    def num_values(self) -> int:
-        """0: infinitely many."""
-        return 0
-
-    @property
     def domain(self) -> str:
         """Which values are possible, in words."""
         return "whole numbers >= 0"
-
-    @property
-    def num_statistics(self) -> int:
-        """2: 1 and x."""
-        return 2
-
-    def parameter_shape(self, num_units: int) -> tuple[int, int]:
-        """Return (1, K)."""
-        return 1, num_units
 
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw the logarithms of rates between 1/2 and 8."""
@@ -185,23 +171,9 @@ class Gaussian(Direct):
             raise ArgumentError(f"min_std: expected a number from 1e-30 to 1e30, got {self.min_std!r}")
 
     @property
-    def num_values(self) -> int:
-        """0: infinitely many."""
-        return 0
-
-    @property
     def domain(self) -> str:
         """Which values are possible, in words."""
         return "finite numbers"
-
-    @property
-    def num_statistics(self) -> int:
-        """3: 1, x and x^2."""
-        return 3
-
-    def parameter_shape(self, num_units: int) -> tuple[int, int]:
-        """Return (2, K)."""
-        return 2, num_units
 
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw means from N(0, 1); standard deviations are 1."""

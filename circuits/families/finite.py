@@ -85,27 +85,13 @@ class Categorical(_Table):
     def __post_init__(self) -> None:
         checked_count("num_categories", self.num_categories)
 
-    @property
-    def num_values(self) -> int:
-        """C."""
-        return self.num_categories
-
 
 @dataclass(frozen=True)
 class Bernoulli(_Table):
     """A Bernoulli distribution: the values 0 and 1, with one weight each (C = 2). Parameters: probabilities, (2, K)."""
 
     family: ClassVar[str] = "bernoulli"
-
-    @property
-    def num_categories(self) -> int:
-        """The number of values, 2."""
-        return 2
-
-    @property
-    def num_values(self) -> int:
-        """The number of values, 2."""
-        return 2
+    num_categories: ClassVar[int] = 2  # type: ignore[misc]  # no field
 
     @property
     def stored_as(self) -> Distribution:
@@ -127,6 +113,7 @@ class Binomial(Finite):
     """
 
     family: ClassVar[str] = "binomial"
+    parameter_names: ClassVar[tuple[str, ...]] = ("probability",)
     num_trials: int
 
     def __post_init__(self) -> None:
@@ -136,10 +123,6 @@ class Binomial(Finite):
     def num_values(self) -> int:
         """C = n + 1."""
         return self.num_trials + 1
-
-    def parameter_shape(self, num_units: int) -> tuple[int, int]:
-        """Return (1, K)."""
-        return 1, num_units
 
     def initial(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw the probability of success uniformly."""
@@ -200,15 +183,6 @@ class DiscretizedLogistic(Finite):
 
     def __post_init__(self) -> None:
         checked_count("num_categories", self.num_categories)
-
-    @property
-    def num_values(self) -> int:
-        """C."""
-        return self.num_categories
-
-    def parameter_shape(self, num_units: int) -> tuple[int, int]:
-        """Return (2, K)."""
-        return 2, num_units
 
     def num_free_parameters(self, num_units: int, raw: Tensor | None = None) -> int:
         """Return 2 K; fewer than three values have less freedom."""
@@ -295,11 +269,6 @@ class Literal(Finite):
             if value >= self.num_categories:
                 raise ArgumentError(f"values: expected values from 0 to {self.num_categories - 1}, got {value}")
 
-    @property
-    def num_values(self) -> int:
-        """C."""
-        return self.num_categories
-
     def parameter_shape(self, num_units: int) -> tuple[int, int]:
         """Return (0, K)."""
         if num_units != len(self.values):
@@ -319,14 +288,6 @@ class Literal(Finite):
     def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
         """Return the literals of the units' values."""
         return Literal(self.num_categories, tuple(self.values[unit] for unit in units.tolist())), raw[..., units]
-
-    def parameters(self, raw: Tensor) -> Tensor:
-        """Return no numbers."""
-        return raw
-
-    def raw(self, parameters: Tensor) -> Tensor:
-        """Return no numbers."""
-        return parameters
 
     def fit(self, raw: Tensor, log_target: Tensor, mass: Tensor) -> Tensor:
         """Return no numbers."""
@@ -357,11 +318,6 @@ class EmbeddingCategorical(Finite):
         checked_count("num_categories", self.num_categories)
         checked_count("rank", self.rank)
 
-    @property
-    def num_values(self) -> int:
-        """C."""
-        return self.num_categories
-
     def parameter_shape(self, num_units: int) -> tuple[int, int]:
         """Return (C + K, R)."""
         return self.num_categories + num_units, self.rank
@@ -384,14 +340,6 @@ class EmbeddingCategorical(Finite):
     def select_units(self, raw: Tensor, units: Tensor) -> tuple[Distribution, Tensor]:
         """Return E with the units' rows of U."""
         return self, torch.cat([raw[: self.num_categories], raw[self.num_categories + units]])
-
-    def parameters(self, raw: Tensor) -> Tensor:
-        """Return E and U."""
-        return raw
-
-    def raw(self, parameters: Tensor) -> Tensor:
-        """Return E and U."""
-        return parameters
 
     def fit(self, raw: Tensor, log_target: Tensor, mass: Tensor) -> Tensor:
         """Climb towards the targets of all units together, weighted by how often each is used."""

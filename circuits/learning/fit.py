@@ -21,7 +21,6 @@ from circuits.learning.loop import EarlyStopping, Plan, Training, mixed_seed, ru
 from circuits.learning.optimizers import OptimizerLike, optimizer_of
 from circuits.learning.samples import Batch, CheckedSamples, Rows, Samples, checked_samples
 from circuits.precision import own_precision
-from circuits.symbolic import build_code
 
 _OF_SAMPLES = {"observed": "observed", "sample_weights": "weights", "labels": "labels", "latents": "latents"}
 _OF_VALIDATION = {"validation_observed": "observed", "validation_labels": "labels"}
@@ -164,7 +163,7 @@ class _CircuitTraining(Training):
         pc, early = self._learner.pc, plan.early_stopping
         stopping = "" if early is None else f" patience={early.patience} min_improvement={early.min_improvement}"
         return {
-            "circuit": hashlib.sha256(f"{build_code(pc.circuit)} {pc.dtype}".encode()).hexdigest(),
+            "circuit": hashlib.sha256(f"{pc.circuit!r} {pc.dtype}".encode()).hexdigest(),
             "data": self._samples.digest(),
             "validation_data": "none" if self._validation is None else self._validation.digest(),
             "optimizer": self._learner.description,

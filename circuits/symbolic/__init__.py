@@ -1,6 +1,6 @@
 """Symbolic circuits: nodes, what is below one root, scopes, structural properties, and how circuits align."""
 
-from circuits.symbolic.circuit import Circuit, build_code
+from circuits.symbolic.circuit import Circuit
 from circuits.symbolic.nodes import (
     Input,
     Node,
@@ -24,7 +24,6 @@ __all__ = [
     "Product",
     "ProductMode",
     "Sum",
-    "build_code",
     "format_scope",
     "inputs",
     "num_free_parameters",

@@ -13,12 +13,11 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
 from circuits.symbolic.alignment import can_align
-from circuits.symbolic.flat import below_first
+from circuits.symbolic.flat import below_first, copied
 from circuits.symbolic.nodes import Input, Node, ParametricNode, Product, Sum, num_free_parameters, parameter_owner
 from circuits.symbolic.scopes import format_scope, variables_of
 
@@ -152,31 +151,23 @@ class Circuit:
         """
         if not isinstance(prefix, str):
             raise ArgumentError(f"prefix: expected a string, got {prefix!r}")
-        built: dict[Node, Node] = {}
-        heirs: dict[ParametricNode, Any] = {}
-        for node in self.nodes:
-            name = node.name and prefix + node.name
-            children = [built[child] for child in node.children]
-            if isinstance(node, Product):
-                built[node] = Product(children, node.mode, name=name)
-                continue
-            assert isinstance(node, ParametricNode)
-            owner = parameter_owner(node)
-            tied_to = heirs.get(owner)
-            weights = None if tied_to else owner.weights
-            if isinstance(node, Input):
-                new: Input | Sum = Input(
-                    node.var, node.num_units, node.distribution, tied_to=tied_to, weights=weights, name=name
-                )
-            else:
-                new = Sum(children, node.num_units, tied_to=tied_to, weights=weights, name=name)
-            built[node] = new
-            heirs.setdefault(owner, new)
-        return Circuit(built[self.root], num_vars=self.num_vars, num_classes=self.num_classes)
+        root = copied(self.root, lambda name: prefix + name)
+        return Circuit(root, num_vars=self.num_vars, num_classes=self.num_classes)
 
     def __repr__(self) -> str:
         """Python code that builds the circuit (given weights are left out)."""
-        return build_code(self)
+        names = {node: f"n{i}" for i, node in enumerate(self.nodes)}
+        first_users: dict[Node, str] = {}
+        lines = ["import circuits as ct"]
+        for node in self.nodes:
+            options = f", name={node.name!r}" if node.name else ""
+            if isinstance(node, ParametricNode):
+                first_user = first_users.setdefault(parameter_owner(node), names[node])
+                if first_user != names[node]:
+                    options += f", tied_to={first_user}"
+            lines.append(f"{names[node]} = ct.{_build_call(node, [names[child] for child in node.children], options)}")
+        classes = "" if self.num_classes is None else f", num_classes={self.num_classes}"
+        return "\n".join([*lines, f"circuit = ct.Circuit({names[self.root]}{classes})"])
 
     def __str__(self) -> str:
         return f"Circuit({self.num_vars} variables, {len(self.nodes)} nodes, {self.num_units} units)"
@@ -192,19 +183,12 @@ class Circuit:
         missing = ((1 << self.num_vars) - 1) & ~self.root.scope_bits
         if missing:
             raise StructureError(
-                f"unknown variables {format_scope(missing)}: expected every variable from 0 to {self.num_vars - 1}, "
-                "got "
+                f"unknown variables {format_scope(missing)}: expected all from 0 to {self.num_vars - 1}, got "
                 f"{self.root}, which covers {format_scope(self.root.scope_bits)}; renumber the variables"
             )
         first: dict[int, Input] = {}
         for node in self.inputs:
             other = first.setdefault(node.var, node)
-            if other.distribution.num_values != node.distribution.num_values:
-                raise StructureError(
-                    f"variable {node.var}: expected one number of categories, got "
-                    f"{other.distribution.num_values or 'infinitely many'} in {other} and "
-                    f"{node.distribution.num_values or 'infinitely many'} in {node}"
-                )
             if other.distribution.domain != node.distribution.domain:
                 raise StructureError(
                     f"variable {node.var}: expected one kind of values, got {other.distribution.domain} in {other} and "
@@ -218,23 +202,6 @@ class Circuit:
                     f"two nodes are called {node.name!r}: {self._named[node.name]} and {node}; names are unique, and "
                     "circuit.with_prefix(...) makes them so"
                 )
-
-
-def build_code(circuit: Circuit) -> str:
-    """Write Python code that builds the circuit's structure, one line a node."""
-    names = {node: f"n{i}" for i, node in enumerate(circuit.nodes)}
-    first_users: dict[Node, str] = {}
-    lines = ["import circuits as ct"]
-    for node in circuit.nodes:
-        options = f", name={node.name!r}" if node.name else ""
-        if isinstance(node, ParametricNode):
-            first_user = first_users.setdefault(parameter_owner(node), names[node])
-            if first_user != names[node]:
-                options += f", tied_to={first_user}"
-        lines.append(f"{names[node]} = ct.{_build_call(node, [names[child] for child in node.children], options)}")
-    classes = "" if circuit.num_classes is None else f", num_classes={circuit.num_classes}"
-    lines.append(f"circuit = ct.Circuit({names[circuit.root]}{classes})")
-    return "\n".join(lines)
 
 
 def _build_call(node: Node, children: Sequence[str], options: str) -> str:

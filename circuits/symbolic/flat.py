@@ -44,20 +44,15 @@ class Graph:
         self.nodes = nodes
         self.positions = {node: position for position, node in enumerate(nodes)}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        records = [node if _graph_of.get(node) is not self else self._record_of(node) for node in self.nodes]
-        return _graph_from, (records,)
-
-    def _record_of(self, node: Node) -> tuple[type[Node], dict[str, Any], list[int], int | None]:
+    def record(self, node: Node) -> tuple[type[Node], dict[str, Any], list[int], int | None]:
         """Return class, own attributes, and the positions of the children and of the owner of the parameters."""
         own = {name: value for name, value in vars(node).items() if name not in ("children", "tied_to", "scope_bits")}
-        tied_to = getattr(node, "tied_to", None)
-        return (
-            type(node),
-            own,
-            [self.positions[child] for child in node.children],
-            None if tied_to is None else self.positions[tied_to],
-        )
+        tied_to = _tied_to(node)
+        children = [self.positions[child] for child in node.children]
+        return type(node), own, children, None if tied_to is None else self.positions[tied_to]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _graph_from, ([self.record(node) if _graph_of.get(node) is self else node for node in self.nodes],)
 
 
 def reduced(node: Node) -> tuple[Any, ...]:
@@ -65,17 +60,28 @@ def reduced(node: Node) -> tuple[Any, ...]:
     with _lock:
         graph = _graph_of.get(node)
         if graph is None:
-            graph = Graph(list(below_first(node, _needs)))
+            graph = Graph(list(below_first(node, lambda other: () if other in _graph_of else _needs(other))))
             for member in graph.nodes:
                 _graph_of.setdefault(member, graph)
     return _node_at, (graph, graph.positions[node])
 
 
+def copied(root: Node, rename: Callable[[str], str]) -> Node:
+    """Return a copy of all that a node depends on, with other names."""
+    graph = Graph(list(below_first(root, _needs)))
+    records = [graph.record(node) for node in graph.nodes]
+    for _, own, _, _ in records:
+        own["name"] = own["name"] and rename(own["name"])
+    return _graph_from(records).nodes[-1]
+
+
+def _tied_to(node: Node) -> Node | None:
+    return getattr(node, "tied_to", None)
+
+
 def _needs(node: Node) -> tuple[Node, ...]:
-    """Return what a node cannot be built without; nothing where another graph has it."""
-    if node in _graph_of:
-        return ()
-    tied_to: Node | None = getattr(node, "tied_to", None)
+    """Return what a node cannot be built without."""
+    tied_to = _tied_to(node)
     return node.children if tied_to is None else (*node.children, tied_to)
 
 
@@ -89,12 +95,12 @@ def _graph_from(records: Sequence[Any]) -> Graph:
         if not isinstance(record, tuple):  # a node of another graph
             nodes.append(record)
             continue
-        kind, own, children, tied_to = record
+        kind, own, positions, tied_to = record
+        children = tuple(nodes[position] for position in positions)
+        scope_bits = functools.reduce(operator.or_, (c.scope_bits for c in children), 0) or 1 << own["var"]
         node = object.__new__(kind)
-        vars(node).update(own, children=tuple(nodes[child] for child in children))
+        vars(node).update(own, children=children, scope_bits=scope_bits)
         if "parameter_shape" in own:
             vars(node)["tied_to"] = None if tied_to is None else nodes[tied_to]
-        scopes = (child.scope_bits for child in node.children)
-        vars(node)["scope_bits"] = functools.reduce(operator.or_, scopes) if children else 1 << own["var"]
         nodes.append(node)
     return Graph(nodes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
 from circuits.evidence.kinds import tensor_code
-from circuits.symbolic import Circuit, ParametricNode, build_code, parameter_owner
+from circuits.symbolic import Circuit, ParametricNode, parameter_owner
 
 _SUPPRESSED = [
     HealthCheck.too_slow,
@@ -112,7 +112,7 @@ class Case:
 
     def code(self) -> str:
         """Return Python code that rebuilds the case: ``circuit``, ``pc`` and ``evidence``."""
-        lines = ["import torch", build_code(self.circuit)]
+        lines = ["import torch", repr(self.circuit)]
         lines.append(f"pc = ct.compile(circuit, dtype=torch.float64, seed={self.seed})")
         for position, node in enumerate(self.circuit.nodes):
             if isinstance(node, ParametricNode) and (weights := parameter_owner(node).weights) is not None:
