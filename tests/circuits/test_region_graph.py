@@ -195,7 +195,11 @@ def no_scope():
         (lambda: ct.RegionGraph.from_edges([({0, "a"}, [{0}, {"a"}])]), ct.StructureError, "unknown variable 'a'"),
         (lambda: ct.RegionGraph((1, 0), ()), ct.StructureError, "region 1: expected variables, got none"),
         (lambda: ct.RegionGraph((3,), (Partition(0, (1, 2)),)), ct.StructureError, "unknown region 1"),
-        (lambda: ct.RegionGraph((3,), (), shape=(3,)), ct.ArgumentError, r"shape: expected 2 cells, one per variable, got \(3,\)"),
+        (
+            lambda: ct.RegionGraph((3,), (), shape=(3,)),
+            ct.ArgumentError,
+            r"shape: expected 2 cells, one per variable, got \(3,\)",
+        ),
         (no_scope, ct.StructureError, "expected one region above the partition '[pq]'"),
         (lambda: ct.RegionGraph.from_tree([(0, 1), (1, 3)]), ct.StructureError, "a tree over the variables 0 to 2"),
         (lambda: ct.RegionGraph.linear_tree(3, order=[0, 1]), ct.ArgumentError, "order: expected every variable"),
@@ -257,8 +261,8 @@ def test_a_file_that_is_no_json_or_missing_is_a_checkpoint_error(tmp_path):
     with pytest.raises(ct.CheckpointError, match="cannot be read"):
         ct.RegionGraph.load(path)
     path.write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(ct.CheckpointError, match="graph.json: corrupt"):
+    with pytest.raises(ct.CheckpointError, match=r"graph.json: corrupt"):
         ct.RegionGraph.load(path)
     path.write_text("[" * 100_000)
-    with pytest.raises(ct.CheckpointError, match="graph.json: corrupt"):
+    with pytest.raises(ct.CheckpointError, match=r"graph.json: corrupt"):
         ct.RegionGraph.load(path)
