@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import circuits
+import circuits.batteries
 import diffusion
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,7 @@ FRONT = [ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "SECUR
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 PACKAGES = [
     circuits,
+    circuits.batteries,
     circuits.families,
     circuits.interop,
     circuits.learning,
