@@ -36,7 +36,7 @@ StructureBuilder = Callable[[Tensor, tuple[int, ...]], Circuit]
 
 
 def _has_classes(estimator: CircuitDensity) -> bool:
-    return getattr(estimator, "classes_", None) is not None
+    return bool(estimator.classifier) or getattr(estimator, "classes_", None) is not None
 
 
 class CircuitDensity(DensityMixin, BaseEstimator):
@@ -223,7 +223,7 @@ class CircuitDensity(DensityMixin, BaseEstimator):
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that NaN is welcome, and that what was fitted with targets is a classifier."""
         tags = super().__sklearn_tags__()
-        if self.classifier or _has_classes(self):
+        if _has_classes(self):
             tags.target_tags.required = bool(self.classifier)
             tags.estimator_type, tags.classifier_tags = "classifier", ClassifierTags()
         tags.input_tags.allow_nan = True

@@ -5,6 +5,7 @@ import torch
 
 import circuits as ct
 from circuits.batteries import ContinuousMixture, fit_continuous_mixture, normal_points
+from circuits.progress import forget_stop, request_stop
 
 CATEGORIES = [2, 3, 2, 2, 1]
 BLOCKS = [[1, 0], [2, 3], [4]]
@@ -148,3 +149,54 @@ def test_options_are_named_when_they_do_not_fit(option, value):
 def test_patience_needs_validation_data():
     with pytest.raises(ct.ArgumentError, match=r"patience: .* give validation_data too"):
         fit_continuous_mixture(dependent_data(10), num_categories=CATEGORIES, patience=3)
+
+
+RUN = {"num_categories": CATEGORIES, "num_steps": 10, "num_evaluations": 3, "num_components": 8, "num_points": 8}
+RUN |= {"hidden_units": 8, "dropout": 0.2, "batch_size": 16, "progress": False}
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 9])
+@pytest.mark.parametrize("weights", [None, torch.arange(60.0)])
+def test_an_interrupted_run_ends_like_one_that_was_not(num_steps, weights, tmp_path, monkeypatch):
+    data, held_out, path = dependent_data(60), dependent_data(30, seed=1), tmp_path / "run.safetensors"
+    whole = fit_continuous_mixture(data, validation_data=held_out, sample_weights=weights, **RUN)
+    encode, calls = ContinuousMixture.encode, []
+
+    def counted(self, x):
+        calls.append(len(x))
+        if self.training and len(calls) >= num_steps:
+            request_stop()
+        return encode(self, x)
+
+    monkeypatch.setattr(ContinuousMixture, "encode", counted)
+    try:
+        with pytest.raises(ct.Interrupted, match="of 10 updates; the same call goes on from"):
+            fit_continuous_mixture(data, validation_data=held_out, sample_weights=weights, checkpoint_path=path, **RUN)
+    finally:
+        forget_stop()
+    monkeypatch.undo()
+    other = RUN | {"dropout": 0.1}
+    with pytest.raises(ct.CheckpointError, match="of another run, with a different network"):
+        fit_continuous_mixture(data, validation_data=held_out, sample_weights=weights, checkpoint_path=path, **other)
+    resumed = fit_continuous_mixture(
+        data, validation_data=held_out, sample_weights=weights, checkpoint_path=path, **RUN
+    )
+    assert resumed.train_log_likelihood == whole.train_log_likelihood
+    assert resumed.validation_log_likelihood == whole.validation_log_likelihood
+    joints = [ct.testing.enumerate_joint(fit.pc) for fit in (resumed, whole)]
+    torch.testing.assert_close(*joints, rtol=0, atol=0)
+
+
+def test_options_are_objects_or_their_fields():
+    network, training = (
+        ct.batteries.MixtureNetwork(hidden_units=8),
+        ct.batteries.MixtureTraining(num_steps=3, num_evaluations=1),
+    )
+    data, options = dependent_data(20), {"num_categories": CATEGORIES, "progress": False}
+    with pytest.raises(ct.ArgumentError, match="hidden_units: network says it already"):
+        fit_continuous_mixture(data, network=network, hidden_units=9, **options)
+    with pytest.raises(ct.ArgumentError, match="momentum: expected a field of MixtureNetwork or MixtureTraining"):
+        fit_continuous_mixture(data, momentum=0.9, **options)
+    one = fit_continuous_mixture(data.numpy(), network=network, training=training, **options)
+    other = fit_continuous_mixture(data.tolist(), hidden_units=8, num_steps=3, num_evaluations=1, **options)
+    assert one.train_log_likelihood == other.train_log_likelihood

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
+from circuits.progress import forget_stop, request_stop
 from diffusion import (
     CircuitTraining,
     CoupledHead,
@@ -25,6 +26,7 @@ from diffusion import (
     train_denoiser,
 )
 from diffusion.errors import CheckpointError
+from diffusion.errors import Interrupted as Stopped
 from diffusion.training import circuit, denoiser
 
 V, L = 9, 4
@@ -119,6 +121,31 @@ def test_an_interrupted_run_is_continued_from_its_own_start_alone(
     assert same(elsewhere, untouched)
     assert path.read_bytes() == before
     assert same(train(new(), path), train(new()))
+
+
+@pytest.mark.parametrize("num_updates", [1, 3, 6])
+def test_a_run_that_is_asked_to_stop_writes_its_checkpoint_and_goes_on_from_there(kind, tmp_path, num_updates):
+    """Not from the last checkpoint that was due; and what it has measured is in the curve."""
+    new, train, (module, function) = kind
+    path, original, calls = tmp_path / "run.safetensors", getattr(module, function), []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) == num_updates:
+            request_stop("SIGTERM")
+        return original(*arguments)
+
+    with patch.object(module, function, counted):
+        try:
+            if num_updates < 6:
+                with pytest.raises(Stopped, match=f"SIGTERM after {num_updates} of 6 updates; the same call goes on"):
+                    train(new(), path)
+                forget_stop()
+            resumed = train(new(), path)
+        finally:
+            forget_stop()
+    assert len(calls) == 6
+    assert same(resumed, train(new()))
 
 
 def test_a_finished_run_in_memory_is_not_repeated(kind, tmp_path):
