@@ -156,7 +156,7 @@ class CircuitDistribution(Distribution):
         is_per_query = self.weights is not None and self.weights.batch_size > 1
         if is_per_query and len(x) > 1:
             return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
-        factors = evidence.at(x, self.pc.dtype)
+        factors = evidence.factors.at(x, self.pc.dtype)
         observed = x.flatten(0, 1).unsqueeze(-1)
         scored = evidence
         if len(x) != 1:  # copies share what they are relative to

@@ -124,7 +124,7 @@ class ConstrainedDistribution(CircuitDistribution):
         if self._banks.batch_size > 1 and len(x) > 1:
             return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
         index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
-        factors = self._explicit.at(x, self.pc.dtype)
+        factors = self._explicit.factors.at(x, self.pc.dtype)
         conditions = replace(self._explicit, reference=None).rows(index)
         scored = conditions.with_factors(factors.flatten(0, 1).unsqueeze(-1), x.long().flatten(0, 1).unsqueeze(-1))
         scored = replace(scored, reference=evidence.reference)  # copies share what they are relative to

@@ -95,16 +95,13 @@ class InputLayer(nn.Module, ABC):
 
     def _without_evidence(self, semiring: Semiring, weights: Weights, batch_size: int) -> Tensor:
         """Return the values of all units where nothing is known, (F, K, B, *E)."""
-        if semiring.adds_up:
-            log_one = torch.zeros((), dtype=weights.log.dtype, device=weights.log.device)
-        else:
-            log_one = self._peaks(weights)
+        log_one = self._log_one(semiring, weights)
         one = semiring.lift(log_one.expand(len(self.variables), weights.log.shape[-1], 1))
         return one.expand(-1, -1, batch_size, *one.shape[3:])
 
     @abstractmethod
-    def _peaks(self, weights: Weights) -> Tensor:
-        """Return the log-probability of the best value of every unit, (F, K, 1)."""
+    def _log_one(self, semiring: Semiring, weights: Weights) -> Tensor:
+        """Return 0 if the semiring adds up, else the log-probability of the best value of every unit, (F, K, 1)."""
 
     def _of_variables(self, tensor: Tensor) -> Tensor:
         """Select this layer's variables: (B, D, ...) to (B, F, ...)."""
@@ -145,7 +142,9 @@ class TableLayer(InputLayer):
             out = out[0].unflatten(1, (batch_size, num_nodes)).movedim(2, 0).contiguous()
         return out
 
-    def _peaks(self, weights: Weights) -> Tensor:
+    def _log_one(self, semiring: Semiring, weights: Weights) -> Tensor:
+        if semiring.adds_up:
+            return weights.log.new_zeros(())
         return self.parameter_rows.select(weights.log).amax(1).unsqueeze(-1)
 
     def choose(
@@ -313,15 +312,17 @@ class DirectLayer(InputLayer):
         out = out + self.parameter_rows.select(weights.linear).transpose(1, 2)
         return semiring.lift(out.to(self.zero.dtype))
 
-    def _peaks(self, weights: Weights) -> Tensor:
+    def _log_one(self, semiring: Semiring, weights: Weights) -> Tensor:
+        if semiring.adds_up:
+            return self.zero
         return self._peak(self.parameter_rows.select(weights.log).unsqueeze(-1).unbind(1)).to(self.zero.dtype)
 
     def _of_units(self, semiring: Semiring, factors: Factors, parameters: Sequence[Tensor]) -> Tensor:
         """Return the log-values of units with given parameters under factors of one kind, (F, K, B)."""
         if isinstance(factors, Interval):
-            return self._in_bounds(semiring, parameters, *self.columns(factors.bounds).unbind(-1))
+            return self._in_bounds(semiring, parameters, self.columns(factors.lower), self.columns(factors.upper))
         if isinstance(factors, Normal):
-            joined, out = self.distribution.times_normal(parameters, *self.columns(factors.parameters).unbind(-1))
+            joined, out = self.distribution.times_normal(parameters, *map(self.columns, (factors.mean, factors.std)))
             return out if semiring.adds_up else out + self._peak(joined)
         values, log_factors = self._checked_list(factors)
         parameters = [part.unsqueeze(-1) for part in parameters]
@@ -348,10 +349,9 @@ class DirectLayer(InputLayer):
     ) -> Tensor:
         """Choose a value of n units, (n,), under factors of one kind on n single variables (n, 1, ...)."""
         if isinstance(factors, Interval):
-            lower, upper = factors.bounds[:, 0].unbind(-1)
-            return self._any(semiring, parameters, lower, upper, generator)
+            return self._any(semiring, parameters, factors.lower[:, 0], factors.upper[:, 0], generator)
         if isinstance(factors, Normal):
-            mean, std = factors.parameters[:, 0].to(self.zero.dtype).unbind(-1)
+            mean, std = (part[:, 0].to(self.zero.dtype) for part in (factors.mean, factors.std))
             joined, _ = self.distribution.times_normal(parameters, mean, std)
             return self._any(semiring, joined, -torch.inf, torch.inf, generator)
         values, log_factors = self._checked_list(factors)

@@ -2,8 +2,7 @@
 
 Hard evidence is 0 at the observed value and -inf elsewhere; a missing variable is 0 everywhere; soft (virtual) evidence
 is any log-weight per value, for instance a language model's logits. All are the same thing, stored as the cheapest of
-several kinds: dense factors (B, D, C), or *listed* values (B, D, k) with -inf for every value not listed. Factors on
-ordered and real variables that need no list are intervals and normal densities.
+the kinds in :mod:`circuits.evidence.kinds`.
 """
 
 from __future__ import annotations
@@ -15,16 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuits.arguments import check_factors, check_floats, check_integers, check_mask, check_pair, check_range
 from circuits.errors import ArgumentError
-from circuits.evidence.checks import (
-    check_distinct,
-    check_factors,
-    check_floats,
-    check_integers,
-    check_mask,
-    check_range,
-    checked_pair,
-)
 from circuits.evidence.kinds import Dense, Factors, Interval, Listed, Normal, Nothing, Where, tensor_code
 
 if TYPE_CHECKING:
@@ -38,7 +29,7 @@ class Evidence:
     """Log-factors on the variables of a batch of B queries; build it with the class methods.
 
     Attributes:
-        factors: on the variables, of one kind or of several, see :mod:`circuits.evidence.kinds`.
+        factors: on the variables, of one kind or of several.
         latents: log-factors on the children of sum nodes, (B, I) each, by node or name; see :meth:`with_latents`.
         classes: labels, int64 (B,), or log-factors on the classes, (B, R); see :meth:`with_class`.
         reference: evidence that every input unit's value is divided by its value under; see :meth:`relative_to`.
@@ -54,29 +45,21 @@ class Evidence:
         """Hard evidence ``x``, (B, D), where ``observed``, bool (B, D), is True; everywhere when it is None.
 
         Args:
-            x: integers, or floating point, where NaN is a missing value. Entries that are not observed are ignored and
-                may hold anything.
+            x: integers, or floating point, where NaN is a missing value. What is not observed may be anything.
             observed: bool (B, D).
 
         Raises:
             ArgumentError: wrong shapes or dtypes.
         """
-        if isinstance(x, Tensor) and x.is_floating_point():
-            return cls._observe_floats(x, observed)
-        check_integers("x", x, "int64 or floating point (B, D)", dim=2)
-        if observed is None:
-            return cls(Listed(x.long().unsqueeze(-1)))
-        check_mask("observed", observed, x.shape)
-        return cls(Where(observed, Listed(x.long().masked_fill(~observed, 0).unsqueeze(-1)), Nothing(observed)))
-
-    @classmethod
-    def _observe_floats(cls, x: Tensor, observed: Tensor | None) -> Evidence:
-        check_floats("x", x, "int64 or floating point (B, D)", dim=2)
-        known = ~x.isnan()
+        is_real = isinstance(x, Tensor) and x.is_floating_point()
+        (check_floats if is_real else check_integers)("x", x, "int64 or floating point (B, D)", dim=2)
+        x, missing = (x, x.isnan()) if is_real else (x.long(), None)
         if observed is not None:
             check_mask("observed", observed, x.shape)
-            known &= observed
-        return cls(Where(known, Listed(x.masked_fill(~known, 0.0).unsqueeze(-1)), Nothing(known)))
+            missing = ~observed if missing is None else missing | ~observed
+        if missing is None:
+            return cls(Listed(x.unsqueeze(-1)))
+        return cls(Listed(x.masked_fill(missing, 0).unsqueeze(-1)).without(missing))
 
     @classmethod
     def soft(cls, log_factors: Tensor) -> Evidence:
@@ -104,14 +87,13 @@ class Evidence:
         """
         check_integers("values", values, "int64 (B, D, k)", dim=3)
         check_factors("log_factors", log_factors, "(B, D, k)", dim=3)
-        if values.shape != log_factors.shape:
-            raise ArgumentError(
-                f"log_factors: expected the shape of values, {tuple(values.shape)}, got {tuple(log_factors.shape)}"
-            )
+        shape, got = tuple(values.shape), tuple(log_factors.shape)
+        if got != shape:
+            raise ArgumentError(f"log_factors: expected the shape of values, {shape}, got {got}")
         if missing is not None:
             check_mask("missing", missing, values.shape[:2])
-        check_distinct(values, log_factors)
         listed = Listed(values.long(), log_factors)
+        listed.check_distinct()
         return cls(listed if missing is None else listed.without(missing))
 
     @classmethod
@@ -119,21 +101,18 @@ class Evidence:
         """Hard evidence ``x`` (B, D) where ``observed`` (B, D), soft evidence ``log_factors`` (B, D, C) elsewhere.
 
         Raises:
-            ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, or a factor that is NaN or
-                +inf.
+            ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, a factor that is NaN or +inf.
         """
         check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
         check_integers("x", x, "int64 (B, D)", dim=2)
         check_mask("observed", observed, x.shape)
-        if log_factors.shape[:2] != x.shape:
-            raise ArgumentError(
-                f"log_factors: expected (B, D, C) with (B, D) = {tuple(x.shape)}, got {tuple(log_factors.shape)}"
-            )
-        num_values = log_factors.shape[-1]
-        check_range(x.masked_fill(~observed, 0), num_values, "x")
-        hard = torch.full_like(log_factors, -torch.inf)
-        hard.scatter_(2, x.long().masked_fill(~observed, 0).unsqueeze(-1), 0.0)
-        return cls(Dense(torch.where(observed.unsqueeze(-1), hard, log_factors)))
+        shape, got = tuple(x.shape), tuple(log_factors.shape)
+        if got[:2] != shape:
+            raise ArgumentError(f"log_factors: expected (B, D, C) with (B, D) = {shape}, got {got}")
+        x = x.long().masked_fill(~observed, 0)
+        check_range(x, log_factors.shape[-1], "x")
+        both = Where(observed, Listed(x.unsqueeze(-1)), Dense(log_factors))
+        return cls(Dense(both.dense(log_factors.shape[-1], log_factors.dtype)))
 
     @classmethod
     def interval(cls, lower: Tensor, upper: Tensor) -> Evidence:
@@ -148,10 +127,10 @@ class Evidence:
         Raises:
             ArgumentError: wrong shapes or dtypes, or a bound that is NaN.
         """
-        bounds = checked_pair("lower", lower, "upper", upper)
-        if bool(bounds.isnan().any()):
+        check_pair("lower", lower, "upper", upper)
+        if bool((lower.isnan() | upper.isnan()).any()):
             raise ArgumentError("lower, upper: expected numbers or infinities, got NaN; use -inf and +inf for no bound")
-        return cls(Interval(bounds))
+        return cls(Interval(lower, upper))
 
     @classmethod
     def gaussian(cls, mean: Tensor, std: Tensor) -> Evidence:
@@ -164,10 +143,10 @@ class Evidence:
         Raises:
             ArgumentError: wrong shapes or dtypes, or numbers that are not finite or not positive.
         """
-        normal = checked_pair("mean", mean, "std", std)
-        if not bool(normal.isfinite().all() & (normal[..., 1] > 0).all()):
+        check_pair("mean", mean, "std", std)
+        if not bool((mean.isfinite() & std.isfinite() & (std > 0)).all()):
             raise ArgumentError("mean, std: expected finite numbers, std > 0; use Evidence.where for missing variables")
-        return cls(Normal(normal))
+        return cls(Normal(mean, std))
 
     @classmethod
     def where(cls, condition: Tensor, one: Evidence, other: Evidence) -> Evidence:
@@ -178,29 +157,23 @@ class Evidence:
 
         Args:
             condition: bool (B, D) or (D,).
-            one: for B queries over D variables.
-            other: the same.
+            one, other: for B queries over D variables.
 
         Raises:
             ArgumentError: shapes that do not fit, or both name the class.
         """
-        shape = torch.Size((one.batch_size, one.num_vars))
-        if (other.batch_size, other.num_vars) != shape:
-            raise ArgumentError(
-                f"other: expected evidence for {tuple(shape)} queries and variables like `one`, got "
-                f"{(other.batch_size, other.num_vars)}"
-            )
-        if isinstance(condition, Tensor) and condition.dim() == 1:
-            condition = condition.expand(*shape) if condition.shape[0] == shape[1] else condition
-        check_mask("condition", condition, shape)
+        one._check_alike(other)
+        if isinstance(condition, Tensor) and condition.shape == (one.num_vars,):
+            condition = condition.expand(one.batch_size, -1)
+        check_mask("condition", condition, (one.batch_size, one.num_vars))
         if one.classes is not None and other.classes is not None:
             raise ArgumentError("other: it names the class, as `one` does; give it once")
         reference = None
         if one.reference is not None or other.reference is not None:  # where nothing is known a unit has the value 1
-            nothing = cls(Nothing(condition))
-            reference = cls.where(condition, one.reference or nothing, other.reference or nothing)
+            references = (side.reference or cls(Nothing(condition)) for side in (one, other))
+            reference = cls.where(condition, *references)
         return cls(
-            one.factors.where(condition, other.factors),
+            one.factors.where(condition.clone(), other.factors),
             latents={**(other.latents or {}), **(one.latents or {})} or None,
             classes=other.classes if one.classes is None else one.classes,
             reference=reference,
@@ -226,9 +199,8 @@ class Evidence:
             ArgumentError: a wrong shape or dtype, or a factor that is NaN or +inf.
         """
         for key, factors in log_factors.items():
-            check_factors(
-                f"log_factors[{key!r}]", factors, f"({self.batch_size}, I)", dim=2, batch_size=self.batch_size
-            )
+            name, shape = f"log_factors[{key!r}]", f"({self.batch_size}, I)"
+            check_factors(name, factors, shape, dim=2, batch_size=self.batch_size)
         return replace(self, latents={**(self.latents or {}), **log_factors})
 
     def with_class(self, labels: Tensor | int) -> Evidence:
@@ -272,11 +244,7 @@ class Evidence:
         Raises:
             ArgumentError: ``other`` is no evidence or for other queries, or one of the two is relative already.
         """
-        if not isinstance(other, Evidence) or (other.batch_size, other.num_vars) != (self.batch_size, self.num_vars):
-            got = f"{other.batch_size, other.num_vars}" if isinstance(other, Evidence) else type(other).__name__
-            raise ArgumentError(
-                f"other: expected evidence for {self.batch_size, self.num_vars} queries and variables, got {got}"
-            )
+        self._check_alike(other)
         if self.reference is not None or other.reference is not None:
             raise ArgumentError("other: expected evidence that is not relative yet, relative to such; got it twice")
         return replace(self, reference=replace(other, latents=None, classes=None))
@@ -284,10 +252,10 @@ class Evidence:
     def with_factors(
         self, log_factors: Tensor, values: Tensor | None = None, missing: Tensor | None = None
     ) -> Evidence:
-        """Return evidence with the same latents, class and reference, and other factors: (B, D, C) if dense.
+        """Return evidence with the same latents, class and reference, and other factors.
 
         Args:
-            log_factors: dense, or of the listed values.
+            log_factors: dense (B, D, C), or of the listed values.
             values: the listed values, int64 (B, D, k); None: dense.
             missing: where every value has log-factor 0, bool (B, D); None: nowhere.
         """
@@ -295,27 +263,25 @@ class Evidence:
         return replace(self, factors=factors if missing is None else factors.without(missing))
 
     @property
+    def _one_kind(self) -> Factors:
+        """The kind of the factors where there are any, if it is the same everywhere."""
+        kind = self.factors
+        return kind.one if isinstance(kind, Where) and isinstance(kind.other, Nothing) else kind
+
+    @property
     def log_factors(self) -> Tensor | None:
         """Dense factors (B, D, C), or those of listed values (B, D, k); None for other kinds, and for several."""
-        kind = self._one_kind
-        return kind.log_factors if isinstance(kind, (Dense, Listed)) else None
+        return getattr(self._one_kind, "log_factors", None)
 
     @property
     def values(self) -> Tensor | None:
         """Listed values, int64 or floating point (B, D, k); None for other kinds, and for several."""
-        kind = self._one_kind
-        return kind.values if isinstance(kind, Listed) else None
+        return getattr(self._one_kind, "values", None)
 
     @property
     def missing(self) -> Tensor | None:
         """On which variables there are no factors at all, bool (B, D); None: on all there are."""
         return ~self.factors.known() if isinstance(self.factors, (Where, Nothing)) else None
-
-    @property
-    def _one_kind(self) -> Factors:
-        """The kind of the factors where there are any, if it is the same everywhere."""
-        kind = self.factors
-        return kind.one if isinstance(kind, Where) and isinstance(kind.other, Nothing) else kind
 
     @property
     def batch_size(self) -> int:
@@ -336,26 +302,18 @@ class Evidence:
         """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
         return self.factors.dense(num_categories, dtype)
 
-    def at(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the log-factors ``log e_i(x_i)`` of values x, (S, B, D) like them."""
-        return self.factors.at(x, dtype)
-
     def says_nothing(self, num_values: Tensor) -> Tensor:
         """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
 
         Evidence that is relative to other evidence says nothing only where that does not either.
 
         Args:
-            num_values: of the variables, int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0
-                for others.
+            num_values: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
         """
         return self._even(num_values) == 0
 
     def levelled(self, num_values: Tensor) -> tuple[Evidence, Tensor]:
         """Take out the factors that all values of a variable share, which no posterior depends on.
-
-        Args:
-            num_values: as for :meth:`says_nothing`.
 
         Returns:
             The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
@@ -392,11 +350,8 @@ class Evidence:
 
         Variables with 0 categories have infinitely many values; the layers of their input units check these.
         """
-        if self.num_vars != len(num_categories):
-            raise ArgumentError(
-                f"evidence: the circuit has {len(num_categories)} variables, the evidence has {self.num_vars} "
-                f"(shape {tuple(self.factors.stored.shape)})"
-            )
+        if self.num_vars != (count := len(num_categories)):
+            raise ArgumentError(f"evidence: the circuit has {count} variables, the evidence has {self.num_vars}")
         if self.device != num_categories.device:
             raise ArgumentError(
                 f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
@@ -412,28 +367,29 @@ class Evidence:
 
     def __repr__(self) -> str:
         """Python code that builds the evidence; shapes alone where it has more than a thousand numbers."""
-        factors = self.factors
-        if max(tensor.numel() for tensor in factors.tensors()) > _MAX_SHOWN:
-            kind = type(factors).__name__.lower()
-            code = f"Evidence({kind}, {self.batch_size} queries, {self.num_vars} variables, {self.device})"
-        else:
-            code = factors.code()
+        latents, classes = self.latents or {}, () if self.classes is None else (self.classes,)
+        if max(part.numel() for part in (*self.factors.tensors(), *latents.values(), *classes)) > _MAX_SHOWN:
+            kind = type(self.factors).__name__.lower()
+            return f"Evidence({kind}, {self.batch_size} queries, {self.num_vars} variables, {self.device})"
+        code = self.factors.code()
         if self.reference is not None:
             code += f".relative_to({self.reference!r})"
-        if self.latents and sum(latent.numel() for latent in self.latents.values()) > _MAX_SHOWN:
-            code += f".with_latents({len(self.latents)} nodes)"
-        elif self.latents:
-            items = (f"{key!r}: {tensor_code(latent)}" for key, latent in self.latents.items())
+        if latents:
+            items = (f"{key!r}: {tensor_code(latent)}" for key, latent in latents.items())
             code += f".with_latents({{{', '.join(items)}}})"
         if self.classes is not None:
-            method = "with_class" if self.classes.dim() == 1 else "with_class_prior"
-            is_long = self.classes.numel() > _MAX_SHOWN
-            code += f".{method}({tuple(self.classes.shape) if is_long else tensor_code(self.classes)})"
+            code += f".with_class{'' if self.classes.dim() == 1 else '_prior'}({tensor_code(self.classes)})"
         return code
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Show the code in interactive shells and failing examples too, which otherwise list a dataclass's fields."""
         printer.text(repr(self))
+
+    def _check_alike(self, other: Evidence) -> None:
+        shape = self.batch_size, self.num_vars
+        if not isinstance(other, Evidence) or (other.batch_size, other.num_vars) != shape:
+            got = f"{other.batch_size, other.num_vars}" if isinstance(other, Evidence) else type(other).__name__
+            raise ArgumentError(f"other: expected evidence for {shape} queries and variables, got {got}")
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
         return Evidence(

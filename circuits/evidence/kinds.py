@@ -10,12 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from circuits.arguments import check_range
 from circuits.errors import ArgumentError
-from circuits.evidence.checks import check_range
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -23,10 +24,13 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 class Factors(ABC):
     """Log-factors on the D variables of a batch of B queries; every tensor begins with (B, D)."""
 
+    maker: ClassVar[str]
+    """The class method of :class:`~circuits.evidence.Evidence` that takes the tensors."""
+
     @property
     def stored(self) -> Tensor:
         """A tensor (B, D, ...) that tells the sizes and the device."""
-        return self.tensors()[0]
+        return next(iter(vars(self).values()))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that the factors are made of."""
@@ -75,9 +79,9 @@ class Factors(ABC):
         """Return the factors with nothing known of the variables ``where``, bool (B, D)."""
         return self.where(~where, Nothing(where))
 
-    @abstractmethod
     def code(self) -> str:
         """Return Python code that builds evidence with these factors."""
+        return f"ct.Evidence.{self.maker}({', '.join(map(tensor_code, self.tensors()))})"
 
     def _all(self, value: bool | float) -> Tensor:
         return torch.full(self.stored.shape[:2], value, device=self.stored.device)
@@ -91,28 +95,21 @@ class Nothing(Factors):
     """Any tensor (B, D, ...): only its shape and its device count."""
 
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return 0."""
-        shape = torch.broadcast_shapes(x.shape, self.place.shape[:2])
-        return torch.zeros(shape, dtype=dtype, device=self.place.device)
+        return (self._all(0.0) + torch.zeros_like(x)).to(dtype)
 
     def even(self, num_values: Tensor) -> Tensor:
-        """Return 0."""
         return self._all(0.0)
 
     def known(self) -> Tensor:
-        """Return False."""
         return self._all(False)
 
     def where(self, condition: Tensor, other: Factors) -> Factors:
-        """Return ``other`` without these variables."""
         return other.without(condition)
 
     def without(self, where: Tensor) -> Factors:
-        """Return the same."""
         return self
 
     def code(self) -> str:
-        """Return ``ct.Evidence.nothing(...)``."""
         batch_size, num_vars = self.place.shape[:2]
         return f"ct.Evidence.nothing({batch_size}, {num_vars}{_device_code(self.place)})"
 
@@ -121,11 +118,11 @@ class Nothing(Factors):
 class Dense(Factors):
     """One log-factor for each of the values 0 .. C - 1; other values are ruled out."""
 
+    maker = "soft"
     log_factors: Tensor
     """(B, D, C)."""
 
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Pick the factors of the values; -inf for values that have none."""
         x = x.long()
         exists = (x >= 0) & (x < self.log_factors.shape[2])
         index = x.masked_fill(~exists, 0).unsqueeze(-1)
@@ -133,44 +130,33 @@ class Dense(Factors):
         return picked.masked_fill(~exists, -torch.inf)
 
     def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
-        """Return the log-factors, no more than there are."""
         return self.log_factors[..., :num_categories].to(dtype)
 
     def even(self, num_values: Tensor) -> Tensor:
-        """Compare the least and the greatest factor of the values that a variable has."""
         values = torch.arange(self.log_factors.shape[2], device=num_values.device)
         is_whole = num_values <= len(values)
         return _one_level(self.log_factors, is_whole, values < num_values.unsqueeze(-1), num_values)
 
     def check(self, num_categories: Tensor) -> None:
-        """Check that every category has a factor."""
-        count = int(num_categories.max())
-        if self.log_factors.shape[-1] < count:
-            raise ArgumentError(
-                f"log_factors: expected at least {count} values per variable, got {self.log_factors.shape[-1]} (shape "
-                f"{tuple(self.log_factors.shape)})"
-            )
-
-    def code(self) -> str:
-        """Return ``ct.Evidence.soft(...)``."""
-        return f"ct.Evidence.soft({tensor_code(self.log_factors)})"
+        count, shape = int(num_categories.max()), tuple(self.log_factors.shape)
+        if shape[-1] < count:
+            raise ArgumentError(f"log_factors: expected at least {count} values per variable, got shape {shape}")
 
 
 @dataclass(frozen=True, eq=False)
 class Listed(Factors):
     """Log-factors of listed values; all others are ruled out. One listed value with the factor 0 is hard evidence."""
 
+    maker = "sparse"
     values: Tensor
     """int64 or floating point (B, D, k)."""
     log_factors: Tensor | None = None
     """(B, D, k); None: 0 for every listed value."""
 
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Look the values up in the lists."""
         return self.factors(dtype).masked_fill(self.values != x.unsqueeze(-1), -torch.inf).amax(-1)
 
     def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
-        """Scatter the listed factors."""
         listed, values = self.factors(dtype), self.values
         factors = listed.new_full((*values.shape[:2], num_categories), -torch.inf)
         exists = (values >= 0) & (values < num_categories)  # other families have other values
@@ -178,72 +164,68 @@ class Listed(Factors):
         return factors.scatter_reduce(2, values, listed, "amax")
 
     def factors(self, dtype: torch.dtype) -> Tensor:
-        """Return the log-factors of the listed values, (B, D, k)."""
         given = self.log_factors
         return torch.zeros_like(self.values, dtype=dtype) if given is None else given.to(dtype)
 
     def even(self, num_values: Tensor) -> Tensor:
-        """Return the one factor of lists of all values."""
         if self.log_factors is None:
             return self._all(torch.nan)
         # what is listed above -inf is distinct, so that counting says whether it is everything
         counts = (self.log_factors > -torch.inf) & (self.values >= 0) & (self.values < num_values.unsqueeze(-1))
         return _one_level(self.log_factors, counts.sum(-1) == num_values, counts, num_values)
 
+    def check_distinct(self) -> None:
+        """Check that no possible value is listed twice for a variable."""
+        values, log_factors = self.values, self.log_factors
+        if log_factors is not None:
+            fillers = -1 - torch.arange(values.shape[-1], device=values.device)
+            values = torch.where(log_factors.detach() > -torch.inf, values, fillers)
+        ordered = values.sort(-1).values
+        repeated = (ordered[..., 1:] == ordered[..., :-1]).nonzero()
+        if len(repeated):
+            batch, var, position = repeated[0].tolist()
+            raise ArgumentError(
+                f"values: expected distinct values in a row, got {int(ordered[batch, var, position])} twice at batch "
+                f"{batch}, variable {var}; add up its factors with torch.logaddexp first"
+            )
+
     def check(self, num_categories: Tensor) -> None:
-        """Check that all listed values exist."""
         check_range(self.values, num_categories.unsqueeze(-1), "x")
 
     def code(self) -> str:
-        """Return ``ct.Evidence.observe(...)`` or ``ct.Evidence.sparse(...)``."""
         if self.log_factors is None and self.values.shape[-1] == 1:
             return f"ct.Evidence.observe({tensor_code(self.values[..., 0])})"
-        factors = self.factors(torch.float32) if self.log_factors is None else self.log_factors
-        return f"ct.Evidence.sparse({tensor_code(self.values)}, {tensor_code(factors)})"
+        return Listed(self.values, self.factors(torch.float32)).code() if self.log_factors is None else super().code()
 
 
 @dataclass(frozen=True, eq=False)
 class Interval(Factors):
-    """Values between bounds, ``lower < v <= upper``, have the factor 1, others 0."""
+    """Values between bounds, ``lower < v <= upper``, have the factor 1, others 0; both are (B, D)."""
 
-    bounds: Tensor
-    """Lower and upper bounds, (B, D, 2)."""
+    maker = "interval"
+    lower: Tensor
+    upper: Tensor
 
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compare the values with the bounds."""
-        lower, upper = self.bounds.unbind(-1)
-        return torch.where((lower < x) & (x <= upper), 0.0, -torch.inf).to(dtype)
+        return torch.where((self.lower < x) & (x <= self.upper), 0.0, -torch.inf).to(dtype)
 
     def even(self, num_values: Tensor) -> Tensor:
-        """Return 0 where all values lie between the bounds."""
-        lower, upper = self.bounds.unbind(-1)
-        greatest = torch.where(num_values > 0, num_values - 1.0, torch.inf)
-        holds_all = (lower < torch.where(num_values != 0, 0.0, -torch.inf)) | (lower == -torch.inf)
-        return torch.where(holds_all & (upper >= greatest), 0.0, torch.nan)
-
-    def code(self) -> str:
-        """Return ``ct.Evidence.interval(...)``."""
-        lower, upper = self.bounds.unbind(-1)
-        return f"ct.Evidence.interval({tensor_code(lower)}, {tensor_code(upper)})"
+        greatest = torch.where(num_values > 0, num_values.double() - 1, torch.inf)
+        holds_least = (self.lower == -torch.inf) | ((self.lower < 0) & (num_values != 0))
+        return torch.where(holds_least & (self.upper >= greatest), 0.0, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
 class Normal(Factors):
-    """Factors ``N(v; mean, std^2)``: a measurement with normal noise."""
+    """Factors ``N(v; mean, std^2)``, a measurement with normal noise; both are (B, D)."""
 
-    parameters: Tensor
-    """Means and standard deviations, (B, D, 2)."""
+    maker = "gaussian"
+    mean: Tensor
+    std: Tensor
 
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Evaluate the densities."""
-        parameters = self.parameters.to(torch.promote_types(self.parameters.dtype, dtype))
-        mean, std = parameters.unbind(-1)
+        mean, std = (part.to(torch.promote_types(part.dtype, dtype)) for part in (self.mean, self.std))
         return (-0.5 * ((x - mean) / std).square() - std.log() - _HALF_LOG_TWO_PI).to(dtype)
-
-    def code(self) -> str:
-        """Return ``ct.Evidence.gaussian(...)``."""
-        mean, std = self.parameters.unbind(-1)
-        return f"ct.Evidence.gaussian({tensor_code(mean)}, {tensor_code(std)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,36 +240,28 @@ class Where(Factors):
     """The factors elsewhere, of any kind."""
 
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Choose between both."""
         return torch.where(self.condition, self.one.at(x, dtype), self.other.at(x, dtype))
 
     def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
-        """Choose between both."""
         parts = self.one.dense(num_categories, dtype), self.other.dense(num_categories, dtype)
         return torch.where(self.condition.unsqueeze(-1), *parts)
 
     def even(self, num_values: Tensor) -> Tensor:
-        """Choose between both."""
         return torch.where(self.condition, self.one.even(num_values), self.other.even(num_values))
 
     def known(self) -> Tensor:
-        """Return where either is."""
         return self.condition | self.other.known()
 
     def check(self, num_categories: Tensor) -> None:
-        """Check both."""
         self.one.check(num_categories)
         self.other.check(num_categories)
 
     def where(self, condition: Tensor, other: Factors) -> Factors:
-        """Narrow the condition down, so that ``one`` stays simple."""
         return Where(self.condition & condition, self.one, self.other.where(condition, other))
 
     def code(self) -> str:
-        """Return the code of one kind where there is but one, ``ct.Evidence.where(...)`` else."""
-        for is_all, part in ((self.condition, self.one), (~self.condition, self.other)):
-            if bool(is_all.all()):
-                return part.code()
+        if bool(self.condition.all()) or not bool(self.condition.any()):
+            return (self.one if bool(self.condition.any()) else self.other).code()
         one, condition = self.one.code(), tensor_code(self.condition)
         if isinstance(self.one, Listed) and one.startswith("ct.Evidence.observe") and isinstance(self.other, Nothing):
             return f"{one[:-1]}, observed={condition})"

@@ -77,11 +77,9 @@ def _bounded(factors: Factors, upper: Tensor, dtype: torch.dtype) -> Factors:
         case Where(condition, one, other):
             return Where(condition, _bounded(one, upper, dtype), _bounded(other, upper, dtype))
         case Nothing():
-            upper = upper.to(dtype)
-            return Interval(torch.stack([torch.full_like(upper, -torch.inf), upper], -1))
-        case Interval(bounds):
-            lower, old_upper = bounds.unbind(-1)
-            return Interval(torch.stack([lower, torch.minimum(old_upper, upper.to(bounds.dtype))], -1))
+            return Interval(torch.full_like(upper, -torch.inf, dtype=dtype), upper.to(dtype))
+        case Interval(lower, old_upper):
+            return Interval(lower, torch.minimum(old_upper, upper.to(old_upper.dtype)))
         case Listed(values, log_factors):
             log_factors = torch.zeros_like(values, dtype=dtype) if log_factors is None else log_factors
             return Listed(values, log_factors.masked_fill(values > upper.unsqueeze(2), -torch.inf))

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count, checked_temperature
+from circuits.arguments import check_integers, check_range, checked_count, checked_temperature
 from circuits.engine import choices, passes
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.passes import Banks
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.evidence.checks import check_integers, check_range
 from circuits.precision import own_precision
 from circuits.queries.common import (
     check_generator,

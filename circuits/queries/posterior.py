@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from circuits.arguments import check_integers, check_mask
 from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.conditioning import Conditions, LayerValues
@@ -17,7 +18,6 @@ from circuits.engine.passes import Banks
 from circuits.engine.semirings import LogSemiring
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
-from circuits.evidence.checks import check_integers, check_mask
 from circuits.precision import own_precision
 from circuits.queries.common import checked_possible, given_evidence, one_per_query
 
