@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from circuits import interop, learning, plot, properties, queries, structures, testing, transforms
 from circuits.constrained import ConstrainedDistribution
 from circuits.distribution import CircuitDistribution
+from circuits.engine import weight_forms as weights
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import (
     ArgumentError,
@@ -83,6 +84,7 @@ __all__ = [
     "sum",
     "testing",
     "transforms",
+    "weights",
 ]
 
 

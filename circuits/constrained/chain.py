@@ -70,6 +70,7 @@ class Vectors(Semiring):
 
     def __init__(self, entries: ChoosingSemiring) -> None:
         self.entries = entries
+        self.is_linear = entries.is_linear
 
     def lift(self, log_values: Tensor) -> Tensor:
         """Return vectors of one entry."""
@@ -130,16 +131,13 @@ def _mixed(chain: Chain, vectors: Vectors, node: Sum, children: Tensor) -> Tenso
             own = replace(latents, rows=torch.zeros_like(slots), log=latents.log[slots])
             children = own.applied(vectors, children)
     external = chain.banks.external.get(layer)
-    slot = -1 if external is None else int(external.slot[row])
-    if external is None or slot < 0:
-        bank, bank_row = chain.pc.bank_address(node)
-        rows = slice(bank_row, bank_row + 1)
-        weights = chain.banks[bank]
-        return vectors.contract(weights.log[rows], children, weights=weights.linear[rows])
-    alone = torch.zeros(1, dtype=torch.int64, device=children.device)
-    scale = None if external.log_scale is None else external.log_scale[slot : slot + 1]
-    own_weights = replace(external, rows=alone, slot=alone, log=external.log[slot : slot + 1], log_scale=scale)
-    return own_weights.of_sums(vectors, children, None)
+    given = None if external is None else external.of_node(row)
+    if given is not None:
+        return given.contract(vectors, children)
+    bank, bank_row = chain.pc.bank_address(node)
+    rows = slice(bank_row, bank_row + 1)
+    weights = chain.banks[bank]
+    return vectors.contract(weights.log[rows], children, weights=weights.linear[rows])
 
 
 def _product(chain: Chain, values: Values, node: Product, parts: Sequence[Node]) -> Tensor:

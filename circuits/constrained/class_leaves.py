@@ -101,7 +101,7 @@ def _dense(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, chosen: 
         external = banks.external.get(position)
         if external is not None:
             restricted = evidence.log_factors.masked_fill(~chosen[: evidence.log_factors.shape[-1]], -torch.inf)
-            part = external.of_inputs(semiring, Evidence(Dense(restricted)), layer.variables, part)
+            part = external.values(semiring, Evidence(Dense(restricted)), layer.variables, part)
         values.append(part)
     return values
 

@@ -184,7 +184,7 @@ def draw_values(
                 chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, source)
             else:
                 scores = layer.scores(evidence, weights, n, unit, of_query)
-                scores = external.input_scores(scores, evidence, layer.variables, n, unit, of_query)
+                scores = external.scores(scores, evidence, layer.variables, n, unit, of_query)
                 chosen = semiring.choose(scores, source)
             values[c, layer.variables[n]] = chosen.to(dtype)
     return values

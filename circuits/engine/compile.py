@@ -18,14 +18,16 @@ from circuits.arguments import checked_device, checked_dtype, checked_seed
 from circuits.engine import passes
 from circuits.engine.addressing import Address
 from circuits.engine.assembly import built_layer
-from circuits.engine.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, external_weights
+from circuits.engine.conditioning import Conditions, LatentFactors, LayerValues
+from circuits.engine.external import ExternalWeights, checked_form, weights_by_layer
 from circuits.engine.input_layers import InputLayer
 from circuits.engine.layers import ProductLayer, SumLayer, Weights
 from circuits.engine.plan import plan_layers
 from circuits.engine.semirings import LogSemiring
+from circuits.engine.weight_forms import Form
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.families import Categorical, Direct, Finite
+from circuits.families import Categorical, Direct
 from circuits.precision import own_precision
 from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, num_free_parameters, parameter_owner
 
@@ -120,7 +122,7 @@ class CompiledCircuit(nn.Module):
 
     @own_precision
     def weights(
-        self, *, external: Mapping[ParametricNode | str, Tensor] | None = None, normalize: bool = True
+        self, *, external: Mapping[ParametricNode | str, Tensor | Form] | None = None, normalize: bool = True
     ) -> passes.Banks:
         """Return the normalised weights of every bank, with those given to single nodes at run time in place.
 
@@ -130,8 +132,9 @@ class CompiledCircuit(nn.Module):
 
         Args:
             external: log-weights by node or name (neural conditioning), for this node alone, not for nodes tied to it:
-                sums (K, I) or (B, K, I), inputs of finite families (C, K) or (B, C, K). Every query takes the result as
-                ``weights=``, and is differentiable in the given tensors.
+                sums (K, I) or (B, K, I), inputs of finite families (C, K) or (B, C, K). Sums also take a form that
+                needs no table per query: :class:`ct.weights.Gates`, :class:`ct.weights.LowRank`. Every query takes the
+                result as ``weights=``, and is differentiable in the given tensors.
             normalize: whether a log-softmax makes each unit's external weights sum to 1 (along I, or C). If not, they
                 are used as they are, and log Z is that of the unnormalised circuit.
 
@@ -140,7 +143,7 @@ class CompiledCircuit(nn.Module):
                 NaN or +inf, or, with ``normalize``, a unit whose weights are all -inf.
         """
         own = {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
-        return passes.Banks(own, self._external_weights(external, normalize) if external else None)
+        return passes.Banks(own, self._external_weights(external, own, normalize) if external else None)
 
     @own_precision
     def conditions(self, evidence: Evidence) -> Conditions:
@@ -267,37 +270,16 @@ class CompiledCircuit(nn.Module):
         return parameter_owner(found)
 
     def _external_weights(
-        self, external: Mapping[ParametricNode | str, Tensor], normalize: bool
+        self, external: Mapping[ParametricNode | str, Tensor | Form], own: Mapping[str, Weights], normalize: bool
     ) -> dict[int, ExternalWeights]:
-        by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
-        axes: dict[int, int] = {}
-        for key, log_weights in external.items():
+        by_layer: dict[int, dict[int, Form]] = defaultdict(dict)
+        for key, given in external.items():
             node = self._node_of("external", key)
-            if not isinstance(node, ParametricNode):
-                raise ArgumentError(f"external: expected sum or input nodes, which have weights, got {node}")
-            rows, columns = node.parameter_shape
-            if isinstance(node, Input):
-                if not isinstance(node.distribution, Finite):
-                    raise ArgumentError(
-                        f"external: inputs take weights at run time if they have finitely many values, got {node}"
-                    )
-                rows = node.distribution.num_values
-            is_table = isinstance(log_weights, Tensor) and log_weights.dim() in (2, 3)
-            if not is_table or not log_weights.is_floating_point() or log_weights.shape[-2:] != (rows, columns):
-                got = tuple(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
-                raise ArgumentError(
-                    f"external: expected floating-point log-weights ({rows}, {columns}) or (B, {rows}, {columns}) for "
-                    f"{node}, got {got}"
-                )
             layer, row = self.address(node)
             if row in by_layer[layer]:
                 raise ArgumentError(f"external: {node} is given twice, by name and by node; give it once")
-            by_layer[layer][row] = log_weights.to(self.device)
-            axes[layer] = -1 if isinstance(node, Sum) else -2
-        return {
-            layer: external_weights(tables, self.layer_sizes[layer][0], self.dtype, axes[layer], normalize=normalize)
-            for layer, tables in by_layer.items()
-        }
+            by_layer[layer][row] = checked_form(given, node)
+        return weights_by_layer(self, by_layer, own, normalize=normalize)
 
     def _class_factors(self, classes: Tensor | None) -> Tensor | None:
         """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from circuits.engine import logspace
 from circuits.engine.addressing import Address, Gradients, ParameterRows, Rows
-from circuits.engine.conditioning import ExternalWeights, LatentFactors, conditions_of
+from circuits.engine.conditioning import LatentFactors, conditions_of
+from circuits.engine.external import GivenSums
 from circuits.engine.semirings import LogSemiring, Semiring
 from circuits.symbolic import ProductMode
 
@@ -166,16 +167,16 @@ class SumLayer(_InnerLayer):
         semiring: Semiring,
         outputs: Sequence[Tensor | None],
         weights: Weights,
-        external: ExternalWeights | None = None,
+        external: GivenSums | None = None,
     ) -> Tensor:
         """Return the mixtures, shape (F, K, B, *E); ``external`` weights replace those of some nodes."""
         is_stacked = external is None and self._latents_of(outputs) is None
         x = self._gather_stacks(outputs) if is_stacked else self.gather(outputs, semiring)
         if external is not None and external.is_everywhere:
-            return external.of_sums(semiring, x, None)
+            return external.contract(semiring, x, None)
         log_weights, linear = self._select(weights.log, len(x)), self._select(weights.linear, len(x))
         own = self._unstack(semiring.contract(log_weights, x, weights=linear))
-        return own if external is None else external.of_sums(semiring, x, own)
+        return own if external is None else external.contract(semiring, x, own)
 
     def forward_recorded(
         self, outputs: Sequence[Tensor | None], weights: Weights

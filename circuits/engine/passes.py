@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from circuits.engine.addressing import Gradients
-from circuits.engine.conditioning import Conditions, ExternalWeights, LatentFactors, LayerValues, conditions_of
+from circuits.engine.conditioning import Conditions, LatentFactors, LayerValues, conditions_of
+from circuits.engine.external import ExternalWeights
 from circuits.engine.layers import Flows, ProductLayer, Weights
 from circuits.engine.semirings import LogSemiring, Semiring
 from circuits.errors import ArgumentError, PropertyError
@@ -31,17 +32,21 @@ class Banks(dict[str, Weights]):
 
     def __init__(self, weights: Mapping[str, Weights], external: Mapping[int, ExternalWeights] | None = None) -> None:
         super().__init__(weights)
-        self.external = external or {}
+        self.external: Mapping[int, Any] = external or {}
+        """Of sum layers :class:`~circuits.engine.external.GivenSums`, of input layers ``GivenInputs``."""
 
     @property
     def batch_size(self) -> int:
         """B of the external weights; 1 when all queries share them."""
-        return max([1, *(given.log.shape[1] for given in self.external.values())])
+        return max([1, *(given.batch_size for given in self.external.values())])
 
     def tensors(self) -> list[Tensor]:
         """Return all log-weights."""
-        scales = [given.log_scale for given in self.external.values() if given.log_scale is not None]
-        return [*(bank.log for bank in self.values()), *(given.log for given in self.external.values()), *scales]
+        return [*(bank.log for bank in self.values()), *(t for given in self.external.values() for t in given.tensors)]
+
+    def of_queries(self, index: Tensor) -> Banks:
+        """Return the weights of some queries, int64 (m,); they may come more than once."""
+        return Banks(self, {layer: given.of_queries(index) for layer, given in self.external.items()})
 
     def detached(self, *, requires_grad: bool = False) -> Banks:
         """Return the same weights without their history, the banks as new leaves of automatic differentiation."""
@@ -67,7 +72,7 @@ def leaves(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, banks: B
         own = None
         if external is None or not external.is_everywhere:
             own = layer(semiring, evidence, banks[layer.parameter_rows.bank])
-        values.append(own if external is None else external.of_inputs(semiring, evidence, layer.variables, own))
+        values.append(own if external is None else external.values(semiring, evidence, layer.variables, own))
     if evidence.reference is not None:
         divisors = leaves(pc, LogSemiring(), evidence.reference, banks)
         values = [divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
@@ -101,7 +106,7 @@ def silent_sums(pc: CompiledCircuit, is_silent: Sequence[Tensor], conditions: Co
     outputs: list[Tensor | None] = []
     for position, silent in enumerate(is_silent):
         external = banks.external.get(position)
-        outputs.append(silent if external is None or external.log_scale is None else _heard(silent, external.rows))
+        outputs.append(silent if external is None else _heard(silent, external.scaled_rows))
     by_layer = {}
     for position, layer in enumerate(pc.inner_layers, start=len(outputs)):
         if isinstance(layer, ProductLayer):
@@ -109,8 +114,8 @@ def silent_sums(pc: CompiledCircuit, is_silent: Sequence[Tensor], conditions: Co
             continue
         silent = layer.all_of(outputs)
         external = banks.external.get(position)
-        if external is not None and external.log_scale is not None:
-            silent = _heard(silent, external.rows)
+        if external is not None:
+            silent = _heard(silent, external.scaled_rows)
         if position in conditions.latents:
             factors = conditions.latents[position]  # those that are 0 throughout say nothing
             is_heard = (factors.log != 0).any(1, keepdim=True)

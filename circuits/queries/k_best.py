@@ -138,7 +138,7 @@ def _descend(
             scores = leaf.scores(evidence, banks[leaf.parameter_rows.bank], node, unit, of_query)
             if position in banks.external:
                 external = banks.external[position]
-                scores = external.input_scores(scores, evidence, leaf.variables, node, unit, of_query)
+                scores = external.scores(scores, evidence, leaf.variables, node, unit, of_query)
             values[column, leaf.variables[node]] = _ranked(scores, ranks[node, column])
     return values
 

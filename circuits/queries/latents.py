@@ -121,7 +121,7 @@ class LatentChoice:
             rows = bank[layer.parameter_rows.index[node].unsqueeze(1), wanted, unit.unsqueeze(1)]
             if position in self.weights.external:
                 given = self.weights.external[position]
-                rows = given.replaced_inputs(rows, wanted, node, unit, self.query[column])
+                rows = given.replaced(rows, wanted, node, unit, self.query[column])
             if values is None:
                 result[column, variable, : rows.shape[1]] = rows
             else:

@@ -79,13 +79,7 @@ class Posterior:
         return replace(self, leaves=leaves, values=all_values, known=self.known | observed)
 
     def rows(self, index: Tensor) -> Posterior:
-        """Return the posterior of some of the B queries, int64 (n,); they may come more than once.
-
-        Raises:
-            PropertyError: there are external weights for each of the B queries.
-        """
-        if self.weights.batch_size > 1:
-            raise PropertyError("rows: expected weights that all queries share, got external ones for each")
+        """Return the posterior of some of the B queries, int64 (n,); they may come more than once."""
         leaves = [_columns(leaf, index) for leaf in self.leaves]
         divisors = None if self.divisors is None else [_columns(divisor, index) for divisor in self.divisors]
         latents = {
@@ -95,7 +89,9 @@ class Posterior:
         classes = self.conditions.class_factors
         conditions = Conditions(latents, None if classes is None else classes.index_select(1, index))
         origin, values, known = self.origin[index], self.values[index], self.known[index]
-        return Posterior(self.pc, self.weights, self.evidence, origin, conditions, leaves, divisors, values, known)
+        return Posterior(
+            self.pc, self.weights.of_queries(index), self.evidence, origin, conditions, leaves, divisors, values, known
+        )
 
     @functools.cached_property
     def flows(self) -> list[Tensor]:

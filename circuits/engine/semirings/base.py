@@ -31,6 +31,9 @@ class Semiring(ABC):
 
     adds_up: ClassVar[bool] = True
     """Whether plus is addition, so that a normalised unit without evidence is the constant 1."""
+    is_linear: bool = False
+    """Whether values are logarithms, entry by entry of E, and :meth:`contract` multiplies their exponentials by the
+    weights; so weights need not be written out that are a sum of simpler ones."""
 
     def lift(self, log_values: Tensor) -> Tensor:
         """Turn the log-values of input units, (F, K, B), into values (F, K, B, *E); the identity by default."""
@@ -73,6 +76,8 @@ class Semiring(ABC):
 
 class LogSemiring(Semiring):
     """Log-probabilities with log-sum-exp as plus: partition functions."""
+
+    is_linear = True
 
     def times(self, left: Tensor, right: Tensor) -> Tensor:
         """Add the logarithms."""

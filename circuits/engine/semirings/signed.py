@@ -15,6 +15,8 @@ class SignedSemiring(Semiring):
     The two totals stay apart until the end, so an expectation is as accurate as the expectation of its magnitude.
     """
 
+    is_linear = True
+
     def lift(self, log_values: Tensor) -> Tensor:
         """Read log-values as positive numbers."""
         return torch.stack([log_values, torch.full_like(log_values, -torch.inf)], -1)

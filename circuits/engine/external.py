@@ -1,0 +1,281 @@
+"""Weights that single nodes of a layer are given at run time, in place of their own (neural conditioning)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from circuits.engine.joined_weights import JoinedTables, JoinedWeights
+from circuits.engine.semirings import Semiring
+from circuits.engine.weight_forms import Dense, Form, Own, joined_tables
+from circuits.errors import ArgumentError
+from circuits.families import Finite
+from circuits.symbolic import Input, Node, ParametricNode
+
+if TYPE_CHECKING:
+    from circuits.engine.compile import CompiledCircuit
+    from circuits.engine.layers import SumLayer, Weights
+    from circuits.evidence import Evidence
+
+
+class ExternalWeights(ABC):
+    """Weights that some of the F nodes of one layer use in place of their own."""
+
+    rows: Tensor
+    """Which nodes of the layer, ascending, int64 (n,)."""
+    num_nodes: int
+    """F."""
+
+    @property
+    @abstractmethod
+    def joined(self) -> Sequence[JoinedWeights]:
+        """The weights, as they are evaluated together."""
+
+    @abstractmethod
+    def detached(self) -> ExternalWeights:
+        """Return the same weights without their history."""
+
+    @abstractmethod
+    def of_queries(self, index: Tensor) -> ExternalWeights:
+        """Return the weights of some queries, int64 (m,)."""
+
+    @property
+    def batch_size(self) -> int:
+        """B; 1 where all queries share the weights."""
+        return max(weights.batch_size for weights in self.joined)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the weights are made of."""
+        return [t for weights in self.joined for t in weights.tensors]
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether all nodes of the layer are given weights, so that its own need not be evaluated."""
+        return len(self.rows) == self.num_nodes
+
+
+@dataclass(frozen=True, eq=False)
+class GivenSums(ExternalWeights):
+    """Weights of nodes of a sum layer, in one form or several."""
+
+    parts: tuple[tuple[Tensor, JoinedWeights], ...]
+    """Nodes of the layer, int64, and the weights of these."""
+    part: Tensor
+    """Which of the parts a node of the layer belongs to, int64 (F,); -1: none."""
+    slot: Tensor
+    """Where it is there, int64 (F,)."""
+
+    @property
+    def joined(self) -> Sequence[JoinedWeights]:
+        """The weights of every part."""
+        return [weights for _, weights in self.parts]
+
+    @property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """Which nodes of the layer, ascending, int64 (n,)."""
+        return (self.part >= 0).nonzero().flatten()
+
+    @property
+    def num_nodes(self) -> int:  # type: ignore[override]
+        """F."""
+        return len(self.part)
+
+    @property
+    def scaled_rows(self) -> Tensor:
+        """Which nodes have weights that need not sum to 1, int64."""
+        scaled = [rows for rows, weights in self.parts if weights.log_scale is not None]
+        return torch.cat(scaled) if scaled else self.part[:0]
+
+    def contract(self, semiring: Semiring, x: Tensor, own: Tensor | None) -> Tensor:
+        """Return the layer's mixtures, (F, K, B, *E), given its children, (F, I, B, *E), and those of own weights."""
+        if len(self.parts) == 1 and self.is_everywhere:
+            return self.parts[0][1].contract(semiring, x).contiguous()
+        given = [weights.contract(semiring, x.index_select(0, rows)) for rows, weights in self.parts]
+        rows = torch.cat([rows for rows, _ in self.parts])
+        if own is None:
+            return torch.cat(given).index_select(0, rows.argsort())
+        return own.index_copy(0, rows, torch.cat(given))
+
+    def of_node(self, row: int) -> JoinedWeights | None:
+        """Return the weights of one node of the layer alone, or None: it has its own."""
+        part = int(self.part[row])
+        return None if part < 0 else self.parts[part][1].of_node(int(self.slot[row]))
+
+    def replaced(self, log_weights: Tensor, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Put the given log-weights over the own ones, (m, I), of m reached sum units, in place.
+
+        Args:
+            log_weights: the units' own.
+            node: row of each unit's node in the layer, like the rest (m,).
+            unit: which unit of the node.
+            query: whose weights.
+        """
+        for number, (_, weights) in enumerate(self.parts):
+            given = (self.part[node] == number).nonzero().flatten()
+            if len(given):
+                log_weights[given] = weights.rows(self.slot[node[given]], query[given], unit[given])
+        return log_weights
+
+    def detached(self) -> GivenSums:
+        """Return the same weights without their history."""
+        return replace(self, parts=tuple((rows, weights.detached()) for rows, weights in self.parts))
+
+    def of_queries(self, index: Tensor) -> GivenSums:
+        """Return the weights of some queries, int64 (m,)."""
+        return replace(self, parts=tuple((rows, weights.of_queries(index)) for rows, weights in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class GivenInputs(ExternalWeights):
+    """Tables of nodes of an input layer of a finite family."""
+
+    rows: Tensor
+    slot: Tensor
+    """Where a node of the layer is in ``rows``, int64 (F,); -1: it keeps its own weights."""
+    tables: JoinedTables
+    """(n, B or 1, C, K)."""
+
+    @property
+    def joined(self) -> Sequence[JoinedWeights]:
+        """The tables."""
+        return [self.tables]
+
+    @property
+    def num_nodes(self) -> int:  # type: ignore[override]
+        """F."""
+        return len(self.slot)
+
+    @property
+    def scaled_rows(self) -> Tensor:
+        """Which nodes have weights that need not sum to 1, int64."""
+        return self.rows if self.tables.log_scale is not None else self.rows[:0]
+
+    def values(self, semiring: Semiring, evidence: Evidence, variables: Tensor, own: Tensor | None) -> Tensor:
+        """Return the values of the layer's input units, (F, K, B, *E); ``variables`` are the layer's, (F,)."""
+        num_given, num_categories = len(self.rows), self.tables.log.shape[2]
+        query = torch.arange(evidence.batch_size, device=self.rows.device).repeat(num_given)
+        variable = variables[self.rows].repeat_interleave(evidence.batch_size)
+        factors = evidence.pick(query, variable).dense(num_categories, self.tables.log.dtype)[:, 0, :num_categories]
+        x = semiring.lift(factors.unflatten(0, (num_given, -1)).transpose(1, 2))
+        given = self.tables.contract_inputs(semiring, x)
+        return given.contiguous() if own is None else own.index_copy(0, self.rows, given)
+
+    def scores(
+        self, scores: Tensor, evidence: Evidence, variables: Tensor, node: Tensor, unit: Tensor, query: Tensor
+    ) -> Tensor:
+        """Put ``log e(v) + log w(v)`` of the given weights over that of the own ones, (m, C), in place."""
+        given, slot, owner = self._given(node, query)
+        num_categories = scores.shape[1]
+        factors = evidence.pick(query[given], variables[node[given]]).dense(num_categories, scores.dtype)
+        scores[given] = self.tables.log[slot, owner, :, unit[given]] + factors[:, 0, :num_categories]
+        return scores
+
+    def replaced(self, log_weights: Tensor, values: Tensor, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+        """Put the given log-weights of some values over the own ones, both (m, k), of m input units, in place."""
+        given, slot, owner = self._given(node, query)
+        at = slot.unsqueeze(1), owner.unsqueeze(1), values[given], unit[given].unsqueeze(1)
+        log_weights[given] = self.tables.log[at]
+        return log_weights
+
+    def detached(self) -> GivenInputs:
+        """Return the same weights without their history."""
+        return replace(self, tables=self.tables.detached())
+
+    def of_queries(self, index: Tensor) -> GivenInputs:
+        """Return the weights of some queries, int64 (m,)."""
+        return replace(self, tables=self.tables.of_queries(index))
+
+    def _given(self, node: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which of m reached units have given weights, and where those are in the tables."""
+        slot = self.slot[node]
+        given = (slot >= 0).nonzero().flatten()
+        return given, slot[given], self.tables.owner(query[given])
+
+
+def checked_form(given: Tensor | Form, node: Node) -> Form:
+    """Return the weights of a node as a form.
+
+    Raises:
+        ArgumentError: they do not fit the node, or it has no weights.
+    """
+    if not isinstance(node, ParametricNode):
+        raise ArgumentError(f"external: expected sum or input nodes, which have weights, got {node}")
+    form = given if isinstance(given, Form) else Dense(given)
+    rows, columns = node.parameter_shape
+    if isinstance(node, Input):
+        if not isinstance(node.distribution, Finite) or not isinstance(form, Dense):
+            raise ArgumentError(
+                "external: inputs take weights at run time as tables, if they have finitely many values, got "
+                f"{type(form).__name__} for {node}"
+            )
+        rows = node.distribution.num_values
+    form.check(str(node), (rows, columns))
+    return form
+
+
+def weights_by_layer(
+    pc: CompiledCircuit, given: Mapping[int, Mapping[int, Form]], own: Mapping[str, Weights], *, normalize: bool
+) -> dict[int, ExternalWeights]:
+    """Join the weights that nodes are given, by layer.
+
+    Args:
+        pc: the circuit.
+        given: the weights by layer and row.
+        own: the circuit's weights.
+        normalize: whether weights are made to sum to 1.
+
+    Raises:
+        ArgumentError: batch sizes differ, a weight is NaN or +inf, or, with ``normalize``, a unit has no weight.
+    """
+    batch_sizes = (form.batch_size for forms in given.values() for form in forms.values())
+    sizes = {size for size in batch_sizes if size is not None and size > 1}
+    if len(sizes) > 1:
+        raise ArgumentError(f"external: expected one batch size, got {sorted(sizes)} along dimension 0")
+    shared: dict[Hashable, Any] = {}
+    joined: dict[int, ExternalWeights] = {}
+    for position, forms in given.items():
+        num_nodes = pc.layer_sizes[position][0]
+        if position < len(pc.input_layers):
+            joined[position] = _given_inputs(forms, num_nodes, pc.device, pc.dtype, normalize)
+            continue
+        parameters = cast("SumLayer", pc.inner_layers[position - len(pc.input_layers)]).parameter_rows
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for row in sorted(forms):
+            groups[forms[row].group()].append(row)
+        parts = []
+        for rows in groups.values():
+            of_nodes = Own(parameters.bank, own[parameters.bank].log, tuple(parameters.index[rows].tolist()))
+            of_group = [forms[row] for row in rows]
+            parts.append(of_group[0].joined(of_group, of_nodes, normalize=normalize, shared=shared))
+        index, part, slot = _places(list(groups.values()), num_nodes, pc.device)
+        joined[position] = GivenSums(tuple(zip(index, parts, strict=True)), part, slot)
+    return joined
+
+
+def _given_inputs(
+    forms: Mapping[int, Any], num_nodes: int, device: torch.device, dtype: torch.dtype, normalize: bool
+) -> GivenInputs:
+    rows = sorted(forms)
+    index, _, slot = _places([rows], num_nodes, device)
+    tables = [forms[row].log_weights.to(device, dtype) for row in rows]
+    return GivenInputs(index[0], slot, joined_tables(tables, -2, normalize=normalize))
+
+
+def _places(
+    groups: Sequence[Sequence[int]], num_nodes: int, device: torch.device
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the rows of every group, and by row its group and its place there, -1 where it has none."""
+    part = torch.full((num_nodes,), -1, device=device)
+    slot = torch.full((num_nodes,), -1, device=device)
+    index = [torch.tensor(rows, device=device) for rows in groups]
+    for number, rows in enumerate(index):
+        part[rows] = number
+        slot[rows] = torch.arange(len(rows), device=device)
+    return index, part, slot
