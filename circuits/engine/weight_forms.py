@@ -200,7 +200,8 @@ class LowRank(Form):
             is_matrix = isinstance(factor, Tensor) and factor.dim() in (2, 3) and factor.is_floating_point()
             if not is_matrix or tuple(factor.shape[-2:]) != (size, rank):
                 raise _refused(name, f"({size}, {rank}) or (B, {size}, {rank})", who, factor)
-            if not bool(((factor >= 0) & (factor < torch.inf)).all()):
+            least, greatest = torch.aminmax(factor.detach()) if factor.numel() else (factor.new_zeros(()),) * 2
+            if not bool((least >= 0) & (greatest < torch.inf)):
                 raise ArgumentError(
                     f"external: expected finite numbers >= 0 as {name} of {who}, got others; of logarithms make "
                     "it with LowRank.from_logs"

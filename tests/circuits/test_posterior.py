@@ -158,7 +158,3 @@ def test_what_cannot_be_asked_in_part_is_refused():
     posterior = ct.queries.posterior(pc, ct.Evidence.soft(torch.zeros(1, 4, 5)))
     with pytest.raises(ArgumentError, match="from 0 to 4, got 5"):
         posterior.given(x + 5, torch.ones(1, 4, dtype=torch.bool))
-    external = pc.weights(external={"initial": torch.zeros(2, 1, 3)})
-    two = ct.queries.posterior(pc, ct.Evidence.soft(torch.zeros(2, 4, 5)), weights=external)
-    with pytest.raises(PropertyError, match="expected weights that all queries share"):
-        two.rows(torch.tensor([0]))
