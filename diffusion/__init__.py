@@ -1,7 +1,14 @@
 """Circuits as output layers of masked diffusion language models: train, decode, evaluate."""
 
 from diffusion import codd, compat, evaluation, testing
-from diffusion.conditioners import Conditioned, Conditioner, LatentPotentials, NoiseCalibration
+from diffusion.conditioners import (
+    Conditioned,
+    Conditioner,
+    LatentPotentials,
+    LowRankTransitions,
+    NoiseCalibration,
+    TransitionGates,
+)
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding import baselines, constraints, controls
 from diffusion.decoding.config import DecodingConfig
@@ -47,11 +54,13 @@ __all__ = [
     "JointHead",
     "LatentPotentials",
     "LogitCache",
+    "LowRankTransitions",
     "MaskedLMDenoiser",
     "NoiseCalibration",
     "Prediction",
     "TransformerConfig",
     "TransformerDenoiser",
+    "TransitionGates",
     "baselines",
     "cache_logits",
     "codd",

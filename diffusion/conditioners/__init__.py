@@ -2,6 +2,16 @@
 
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.latent_potentials import LatentPotentials
+from diffusion.conditioners.low_rank_transitions import LowRankTransitions
 from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.conditioners.transition_gates import TransitionGates
 
-__all__ = ["Conditioned", "Conditioner", "LatentPotentials", "NoiseCalibration", "register"]
+__all__ = [
+    "Conditioned",
+    "Conditioner",
+    "LatentPotentials",
+    "LowRankTransitions",
+    "NoiseCalibration",
+    "TransitionGates",
+    "register",
+]

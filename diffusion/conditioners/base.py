@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+import circuits as ct
 from circuits import CompiledCircuit
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
@@ -22,13 +23,13 @@ class Conditioned:
         prediction: what the circuit is multiplied with; its factors need not sum to 1.
         latents: log-factors on latents, by sum node or its name, (B, I) each, see
             :meth:`circuits.Evidence.with_latents`.
-        weights: log-weights at run time, by node or its name, (B, K, I) for sums, see
-            :meth:`circuits.CompiledCircuit.weights`.
+        weights: weights at run time, by node or its name: log-weights, (B, K, I) for sums, or a form that needs no
+            table per query, such as ``circuits.weights.Gates``, see :meth:`circuits.CompiledCircuit.weights`.
     """
 
     prediction: Prediction
     latents: Mapping[Any, Tensor] = field(default_factory=dict)
-    weights: Mapping[Any, Tensor] = field(default_factory=dict)
+    weights: Mapping[Any, Tensor | ct.weights.Form] = field(default_factory=dict)
 
     def then(self, other: Conditioned) -> Conditioned:
         """Return this followed by what another conditioner made: its prediction, and the factors of both.
@@ -72,6 +73,10 @@ class Conditioner(nn.Module, ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the arguments that build a module of the same shapes, as JSON can hold them."""
+
+    def feature_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that multiply features: the fit moves them by smaller steps; by default all or none."""
+        return list(self.parameters()) if self.needs_features else []
 
     def check(self, pc: CompiledCircuit) -> None:
         """Raise ArgumentError unless the module fits a circuit; any does by default."""

@@ -6,8 +6,9 @@ circuit has as latents, is in its hidden states h. So the coupled product gets f
     log f_n(z_n) = (A h_i(n) + a r + c)_{z_n},
 
 with i(n) the position of latent n and r the share of the block that is masked: soft evidence on latent variables,
-linear in the denoiser's last layer like its own output. At A = a = c = 0, as at first, it is the plain product.
-(Latent-space conditioning of Li et al. 2026, arXiv 2603.00045, appendix E.)
+linear in the denoiser's last layer like its own output. With ``hidden`` units a small network takes the place of the
+linear map, ``A gelu(B [h_i, r, i] + b) + c``, and reads the position too. At A = a = c = 0, as at first, it is the
+plain product. (Latent-space conditioning of Li et al. 2026, arXiv 2603.00045, appendix E.)
 """
 
 from __future__ import annotations
@@ -15,46 +16,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count
 from diffusion.conditioners.base import Conditioned, Conditioner, register
+from diffusion.conditioners.context import check_counts, network, read_context
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 
 @register("latent_potentials")
 class LatentPotentials(Conditioner):
-    """Log-factors on named latents, linear in the features of a position and in the mask ratio; one map for all.
+    """Log-factors on named latents from the features of a position and the mask ratio; one map for all.
 
     Args:
         positions: by the name of each sum node: the position whose features its factors are read from, from 0.
         num_units: N, the child units of each of these nodes: the states of the latents.
         num_features: H.
+        hidden: units of a hidden layer, which reads the position too; None: a linear map, which does not.
+        seed: of the hidden layer's first weights.
 
     Attributes:
-        linear: A, a and c: from features and mask ratio, (H + 1), to factors, (N); zero at first.
+        linear: A, a and c: from features and mask ratio, (H + 1), to factors, (N); zero at first. With ``hidden``: a
+            network from features, mask ratio and position, (H + 2), whose last layer is zero at first.
     """
 
     needs_features = True
 
-    def __init__(self, positions: Mapping[str, int], num_units: int, num_features: int) -> None:
+    def __init__(
+        self,
+        positions: Mapping[str, int],
+        num_units: int,
+        num_features: int,
+        *,
+        hidden: int | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if not positions:
             raise ArgumentError("positions: expected at least one named sum node, got none")
         for name, position in positions.items():
             checked_count(f"positions[{name!r}]", position, 0)
-        checked_count("num_units", num_units)
-        checked_count("num_features", num_features)
+        check_counts(num_units=num_units, num_features=num_features, hidden=hidden)
         self.positions = dict(positions)
-        self.linear = nn.Linear(num_features + 1, num_units)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.num_units, self.num_features, self.hidden, self.seed = num_units, num_features, hidden, seed
+        self.linear = network(num_features + (1 if hidden is None else 2), num_units, hidden, seed=seed, is_zero=True)
 
     @classmethod
-    def for_hmm(cls, pc: CompiledCircuit, num_features: int) -> LatentPotentials:
+    def for_hmm(cls, pc: CompiledCircuit, num_features: int, **options: Any) -> LatentPotentials:
         """Build the potentials on the hidden state of every step of a circuit of :func:`circuits.structures.hmm`.
 
         Its root ``initial`` mixes the states of step 0, and ``transition{t}`` those of step t + 1.
@@ -62,13 +72,14 @@ class LatentPotentials(Conditioner):
         Args:
             pc: the circuit.
             num_features: H.
+            **options: ``hidden`` and ``seed``.
 
         Raises:
             ArgumentError: the circuit has no nodes of these names.
         """
         steps = range(pc.circuit.num_vars - 1)
         positions = {"initial": 0, **{f"transition{step}": step + 1 for step in steps}}
-        made = cls(positions, pc.sum_node("initial").parameter_shape[1], num_features)
+        made = cls(positions, pc.sum_node("initial").parameter_shape[1], num_features, **options)
         made.check(pc)
         return made
 
@@ -78,34 +89,26 @@ class LatentPotentials(Conditioner):
         Raises:
             ArgumentError: the prediction has no features, or of another number.
         """
-        expected = self.linear.in_features - 1
-        if prediction.features is None or prediction.features.shape[2] != expected:
-            got = "none" if prediction.features is None else f"{prediction.features.shape[2]}"
-            raise ArgumentError(
-                f"prediction: expected {expected} features per position, got {got}; ask with features=True, and cache "
-                "with cache_logits(..., features=True)"
-            )
-        weight = self.linear.weight
-        index = torch.tensor(list(self.positions.values()), device=weight.device)
-        features = prediction.features.to(weight).index_select(1, index)  # (B, n, H)
-        ratio = masked.to(weight.dtype).mean(-1)[:, None, None].expand(-1, len(index), 1)
-        factors = self.linear(torch.cat([features, ratio], -1))  # (B, n, N)
-        return Conditioned(prediction, dict(zip(self.positions, factors.unbind(1), strict=True)))
+        places = {name: [position] for name, position in self.positions.items()}
+        like, has_position = next(self.linear.parameters()), self.hidden is not None
+        context = read_context(places, self.num_features, prediction, masked, like, has_position=has_position)
+        return Conditioned(prediction, dict(zip(self.positions, self.linear(context).unbind(1), strict=True)))
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {
             "positions": self.positions,
-            "num_units": self.linear.out_features,
-            "num_features": self.linear.in_features - 1,
+            "num_units": self.num_units,
+            "num_features": self.num_features,
+            **({} if self.hidden is None else {"hidden": self.hidden, "seed": self.seed}),
         }
 
     def check(self, pc: CompiledCircuit) -> None:
         """Raise ArgumentError unless the circuit has these nodes, with as many child units, and these positions."""
         for name, position in self.positions.items():
             num_children = pc.sum_node(name).parameter_shape[1]
-            if num_children != self.linear.out_features or position >= pc.circuit.num_vars:
+            if num_children != self.num_units or position >= pc.circuit.num_vars:
                 raise ArgumentError(
-                    f"conditioners: the potentials of {name!r} are for {self.linear.out_features} units at position "
+                    f"conditioners: the potentials of {name!r} are for {self.num_units} units at position "
                     f"{position}, and in {pc.circuit} it has {num_children} child units"
                 )

@@ -33,8 +33,8 @@ class CircuitTraining:
         steps: optimizer updates.
         batch_size: noised blocks an update.
         learning_rate: of Adam on the log-weights, at the peak; it falls to 0 along a cosine.
-        feature_learning_rate: the same for conditioners that read the denoiser's features, whose many inputs move a
-            log-factor together and ask for smaller steps.
+        feature_learning_rate: the same for parameters of conditioners that multiply the denoiser's features, whose many
+            inputs move a log-factor together and ask for smaller steps.
         weighting: ``masked_mean``: a block's CLL divided by its number of masked tokens, averaged over the blocks that
             have a mask, which under the linear schedule has nearly the expectation of the ELBO, and less variance;
             ``uniform``: CLL per block.
@@ -204,8 +204,8 @@ def _description(head: CoupledHead) -> str:
 
 
 def _parameter_groups(head: CoupledHead, config: CircuitTraining) -> list[dict[str, Any]]:
-    """Return the head's parameters with their learning rates: those that read features apart from the rest."""
-    featured = [parameter for one in head.conditioners if one.needs_features for parameter in one.parameters()]
+    """Return the head's parameters with their learning rates: those that multiply features apart from the rest."""
+    featured = [parameter for one in head.conditioners for parameter in one.feature_parameters()]
     read = set(map(id, featured))
     groups = [
         {"params": [one for one in head.parameters() if id(one) not in read], "lr": config.learning_rate},

@@ -1,11 +1,12 @@
 """Conditioners: a changed prediction, factors on latents, weights at run time; learnt with the head, kept with it."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hmm_cases import L, N, V, hmm, joints, texts
+from hmm_cases import L, N, V, hmm, joint, joints, tables, texts
 from torch import nn
 
 import circuits as ct
@@ -15,10 +16,12 @@ from diffusion import (
     Conditioner,
     CoupledHead,
     LatentPotentials,
+    LowRankTransitions,
     NoiseCalibration,
     Prediction,
     TransformerConfig,
     TransformerDenoiser,
+    TransitionGates,
     cache_logits,
     evaluation,
     fit_coupled,
@@ -26,6 +29,7 @@ from diffusion import (
 )
 from diffusion.conditioners import register
 from diffusion.conditioners.base import conditioner_class
+from diffusion.decoding.constraints.coupled import ConstrainedCoupledDistribution
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.training.circuit import coupled_loss
 
@@ -298,3 +302,178 @@ def test_conditioners_compute_in_their_own_precision_under_autocast(half, potent
         found = head.conditional_log_likelihood(prediction, *block)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+# Contextual transitions.
+
+
+def gates_for(pc, **options):
+    return TransitionGates.for_hmm(pc, H, **options).double()
+
+
+def low_rank_for(pc, **options):
+    return LowRankTransitions.for_hmm(pc, H, **options).double()
+
+
+def potentials_for(pc, **options):
+    return LatentPotentials.for_hmm(pc, H, **options).double()
+
+
+CONTEXTUAL = {
+    "potentials": potentials_for,
+    "deep potentials": lambda pc: potentials_for(pc, hidden=5),
+    "gates": gates_for,
+    "deep gates": lambda pc: gates_for(pc, hidden=5, num_tables=3),
+    "one table": lambda pc: gates_for(pc, num_tables=1),
+    "low rank": low_rank_for,
+    "deep low rank": lambda pc: low_rank_for(pc, hidden=5, rank=1),
+}
+
+
+def moved(conditioner, generator):
+    """The same conditioner after some training, so to say."""
+    with torch.no_grad():
+        for parameter in conditioner.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
+    return conditioner
+
+
+@pytest.mark.parametrize("normalization", ["global", "local"])
+@pytest.mark.parametrize("name", CONTEXTUAL)
+def test_before_training_a_contextual_head_is_the_static_one_to_the_last_bit(name, normalization, pc, said, block):
+    static = CoupledHead(pc, normalization=normalization)
+    head = CoupledHead(pc, normalization=normalization, conditioners=[CONTEXTUAL[name](pc)])
+    for ask in (lambda d: d.log_prob(texts(B)), lambda d: d.log_partition):
+        with torch.no_grad():
+            assert torch.equal(ask(head(said, *block)), ask(static(said, *block)))
+
+
+@pytest.mark.parametrize("name", set(CONTEXTUAL) - {"one table"})
+def test_training_can_begin(name, pc, said, block):
+    """The gradient of a new conditioner is not 0."""
+    conditioner = CONTEXTUAL[name](pc)
+    CoupledHead(pc, conditioners=[conditioner]).conditional_log_likelihood(said, *block).sum().backward()
+    assert max(float(p.grad.abs().max()) for p in conditioner.parameters() if p.grad is not None) > 1e-4
+
+
+def contextual_transitions(conditioner, pc, features, masked):
+    """The transitions of every block by numpy, (B, L - 1, N, N), from the formulas of the modules' texts."""
+    own = tables(pc)[1]
+    layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in [conditioner.network]]
+    found = np.zeros((B, *own.shape))
+    for b, t in itertools.product(range(B), range(L - 1)):
+        context = np.concatenate([features[b, t], features[b, t + 1], [masked[b].mean(), t / (L - 1)]])
+        ((weight, bias),) = layers
+        out = weight @ context + bias
+        if isinstance(conditioner, TransitionGates):
+            offsets = np.concatenate([np.zeros((1, N, N)), conditioner.offsets.detach().numpy()])
+            ways = own[t] * np.exp(offsets)
+            gates = np.exp(out) / np.exp(out).sum()
+            found[b, t] = np.einsum("t,tki->ki", gates, ways / ways.sum(-1, keepdims=True))
+        else:
+            v = np.exp(conditioner.log_v.detach().numpy())
+            more = own[t] + N * v / v.sum(0) @ np.maximum(out, 0).reshape(N, -1).T
+            found[b, t] = more / more.sum(-1, keepdims=True)
+    return found
+
+
+@pytest.mark.parametrize("name", ["gates", "low rank"])
+def test_transitions_are_those_of_the_formula(name, pc, said, block, generator):
+    tokens, masked = block
+    conditioner = moved(CONTEXTUAL[name](pc), generator)
+    transitions = contextual_transitions(conditioner, pc, said.features.double().numpy(), masked.numpy())
+    initial, _, emissions = tables(pc)
+    dist = CoupledHead(pc, conditioners=[conditioner]).distribution(said, tokens, masked)
+    found = dist.log_prob(texts(B)).exp().T.detach().numpy()
+    for b in range(B):
+        of_block = initial, transitions[b], emissions
+        law = joint(of_block, said.log_q[b].exp().numpy(), tokens[b].tolist(), masked[b].tolist(), "global").sum(-1)
+        np.testing.assert_allclose(found[b], law / law.sum(), rtol=1e-6, atol=1e-12)
+
+
+def all_contextual(pc, generator):
+    made = [moved(potentials_for(pc, hidden=3), generator), moved(gates_for(pc), generator), NoiseCalibration(V, 2)]
+    nn.init.normal_(made[2].double().bias, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("transitions", ["gates", "low rank"])
+def test_contextual_heads_are_kept_and_ask_of_each_row_alone(transitions, pc, said, block, generator, tmp_path):
+    tokens, masked = block
+    made = all_contextual(pc, generator)
+    if transitions == "low rank":
+        made[1] = moved(low_rank_for(pc, rank=2), generator)
+    head = CoupledHead(pc, conditioners=made)
+    head.save(tmp_path / "head")
+    loaded = CoupledHead.load(tmp_path / "head").double()
+    with torch.no_grad():
+        dist = head(said, tokens, masked)
+        found = loaded(said, tokens, masked)
+        torch.testing.assert_close(found.marginal_probs, dist.marginal_probs, rtol=1e-6, atol=1e-8)
+        for row in range(B):
+            part = slice(row, row + 1)
+            alone = head(said.rows(torch.tensor([row])), tokens[part], masked[part])
+            torch.testing.assert_close(alone.log_prob(texts(1)), dist.log_prob(texts(B))[:, part])
+            torch.testing.assert_close(alone.mode, dist.mode[part])
+        law = dist.log_prob(texts(B)).exp()
+        torch.testing.assert_close(law.sum(0), torch.ones(B, dtype=torch.float64))
+        one_hot = torch.nn.functional.one_hot(texts(B), V).double()  # (V ** L, B, L, V)
+        torch.testing.assert_close(dist.marginal_probs, (law[..., None, None] * one_hot).sum(0))
+
+
+@pytest.mark.parametrize("normalization", ["global", "local"])
+def test_constraints_and_latents_work_with_contextual_heads(normalization, pc, said, block, generator):
+    tokens, masked = block
+    head = CoupledHead(pc, normalization=normalization, conditioners=all_contextual(pc, generator))
+    even = ct.queries.DeterministicAutomaton.from_table(torch.tensor([[0, 1] * 2, [1, 0] * 2]), accepting=[0])
+    with torch.no_grad():
+        dist = head(said, tokens, masked)
+        constrained = ConstrainedCoupledDistribution.under(dist, even)
+        accepted = (texts(B) % 2).sum(-1) % 2 == 0
+        law = dist.log_prob(texts(B)).exp() * accepted
+        torch.testing.assert_close(constrained.log_prob(texts(B)).exp(), law / law.sum(0))
+        latents = dist.given_latents(generator=ct.RowGenerators(torch.arange(B)))
+        assert latents.log_q.shape == (B, L, V)
+        posterior = dist.posterior()
+        torch.testing.assert_close(posterior.log_q.exp()[masked], dist.marginal_probs[masked])
+        assert dist.draw(0.5, ct.RowGenerators(torch.arange(B))).shape == (B, L)
+
+
+def test_conditioners_name_nodes_of_any_circuit(generator):
+    """A tree of three variables, and a mixture of two chains whose weights depend on the context."""
+    leaves = [ct.inputs(var, N, ct.Categorical(V)) for var in range(L)]
+    left, right = (ct.sum(leaf, num_units=N, name=name) for leaf, name in ((leaves[0], "left"), (leaves[2], "right")))
+    tree = ct.compile(ct.Circuit(ct.sum(ct.product(left, leaves[1], right), num_units=1)), dtype=torch.float64, seed=0)
+    said = Prediction.from_logits(
+        torch.randn(B, L, V, dtype=torch.float64, generator=generator), features=torch.randn(B, L, H)
+    )
+    tokens, masked = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
+    places = {"left": [1, 0], "right": [1, 2]}
+    for made in (TransitionGates(places, (N, N), H), LowRankTransitions(places, (N, N), H, rank=1)):
+        head = CoupledHead(tree, conditioners=[moved(made.double(), generator)])
+        total = head(said, tokens, masked).log_prob(texts(B)).exp().sum(0).detach()
+        torch.testing.assert_close(total, torch.ones(B, dtype=torch.float64))
+    chains = [ct.structures.hmm(L, N, V).with_prefix(prefix) for prefix in ("a.", "b.")]
+    mixture = ct.compile(ct.Circuit(ct.sum(*(c.root for c in chains), num_units=1, name="which")), dtype=torch.float64)
+    which = LatentPotentials({"which": 1}, 2, H).double()
+    first = TransitionGates({f"a.transition{t}": [t, t + 1] for t in range(L - 1)}, (N, N), H).double()
+    head = CoupledHead(mixture, conditioners=[moved(which, generator), moved(first, generator)])
+    total = head(said, tokens, masked).log_prob(texts(B)).exp().sum(0).detach()
+    torch.testing.assert_close(total, torch.ones(B, dtype=torch.float64))
+
+
+def test_what_does_not_fit_contextual_transitions_is_named(pc, said, block):
+    with pytest.raises(ArgumentError, match=r"'transition0' has a table \(3, 3\).*got \(2, 2\)"):
+        CoupledHead(pc, conditioners=[TransitionGates({"transition0": [0, 1]}, (3, 3), H)])
+    with pytest.raises(ArgumentError, match="'elsewhere' is no node"):
+        CoupledHead(pc, conditioners=[LowRankTransitions({"elsewhere": [0]}, (N, N), H)])
+    with pytest.raises(ArgumentError, match="as many positions"):
+        TransitionGates({"transition0": [0, 1], "transition1": [1]}, (N, N), H)
+    with pytest.raises(ArgumentError, match="at least one named sum node"):
+        TransitionGates({}, (N, N), H)
+    with pytest.raises(ArgumentError, match="rank: expected an integer"):
+        low_rank_for(pc, rank=0)
+    with pytest.raises(ArgumentError, match="expected 2 features per position, got none"):
+        CoupledHead(pc, conditioners=[gates_for(pc)])(replace(said, features=None), *block)
+    with pytest.raises(ArgumentError, match="two of them give weights to 'transition0'"):
+        CoupledHead(pc, conditioners=[gates_for(pc), low_rank_for(pc)])(said, *block)

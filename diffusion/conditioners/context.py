@@ -1,0 +1,107 @@
+"""What conditioners read of the context of a place: hidden states, the mask ratio and the position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from circuits import CompiledCircuit
+from circuits.arguments import checked_count
+from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
+
+Places = Mapping[str, Sequence[int]]
+"""By the name of a sum node the positions whose features are read, as many for every node."""
+
+
+def checked_places(places: Places) -> dict[str, list[int]]:
+    """Return places as JSON holds them.
+
+    Raises:
+        ArgumentError: there are none, a position is none, or nodes have different numbers of positions.
+    """
+    if not places:
+        raise ArgumentError("positions: expected at least one named sum node, got none")
+    found = {name: list(positions) for name, positions in places.items()}
+    for name, positions in found.items():
+        for position in positions:
+            checked_count(f"positions[{name!r}]", position, 0)
+    if len({len(positions) for positions in found.values()}) > 1 or not next(iter(found.values())):
+        raise ArgumentError("positions: expected as many positions, at least one, for every node, got others")
+    return found
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ArgumentError unless all are integers >= 1, or None."""
+    for name, value in counts.items():
+        if value is not None:
+            checked_count(name, value)
+
+
+def transitions_of(pc: CompiledCircuit) -> dict[str, list[int]]:
+    """Return the places of the transitions of a circuit of :func:`circuits.structures.hmm`: ``t`` and ``t + 1``."""
+    return {f"transition{step}": [step, step + 1] for step in range(pc.circuit.num_vars - 1)}
+
+
+def check_nodes(pc: CompiledCircuit, places: Places, shape: Sequence[int], who: str) -> None:
+    """Raise ArgumentError unless a circuit has these nodes, with tables of some shape, and these positions."""
+    for name, positions in places.items():
+        found = pc.sum_node(name).parameter_shape
+        if tuple(found) != tuple(shape) or max(positions) >= pc.circuit.num_vars:
+            raise ArgumentError(
+                f"conditioners: expected a circuit whose {name!r} has a table {tuple(shape)} at positions "
+                f"{list(positions)} for {who}, got {tuple(found)} in {pc.circuit}; build them for this circuit"
+            )
+
+
+def network(num_inputs: int, num_outputs: int, hidden: int | None, *, seed: int, is_zero: bool) -> nn.Module:
+    """Return a linear map, or one after a layer of ``hidden`` units; random by seed, or the last map zero."""
+    last = nn.Linear(num_inputs if hidden is None else hidden, num_outputs)
+    first = [] if hidden is None else [nn.Linear(num_inputs, hidden)]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in (*first, last):
+            layer.weight.normal_(std=layer.in_features**-0.5, generator=generator)
+            layer.bias.zero_()
+        if is_zero:
+            last.weight.zero_()
+    return nn.Sequential(*first, nn.GELU(), last) if first else last
+
+
+def read_context(
+    places: Places,
+    num_features: int,
+    prediction: Prediction,
+    masked: Tensor,  # shape: (B, L)
+    like: Tensor,
+    *,
+    has_position: bool = True,
+) -> Tensor:  # shape: (B, n, S * H + 1 or + 2)
+    """Return the features at the S positions of n nodes, the mask ratio, and the first position by the last of all.
+
+    Args:
+        places: the positions.
+        num_features: H.
+        prediction: whose features are read.
+        masked: bool, True where a token is to be predicted.
+        like: of the device and type that the result is to have.
+        has_position: whether the position is a part of it.
+
+    Raises:
+        ArgumentError: the prediction has no features, or of another number.
+    """
+    if prediction.features is None or prediction.features.shape[2] != num_features:
+        got = "none" if prediction.features is None else f"{prediction.features.shape[2]}"
+        raise ArgumentError(
+            f"prediction: expected {num_features} features per position, got {got}; ask with features=True, and cache "
+            "with cache_logits(..., features=True)"
+        )
+    index = torch.tensor(list(places.values()), device=like.device)  # (n, S)
+    features = prediction.features.to(like)[:, index].flatten(2)  # (B, n, S * H)
+    shape = (*features.shape[:2], 1)
+    parts = [features, masked.to(like.dtype).mean(-1)[:, None, None].expand(shape)]
+    if has_position:
+        parts.append((index[:, :1] / max(1, int(index.max()))).to(like).expand(shape))
+    return torch.cat(parts, -1)
