@@ -29,7 +29,7 @@ from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical, Direct
 from circuits.precision import own_precision
-from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, num_free_parameters, parameter_owner
+from circuits.symbolic import Circuit, Node, ParametricNode, Sum, num_free_parameters, parameter_owner
 
 _ROWS = 4096
 """Of a table that is set: copies are made of so many at a time."""

@@ -57,7 +57,7 @@ def forms(draw, pc, batch_size):
             num_tables = draw(st.integers(1, 3))
             if key not in shared or draw(st.booleans()):
                 shared[key] = normal(num_tables, num_units, num_children)
-                if num_children > 1:
+                if num_children > 1 and kind == "gates":
                     shared[key][..., 0].masked_fill_(normal(num_tables, num_units) > 1.5, -torch.inf)
             gates = normal(*batch, len(shared[key]))
             if gates.shape[-1] > 1:

@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_named(pc, said, block, potentials, tmp_path):
         head.distribution(replace(said, features=torch.zeros(B, L, 3)), tokens, masked)
     with pytest.raises(ArgumentError, match="the potentials of 'initial' are for 5 units at position 0"):
         CoupledHead(pc, conditioners=[LatentPotentials({"initial": 0}, 5, H)])
-    with pytest.raises(ArgumentError, match="'elsewhere' is no node"):
+    with pytest.raises(ArgumentError, match="got 'elsewhere'"):
         CoupledHead(pc, conditioners=[LatentPotentials({"elsewhere": 0}, N, H)])
     with pytest.raises(ArgumentError, match=r"conditioners: expected df\.Conditioner modules, got Linear"):
         CoupledHead(pc, conditioners=[nn.Linear(2, 2)])
@@ -465,7 +465,7 @@ def test_conditioners_name_nodes_of_any_circuit(generator):
 def test_what_does_not_fit_contextual_transitions_is_named(pc, said, block):
     with pytest.raises(ArgumentError, match=r"'transition0' has a table \(3, 3\).*got \(2, 2\)"):
         CoupledHead(pc, conditioners=[TransitionGates({"transition0": [0, 1]}, (3, 3), H)])
-    with pytest.raises(ArgumentError, match="'elsewhere' is no node"):
+    with pytest.raises(ArgumentError, match="got 'elsewhere'"):
         CoupledHead(pc, conditioners=[LowRankTransitions({"elsewhere": [0]}, (N, N), H)])
     with pytest.raises(ArgumentError, match="as many positions"):
         TransitionGates({"transition0": [0, 1], "transition1": [1]}, (N, N), H)
