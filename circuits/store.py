@@ -30,6 +30,7 @@ LOCK = ".lock"
 """The file that says who works in a folder."""
 
 _T = TypeVar("_T")
+_WAY_OUT = "save the folder again"
 _ATTEMPTS = 100
 _MAX_MANIFEST_BYTES, _MAX_FILES = 1 << 20, 64
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -70,7 +71,7 @@ def replace_folder(
     """
     folder = Path(os.path.realpath(path))
     with system_errors(folder):
-        if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*names, *kept, MANIFEST}):
+        if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {*names, *kept, MANIFEST, LOCK}):
             raise ArgumentError(
                 f"path: {folder} is not {kind}, and saving would replace it; give a folder that does not exist yet"
             )
@@ -136,25 +137,21 @@ def read_manifest(folder: Path, format: str) -> Manifest:
     path = folder / MANIFEST
     if not os.path.lexists(path):
         return Manifest()
-    content = _read(path)
+    content = _verified(path)
     if content.get("format") != format:
         raise CheckpointError(f"{folder}: expected the format {format}, got {content.get('format')!r:.80}; see {path}")
-    files, version = content.get("files"), content.get("manifest_version")
+    version = content.get("manifest_version")
     if type(version) is not int or version > MANIFEST_VERSION:
         raise CheckpointError(f"{path} has version {version!r:.80}, this unfactor reads 1; install a newer one")
-    sha256 = content.pop("sha256", None)
-    if sha256 != _own_hash(content) or not isinstance(files, dict):
-        raise CheckpointError(f"{path} is corrupt, it does not match its hash; save the folder again")
-    if len(files) > _MAX_FILES or not all(map(_is_name, files)):
-        raise CheckpointError(f"{path}: expected at most {_MAX_FILES} files of its folder; save the folder again")
-    for name, expected in files.items():
-        try:
-            found = file_hash(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot read {name}: {error.strerror}; save the folder again") from error
-        if found != expected:
-            raise CheckpointError(f"{folder}: {name} is corrupt, it does not match its hash; save the folder again")
-    return Manifest(files=files, made_from=content.get("made_from"))
+    return Manifest(files=content["files"], made_from=content.get("made_from"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder has a manifest that all its files match, whatever it holds and whoever wrote it."""
+    try:
+        return bool(_verified(folder / MANIFEST))
+    except CheckpointError:
+        return False
 
 
 def read_folder(path: str | os.PathLike[str], read: Callable[[Path, Manifest], _T], *, format: str) -> _T:
@@ -186,6 +183,11 @@ def read_folder(path: str | os.PathLike[str], read: Callable[[Path, Manifest], _
     raise CheckpointError(f"{path}: it was replaced {_ATTEMPTS} times while it was read; read it when that is over")
 
 
+def made_from(path: str | os.PathLike[str], format: str) -> Any:
+    """Return what a folder says that it was made from, None if it does not; raises CheckpointError if it is damaged."""
+    return read_folder(path, lambda _, manifest: manifest.made_from, format=format)
+
+
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keep everybody else from working in a folder; it is made if it is not there, and goes if nothing came into it.
@@ -209,12 +211,14 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         with system_errors(folder):
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since},\n")
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+                for place in made:
+                    place.rmdir()
     finally:
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-            for place in made:
-                place.rmdir()
         os.close(lock)
 
 
@@ -290,6 +294,24 @@ def _is_name(name: str) -> bool:
     return path.as_posix() == name and not path.is_absolute() and not {"..", "."} & {*path.parts}
 
 
+def _verified(path: Path) -> dict[str, Any]:
+    """Return what a manifest says, after it and the files of its folder were compared with their hashes."""
+    content = _read(path)
+    files, sha256 = content.get("files"), content.pop("sha256", None)
+    if sha256 != _own_hash(content) or not isinstance(files, dict):
+        raise CheckpointError(f"{path} is corrupt, it does not match its hash; {_WAY_OUT}")
+    if len(files) > _MAX_FILES or not all(map(_is_name, files)):
+        raise CheckpointError(f"{path}: expected at most {_MAX_FILES} files of its folder; {_WAY_OUT}")
+    for name, expected in files.items():
+        try:
+            found = file_hash(path.parent / name)
+        except OSError as error:
+            raise CheckpointError(f"{path.parent}: cannot read {name}: {error.strerror}; {_WAY_OUT}") from error
+        if found != expected:
+            raise CheckpointError(f"{path.parent}: {name} is corrupt, it does not match its hash; {_WAY_OUT}")
+    return content
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         size = regular_size(path)
@@ -297,13 +319,13 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {size} bytes, and the limit is {_MAX_MANIFEST_BYTES}")
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; save the folder again") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_WAY_OUT}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is corrupt, {error}; save the folder again") from error
+        raise CheckpointError(f"{path} is corrupt, {error}; {_WAY_OUT}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is corrupt, it holds no table; save the folder again")
+        raise CheckpointError(f"{path} is corrupt, it holds no table; {_WAY_OUT}")
     return content
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from circuits import CompiledCircuit
+from circuits.store import made_from
 from diffusion._json import read_json
 from diffusion.app.recipe import CircuitRecipe, Recipe, circuit_recipe_from
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from diffusion.errors import CheckpointError
+from diffusion.head import FORMAT as HEAD
 from diffusion.head import CoupledHead
 from diffusion.text.tokenizer import TextTokenizer
 from diffusion.training.logit_cache import LogitCache
+
+STAMP = "circuit.json"
+"""What the head was fitted with, in folders of before; its manifest says it now."""
 
 
 def initial_denoiser(recipe: Recipe, tokenizer: TextTokenizer) -> TransformerDenoiser:
@@ -58,14 +66,20 @@ def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache
     return CoupledHead(pc, conditioners=conditioners).to(pc.device)
 
 
-def was_fitted(stamp: Path, recipe: Recipe) -> bool:
-    """Return whether a head was fitted as a recipe says, by the settings that were written beside it.
+def origin(recipe: Recipe) -> dict[str, Any]:
+    """Return what a circuit and a head depend on, besides the denoiser and the text of their folder."""
+    return {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
+
+
+def was_fitted(folder: Path, recipe: Recipe) -> bool:
+    """Return whether a folder's head was fitted as a recipe says: by its manifest, or the file beside it of before.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the head is damaged.
     """
-    found = read_json(stamp)
+    found = made_from(folder / "head", HEAD)
     try:
+        found = read_json(folder / STAMP) if found is None else found
         return circuit_recipe_from(found["circuit"]) == recipe.circuit and found["seed"] == recipe.seed
-    except (KeyError, TypeError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return False

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from circuits.files import replace_file
-from circuits.store import replace_folder
+from circuits.store import locked, replace_folder
+from diffusion.app.folder import HELD_OUT, check_unused
 from diffusion.app.model_card import model_card
 from diffusion.app.recipe import read_recipe, write_recipe
 from diffusion.app.sources import read_digests
-from diffusion.app.workspace import HELD_OUT, Workspace
+from diffusion.app.workspace import Workspace
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.text.gsm8k import FIELD
 
@@ -95,9 +96,8 @@ def unpack(path: str | os.PathLike[str]) -> None:
         if read_recipe(found) == read_recipe(source / "recipe.json") and (folder / HELD_OUT).exists():
             return
         raise CheckpointError(f"{folder} holds other models than those that are shipped: choose another --out")
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty and was not made by unfactor: choose another --out")
-    with replace_folder(folder, (*_MODELS, "results"), kind="a folder of models") as new:
+    check_unused(folder)
+    with locked(folder), replace_folder(folder, (*_MODELS, "results"), kind="a folder of models") as new:
         for name in _MODELS:
             copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
             copy(source / name, new / name)

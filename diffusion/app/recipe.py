@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from circuits.digests import digest
 from diffusion._json import read_json, write_json
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import CheckpointError
@@ -146,7 +148,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         CheckpointError: the file cannot be read, is not complete, or of another format version.
     """
-    content = read_json(path)
+    content = recipe_content(path)
     try:
         if content["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
@@ -159,7 +161,29 @@ def read_recipe(path: Path) -> Recipe:
 
 def write_recipe(recipe: Recipe, path: Path, digests: Mapping[str, str]) -> None:
     """Write a recipe as JSON, with the hashes of what it was carried out with."""
-    write_json(path, {"format_version": FORMAT_VERSION, "recipe": asdict(recipe), "digests": dict(digests)})
+    content = {"format_version": FORMAT_VERSION, "recipe": asdict(recipe), "digests": dict(digests)}
+    write_json(path, content | {"sha256": _hash(content)})
+
+
+def recipe_content(path: Path) -> dict[str, Any]:
+    """Return what a recipe's file holds, as it was written; those of before have no hash.
+
+    Raises:
+        CheckpointError: the file cannot be read, or was changed.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not complete: expected a table; delete the folder and start again")
+    sha256 = content.pop("sha256", None)
+    if sha256 not in (None, _hash(content)):
+        raise CheckpointError(
+            f"{path} was changed, it does not match its hash; restore it, or delete its sha256 if you meant to"
+        )
+    return content
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True))
 
 
 def circuit_recipe_from(content: dict[str, Any]) -> CircuitRecipe:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.files import file_hash
-from diffusion._json import read_json
-from diffusion.app.recipe import Recipe
+from diffusion.app.recipe import Recipe, recipe_content
 from diffusion.errors import ArgumentError, CheckpointError, CorpusError
 from diffusion.text.corpus import Corpus, load_corpus
 from diffusion.text.tokenizer import TextTokenizer
@@ -26,8 +25,7 @@ def read_digests(folder: Path) -> dict[str, str]:
     path = folder / "recipe.json"
     if not path.exists():
         return {}
-    content = read_json(path)
-    digests = content.get("digests", {}) if isinstance(content, dict) else None
+    digests = recipe_content(path).get("digests", {})
     if not isinstance(digests, dict):
         raise CheckpointError(f"{path} is not complete: expected hashes by name; delete the folder and start again")
     return digests

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from test_cli import SMALLEST
 
+import circuits as ct
+from circuits import store
+from diffusion.app import workspace as workspace_module
 from diffusion.app.recipe import TextRecipe
 from diffusion.app.workspace import Workspace
 from diffusion.app.writing import continue_prompts
@@ -102,6 +104,7 @@ def test_a_folder_of_before_gets_the_hash_when_it_is_used_next(trained, file):
     path = trained.path / "recipe.json"
     content = json.loads(path.read_text())
     expected = content.pop("digests")
+    del content["sha256"]
     path.write_text(json.dumps(content))
     trained.train(trained.recipe())
     assert json.loads(path.read_text())["digests"]["corpus"] == expected["corpus"] == load_corpus(file).digest
@@ -114,7 +117,8 @@ def test_a_folder_of_before_gets_the_hash_when_it_is_used_next(trained, file):
 @pytest.mark.parametrize("stage", ["cache", "fit"])
 def test_a_text_that_becomes_unknown_is_refused_where_nothing_else_tells(stage, trained, file):
     path = trained.path / "recipe.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "digests"}))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in content.keys() - {"digests", "sha256"}}))
     file.write_text(OTHER)
     with pytest.raises(CorpusError, match="most of it became <unk>"):
         STAGES[stage](trained)
@@ -158,26 +162,110 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("num_unlinks", range(3))
-def test_a_refit_that_is_killed_at_its_beginning_ends_like_one_that_was_not(num_unlinks, fitted, tmp_path, monkeypatch):
-    """The circuit of before may not come back under the new settings."""
+def same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", ["fit_coupled", "remove_folder"])
+def test_a_refit_that_is_killed_leaves_a_whole_result_and_ends_like_one_that_was_not(step, fitted, tmp_path):
+    """The circuit of before is there until the new one is, and never comes back under the new settings."""
+    before, likelihood = fitted.head(), ct.load(fitted.path / "likelihood")
     recipe = fitted.recipe()
-    recipe = replace(recipe, circuit=replace(recipe.circuit, likelihood_epochs=3))
+    other = replace(recipe, circuit=replace(recipe.circuit, likelihood_epochs=3))
     shutil.copytree(fitted.path, tmp_path / "straight")
-    expected = Workspace(tmp_path / "straight", progress=False).fit(recipe).state_dict()
-    unlink, done = Path.unlink, []
+    expected = Workspace(tmp_path / "straight", progress=False).fit(other)
+    original = getattr(workspace_module, step)
 
-    def until_killed(self, **options):
-        if "tmp" not in self.name:
-            if len(done) == num_unlinks:
-                raise Killed
-            done.append(self)
-        unlink(self, **options)
+    def killed(*arguments, **options):
+        if step == "fit_coupled":
+            original(*arguments, **options)
+        raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", until_killed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace_module, step, killed)
         with pytest.raises(Killed):
-            fitted.fit(recipe)
-    found = fitted.fit(recipe).state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+            fitted.fit(other)
+    if step == "fit_coupled":
+        assert same(fitted.head(), before)
+        assert same(ct.load(fitted.path / "likelihood"), likelihood)
+    assert fitted.evaluate_gap(recipe).rows
+    assert same(fitted.fit(other), expected)
+    assert same(fitted.head(), expected)
+    assert same(fitted.fit(recipe), before)
+    names = sorted(path.name for path in (fitted.path / "checkpoints").iterdir())
+    assert [name.partition("-")[0] for name in names] == ["denoiser.safetensors", "head", "likelihood"]
+    assert not (fitted.path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["denoiser/config.json", "head/head.safetensors", "head/manifest.json"])
+def test_a_result_that_is_not_whole_is_made_again(name, fitted):
+    before = fitted.denoiser(), fitted.head()
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damage(fitted.path / name)
+        assert same(fitted.train(fitted.recipe()), before[0])
+        assert same(fitted.fit(fitted.recipe()), before[1])
+        assert same(fitted.head(), before[1])
+
+
+def test_a_result_of_a_newer_library_is_left_alone(fitted):
+    path = fitted.path / "denoiser" / "manifest.json"
+    content = json.loads(path.read_text()) | {"manifest_version": 2}
+    del content["sha256"]
+    path.write_text(json.dumps(content | {"sha256": store._own_hash(content)}))
+    with pytest.raises(CheckpointError, match="install a newer one"):
+        fitted.train(fitted.recipe())
+    assert json.loads(path.read_text())["manifest_version"] == 2
+
+
+@pytest.mark.parametrize("stamp", ["whole", "broken", "absent"])
+def test_a_head_of_before_is_known_by_the_file_beside_it(stamp, fitted, monkeypatch):
+    recipe, before = fitted.recipe(), fitted.head()
+    for path in fitted.path.rglob("manifest.json"):
+        path.unlink()
+    shutil.rmtree(fitted.path / "checkpoints")
+    content = json.dumps({"circuit": asdict(recipe.circuit), "seed": recipe.seed})
+    if stamp != "absent":
+        (fitted.path / "circuit.json").write_text(content if stamp == "whole" else content[:-1])
+    assert same(fitted.fit(recipe), before)
+    assert (fitted.path / "circuit.json").exists() == (stamp == "whole")
+    assert (fitted.path / "checkpoints").exists() == (stamp != "whole")
+
+
+def test_a_recipe_that_was_changed_is_named(trained):
+    path = trained.path / "recipe.json"
+    path.write_text(path.read_text().replace('"num_states": 3', '"num_states": 4'))
+    with pytest.raises(CheckpointError, match=r"recipe.json was changed, it does not match its hash; restore it"):
+        trained.recipe()
+
+
+@pytest.mark.parametrize("text", ["too\n\nshort", "x" * 70 + "\n\nshort"])
+def test_a_text_that_is_refused_leaves_nothing_behind(text, file, tmp_path):
+    file.write_text(text)
+    with pytest.raises(CorpusError):
+        workspace(tmp_path).train(recipe_for(file))
+    assert not (tmp_path / "models").exists()
+
+
+def test_what_a_run_left_that_was_killed_at_its_beginning_is_no_strangers(file, tmp_path):
+    models = workspace(tmp_path)
+    for name in ("results", ".0a1b2c3d.unfactor-tmp"):
+        (models.path / name).mkdir(parents=True)
+    (models.path / ".lock").write_text("")
+    models.train(recipe_for(file))
+    assert {path.name for path in models.path.iterdir()} == {
+        *("checkpoints", "denoiser", "recipe.json", "results", "tokenizer.json")
+    }
+    (tmp_path / "others" / "results").mkdir(parents=True)
+    (tmp_path / "others" / "results" / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(CheckpointError, match="was not made by unfactor"):
+        Workspace(tmp_path / "others", progress=False).train(recipe_for(file))
+
+
+def test_two_at_work_in_one_folder(trained, run_program):
+    with trained.alone():
+        assert trained.fit(trained.recipe()) is not None  # its own stages
+        code, _, message = run_program("fit", "--out", trained.path, "--quiet")
+    assert code == 2
+    assert "for this process alone, got process" in message
+    assert message.count("\n") == 1

@@ -12,6 +12,6 @@ def test_a_head_that_was_fitted_before_an_option_existed_was_fitted_at_its_defau
     older = {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
     del older["circuit"]["has_potentials"], older["circuit"]["training"]["feature_learning_rate"]
     stamp.write_text(json.dumps(older))
-    assert was_fitted(stamp, recipe)
-    assert not was_fitted(stamp, replace(recipe, circuit=replace(recipe.circuit, has_potentials=True)))
-    assert not was_fitted(stamp, replace(recipe, seed=1))
+    assert was_fitted(tmp_path, recipe)
+    assert not was_fitted(tmp_path, replace(recipe, circuit=replace(recipe.circuit, has_potentials=True)))
+    assert not was_fitted(tmp_path, replace(recipe, seed=1))

@@ -1,0 +1,209 @@
+"""A folder of models: what it was made from, what is in it, and who works there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from circuits.arguments import checked_device
+from circuits.files import is_litter, remove_litter, replace_file
+from circuits.store import LOCK, is_whole, locked
+from diffusion.app.models import Models
+from diffusion.app.recipe import Recipe, read_recipe, write_recipe
+from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
+from diffusion.denoisers.transformer import TransformerDenoiser
+from diffusion.errors import CheckpointError
+from diffusion.head import CoupledHead
+from diffusion.text.corpus import Corpus, join_documents, load_corpus
+from diffusion.text.tokenizer import TextTokenizer
+
+HELD_OUT = "held_out.jsonl.gz"
+"""The held-out documents of a folder that was packed; its texts are called "text"."""
+_LEARNT = ("denoiser", "likelihood", "head", "circuit.json", "checkpoints", "cache")
+
+_Stage = TypeVar("_Stage", bound=Callable[..., Any])
+_Model = TypeVar("_Model")
+
+
+def stage(method: _Stage) -> _Stage:
+    """Let a method of a :class:`Folder` work there alone, after what killed processes left was removed."""
+
+    @functools.wraps(method)
+    def alone(self: Folder, *arguments: Any, **options: Any) -> Any:
+        with self.alone():
+            return method(self, *arguments, **options)
+
+    return cast(_Stage, alone)
+
+
+class Folder:
+    """A folder of models.
+
+    Args:
+        path: the folder; created by what is first written into it.
+        progress: draw a progress bar for every stage.
+        device: where denoiser and circuit run.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, progress: bool = True, device: torch.device | str = "cpu"
+    ) -> None:
+        self.path = Path(path)
+        self.progress = progress
+        self.device = checked_device("device", device)
+        self._is_alone = False
+
+    @property
+    def results(self) -> Path:
+        """Where tables and pictures go."""
+        return self.path / "results"
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from working in the folder; raises StorageError where one does."""
+        if self._is_alone:
+            yield
+            return
+        with locked(self.path):
+            self._is_alone = True
+            try:
+                for place, _, _ in os.walk(self.path):
+                    remove_litter(Path(place))
+                yield
+            finally:
+                self._is_alone = False
+
+    def models(self, head: CoupledHead | None = None) -> Models:
+        """Return what decodes: the denoiser, the tokenizer, and a head if one is given."""
+        return Models(
+            name=str(self.path), denoiser=self.denoiser(), tokenizer=self.tokenizer(), head=head, device=self.device
+        )
+
+    def recipe(self) -> Recipe:
+        """Return what the folder was made from.
+
+        Raises:
+            CheckpointError: there is no such folder, or its recipe cannot be read.
+        """
+        path = self.path / "recipe.json"
+        if not path.exists():
+            raise CheckpointError(f"{self.path} holds no model; make one with `unfactor train --out {self.path}`")
+        return read_recipe(path)
+
+    def denoiser(self) -> TransformerDenoiser:
+        """Load the denoiser; raises CheckpointError if it is not there."""
+        self.recipe()
+        if not (self.path / "denoiser").exists():
+            raise CheckpointError(f"{self.path} holds no denoiser yet; run `unfactor train --out {self.path}`")
+        return TransformerDenoiser.load(self.path / "denoiser", device=self.device).eval()
+
+    def tokenizer(self) -> TextTokenizer:
+        """Load the tokenizer; raises CheckpointError if it is not there, or not as it was written."""
+        return load_tokenizer(self.path)
+
+    def head(self) -> CoupledHead:
+        """Load the output layer, active at every mask ratio until tuned; raises CheckpointError if it is not there."""
+        self.recipe()
+        if not (self.path / "head").exists():
+            raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
+        return CoupledHead.load(self.path / "head", device=self.device)
+
+    def finished(self, name: str, load: Callable[[], _Model | None]) -> _Model | None:
+        """Return what a stage made, None where it has to be made: it is not there, or was damaged.
+
+        Raises:
+            CheckpointError: it is as it was written, and of no use to this version of the library.
+        """
+        if not (self.path / name).exists():
+            return None
+        try:
+            return load()
+        except CheckpointError:
+            if is_whole(self.path / name):
+                raise
+            return None
+
+    def claim(self, recipe: Recipe) -> Corpus:
+        """Return the recipe's text; refuse a folder that has learnt from another one, or as another denoiser.
+
+        Raises:
+            CheckpointError: the folder was made with another recipe, or is none of ours.
+            CorpusError: the text cannot be read, or is not the one that the folder was made from.
+        """
+        corpus = corpus_of(recipe)
+        is_ours = (self.path / "recipe.json").exists()
+        if is_ours and any((self.path / name).exists() for name in _LEARNT):
+            found = self.recipe()
+            if read_digests(self.path).get("corpus") == corpus.digest:  # wherever it lies now
+                found = replace(found, text=replace(found.text, corpus=recipe.text.corpus))
+            for part in ("text", "denoiser", "seed"):
+                if getattr(found, part) != getattr(recipe, part):
+                    raise CheckpointError(
+                        f"{self.path} was made with another {part} ({getattr(found, part)}): choose another --out"
+                    )
+            check_corpus(self.path, corpus)
+        elif not is_ours:
+            check_unused(self.path)
+        return corpus
+
+    def record(self, recipe: Recipe, **digests: str) -> None:
+        """Write down what the folder is made from, with hashes of it."""
+        write_recipe(recipe, self.path / "recipe.json", read_digests(self.path) | digests)
+
+    def claimed_corpus(self, recipe: Recipe) -> Corpus:
+        """Return the recipe's text; raises CorpusError unless it is the one that the folder was made from."""
+        corpus = corpus_of(recipe)
+        check_corpus(self.path, corpus)
+        return corpus
+
+    def held_out(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the documents that training did not see: all of them, or those that a packed folder has."""
+        packed = self.path / HELD_OUT
+        if packed.exists():
+            return load_corpus(packed, field="text", held_out_fraction=0.0).train
+        return self.claimed_corpus(recipe).held_out
+
+    def held_out_prompts(self, recipe: Recipe, count: int) -> list[str]:
+        """Return the beginnings of some held-out documents, one context length each; the recipe's seed chooses."""
+        tokenizer, length = self.tokenizer(), recipe.denoiser.context_length
+        documents = [document for document in self.held_out(recipe) if len(tokenizer.encode(document)) > length]
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        return [tokenizer.decode(tokenizer.encode(documents[index])[:length]) for index in order[:count]]
+
+    def held_out_stream(self, recipe: Recipe) -> Tensor:
+        """Return the tokens of :meth:`held_out`, with the end of each."""
+        return self.stream(self.held_out(recipe))
+
+    def stream(self, documents: tuple[str, ...], tokenizer: TextTokenizer | None = None) -> Tensor:
+        """Return the tokens of documents, with the end of each; of the folder's tokenizer, or of one that is given."""
+        tokenizer = tokenizer or self.tokenizer()
+        return join_documents(encoded_corpus(self.path, documents, tokenizer), eos_id=tokenizer.eos_id)
+
+    def keep(self, table: Any, name: str) -> None:
+        """Write a table to the results, as JSON and as text."""
+        table.save(self.results / f"{name}.json")
+        with replace_file(self.results / f"{name}.txt") as new:
+            new.write_text(f"{table}\n")
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the file of a run that may be interrupted."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+
+def check_unused(folder: Path) -> None:
+    """Raise CheckpointError if a folder holds what is not ours; a run that was killed at its beginning left nothing."""
+    if not folder.is_dir():
+        return
+    names = {name for name in os.listdir(folder) if name != LOCK and not is_litter(name)}
+    if names == {"results"} and not any((folder / "results").iterdir()):  # so it was left before
+        return
+    if names:
+        raise CheckpointError(f"{folder} is not empty and was not made by unfactor: choose another --out")
