@@ -8,14 +8,12 @@ and ``meta.json``: how the cache is made, how far it has been filled, and a dige
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from circuits.files import regular_size, replace_file
 from circuits.progress import progress_bar
 from circuits.store import locked
-from diffusion._json import read_json, write_json
+from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction
+from diffusion.training.cache_files import FORMAT_VERSION, continue_or_create, extended, read_meta, verified_arrays
 from diffusion.training.cached import CachedBatch
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
-FORMAT_VERSION = 2
-_WAY_OUT = "delete the folder and cache again"
 _LOWEST_LOG_Q = -6e4  # float16 holds it
 SECONDS_BETWEEN_RECORDS = 1.0
 """What a run that is killed computes again, at most; how far a cache has come is not written down after every batch."""
@@ -82,13 +78,13 @@ class LogitCache:
             CheckpointError: the folder is missing, not a cache, of another format version, damaged, or not complete.
         """
         folder = Path(path)
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         if meta["done"] < meta["num_examples"]:
             raise CheckpointError(
                 f"{folder} holds {meta['done']} of {meta['num_examples']} examples; call cache_logits with the same "
                 "arguments to complete it"
             )
-        arrays = _verified_arrays(folder, meta, mode="r")
+        arrays = verified_arrays(folder, meta, mode="r")
         return cls(
             arrays["tokens"],
             arrays["masked"],
@@ -188,8 +184,8 @@ def cache_logits(
         meta["tokenizer"] = tokenizer
     folder, windows = Path(path), windows.repeat(masks_per_window, 1)
     with locked(folder):
-        meta = _continue_or_create(folder, meta)
-        arrays = _verified_arrays(folder, meta, mode="r+") if meta["done"] < meta["num_examples"] else {}
+        meta = continue_or_create(folder, meta)
+        arrays = verified_arrays(folder, meta, mode="r+") if meta["done"] < meta["num_examples"] else {}
 
         def fill(rows: slice) -> None:
             generator = torch.Generator().manual_seed(_seed_of(seed, rows.start))
@@ -217,7 +213,7 @@ def _complete(
             for start in range(state[0], total, size):
                 rows = slice(start, min(start + size, total))
                 fill(rows)
-                state = rows.stop, _extended(state[1], arrays, rows)
+                state = rows.stop, extended(state[1], arrays, rows)
                 if time.monotonic() - since >= SECONDS_BETWEEN_RECORDS:
                     record()
                     known, since = state, time.monotonic()
@@ -269,128 +265,6 @@ def _true_first(prediction: Prediction, true: Tensor) -> Prediction:
     order = rank.masked_fill(is_true, -1).argsort(-1)[..., :-1]
     values, log_q = prediction.values.gather(2, order), prediction.log_q.gather(2, order)
     return replace(prediction, values=values, log_q=log_q)
-
-
-def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
-    blocks = (meta["num_examples"], meta["block_length"])
-    layout: dict[str, tuple[tuple[int, ...], type]] = {
-        "tokens": (blocks, np.int32),
-        "masked": (blocks, np.bool_),
-        "log_q": ((*blocks, meta["num_listed"]), np.float16),
-    }
-    if meta["num_listed"] < meta["vocab_size"]:
-        layout["values"] = ((*blocks, meta["num_listed"]), np.int32)
-    if "num_features" in meta:
-        layout["features"] = ((*blocks, meta["num_features"]), np.float16)
-    return layout
-
-
-def _continue_or_create(folder: Path, meta: dict) -> dict:
-    """Return what the folder's meta.json says; where no examples are done yet, create the arrays that are not there."""
-    if (folder / "meta.json").exists():
-        found = _read_meta(folder)
-        known = {"forbidden_ids": meta["forbidden_ids"], **found}  # caches of before do not say which
-        names = [*meta, *sorted(found.keys() - meta.keys() - {"done", "digest"})]
-        different = [name for name in names if known.get(name) != meta.get(name)]
-        if different:
-            raise CheckpointError(
-                f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
-            )
-    elif folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty and not a logit cache: delete it, or name another folder")
-    else:  # this first, so that what follows may be interrupted
-        found = {**meta, "done": 0, "digest": _first_digest(meta)}
-        write_json(folder / "meta.json", found)
-    for name, (shape, dtype) in _array_layout(meta).items():
-        if not found["done"] and not (folder / f"{name}.npy").exists():
-            _create_array(folder / f"{name}.npy", shape, np.dtype(dtype))
-    return found
-
-
-def _create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write an array of zeros for which there is room: one that runs out of it later ends the process."""
-    form = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    with replace_file(path) as new, open(new, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, form)
-        size = file.tell() + math.prod(shape) * dtype.itemsize
-        file.flush()
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} for {size:,} bytes") from error
-
-
-def _first_digest(meta: dict) -> str:
-    made_with = {name: value for name, value in meta.items() if name not in ("done", "digest")}
-    return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()
-
-
-def _extended(digest: str, arrays: dict[str, np.memmap], rows: slice) -> str:
-    """Return the digest of what was written before and of some rows more."""
-    state = hashlib.sha256(digest.encode())
-    for array in arrays.values():
-        state.update(array[rows].view(np.uint8).data)  # the map itself: nothing is copied
-    return state.hexdigest()
-
-
-def _verified_arrays(folder: Path, meta: dict, *, mode: Literal["r", "r+"]) -> dict[str, np.memmap]:
-    """Open the arrays and compare what is done of them with the digest."""
-    arrays = _open_arrays(folder, meta, mode=mode)
-    digest = _first_digest(meta)
-    for start in range(0, meta["done"], meta["batch_size"]):
-        digest = _extended(digest, arrays, slice(start, min(start + meta["batch_size"], meta["done"])))
-    if digest != meta["digest"]:
-        raise CheckpointError(f"{folder} is damaged: its arrays do not match their digest; {_WAY_OUT}")
-    return arrays
-
-
-def _open_arrays(folder: Path, meta: dict, *, mode: Literal["r", "r+"]) -> dict[str, np.memmap]:
-    return {name: _open_array(folder / f"{name}.npy", *form, mode=mode) for name, form in _array_layout(meta).items()}
-
-
-def _open_array(path: Path, shape: tuple[int, ...], dtype: type, *, mode: Literal["r", "r+"]) -> np.memmap:
-    """Map an array of which everything is known; its file is compared with that before numpy may make it longer."""
-    array = None
-    try:
-        size = regular_size(path)
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            found = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-        expected = start + math.prod(shape) * np.dtype(dtype).itemsize
-        if (version, found, size) == ((1, 0), (shape, False, np.dtype(dtype)), expected):
-            array = np.memmap(path, dtype=dtype, mode=mode, offset=start, shape=shape)
-    except Exception as error:  # numpy's parser raises whatever Python's does on a damaged header
-        raise CheckpointError(f"cannot read {path}: {error!r:.200}; {_WAY_OUT}") from error
-    if array is None:
-        raise CheckpointError(
-            f"{path}: expected {np.dtype(dtype)} {shape} in {expected} bytes, got {found[2]} {found[0]} in {size}; "
-            f"{_WAY_OUT}"
-        )
-    return array
-
-
-def _read_meta(folder: Path) -> dict:
-    path = folder / "meta.json"
-    try:
-        meta = read_json(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not a logit cache: {error}") from error
-    numbers = ["num_examples", "block_length", "vocab_size", "num_listed", "batch_size"]
-    if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
-        raise CheckpointError(f"{path} does not describe a logit cache")
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}; {_WAY_OUT}"
-        )
-    numbers += {"num_features"} & meta.keys()
-    if any(type(meta.get(name)) is not int or meta[name] < 1 for name in numbers):
-        raise CheckpointError(f"{path} is not complete: expected numbers >= 1 for {', '.join(numbers)}; {_WAY_OUT}")
-    if type(meta.get("done")) is not int or not 0 <= meta["done"] <= meta["num_examples"]:
-        raise CheckpointError(f"{path}: done: expected 0 to {meta['num_examples']}, got {meta.get('done')}; {_WAY_OUT}")
-    if not isinstance(meta.get("digest"), str):
-        raise CheckpointError(f"{path} is not complete: expected the digest of what the arrays hold; {_WAY_OUT}")
-    return meta
 
 
 def _seed_of(seed: int, start: int) -> int:
