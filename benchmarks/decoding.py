@@ -26,8 +26,9 @@ from torch import Tensor
 
 import circuits as ct
 import diffusion as df
-from circuits.engine import passes
-from circuits.engine.input_layers import InputLayer, TableLayer
+from circuits.engine.adjoint import LogRoot
+from circuits.engine.input_layers import InputLayer
+from circuits.engine.question import Question
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.plans import Look
 from diffusion.decoding.step import decode_step
@@ -97,9 +98,9 @@ class Split:
         self._inside = False
         for owner, name, part in (
             (InputLayer, "forward", "emission"),
-            (TableLayer, "shares", "emission"),
-            (passes, "upward", "recursion"),
-            (passes, "log_root", "recursion"),
+            (sys.modules[ct.queries.Posterior.__module__], "_shares", "emission"),
+            (Question, "_evaluated", "recursion"),
+            (LogRoot, "apply", "recursion"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name), part))
         solved = vars(ct.queries.Posterior)["_solved"]

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 from circuits import interop, learning, plot, properties, queries, structures, testing, transforms
 from circuits.constrained import ConstrainedDistribution
 from circuits.distribution import CircuitDistribution
+from circuits.engine import semirings
 from circuits.engine import weight_forms as weights
 from circuits.engine.compile import CompiledCircuit, compile
+from circuits.engine.semirings import Semiring
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import (
     ArgumentError,
     CheckpointError,
@@ -30,6 +33,7 @@ from circuits.families import (
     Poisson,
 )
 from circuits.io import hub, load, save
+from circuits.queries import evaluate
 from circuits.randomness import RowGenerators
 from circuits.region_graphs import RegionGraph
 from circuits.symbolic import Circuit, Input, Node, Product, Sum, inputs, product, sum
@@ -47,6 +51,7 @@ __all__ = [
     "Circuit",
     "CircuitDensity",
     "CircuitDistribution",
+    "CircuitWeights",
     "CompiledCircuit",
     "ConstrainedDistribution",
     "DiscretizedLogistic",
@@ -64,12 +69,14 @@ __all__ = [
     "PropertyError",
     "RegionGraph",
     "RowGenerators",
+    "Semiring",
     "StorageError",
     "StructureError",
     "Sum",
     "UnfactorError",
     "batteries",
     "compile",
+    "evaluate",
     "hub",
     "inputs",
     "interop",
@@ -80,6 +87,7 @@ __all__ = [
     "properties",
     "queries",
     "save",
+    "semirings",
     "structures",
     "sum",
     "testing",

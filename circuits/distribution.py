@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from circuits import queries
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.question import class_needed
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.families import Distribution as InputFamily
@@ -71,7 +72,7 @@ class CircuitDistribution(Distribution):
     """Variables that the distribution is not over, bool (B, D); what values say of them is ignored."""
 
     def __init__(
-        self, pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: passes.Banks | None = None
+        self, pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
     ) -> None:
         check_compiled(pc)
         if evidence is not None and not isinstance(evidence, Evidence):
@@ -87,7 +88,7 @@ class CircuitDistribution(Distribution):
                     f"{num_queries}"
                 )
         if pc.circuit.num_classes is not None and (evidence is None or evidence.classes is None):
-            raise passes.class_needed(pc)
+            raise class_needed(pc)
         self.pc = pc
         self.evidence = evidence
         self.weights = weights

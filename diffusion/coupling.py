@@ -33,8 +33,7 @@ from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
 
 if TYPE_CHECKING:
-    from circuits import Sum
-    from circuits.engine.passes import Banks
+    from circuits import CircuitWeights, Sum
 
 Normalization = Literal["global", "local"]
 T = TypeVar("T")
@@ -103,7 +102,7 @@ class CoupledDistribution(CircuitDistribution):
         *,
         normalization: Normalization = "global",
         latents: Mapping[Sum | str, Tensor] | None = None,
-        weights: Banks | None = None,
+        weights: CircuitWeights | None = None,
         absent: Tensor | None = None,  # shape: (B, L)
     ) -> CoupledDistribution:
         """Couple a circuit to a prediction of all tokens or of listed ones; nothing else is made dense.
@@ -159,7 +158,7 @@ class CoupledDistribution(CircuitDistribution):
         masked: Tensor,
         normalization: Normalization,
         latents: Mapping[Sum | str, Tensor] | None,
-        weights: Banks | None,
+        weights: CircuitWeights | None,
         absent: Tensor | None = None,
     ) -> None:
         check_circuit(pc)
@@ -195,7 +194,7 @@ class CoupledDistribution(CircuitDistribution):
         tokens: Tensor,
         masked: Tensor,
         normalization: Normalization,
-        weights: Banks | None,
+        weights: CircuitWeights | None,
     ) -> None:
         super().__init__(pc, evidence, weights=weights)
         self.prediction = prediction

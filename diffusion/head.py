@@ -29,7 +29,7 @@ from diffusion.publishing import OnHub, options_of
 from diffusion.vocabulary import Coupled, MappedDistribution, Vocabulary, check_padding, checked_vocabulary
 
 if TYPE_CHECKING:
-    from circuits.engine.passes import Banks
+    from circuits import CircuitWeights
 
 FORMAT = "unfactor-coupled-head"
 FORMAT_VERSION = 3  # 1 had no hash of what the file holds, and a calibration at most; 2 no tokenizer or vocabulary
@@ -148,7 +148,7 @@ class CoupledHead(OnHub, nn.Module):
         include: Tensor | None = None,  # shape: (B, L)
         absent: Tensor | None = None,  # shape: (B, L)
         keeps_list: bool = False,
-        weights: Banks | None = None,
+        weights: CircuitWeights | None = None,
     ) -> Coupled:
         """Return the joint distribution of B blocks: what training, scoring and decoding ask.
 
@@ -190,7 +190,7 @@ class CoupledHead(OnHub, nn.Module):
         include: Tensor | None,
         absent: Tensor | None,
         keeps_list: bool,
-        weights: Banks | None,
+        weights: CircuitWeights | None,
     ) -> CoupledDistribution:
         if self.top_k is not None and not keeps_list:
             prediction = prediction.listed(self.top_k, include)

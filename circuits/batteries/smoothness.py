@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit, check_compiled
-from circuits.engine.passes import Banks
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.families import Direct
 from circuits.precision import own_precision
@@ -16,7 +16,7 @@ from circuits.precision import own_precision
 def roughness(
     pc: CompiledCircuit,
     *,
-    weights: Banks | None = None,
+    weights: CircuitWeights | None = None,
     values: slice = slice(None),
 ) -> Tensor:
     """Return ``sum_v (log p(v + 1) - log p(v))^2`` over all input units of finite families.
@@ -45,8 +45,8 @@ def roughness(
     names = [name for name, family in pc.families.items() if not isinstance(family, Direct)]
     if not names:
         raise PropertyError("roughness needs inputs with finitely many values, and this circuit has none")
-    banks = pc.weights() if weights is None else weights
-    return torch.stack([_squared_steps(banks[name].log[:, values]) for name in names]).sum()
+    own = (pc.weights() if weights is None else weights).own
+    return torch.stack([_squared_steps(own[name].log[:, values]) for name in names]).sum()
 
 
 def _squared_steps(log: Tensor) -> Tensor:

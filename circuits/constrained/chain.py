@@ -17,9 +17,7 @@ from torch import Tensor
 
 from circuits.constrained.arcs import Arcs
 from circuits.engine import choices, logspace
-from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import Conditions
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question
 from circuits.engine.semirings import ChoosingSemiring, MaxSemiring, Semiring, TemperedSemiring
 from circuits.randomness import Source
 from circuits.symbolic import Input, Node, Product, Sum
@@ -32,20 +30,16 @@ class Chain:
     """A chain circuit, the arcs in its reading direction, and what the pass over both is given.
 
     Attributes:
-        pc: a chain circuit.
+        question: about a chain circuit: its weights, and evidence on latents and the class.
         order: its variables in the order in which its products split them off.
         arcs: of the automaton that reads them in this order.
-        banks: the circuit's weights.
-        conditions: evidence on latents and the class.
         log_start: (B, S), of the state before the first variable of ``order``.
         log_accept: (B, S), of the state after the last.
     """
 
-    pc: CompiledCircuit
+    question: Question
     order: Sequence[int]
     arcs: Arcs
-    banks: Banks
-    conditions: Conditions
     log_start: Tensor
     log_accept: Tensor
 
@@ -96,9 +90,9 @@ def upward(chain: Chain, semiring: ChoosingSemiring, layers: Sequence[Tensor]) -
     """
     values, rank = Values(semiring), rank_of_scopes(chain.order)
     vectors = Vectors(semiring)
-    for node in chain.pc.circuit.nodes:
+    for node in chain.question.pc.circuit.nodes:
         if isinstance(node, Input):
-            layer, row = chain.pc.address(node)
+            layer, row = chain.question.pc.address(node)
             values.leaves[node] = layers[layer][row]
         elif isinstance(node, Sum):
             table = values.leaves if node.scope_bits in rank else values.states
@@ -109,34 +103,34 @@ def upward(chain: Chain, semiring: ChoosingSemiring, layers: Sequence[Tensor]) -
         else:
             assert isinstance(node, Product)
             values.states[node] = _product(chain, values, node, front_to_back(node, rank))
-    root = chain.pc.circuit.root
+    root = chain.question.pc.circuit.root
     if root in values.states:
         top = values.states[root]
     else:  # a single variable
         top = _read(chain, semiring, values.leaves[root], chain.log_accept.unsqueeze(0))
     top = top + chain.log_start  # (R, B, S)
-    if chain.conditions.class_factors is not None:
-        top = top + chain.conditions.class_factors.unsqueeze(-1)
+    if chain.question.class_factors is not None:
+        top = top + chain.question.class_factors.unsqueeze(-1)
     scores = top.transpose(0, 1).flatten(1)
     return _plus(semiring, scores), replace(values, root_scores=scores)
 
 
 def _mixed(chain: Chain, vectors: Vectors, node: Sum, children: Tensor) -> Tensor:
     """Return the mixtures of a sum node, (1, K, B, *), of its children (1, I, B, *)."""
-    layer, row = chain.pc.address(node)
-    latents = chain.conditions.latents.get(layer)
+    layer, row = chain.question.pc.address(node)
+    latents = chain.question.latents.get(layer)
     if latents is not None:
         slots = (latents.rows == row).nonzero().flatten()
         if len(slots):
             own = replace(latents, rows=torch.zeros_like(slots), log=latents.log[slots])
             children = own.applied(vectors, children)
-    external = chain.banks.external.get(layer)
+    external = chain.question.weights.given.get(layer)
     given = None if external is None else external.of_node(row)
     if given is not None:
         return given.contract(vectors, children)
-    bank, bank_row = chain.pc.bank_address(node)
+    bank, bank_row = chain.question.pc.bank_address(node)
     rows = slice(bank_row, bank_row + 1)
-    weights = chain.banks[bank]
+    weights = chain.question.weights.own[bank]
     return vectors.contract(weights.log[rows], children, weights=weights.linear[rows])
 
 
@@ -160,7 +154,7 @@ def _product(chain: Chain, values: Values, node: Product, parts: Sequence[Node])
 def _units_of(chain: Chain, node: Product) -> dict[Node, Tensor | None]:
     """Return which unit of each child every unit of a product takes, (K,); None: unit k takes k."""
     factors = Part(node).factors
-    return {part.node: None if units is None else units.to(chain.pc.device) for part, units in factors}
+    return {part.node: None if units is None else units.to(chain.question.pc.device) for part, units in factors}
 
 
 def _read(chain: Chain, semiring: ChoosingSemiring, leaf: Tensor, following: Tensor) -> Tensor:
@@ -227,7 +221,7 @@ class _Reached:
 @torch.no_grad()
 def downward(chain: Chain, values: Values, num_samples: int, generator: Source) -> Choices:
     """Choose child units and arcs from the root down, for ``num_samples`` copies of the batch."""
-    pc, semiring = chain.pc, values.semiring
+    pc, semiring = chain.question.pc, values.semiring
     rank = rank_of_scopes(chain.order)
     scores = values.root_scores
     assert scores is not None
@@ -278,13 +272,13 @@ def _choose_child(
     column, unit, mark = reached.columns(node)
     of_query = query[column]
     table = values.states if node in values.states else values.leaves
-    layer, row = chain.pc.address(node)
+    layer, row = chain.question.pc.address(node)
     rows = torch.full_like(unit, row)
-    scores = chain.pc.log_weights(node, chain.banks)[unit].clone()  # (n, I)
-    external = chain.banks.external.get(layer)
+    scores = chain.question.pc.log_weights(node, chain.question.weights)[unit].clone()  # (n, I)
+    external = chain.question.weights.given.get(layer)
     if external is not None:
         scores = external.replaced(scores, rows, unit, of_query)
-    latents = chain.conditions.latents.get(layer)
+    latents = chain.question.latents.get(layer)
     if latents is not None:
         scores = latents.added(scores, rows, of_query)
     scores = scores + torch.cat([table[child][:, of_query, mark] for child in node.children]).t()
@@ -314,7 +308,7 @@ def _choose_arcs(
             continue
         follows = next(after)
         rest = (follows, unit if len(follows) > 1 else torch.zeros_like(unit))
-        layer, row = chain.pc.address(child)
+        layer, row = chain.question.pc.address(child)
         source = choices.source_at(generator, layer, torch.full_like(column, row), column)
         arc = _choose_arc(chain, values, (values.leaves[child], own), rest, state, query[column], source)
         reached.add(child, column, own, chain.arcs.label[arc], len(query))

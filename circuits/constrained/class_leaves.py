@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.layers import Weights
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question
 from circuits.engine.semirings import Semiring
+from circuits.engine.weights import CircuitWeights, Weights
 from circuits.evidence import Dense, Evidence, Factors, Listed, Nothing, Where
 
 
@@ -64,7 +64,7 @@ def class_leaves(
     evidence: Evidence,
     classes: Tensor,  # shape: (V,)
     num_classes: int,
-    banks: Banks,
+    weights: CircuitWeights,
 ) -> list[Tensor]:  # shape: (F, K, B, num_classes)
     """Return the log-values of all input units under the evidence on the values of each class alone.
 
@@ -74,23 +74,26 @@ def class_leaves(
         evidence: :func:`explicit`.
         classes: int64 (V,), the class of every value.
         num_classes: how many classes there are.
-        banks: the circuit's weights.
+        weights: the circuit's weights.
     """
+    parts: list[Sequence[Tensor]]
     if evidence.values is None:
-        parts = [_dense(pc, semiring, evidence, classes == c, banks) for c in range(num_classes)]
+        parts = [_dense(pc, semiring, evidence, classes == c, weights) for c in range(num_classes)]
     else:
         lists = _sorted_lists(evidence, classes, num_classes)
         sizes = lists.counts.amax((0, 1)).tolist()
-        parts = [_listed(pc, semiring, evidence, lists, c, sizes[c], banks) for c in range(num_classes)]
+        parts = [_listed(pc, semiring, evidence, lists, c, sizes[c], weights) for c in range(num_classes)]
     return [torch.stack(layer, -1) for layer in zip(*parts, strict=True)]
 
 
-def _dense(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, chosen: Tensor, banks: Banks) -> list[Tensor]:
+def _dense(
+    pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, chosen: Tensor, weights: CircuitWeights
+) -> list[Tensor]:
     """Read those rows of the tables only that belong to the chosen values, bool (V,)."""
     assert evidence.log_factors is not None
     values = []
     for position, layer in enumerate(pc.input_layers):
-        own = banks[layer.parameter_rows.bank]
+        own = weights.own[layer.parameter_rows.bank]
         members = chosen[: own.log.shape[1]].nonzero().flatten()
         if not len(members):
             shape = (*pc.layer_sizes[position], evidence.batch_size)
@@ -98,7 +101,7 @@ def _dense(pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, chosen: 
             continue
         rows = own if len(members) == own.log.shape[1] else Weights(own.log[:, members], own.linear[:, members])
         part = layer(semiring, Evidence(Dense(evidence.log_factors[..., members].to(pc.dtype))), rows)
-        external = banks.external.get(position)
+        external = weights.given.get(position)
         if external is not None:
             restricted = evidence.log_factors.masked_fill(~chosen[: evidence.log_factors.shape[-1]], -torch.inf)
             part = external.values(semiring, Evidence(Dense(restricted)), layer.variables, part)
@@ -130,8 +133,14 @@ def _sorted_lists(evidence: Evidence, classes: Tensor, num_classes: int) -> _Lis
 
 
 def _listed(
-    pc: CompiledCircuit, semiring: Semiring, evidence: Evidence, lists: _Lists, c: int, size: int, banks: Banks
-) -> list[Tensor]:
+    pc: CompiledCircuit,
+    semiring: Semiring,
+    evidence: Evidence,
+    lists: _Lists,
+    c: int,
+    size: int,
+    weights: CircuitWeights,
+) -> Sequence[Tensor]:
     """Read the listed values of class c, of which a variable has at most ``size``."""
     if size == 0:
         shapes = [(*sizes, evidence.batch_size) for sizes in pc.layer_sizes[: len(pc.input_layers)]]
@@ -141,4 +150,4 @@ def _listed(
     is_listed = offset < lists.counts[..., c : c + 1]
     factors = lists.log_factors.gather(2, index).masked_fill(~is_listed, -torch.inf)
     restricted = Evidence(Listed(lists.values.gather(2, index), factors.to(pc.dtype)))
-    return passes.leaves(pc, semiring, restricted, banks)
+    return Question(pc, restricted, weights).inputs(semiring)

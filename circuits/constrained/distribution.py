@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_temperature
-from circuits.constrained.arcs import Arcs, arcs_of, log_indicator
+from circuits.constrained.arcs import arcs_of, log_indicator
 from circuits.constrained.chain import Chain, Vectors, downward, temperature_of, upward
 from circuits.constrained.class_leaves import class_leaves, explicit
 from circuits.constrained.latents import ConstrainedLatentChoice
 from circuits.distribution import CircuitDistribution, kept, without_kept
-from circuits.engine import passes
-from circuits.engine.choices import draw_values
+from circuits.engine.choices import Choice
 from circuits.engine.compile import CompiledCircuit, check_compiled
-from circuits.engine.conditioning import Conditions
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question, divided, gradient_of
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
@@ -67,7 +66,7 @@ class ConstrainedDistribution(CircuitDistribution):
         start: Tensor | None = None,
         accept: Tensor | None = None,
         reads: Tensor | None = None,
-        weights: Banks | None = None,
+        weights: CircuitWeights | None = None,
     ) -> None:
         check_compiled(pc)
         if not isinstance(evidence, Evidence):
@@ -87,7 +86,7 @@ class ConstrainedDistribution(CircuitDistribution):
             )
         super().__init__(pc, evidence, weights=weights)
         self.automaton = automaton
-        self._banks = pc.weights() if weights is None else weights
+        self._weights = pc.weights() if weights is None else weights
         self._log_start = _ends("start", start, arcs.log_start, evidence.batch_size)
         self._log_accept = _ends("accept", accept, arcs.log_accept, evidence.batch_size)
         self._reads = _checked_reads(reads, evidence)
@@ -116,12 +115,12 @@ class ConstrainedDistribution(CircuitDistribution):
     @kept
     def log_acceptance(self) -> Tensor:
         """``log P(accepted | e)``, (B,), in nats: how much the constraint takes; of weighted automata E[A(x) | e]."""
-        return self.log_partition - self._possible(self.pc.log_partition(self._evidence, self._banks))
+        return self.log_partition - self._possible(self.pc.log_partition(self._evidence, self._weights))
 
     @own_precision
     def _log_joint(self, evidence: Evidence, x: Tensor) -> Tensor:
         """Return ``log p(x) prod_i e_i(x_i) A(x)``, (S, B), of values x, (S, B, D)."""
-        if self._banks.batch_size > 1 and len(x) > 1:
+        if self._weights.batch_size > 1 and len(x) > 1:
             return torch.cat([self._log_joint(evidence, one) for one in x.split(1)])
         index = torch.arange(evidence.batch_size, device=x.device).repeat(len(x))
         factors = self._explicit.factors.at(x, self.pc.dtype)
@@ -164,12 +163,12 @@ class ConstrainedDistribution(CircuitDistribution):
     @own_precision
     def _gradient(self, evidence: Evidence) -> Tensor:
         assert evidence.log_factors is not None
-        return passes.factor_gradients(
-            lambda factors, banks: self._possible(
-                self._log_z(evidence.with_factors(factors, evidence.values, evidence.missing), banks=banks)
+        return gradient_of(
+            lambda factors, weights: self._possible(
+                self._log_z(evidence.with_factors(factors, evidence.values, evidence.missing), weights=weights)
             ),
             evidence.log_factors.to(self.pc.dtype),
-            self._banks,
+            self._weights,
         )
 
     def sample(
@@ -268,32 +267,29 @@ class ConstrainedDistribution(CircuitDistribution):
         assert self.evidence is not None
         return self.evidence
 
-    def _chain(self, index: Tensor | None, banks: Banks, conditions: Conditions) -> Chain:
+    def _chain(self, question: Question, index: Tensor | None = None) -> Chain:
         """Set up the pass, for the queries ``index``; backwards where the circuit splits off the last variable."""
         start, accept, arcs = self._log_start, self._log_accept, self._arcs
         if index is not None:
             start, accept = start[index], accept[index]
         if self._order[0] > self._order[-1]:
             start, accept, arcs = accept, start, arcs.reversed()
-        return Chain(self.pc, self._order, arcs, banks, conditions, start, accept)
+        return Chain(question, self._order, arcs, start, accept)
 
     @own_precision
-    def _log_z(self, evidence: Evidence, index: Tensor | None = None, banks: Banks | None = None) -> Tensor:
-        banks = self._banks if banks is None else banks
-        chain = self._chain(index, banks, self.pc.conditions(evidence))
-        return upward(chain, LogSemiring(), self._leaves(LogSemiring(), evidence, index, banks))[0]
+    def _log_z(self, evidence: Evidence, index: Tensor | None = None, weights: CircuitWeights | None = None) -> Tensor:
+        question = Question(self.pc, evidence, weights or self._weights)
+        return upward(self._chain(question, index), LogSemiring(), self._leaves(LogSemiring(), question, index))[0]
 
-    def _leaves(
-        self, semiring: ChoosingSemiring, evidence: Evidence, index: Tensor | None, banks: Banks
-    ) -> list[Tensor]:
+    def _leaves(self, semiring: ChoosingSemiring, question: Question, index: Tensor | None = None) -> list[Tensor]:
         """Return the log-values of all input units by label, per input layer (F, K, B, M)."""
-        arcs: Arcs = self._arcs
+        arcs, evidence, weights = self._arcs, question.evidence, question.weights
         num_classes = arcs.log_label.shape[1]
-        by_class = class_leaves(self.pc, semiring, evidence, arcs.classes, num_classes, banks)
+        by_class = class_leaves(self.pc, semiring, evidence, arcs.classes, num_classes, weights)
         leaves = [_by_label(arcs.log_label, values, semiring) for values in by_class]
         if self._reads is not None:
             reads = self._reads if index is None else self._reads[index]
-            plain = passes.leaves(self.pc, semiring, replace(evidence, reference=None), banks)
+            plain = Question(self.pc, replace(evidence, reference=None), weights).inputs(semiring)
             for position, layer in enumerate(self.pc.input_layers):
                 is_read = reads[:, layer.variables].t()[:, None, :, None]  # (F, 1, B, 1)
                 idle = plain[position].expand(leaves[position].shape[:3]).unsqueeze(-1)
@@ -301,8 +297,8 @@ class ConstrainedDistribution(CircuitDistribution):
                 leaves[position] = torch.cat(both, -1)
         if evidence.reference is None:
             return leaves
-        divisors = passes.leaves(self.pc, LogSemiring(), evidence.reference, banks)
-        return [passes.divided(Vectors(semiring), *pair) for pair in zip(leaves, divisors, strict=True)]
+        divisors = Question(self.pc, evidence.reference, weights).inputs(LogSemiring())
+        return [divided(Vectors(semiring), *pair) for pair in zip(leaves, divisors, strict=True)]
 
     @own_precision
     def _choose(
@@ -313,13 +309,19 @@ class ConstrainedDistribution(CircuitDistribution):
         generator: Source,
     ) -> ConstrainedLatentChoice:
         """Choose latents and paths; ``of_values`` says whether the variables are summed or maximised out."""
-        chain = self._chain(None, self._banks, self.pc.conditions(self._explicit))
-        leaves = self._leaves(of_values, self._explicit, None, self._banks)
-        log_score, values = upward(chain, semiring, leaves)
+        question = Question(self.pc, self._explicit, self._weights)
+        chain = self._chain(question)
+        log_score, values = upward(chain, semiring, self._leaves(of_values, question))
         self._possible(log_score)
         choices = downward(chain, values, num_samples, generator)
         return ConstrainedLatentChoice(
-            self.pc, choices.units, choices.query, self._banks, choices.labels, self._arcs.classes, self._arcs.log_label
+            self.pc,
+            choices.units,
+            choices.query,
+            self._weights,
+            choices.labels,
+            self._arcs.classes,
+            self._arcs.log_label,
         )
 
     @own_precision
@@ -327,7 +329,7 @@ class ConstrainedDistribution(CircuitDistribution):
     def _draw(self, semiring: ChoosingSemiring, num_samples: int, generator: Source) -> Tensor:
         choice = self._choose(semiring, semiring, num_samples, generator)
         num_columns = len(choice.query)
-        per_pass = self._evidence.batch_size if self._banks.batch_size > 1 else max(1, num_columns)
+        per_pass = self._evidence.batch_size if self._weights.batch_size > 1 else max(1, num_columns)
         drawn = []
         for columns in torch.arange(num_columns, device=self.pc.device).split(per_pass):
             given = replace(self._explicit, reference=None).rows(choice.query[columns])
@@ -335,12 +337,10 @@ class ConstrainedDistribution(CircuitDistribution):
             factors = given.log_factors.to(self.pc.dtype)
             factors = factors + choice.log_path(given.values, columns, factors.shape[-1])
             given = given.with_factors(factors, given.values, given.missing)
-            units, query = (
-                [reached[:, columns] for reached in choice.units],
-                torch.arange(len(columns), device=self.pc.device),
-            )
+            units = [reached[:, columns] for reached in choice.units]
+            part = Choice(units, torch.arange(len(columns), device=self.pc.device))
             source = generator.at(int(columns[0])) if isinstance(generator, RowGenerators) else generator
-            drawn.append(draw_values(self.pc, semiring, given, self._banks, units, query, source))
+            drawn.append(Question(self.pc, given, self._weights).values_of(semiring, part, source))
         return torch.cat(drawn)
 
     @staticmethod

@@ -5,121 +5,88 @@ In the log semiring it is an exact sample, in the max semiring the most probable
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from circuits.engine.conditioning import conditions_of
-from circuits.engine.input_layers import InputLayer
-from circuits.engine.layers import ProductLayer, SumLayer
-from circuits.engine.passes import Banks
+from circuits.engine.layers import ProductLayer, SumLayer, chunks
 from circuits.engine.semirings import ChoosingSemiring
-from circuits.evidence import Evidence
-from circuits.precision import own_precision
 from circuits.randomness import DrawnNumbers, RowGenerators, Source
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
+    from circuits.engine.question import Question
 
-_CHUNK = 1 << 24
+_MAX_NUMBERS = 1 << 20
 
 
-@own_precision
-def downward_choice(
-    pc: CompiledCircuit,
-    semiring: ChoosingSemiring,
-    outputs: Sequence[Tensor | None],
-    banks: Banks,
-    num_samples: int,
-    generator: Source,
-) -> tuple[list[Tensor], Tensor]:
-    """Choose one child of every reached sum unit, from the root down, for ``num_samples`` copies of the batch.
+class Choice(NamedTuple):
+    """One explanation per column: S copies of a batch of B queries, all of the first copy first."""
 
-    Args:
-        pc: the compiled circuit.
-        semiring: whose ``choose`` is used: a draw (log) or the best (max).
-        outputs: of :func:`~circuits.engine.passes.upward` with ``keep=True`` in that semiring.
-        banks: the weights that ``outputs`` were computed with.
-        num_samples: S, how many choices per query.
-        generator: for draws.
+    units: list[Tensor]
+    """The chosen unit of every node of each input layer, int64 (F, S * B) each; -1 where a node was not reached."""
+    query: Tensor
+    """The query of each column, int64 (S * B,)."""
 
-    Returns:
-        The chosen unit of every node of each input layer, -1 where a node was not reached, a list of (F, S * B), and
-        the query of each column, (S * B,).
-    """
-    num_layers, class_factors = len(pc.layer_sizes), conditions_of(outputs).class_factors
-    root = outputs[num_layers - 1]
-    assert root is not None
-    batch_size = root.shape[2]
-    query = torch.arange(batch_size, device=root.device).repeat(num_samples)
+
+def choose(
+    question: Question, semiring: ChoosingSemiring, values: Sequence[Tensor], num_samples: int, generator: Source
+) -> Choice:
+    """Choose one child of every reached sum unit, from the root down; see :meth:`Question.choose`."""
+    pc, weights, num_inputs = question.pc, question.weights, len(question.pc.input_layers)
+    root = values[-1][0]  # (R, B, *E)
+    query = torch.arange(root.shape[1], device=root.device).repeat(num_samples)
     units = [torch.full((size[0], len(query)), -1, device=root.device) for size in pc.layer_sizes]
-    if class_factors is None:
+    if question.class_factors is None:
         units[-1].zero_()
     else:
         everywhere = torch.arange(len(query), device=query.device)
-        source = source_at(generator, num_layers, torch.zeros_like(query), everywhere)
-        units[-1][0] = semiring.choose((root[0] + class_factors).t()[query], source)
-    numbers = _numbers_of(pc, generator, num_samples)
-    for position in reversed(range(len(pc.input_layers), num_layers)):
-        layer = pc.inner_layers[position - len(pc.input_layers)]
+        source = source_at(generator, len(pc.layer_sizes), torch.zeros_like(query), everywhere)
+        units[-1][0] = semiring.choose((root + question.class_factors).t()[query], source)
+    is_by_row = isinstance(generator, RowGenerators)
+    numbers = _numbers_of(pc, generator, num_samples) if isinstance(generator, RowGenerators) else {}
+    for position in reversed(range(num_inputs, len(pc.layer_sizes))):
+        layer = pc.inner_layers[position - num_inputs]
         node, column = (units[position] >= 0).nonzero(as_tuple=True)
         unit = units[position][node, column]
         if isinstance(layer, ProductLayer):
-            choices = layer.child_choices(unit)
+            chosen = layer.child_choices(unit)
         else:
+            source = generator
             if position in numbers:
                 source = DrawnNumbers(column, first=numbers[position][node, column])
-            else:
+            elif is_by_row:
                 source = source_at(generator, position, node, column)
-            choices = _choose_children(layer, semiring, outputs, banks, node, unit, query[column], source)
-        for slot, choice in enumerate(choices):
-            _mark(units, layer, slot, node, column, choice)
+            own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
+            children = layer.gather(values, latents=question.latents.get(position))
+            chosen = layer.choose(semiring, children, own, given, (node, unit, query[column]), source)
+        layer.reach(units, node, column, chosen)
         units[position] = units[position].new_empty(0)
-    return units[: len(pc.input_layers)], query
+    return Choice(units[:num_inputs], query)
 
 
-def _choose_children(
-    layer: SumLayer,
-    semiring: ChoosingSemiring,
-    outputs: Sequence[Tensor | None],
-    banks: Banks,
-    node: Tensor,
-    unit: Tensor,
-    query: Tensor,
-    generator: Source,
-) -> list[Tensor]:
-    """Choose a child unit for n reached sum units; per child slot the chosen unit, -1 where another slot was chosen."""
-    children = layer.gather(outputs)
-    log_weights = banks[layer.parameter_rows.bank].log
-    external = banks.external.get(layer.position)
-    chosen = torch.empty_like(unit)
-    for part in _chunks(len(node), children.shape[1]):
-        n, u, q = node[part], unit[part], query[part]
-        scores = log_weights[layer.parameter_rows.index[n], u]
-        if external is not None:
-            scores = external.replaced(scores, n, u, q)
-        chosen[part] = semiring.choose(scores.add_(children[n, :, q]), _part(generator, part))
-    choices = []
-    for num_units in layer.child_units:
-        choices.append(torch.where((chosen >= 0) & (chosen < num_units), chosen, -1))
-        chosen = chosen - num_units
-    return choices
-
-
-def _numbers_of(pc: CompiledCircuit, generator: Source, num_samples: int) -> dict[int, Tensor]:
-    """Return the numbers that choose for the units of every sum layer, (F, S * B), drawn at once unless too many."""
-    sizes = {layer.position: layer.num_nodes for layer in pc.inner_layers if isinstance(layer, SumLayer)}
-    num_nodes = sum(sizes.values())
-    if not isinstance(generator, RowGenerators) or num_nodes * num_samples * len(generator.seeds) > _CHUNK // 16:
-        return {}
-    device = generator.seeds.device
-    places = [(position << 24) + torch.arange(size, device=device) for position, size in sizes.items()]
-    sample = torch.arange(num_samples, device=device).repeat_interleave(len(generator.seeds))
-    seeds = RowGenerators(generator.seeds.repeat(num_samples))
-    numbers = seeds.first_at(torch.cat(places).unsqueeze(1) + (sample << 48))
-    return dict(zip(sizes, numbers.split(list(sizes.values())), strict=True))
+def values_of(question: Question, semiring: ChoosingSemiring, choice: Choice, generator: Source) -> Tensor:
+    """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
+    pc, evidence = question.pc, question.evidence
+    dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
+    values = torch.zeros(len(choice.query), pc.circuit.num_vars, dtype=dtype, device=choice.query.device)
+    for position, (layer, reached) in enumerate(zip(pc.input_layers, choice.units, strict=True)):
+        weights, given = question.weights.own[layer.parameter_rows.bank], question.weights.given.get(position)
+        nodes, columns = (reached >= 0).nonzero(as_tuple=True)
+        for part in chunks(len(nodes), weights.log.shape[1]):
+            node, column = nodes[part], columns[part]
+            unit, query = reached[node, column], choice.query[column]
+            source = source_at(generator, position, node, column)
+            if given is None:
+                chosen = layer.choose(semiring, evidence, weights, node, unit, query, source)
+            else:
+                scores = layer.scores(evidence, weights, node, unit, query)
+                scores = given.scores(scores, evidence, layer.variables, node, unit, query)
+                chosen = semiring.choose(scores, source)
+            values[column, layer.variables[node]] = chosen.to(dtype)
+    return values
 
 
 def source_at(generator: Source, position: int, node: Tensor, column: Tensor) -> Source:
@@ -131,60 +98,15 @@ def source_at(generator: Source, position: int, node: Tensor, column: Tensor) ->
     return generator.rows(column % batch_size).at((column // batch_size << 48) + (position << 24) + node)
 
 
-def _part(generator: Source, part: slice) -> Source:
-    return generator.rows(part) if isinstance(generator, RowGenerators) else generator
-
-
-def _mark(
-    units: list[Tensor], layer: ProductLayer | SumLayer, slot: int, node: Tensor, column: Tensor, choice: Tensor
-) -> None:
-    """Record which unit of a child was reached from n nodes, in their columns; -1: it was not."""
-    if isinstance(layer, SumLayer) and len(layer.child_units) > 1:
-        reached = choice >= 0
-        node, column, choice = node[reached], column[reached], choice[reached]
-    layers, rows = layer.addresses[node, slot].unbind(-1)
-    only = layer.child_layers[slot]
-    if only is not None:
-        units[only][rows, column] = choice
-        return
-    for position in layers.unique().tolist():
-        here = layers == position
-        units[position][rows[here], column[here]] = choice[here]
-
-
-def _chunks(length: int, width: int) -> Iterator[slice]:
-    """Cut ``length`` rows of ``width`` numbers into slices of bounded size."""
-    step = max(1, _CHUNK // width)
-    for start in range(0, length, step):
-        yield slice(start, start + step)
-
-
-@own_precision
-def draw_values(
-    pc: CompiledCircuit,
-    semiring: ChoosingSemiring,
-    evidence: Evidence,
-    banks: Banks,
-    units: Sequence[Tensor],
-    query: Tensor,
-    generator: Source,
-) -> Tensor:
-    """Choose a value of every variable from the reached input units: (S * B, D), int64 if all families are discrete."""
-    dtype = torch.int64 if pc.circuit.is_discrete else pc.dtype
-    values = torch.zeros(len(query), pc.circuit.num_vars, dtype=dtype, device=query.device)
-    for position, (layer, reached) in enumerate(zip(pc.input_layers, units, strict=True)):
-        assert isinstance(layer, InputLayer)
-        external = banks.external.get(position)
-        node, column = (reached >= 0).nonzero(as_tuple=True)
-        for part in _chunks(len(node), banks[layer.parameter_rows.bank].log.shape[1]):
-            n, c = node[part], column[part]
-            weights, unit, of_query = banks[layer.parameter_rows.bank], reached[n, c], query[c]
-            source = source_at(generator, position, n, c)
-            if external is None:
-                chosen = layer.choose(semiring, evidence, weights, n, unit, of_query, source)
-            else:
-                scores = layer.scores(evidence, weights, n, unit, of_query)
-                scores = external.scores(scores, evidence, layer.variables, n, unit, of_query)
-                chosen = semiring.choose(scores, source)
-            values[c, layer.variables[n]] = chosen.to(dtype)
-    return values
+def _numbers_of(pc: CompiledCircuit, generator: RowGenerators, num_samples: int) -> dict[int, Tensor]:
+    """Return the numbers that choose for the units of every sum layer, (F, S * B), drawn at once unless too many."""
+    layers = enumerate(pc.inner_layers, start=len(pc.input_layers))
+    sizes = {position: layer.num_nodes for position, layer in layers if isinstance(layer, SumLayer)}
+    if sum(sizes.values()) * num_samples * len(generator.seeds) > _MAX_NUMBERS:
+        return {}
+    device = generator.seeds.device
+    places = [(position << 24) + torch.arange(size, device=device) for position, size in sizes.items()]
+    sample = torch.arange(num_samples, device=device).repeat_interleave(len(generator.seeds))
+    seeds = RowGenerators(generator.seeds.repeat(num_samples))
+    numbers = seeds.first_at(torch.cat(places).unsqueeze(1) + (sample << 48))
+    return dict(zip(sizes, numbers.split(list(sizes.values())), strict=True))

@@ -1,7 +1,7 @@
 """From a symbolic :class:`~circuits.symbolic.Circuit` to tensors: the module that evaluates its layers.
 
 Each layer is one tensor operation over nodes with the same kind and shapes, and each *bank* is one parameter (P, O, I)
-with all weights of a shape, of which the layers select rows; see :mod:`circuits.engine.plan` for how nodes are
+with all weights of a shape, of which the layers select rows; see :mod:`circuits.engine.folding` for how nodes are
 assigned.
 """
 
@@ -9,27 +9,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from circuits.arguments import checked_device, checked_dtype, checked_seed
-from circuits.engine import passes
-from circuits.engine.addressing import Address
-from circuits.engine.assembly import built_layer
-from circuits.engine.conditioning import Conditions, LatentFactors, LayerValues
 from circuits.engine.external import ExternalWeights, checked_form, weights_by_layer
-from circuits.engine.input_layers import InputLayer
-from circuits.engine.layers import ProductLayer, SumLayer, Weights
-from circuits.engine.plan import plan_layers
-from circuits.engine.semirings import LogSemiring
+from circuits.engine.folding import Folding, fold
+from circuits.engine.input_layers import DirectLayer, InputLayer, TableLayer
+from circuits.engine.layers import Address, ParameterRows, ProductLayer, SumLayer
+from circuits.engine.question import Question
 from circuits.engine.weight_forms import Form
+from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical, Direct
 from circuits.precision import own_precision
-from circuits.symbolic import Circuit, Node, ParametricNode, Sum, num_free_parameters, parameter_owner
+from circuits.symbolic import (
+    Circuit,
+    Input,
+    Node,
+    ParametricNode,
+    Product,
+    Sum,
+    num_free_parameters,
+    parameter_owner,
+)
 
 _ROWS = 4096
 """Of a table that is set: copies are made of so many at a time."""
@@ -55,21 +61,21 @@ class CompiledCircuit(nn.Module):
     def __init__(self, circuit: Circuit, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.circuit = circuit
-        self._plan = plan = plan_layers(circuit)
-        self.families = plan.families
+        self._folding = folding = fold(circuit)
+        self.families = folding.families
         self.bank = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in plan.bank_shapes.items()}
+            {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in folding.bank_shapes.items()}
         )
-        self.sum_banks = [name for name in plan.bank_shapes if name not in plan.families]
-        built = [built_layer(plan, nodes, circuit.num_vars, dtype) for nodes in plan.layers]
+        self.sum_banks = [name for name in folding.bank_shapes if name not in folding.families]
+        built = [_built_layer(folding, nodes, circuit.num_vars, dtype) for nodes in folding.layers]
         self.input_layers: Sequence[InputLayer] = cast(
             Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
         )
         self.inner_layers: Sequence[ProductLayer | SumLayer] = cast(
             Any, nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
         )
-        self.layer_sizes = plan.layer_sizes
-        self.last_uses = plan.last_uses
+        self.layer_sizes = folding.layer_sizes
+        self.last_uses = folding.last_uses
         self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
         # by bank: the parameters, what they were read as, and how often that had been written into
         self._cache: dict[str, tuple[Tensor, Weights, int]] = {}
@@ -87,10 +93,10 @@ class CompiledCircuit(nn.Module):
     @property
     def num_free_parameters(self) -> int:
         """How many numbers the distribution depends on, as AIC and BIC count them; weights of 0 stay 0: not counted."""
-        owners = self._plan.bank_addresses
+        owners = self._folding.bank_addresses
         return sum(num_free_parameters(owner, self.bank_row(owner)) for owner in owners)
 
-    def forward(self, x: Tensor | Evidence, *, weights: passes.Banks | None = None) -> Tensor:
+    def forward(self, x: Tensor | Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
         """Return ``log p(x)`` of assignments, (B, D), see :meth:`Evidence.observe`, or log Z of any evidence: (B,).
 
         A circuit with R classes returns (B, R), log p(x | class), unless the evidence names the class.
@@ -101,7 +107,7 @@ class CompiledCircuit(nn.Module):
         return self.log_partition(x if isinstance(x, Evidence) else Evidence.observe(x), weights)
 
     @own_precision
-    def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
+    def log_partition(self, evidence: Evidence, weights: CircuitWeights | None = None) -> Tensor:
         """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,), differentiable in factors and weights.
 
         A circuit with R classes returns (B, R), one log Z per class, unless the evidence names the class.
@@ -110,20 +116,12 @@ class CompiledCircuit(nn.Module):
             evidence: for B queries.
             weights: to use in place of this module's own, see :meth:`weights`.
         """
-        banks = self.weights() if weights is None else weights
-        return passes.log_root(self, self.leaves(evidence, banks), banks)
-
-    @own_precision
-    def leaves(self, evidence: Evidence, banks: passes.Banks | None = None) -> LayerValues:
-        """Return the log-values of all input units under the evidence: per input layer (F, K, B)."""
-        if not torch.compiler.is_compiling():
-            evidence.check(self.num_categories)
-        return passes.leaves(self, LogSemiring(), evidence, self.weights() if banks is None else banks)
+        return Question(self, evidence, weights).log_z
 
     @own_precision
     def weights(
         self, *, external: Mapping[ParametricNode | str, Tensor | Form] | None = None, normalize: bool = True
-    ) -> passes.Banks:
+    ) -> CircuitWeights:
         """Return the normalised weights of every bank, with those given to single nodes at run time in place.
 
         Without gradients the own weights are computed once and kept as long as the parameters are what they were: they
@@ -143,40 +141,15 @@ class CompiledCircuit(nn.Module):
                 NaN or +inf, or, with ``normalize``, a unit whose weights are all -inf.
         """
         own = {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
-        return passes.Banks(own, self._external_weights(external, own, normalize) if external else None)
+        return CircuitWeights(own, self._external_weights(external, own, normalize) if external else {})
 
     @own_precision
-    def conditions(self, evidence: Evidence) -> Conditions:
-        """Return the part of the evidence that is on latents and on the class, by layer.
-
-        Raises:
-            ArgumentError: a name or node that is no sum node of the circuit, a wrong shape, or a label out of range.
-        """
-        by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
-        for key, factors in (evidence.latents or {}).items():
-            node = self.sum_node(key)
-            if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
-                raise ArgumentError(
-                    f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
-                    f"units of {node}, got {tuple(factors.shape)}"
-                )
-            layer, row = self.address(node)
-            if row in by_layer[layer]:
-                raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
-            by_layer[layer][row] = factors.to(self.device, self.dtype).t()
-        latents = {
-            layer: LatentFactors(torch.tensor(list(rows), device=self.device), torch.stack(list(rows.values())))
-            for layer, rows in by_layer.items()
-        }
-        return Conditions(latents, self._class_factors(evidence.classes))
-
-    @own_precision
-    def log_weights(self, node: ParametricNode | str, banks: passes.Banks | None = None) -> Tensor:
-        """Return normalised log-weights of one node: sums (K, I), finite families (C, K); from ``banks`` if given."""
+    def log_weights(self, node: ParametricNode | str, weights: CircuitWeights | None = None) -> Tensor:
+        """Return the normalised log-weights of a node's parameters: sums (K, I), finite families (C, K)."""
         bank, row = self.bank_address(node)
         if isinstance(self.families.get(bank), Direct):
             raise ArgumentError(f"node: a {self.families[bank]} has no table of weights; use pc.parameters_of(node)")
-        return (self.weights() if banks is None else banks)[bank].log[row]
+        return (self.weights() if weights is None else weights).own[bank].log[row]
 
     @own_precision
     def parameters_of(self, node: ParametricNode | str) -> Tensor:
@@ -225,7 +198,7 @@ class CompiledCircuit(nn.Module):
         for name, parameter in self.bank.items():
             family = self.families.get(name, _DIRICHLET)
             parameter.copy_(family.initial(parameter.shape, generator))
-        for node in self._plan.bank_addresses:
+        for node in self._folding.bank_addresses:
             if node.weights is not None:
                 self.set_weights(node, node.weights)
 
@@ -238,12 +211,12 @@ class CompiledCircuit(nn.Module):
 
     def address(self, node: Node | str) -> Address:
         """Return where a node of the circuit, or the one of that name, is evaluated: (layer, row)."""
-        return self._plan.addresses[self._node_of("node", node)]
+        return self._folding.addresses[self._node_of("node", node)]
 
     def bank_address(self, node: ParametricNode | str) -> tuple[str, int]:
         """Return where the parameters of a node are: (bank, row); nodes that share them have one address."""
         try:
-            return self._plan.bank_addresses[self._owner_of(node)]
+            return self._folding.bank_addresses[self._owner_of(node)]
         except KeyError:
             raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
 
@@ -259,7 +232,7 @@ class CompiledCircuit(nn.Module):
     def _node_of(self, argument: str, key: Node | str) -> Node:
         if isinstance(key, str):
             return self.circuit.node(key)
-        if key not in self._plan.addresses:
+        if key not in self._folding.addresses:
             raise ArgumentError(f"{argument}: expected a node of {self.circuit}, or its name, got {key!r}")
         return key
 
@@ -280,26 +253,6 @@ class CompiledCircuit(nn.Module):
                 raise ArgumentError(f"external: {node} is given twice, by name and by node; give it once")
             by_layer[layer][row] = checked_form(given, node)
         return weights_by_layer(self, by_layer, own, normalize=normalize)
-
-    def _class_factors(self, classes: Tensor | None) -> Tensor | None:
-        """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
-        if classes is None:
-            return None
-        num_classes = self.circuit.num_classes
-        if num_classes is None:
-            raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
-        classes = classes.to(self.device)
-        if classes.dim() == 1:
-            if bool(((classes < 0) | (classes >= num_classes)).any()):
-                raise ArgumentError(
-                    f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
-                    f"{int(classes.max())}"
-                )
-            is_other = torch.arange(num_classes, device=self.device).unsqueeze(1) != classes
-            return torch.zeros(is_other.shape, dtype=self.dtype, device=self.device).masked_fill(is_other, -torch.inf)
-        if classes.shape[1] != num_classes:
-            raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
-        return classes.to(self.dtype).t()
 
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
         if torch.compiler.is_compiling():
@@ -328,6 +281,27 @@ class CompiledCircuit(nn.Module):
         return Weights(torch.log_softmax(parameter, -1))
 
 
+def _built_layer(
+    folding: Folding, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype
+) -> InputLayer | ProductLayer | SumLayer:
+    """Return the layer of nodes that are evaluated together."""
+    first = nodes[0]
+    children = [[folding.addresses[child] for child in node.children] for node in nodes]
+    child_units = [child.num_units for child in first.children]
+    if isinstance(first, Product):
+        return ProductLayer(children, child_units, first.mode)
+    owners = [folding.bank_addresses[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
+    parameters = ParameterRows(owners[0][0], [row for _, row in owners])
+    if isinstance(first, Sum):
+        num_siblings = len(nodes) // len({node.children for node in nodes})
+        return SumLayer(children, child_units, parameters, num_siblings)
+    variables = [node.var for node in nodes if isinstance(node, Input)]
+    family = folding.families[parameters.bank]
+    if isinstance(family, Direct):
+        return DirectLayer(variables, parameters, num_vars, family, dtype)
+    return TableLayer(variables, parameters, num_vars)
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
@@ -346,7 +320,6 @@ def compile(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
     generator: torch.Generator | None = None,
-    backend: Literal["torch", "pyjuice"] = "torch",
 ) -> CompiledCircuit:
     """Compile a circuit onto tensors, randomly initialised but for the weights that its nodes were given.
 
@@ -356,10 +329,9 @@ def compile(
         dtype: torch.float32 or torch.float64.
         seed: for the initial weights; fresh entropy when neither it nor ``generator`` is given.
         generator: a CPU generator, instead of ``seed``.
-        backend: "torch", or "pyjuice": PyJuice's CUDA kernels, see :class:`~circuits.interop.backend.JuiceCircuit`.
 
     Raises:
-        ArgumentError: an argument has a wrong type or value, or device or backend are not here.
+        ArgumentError: an argument has a wrong type or value, or the device is not here.
     """
     if not isinstance(circuit, Circuit):
         raise ArgumentError(f"circuit: expected ct.Circuit(root), got {type(circuit).__name__}")
@@ -367,12 +339,6 @@ def compile(
     if seed is not None and generator is not None:
         raise ArgumentError("seed: give either seed or generator, not both")
     checked_seed("seed", seed)
-    if backend not in ("torch", "pyjuice"):
-        raise ArgumentError(f"backend: expected 'torch' or 'pyjuice', got {backend!r}")
-    if backend == "pyjuice":
-        from circuits.interop.backend import compile_with_pyjuice
-
-        return compile_with_pyjuice(circuit, device, dtype, seed, generator)
     target = checked_device("device", device)
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)

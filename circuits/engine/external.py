@@ -20,7 +20,8 @@ from circuits.symbolic import Input, Node, ParametricNode
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
-    from circuits.engine.layers import SumLayer, Weights
+    from circuits.engine.layers import SumLayer
+    from circuits.engine.weights import Weights
     from circuits.evidence import Evidence
 
 

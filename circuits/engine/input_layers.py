@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from circuits.engine import logspace
-from circuits.engine.addressing import ParameterRows
-from circuits.engine.layers import Weights
+from circuits.engine.layers import ParameterRows
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.engine.weights import Weights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Normal, Nothing, Where
 from circuits.families import Direct
@@ -171,38 +171,6 @@ class TableLayer(InputLayer):
         scores = weights.log[self.parameter_rows.index[node], :, unit]
         factors = evidence.pick(query, self.variables[node]).dense(scores.shape[1], scores.dtype)
         return scores + factors[:, 0, : scores.shape[1]]
-
-    def shares(
-        self,
-        weights: Weights,
-        node: Tensor,  # shape: (n,)
-        values: Tensor | None,  # shape: (n, k)
-        factors: Tensor,  # shape: (n, k)
-        log_values: Tensor,  # shape: (n, K)
-        flows: Tensor,  # shape: (n, K)
-    ) -> Tensor:  # shape: (n, k)
-        """Return how probably n nodes explain their variable and it has each of k values: the adjoint of the layer.
-
-        Args:
-            weights: of the layer's bank.
-            node: rows of the layer.
-            values: of each node's variable; None: all C.
-            factors: their log-factors.
-            log_values: of the node's units under these factors.
-            flows: how probably each of the units explains the variable.
-        """
-        num_categories, num_units = weights.log.shape[1:]
-        row = self.parameter_rows.index[node]
-        if values is not None:
-            places = values + (row * num_categories).unsqueeze(1)
-            tables = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
-            return logspace.mix_adjoint(*tables, places, factors, log_values, flows)
-        out = torch.empty_like(factors[:, :num_categories])
-        for used in row.unique().tolist():
-            here = row == used
-            parts = (part[here] for part in (factors[:, :num_categories], log_values, flows))
-            out[here] = logspace.mix_adjoint(weights.log[used], weights.linear[used], None, *parts)
-        return torch.nn.functional.pad(out, (0, factors.shape[1] - num_categories))
 
     def _listed(self, semiring: Semiring, listed: Listed, weights: Weights) -> Tensor:
         num_categories, num_units = weights.log.shape[1:]

@@ -1,4 +1,4 @@
-"""The inner layers of a compiled circuit: products and sums.
+"""The inner layers of a compiled circuit: products and sums, and where they find their children and their weights.
 
 A layer evaluates F nodes of equal shape at once. Its output has shape (F, K, B, *E): F folded nodes, K units each, a
 batch of B, and the semiring's own trailing dimensions E. The batch comes last so that every sum layer is a GEMM of its
@@ -8,76 +8,186 @@ weights with a contiguous (I, B) block, and reductions over units run across con
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from circuits.engine import logspace
-from circuits.engine.addressing import Address, Gradients, ParameterRows, Rows
-from circuits.engine.conditioning import LatentFactors, conditions_of
 from circuits.engine.external import GivenSums
-from circuits.engine.semirings import LogSemiring, Semiring
+from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.engine.weights import Flows, LatentFactors, Weights
+from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import ProductMode
 
-_MAX_SLOTS = 4
+Address = tuple[int, int]
+"""Where a node lives: (layer, position within the layer)."""
+LayerValues = Mapping[int, Tensor] | Sequence[Tensor]
+"""Values (F, K, B, *E) of the layers that are still needed, by layer."""
+
+_MAX_SLOTS = _MAX_PIECES = 4
+_MAX_SCORES = 1 << 24
 _LOG = LogSemiring()
 
 
-class Weights:
-    """Normalised weights of one parameter bank: sums (P, O, I), finite input families (P, C, K).
+class Gradients:
+    """Gradients of the layers' outputs, (F, K, B) each, that add up; nothing is copied until a second one arrives."""
 
-    The banks of other input families hold what the family reads: ``log`` is their numbers (P, S, K), ``linear`` the
-    logarithm of a factor on every unit, (P, 1, K).
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int) -> None:
+        self._sizes = sizes
+        self._batch_size = batch_size
+        self._values: dict[int, Tensor] = {}
+        self._owned: set[int] = set()
+
+    def pop(self, layer: int) -> Tensor | None:
+        """Return the gradient of a layer's output and forget it; None if nothing was added."""
+        return self._values.pop(layer, None)
+
+    def add(self, layer: int, nodes: slice | Tensor, grad: Tensor) -> None:
+        """Add ``grad`` to that of some nodes of a layer."""
+        current = self._values.get(layer)
+        num_nodes, num_units = self._sizes[layer]
+        if isinstance(nodes, slice) and nodes == slice(0, num_nodes, 1):
+            self._values[layer] = grad if current is None else current + grad
+            if current is not None:
+                self._owned.add(layer)
+            return
+        if current is None:
+            current = grad.new_zeros(num_nodes, num_units, self._batch_size)
+        elif layer not in self._owned:
+            current = current.clone()
+        self._owned.add(layer)
+        self._values[layer] = current
+        if isinstance(nodes, slice):
+            current[nodes] += grad
+        else:
+            current.index_add_(0, nodes, grad)
+
+
+class Gather:
+    """Gathers the values of n nodes of earlier layers: as slices where they are evenly spaced, else by index.
+
+    Not a module, because long chains have tens of thousands of them: its layer moves it between devices.
     """
 
-    def __init__(self, log: Tensor, linear: Tensor | None = None) -> None:
-        self.log = log
-        self._linear = linear
+    def __init__(self, addresses: Sequence[Address]) -> None:
+        pieces = _runs_by_layer(addresses)
+        self.order: Tensor | None = None
+        self.inverse: Tensor | None = None
+        if len(pieces) > _MAX_PIECES:
+            by_layer = sorted(range(len(addresses)), key=addresses.__getitem__)
+            pieces = _runs_by_layer([addresses[i] for i in by_layer])
+            self.order = torch.tensor(by_layer)
+            self.inverse = self.order.argsort()
+        self.lengths = [len(nodes) for _, nodes in pieces]
+        self.pieces: list[tuple[int, slice | Tensor]] = [
+            (layer, _as_slice(nodes) or torch.tensor(nodes)) for layer, nodes in pieces
+        ]
 
-    @property
-    def linear(self) -> Tensor:
-        """exp(log), detached: for GEMMs; gradients flow through ``log``. Computed when first asked for."""
-        if self._linear is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._linear = self.log.detach().exp()
-        return self._linear
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        self.order = None if self.order is None else function(self.order)
+        self.inverse = None if self.inverse is None else function(self.inverse)
+        self.pieces = [(layer, at if isinstance(at, slice) else function(at)) for layer, at in self.pieces]
 
-    @property
-    def num_writes(self) -> int:
-        """How often somebody has written into the tensors in place."""
-        return self.log._version + (0 if self._linear is None else self._linear._version)
+    def __call__(self, values: LayerValues) -> Tensor:
+        """Return the values of the nodes, (n, K, B, *E)."""
+        pieces = [
+            values[layer][at] if isinstance(at, slice) else values[layer].index_select(0, at)
+            for layer, at in self.pieces
+        ]
+        gathered = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return gathered if self.inverse is None else gathered.index_select(0, self.inverse)
 
-    def with_log(self, log: Tensor) -> Weights:
-        """Return the same weights with another leaf of automatic differentiation, or another view, as ``log``."""
-        return Weights(log, self._linear)
+    def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
+        """Send the gradient of what was gathered, (n, K, B), back to where it came from."""
+        if self.order is not None:
+            grad = grad.index_select(0, self.order)
+        parts = [grad] if len(self.lengths) == 1 else grad.split(self.lengths)
+        for (layer, at), part in zip(self.pieces, parts, strict=True):
+            gradients.add(layer, at, part)
+
+
+class ParameterRows(nn.Module):
+    """Selects the rows of a parameter bank (P, O, I) that F folded nodes use; tied nodes share rows."""
+
+    index: Tensor
+
+    def __init__(self, bank: str, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.bank = bank
+        self.num_nodes = len(rows)
+        self.is_tied = len(set(rows)) == 1
+        self.slice = slice(rows[0], rows[0] + 1, 1) if self.is_tied else _as_slice(rows)
+        self.register_buffer("index", torch.tensor(rows), persistent=False)
+
+    def select(self, bank: Tensor, *, expand: bool = True) -> Tensor:
+        """Return the rows of ``bank`` for each node, (F, O, I); (1, O, I) for tied nodes unless ``expand``."""
+        if self.slice is None:
+            return bank.index_select(0, self.index)
+        rows = bank[self.slice]
+        return rows.expand(self.num_nodes, -1, -1) if expand and self.is_tied and self.num_nodes > 1 else rows
+
+    def add(self, bank: Tensor, rows: Tensor) -> None:
+        """Add ``rows`` (F, O, I) to the rows of ``bank`` that the nodes use."""
+        bank.index_add_(0, self.index, rows)
+
+    def add_outer(self, bank: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add ``left (N, M, B) @ right (N, I, B)^T``, seen as (F, O, I), to the rows of ``bank`` that the nodes use."""
+        right = right.transpose(1, 2)
+        if self.slice is not None and not (self.is_tied and self.num_nodes > 1):
+            rows = bank[self.slice]
+            if left.shape[0] == rows.shape[0]:
+                rows.baddbmm_(left, right)
+                return
+            if self.slice.step == 1:
+                rows.view(*left.shape[:2], -1).baddbmm_(left, right)
+                return
+        self.add(bank, torch.bmm(left, right).reshape(self.num_nodes, *bank.shape[1:]))
 
 
 class _InnerLayer(nn.Module):
     """F nodes with equally many children, whose units are ``child_units``."""
 
     addresses: Tensor
-    """(layer, row) of every child of every node, int64 (F, children, 2)."""
-    slots: list[Rows]
+    """(layer, position) of every child of every node, int64 (F, children, 2)."""
+    slots: list[Gather]
     """What gathers the children, by their position among a node's children."""
 
     def __init__(self, children: Sequence[Sequence[Address]], child_units: Sequence[int]) -> None:
         super().__init__()
+        self.num_nodes = len(children)
         self.child_units = list(child_units)
         self.register_buffer("addresses", torch.tensor(children), persistent=False)
         layers = [{addresses[slot][0] for addresses in children} for slot in range(len(child_units))]
-        self.child_layers = [found.pop() if len(found) == 1 else None for found in layers]
+        self._child_layers = [found.pop() if len(found) == 1 else None for found in layers]
         """Per child, the layer that all nodes have it in; None: in several."""
 
-    def all_of(self, outputs: Sequence[Tensor | None]) -> Tensor:
+    def all_of(self, values: LayerValues) -> Tensor:
         """Return of which nodes all children are True, (F, 1, B), from bool (F', 1, B) of the layers below."""
-        gathered = [slot(outputs) for slot in self.slots]
+        gathered = [slot(values) for slot in self.slots]
         children = functools.reduce(torch.logical_and, gathered)
-        num_nodes = len(self.addresses)
-        if len(children) > num_nodes:  # all children of a node in one slot
-            return children.unflatten(0, (num_nodes, -1)).all(1)
-        return children.repeat_interleave(num_nodes // len(children), 0)  # siblings share theirs
+        if len(children) > self.num_nodes:  # all children of a node in one slot
+            return children.unflatten(0, (self.num_nodes, -1)).all(1)
+        return children.repeat_interleave(self.num_nodes // len(children), 0)  # siblings share theirs
+
+    def reach(self, reached: Sequence[Tensor], node: Tensor, column: Tensor, choices: Sequence[Tensor]) -> None:
+        """Record in ``reached`` which unit of each child n nodes chose, per child (n,), in their columns; -1: none."""
+        for slot, choice in enumerate(choices):
+            at_node, at_column, unit = node, column, choice
+            if len(choices) > 1 and isinstance(self, SumLayer):
+                chosen = choice >= 0
+                at_node, at_column, unit = node[chosen], column[chosen], choice[chosen]
+            layers, nodes = self.addresses[at_node, slot].unbind(-1)
+            only = self._child_layers[slot]
+            if only is not None:
+                reached[only][nodes, at_column] = unit
+                continue
+            for layer in layers.unique().tolist():
+                here = layers == layer
+                reached[layer][nodes[here], at_column[here]] = unit[here]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for slot in self.slots:
@@ -97,18 +207,18 @@ class ProductLayer(_InnerLayer):
             slots = [[address for addresses in children for address in addresses]]
         else:
             slots = [[addresses[slot] for addresses in children] for slot in range(self.num_children)]
-        self.slots = [Rows(slot) for slot in slots]
+        self.slots = [Gather(slot) for slot in slots]
 
-    def forward(self, semiring: Semiring, outputs: Sequence[Tensor | None]) -> Tensor:
+    def forward(self, semiring: Semiring, values: LayerValues) -> Tensor:
         """Return the products of the children's units, shape (F, K, B, *E)."""
         if self.is_stacked:
-            return semiring.product(self.slots[0](outputs).unflatten(0, (-1, self.num_children)))
-        out = self.slots[0](outputs)
+            return semiring.product(self.slots[0](values).unflatten(0, (-1, self.num_children)))
+        out = self.slots[0](values)
         for slot in self.slots[1:]:
             if self.mode == "outer":
-                out = semiring.times(out.unsqueeze(2), slot(outputs).unsqueeze(1)).flatten(1, 2)
+                out = semiring.times(out.unsqueeze(2), slot(values).unsqueeze(1)).flatten(1, 2)
             else:
-                out = semiring.times(out, slot(outputs))
+                out = semiring.times(out, slot(values))
         return out
 
     def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
@@ -142,47 +252,43 @@ class SumLayer(_InnerLayer):
         children: Sequence[Sequence[Address]],
         child_units: Sequence[int],
         parameters: ParameterRows,
-        *,
-        position: int,
         num_siblings: int,
     ) -> None:
         super().__init__(children, child_units)
         self.parameter_rows = parameters
-        self.position = position
-        self.num_nodes = len(children)
         self.num_siblings = num_siblings
         slots = ([addresses[slot] for addresses in children[::num_siblings]] for slot in range(len(child_units)))
-        self.slots = [Rows(slot) for slot in slots]
+        self.slots = [Gather(slot) for slot in slots]
 
-    def gather(self, outputs: Sequence[Tensor | None], semiring: Semiring = _LOG) -> Tensor:
+    def gather(self, values: LayerValues, semiring: Semiring = _LOG, latents: LatentFactors | None = None) -> Tensor:
         """Return the children's units side by side, times the factors of latent evidence, shape (F, I, B, *E)."""
-        x = self._gather_stacks(outputs)
+        x = self._gather_stacks(values)
         if self.num_siblings > 1:
             x = x.repeat_interleave(self.num_siblings, 0)
-        latents = self._latents_of(outputs)
         return x if latents is None else latents.applied(semiring, x)
 
     def forward(
         self,
         semiring: Semiring,
-        outputs: Sequence[Tensor | None],
+        values: LayerValues,
         weights: Weights,
-        external: GivenSums | None = None,
+        given: GivenSums | None = None,
+        latents: LatentFactors | None = None,
     ) -> Tensor:
-        """Return the mixtures, shape (F, K, B, *E); ``external`` weights replace those of some nodes."""
-        is_stacked = external is None and self._latents_of(outputs) is None
-        x = self._gather_stacks(outputs) if is_stacked else self.gather(outputs, semiring)
-        if external is not None and external.is_everywhere:
-            return external.contract(semiring, x, None)
+        """Return the mixtures, (F, K, B, *E); ``given`` weights are those of some nodes, ``latents`` the evidence."""
+        is_plain = given is None and latents is None
+        x = self._gather_stacks(values) if is_plain else self.gather(values, semiring, latents)
+        if given is not None and given.is_everywhere:
+            return given.contract(semiring, x, None)
         log_weights, linear = self._select(weights.log, len(x)), self._select(weights.linear, len(x))
         own = self._unstack(semiring.contract(log_weights, x, weights=linear))
-        return own if external is None else external.contract(semiring, x, own)
+        return own if given is None else given.contract(semiring, x, own)
 
     def forward_recorded(
-        self, outputs: Sequence[Tensor | None], weights: Weights
+        self, values: LayerValues, weights: Weights, latents: LatentFactors | None
     ) -> tuple[Tensor, logspace.Contraction | None]:
         """Return the mixtures in the log semiring and what :meth:`adjoint` needs."""
-        x = self._gather_stacks(outputs) if self._latents_of(outputs) is None else self.gather(outputs)
+        x = self._gather_stacks(values) if latents is None else self.gather(values, _LOG, latents)
         log_weights, linear = self._select(weights.log, len(x)), self._select(weights.linear, len(x))
         out, saved = logspace.contract(log_weights, linear, x, record=True)
         return self._unstack(out), saved
@@ -203,7 +309,8 @@ class SumLayer(_InnerLayer):
             if saved.repaired:
                 extra = torch.zeros(*scale.shape[:2], saved.scaled.shape[1], dtype=scale.dtype, device=scale.device)
                 logspace.repaired_weight_flows(grad, saved, extra)
-                self.parameter_rows.add(flows.extra(), self._unstack(extra))
+                flows.extra = torch.zeros_like(flows.linear) if flows.extra is None else flows.extra
+                self.parameter_rows.add(flows.extra, self._unstack(extra))
         per_stack = grad_x
         if num_stacks * self.num_siblings != self.num_nodes:  # siblings were not stacked
             per_stack = grad_x.unflatten(0, (-1, self.num_siblings)).sum(1)
@@ -212,12 +319,42 @@ class SumLayer(_InnerLayer):
             slot.adjoint(part, gradients)
         return grad_x
 
-    def _latents_of(self, outputs: Sequence[Tensor | None]) -> LatentFactors | None:
-        return conditions_of(outputs).latents.get(self.position)
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        children: Tensor,
+        weights: Weights,
+        given: GivenSums | None,
+        reached: tuple[Tensor, Tensor, Tensor],
+        generator: Source,
+    ) -> list[Tensor]:
+        """Choose a child unit for n reached sum units, given by node, unit and query, (n,) each.
 
-    def _gather_stacks(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        Returns:
+            Per child the chosen unit, (n,), -1 where another child was chosen.
+        """
+        nodes, units, queries = reached
+        chosen = torch.empty_like(units)
+        for part in chunks(len(nodes), children.shape[1]):
+            node, unit, query = nodes[part], units[part], queries[part]
+            scores = weights.log[self.parameter_rows.index[node], unit]
+            if given is not None:
+                scores = given.replaced(scores, node, unit, query)
+            source = generator.rows(part) if isinstance(generator, RowGenerators) else generator
+            chosen[part] = semiring.choose(scores.add_(children[node, :, query]), source)
+        return self.per_child(chosen)
+
+    def per_child(self, chosen: Tensor) -> list[Tensor]:
+        """Return per child which of its units is chosen, (n,), -1 for the others, from numbers among all children's."""
+        choices = []
+        for num_units in self.child_units:
+            choices.append(torch.where((chosen >= 0) & (chosen < num_units), chosen, -1))
+            chosen = chosen - num_units
+        return choices
+
+    def _gather_stacks(self, values: LayerValues) -> Tensor:
         """Return the children's units side by side, once for all siblings, shape (F / S, I, B, *E)."""
-        parts = [slot(outputs) for slot in self.slots]
+        parts = [slot(values) for slot in self.slots]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _select(self, bank: Tensor, num_stacks: int) -> Tensor:
@@ -227,26 +364,34 @@ class SumLayer(_InnerLayer):
 
     def _unstack(self, stacks: Tensor) -> Tensor:
         """Return (F, O, ...) of (F / S, S * O, ...)."""
-        is_stacked = len(stacks) != self.num_nodes
+        if len(stacks) == self.num_nodes:
+            return stacks
         per_node = stacks.shape[0] * stacks.shape[1] // self.num_nodes  # not -1: B may be 0
-        return stacks.reshape(self.num_nodes, per_node, *stacks.shape[2:]) if is_stacked else stacks
+        return stacks.reshape(self.num_nodes, per_node, *stacks.shape[2:])
 
 
-class Flows:
-    """Gradient with respect to the log-weights of one bank, (P, O, I), gathered over the layers that use it."""
+def chunks(length: int, width: int) -> Iterator[slice]:
+    """Cut ``length`` rows of ``width`` numbers into slices of bounded size."""
+    step = max(1, _MAX_SCORES // max(1, width))
+    for start in range(0, length, step):
+        yield slice(start, start + step)
 
-    def __init__(self, bank: Tensor) -> None:
-        self.linear = torch.zeros_like(bank)
-        """Gradient with respect to the linear weights."""
-        self._extra: Tensor | None = None
 
-    def extra(self) -> Tensor:
-        """Return the tensor of gradients that are already with respect to the log-weights."""
-        if self._extra is None:
-            self._extra = torch.zeros_like(self.linear)
-        return self._extra
+def _as_slice(numbers: Sequence[int]) -> slice | None:
+    """Return the slice that selects exactly ``numbers`` in order, or None if there is none."""
+    if len(numbers) == 1:
+        return slice(numbers[0], numbers[0] + 1, 1)
+    step = numbers[1] - numbers[0]
+    if step < 1 or any(b - a != step for a, b in itertools.pairwise(numbers)):
+        return None
+    return slice(numbers[0], numbers[-1] + 1, step)
 
-    def total(self, linear_weights: Tensor) -> Tensor:
-        """Return ``w * d/dw`` plus the rest: the gradient with respect to the log-weights."""
-        flows = self.linear.mul_(linear_weights)
-        return flows if self._extra is None else flows.add_(self._extra)
+
+def _runs_by_layer(addresses: Sequence[Address]) -> list[tuple[int, list[int]]]:
+    """Cut ``addresses`` into runs of consecutive entries in the same layer: (layer, positions)."""
+    runs: list[tuple[int, list[int]]] = []
+    for layer, position in addresses:
+        if not runs or runs[-1][0] != layer:
+            runs.append((layer, []))
+        runs[-1][1].append(position)
+    return runs

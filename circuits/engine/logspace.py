@@ -17,7 +17,6 @@ from torch import Tensor
 from circuits.precision import own_precision
 
 _REPAIR_CHUNK = 1 << 22
-_ROWS_AT_ONCE = 1 << 20
 _FEW_COLUMNS, _LARGE_MATRIX = 8, 1 << 14
 
 
@@ -236,56 +235,6 @@ def log_mix(
     terms = log_table[values[row], unit.unsqueeze(1)] + log_factors[row]
     possible = (terms > -torch.inf).any(1)  # where nothing is, logsumexp has the gradient NaN
     return out.index_put((row[possible], unit[possible]), torch.logsumexp(terms[possible], 1))
-
-
-def mix_adjoint(
-    log_table: Tensor,  # shape: (V, K)
-    table: Tensor,  # shape: (V, K), exp(log_table)
-    values: Tensor | None,  # shape: (n, k)
-    log_factors: Tensor,  # shape: (n, k)
-    log_mixed: Tensor,  # shape: (n, K)
-    grad: Tensor,  # shape: (n, K)
-) -> Tensor:  # shape: (n, k)
-    """Return the gradient of the factors, ``sum_u grad[n, u] e^(log_factors[n, j] + log_table[v_j, u] - mixed[n, u])``.
-
-    Args:
-        log_table: (V, K), at most 0.
-        table: exp(log_table).
-        values: rows of the table, int64 (n, k); None: all V, in order.
-        log_factors: (n, k); -inf leaves a row out.
-        log_mixed: what :func:`log_mix` made of them, or of more of them.
-        grad: its gradient, 0 where it is -inf.
-    """
-    peak = log_factors.amax(1, keepdim=True)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    total = (log_mixed - peak).exp()
-    low = total < smallest_safe_sum(log_table.dtype, log_factors.shape[1])
-    scale = torch.where(low, 0.0, grad / torch.where(low, 1.0, total))
-    out = (scale @ table.t() if values is None else _row_products(table, values, scale)) * (log_factors - peak).exp()
-    row, unit = (low & (grad != 0)).nonzero(as_tuple=True)
-    for part in range(0, len(row), max(1, _REPAIR_CHUNK // log_factors.shape[1])):
-        r, u = (index[part : part + max(1, _REPAIR_CHUNK // log_factors.shape[1])] for index in (row, unit))
-        weights = log_table.t()[u] if values is None else log_table[values[r], u.unsqueeze(1)]
-        shares = (weights + log_factors[r] - log_mixed[r, u].unsqueeze(1)).exp()
-        out.index_add_(0, r, grad[r, u].unsqueeze(1) * shares)
-    return out
-
-
-def _row_products(table: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """Return the products of the rows ``values`` (n, k) of a table (V, K) with vectors (n, K): (n, k)."""
-    (num, num_listed), num_units = values.shape, table.shape[1]
-    per_chunk = max(1, (_ROWS_AT_ONCE if table.device.type == "cpu" else _REPAIR_CHUNK) // (num_listed * num_units))
-    rows = table.new_empty(min(num, per_chunk) * num_listed, num_units)
-    out = torch.empty_like(values, dtype=table.dtype)
-    for start in range(0, num, per_chunk):
-        listed = values[start : start + per_chunk]
-        read = torch.index_select(table, 0, listed.flatten(), out=rows[: listed.numel()])
-        torch.bmm(
-            read.unflatten(0, listed.shape),
-            x[start : start + per_chunk].unsqueeze(2),
-            out=out[start : start + per_chunk].unsqueeze(2),
-        )
-    return out
 
 
 def log_sum(terms: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``compile(..., backend="pyjuice")``: PyJuice's CUDA kernels behind the likelihoods of a compiled circuit."""
+"""PyJuice's CUDA kernels behind the likelihoods of a compiled circuit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit, same_bits
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.interop.pyjuice import check_has_one_root, import_pyjuice, to_pyjuice
@@ -29,7 +29,7 @@ class JuiceCircuit(CompiledCircuit):
     _compiled: tuple[list[Tensor], Any] | None = None
     """The parameters that PyJuice's circuit was compiled with, and that circuit."""
 
-    def log_partition(self, evidence: Evidence, weights: passes.Banks | None = None) -> Tensor:
+    def log_partition(self, evidence: Evidence, weights: CircuitWeights | None = None) -> Tensor:
         """Return ``log Z(e)``, shape (B,), see :meth:`CompiledCircuit.log_partition`."""
         is_hard = evidence.values is not None and evidence.log_factors is None and evidence.values.shape[-1] == 1
         is_hard = is_hard and not evidence.latents and evidence.classes is None
@@ -66,28 +66,34 @@ def kernel_inputs(evidence: Evidence) -> tuple[Tensor, dict[str, Tensor]]:
 
 def compile_with_pyjuice(
     circuit: Circuit,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    seed: int | None,
-    generator: torch.Generator | None,
+    *,
+    device: torch.device | str = "cuda",
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> JuiceCircuit:
-    """Compile a circuit for ``backend="pyjuice"``; the arguments are those of ``compile``.
+    """Compile a circuit, in float32, that evaluates hard and missing evidence with PyJuice's kernels.
+
+    Args:
+        circuit: of categorical inputs, without classes.
+        device: a CUDA device.
+        seed: for the initial weights, as in ``ct.compile``.
+        generator: a CPU generator, instead of ``seed``.
 
     Raises:
-        ArgumentError: there is no CUDA device or no PyJuice, or another device or dtype is asked for.
+        ArgumentError: there is no CUDA device or no PyJuice, or another device is asked for.
         PropertyError: an input family that PyJuice's exchange does not cover, or a circuit with classes.
     """
     import_pyjuice()
     if not torch.cuda.is_available():
         raise ArgumentError(
-            "backend: 'pyjuice' runs on CUDA only, and torch sees no CUDA device; use backend='torch', which runs "
-            "everywhere"
+            "device: expected CUDA, which PyJuice's kernels need, and torch sees no such device; use ct.compile, which "
+            "runs everywhere"
         )
-    if torch.device(device).type != "cuda" or dtype != torch.float32:
-        raise ArgumentError(f"backend: 'pyjuice' needs device='cuda' and dtype=torch.float32, got {device}, {dtype}")
+    if torch.device(device).type != "cuda":
+        raise ArgumentError(f"device: expected device='cuda' for PyJuice's kernels, got {device}")
     check_has_one_root(circuit)
     for node in circuit.inputs:
         check_is_table(node, "PyJuice")
-    pc = JuiceCircuit(circuit, dtype=dtype)
+    pc = JuiceCircuit(circuit)
     pc.randomize(seed=seed, generator=generator)
     return pc.to(device)

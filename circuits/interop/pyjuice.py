@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit, check_compiled
-from circuits.engine.passes import one_root_needed
+from circuits.engine.question import one_root_needed
 from circuits.errors import ArgumentError, PropertyError
 from circuits.families import Bernoulli, Categorical, Distribution
 from circuits.interop._build import build_circuit

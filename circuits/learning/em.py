@@ -17,12 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import LayerValues
-from circuits.engine.layers import Weights
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question, class_needed, nodes_of
 from circuits.engine.semirings import LogSemiring
+from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Direct, Distribution, Finite
@@ -51,7 +49,7 @@ def expected_flows(
     evidence: Evidence | Tensor,
     sample_weights: Tensor | None = None,  # shape: (B,)
     *,
-    weights: Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> ExpectedFlows:
     """Return the expected flows ``F = d sum_b a_b log Z_b / d log w`` of a batch.
 
@@ -75,19 +73,19 @@ def expected_flows(
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     refuse_relative(given, "counting flows")  # those of what it is relative to would be subtracted
     if pc.circuit.num_classes is not None and given.classes is None:
-        raise passes.class_needed(pc)
+        raise class_needed(pc)
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
-        banks, sources = traced_weights(pc, weights)
+        traced, sources = traced_weights(pc, weights)
         given.check(pc.num_categories)
         given, log_level = given.levelled(pc.num_categories)
-        log_z = passes.log_root(pc, passes.heard_leaves(pc, LogSemiring(), given, banks), banks)
+        log_z = Question(pc, given, traced).silenced().log_z
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)
         flows = torch.autograd.grad(log_z, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
-    return ExpectedFlows(dict(zip(banks, flows, strict=True)), log_z.detach() + log_level.to(log_z))
+    return ExpectedFlows(dict(zip(sources, flows, strict=True)), log_z.detach() + log_level.to(log_z))
 
 
 @own_precision
@@ -128,7 +126,7 @@ def em_step(
     check_em_options(step_size, pseudocount, entropy)
     _check_flows(pc, flows)
     held = frozen_parameters(pc, frozen, by_em=True)
-    for name, weights in pc.weights().items():
+    for name, weights in pc.weights().own.items():
         _move(pc, name, weights, flows[name], (step_size, pseudocount, entropy), held.get(name))
 
 
@@ -197,7 +195,7 @@ def anemone_step(
         momentum * state.mass + (1 - momentum) * mass,
     )
     own_flows = top_down_flows(pc) if own_flows is None else own_flows
-    for name, weights in pc.weights().items():
+    for name, weights in pc.weights().own.items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
         _move(pc, name, weights, rescaled, (1.0, pseudocount, entropy), held.get(name))
     return state
@@ -226,24 +224,25 @@ def top_down_flows(
     nothing = Evidence.nothing(len(observed), pc.circuit.num_vars, pc.device)
     if pc.circuit.num_classes is not None:
         nothing = nothing.with_class_prior(torch.full((pc.circuit.num_classes,), -math.log(pc.circuit.num_classes)))
-    is_silent = passes.silent_inputs(pc, ~observed)
+    is_silent = nodes_of(pc, ~observed)
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
-            leaf_values = pc.leaves(nothing, normalised)
+            question = Question(pc, nothing, normalised)
+            inputs = question.inputs(LogSemiring())
         units = [
             value.detach().expand(*size, len(observed)).clone()
-            for value, size in zip(leaf_values, pc.layer_sizes, strict=False)
+            for value, size in zip(inputs, pc.layer_sizes, strict=False)
         ]
         units = [value.requires_grad_() for value in units]
-        banks = normalised.detached(requires_grad=True)
-        conditions = passes.silent_sums(pc, is_silent, pc.conditions(nothing), banks)
-        log_z = passes.log_root(pc, LayerValues(units, conditions), banks)
-        grads = torch.autograd.grad(log_z, [*units, *(banks[name].log for name in pc.sum_banks)], shares.to(log_z))
+        weights = normalised.detached(requires_grad=True)
+        log_z = question.with_weights(weights).with_inputs(units).silenced(is_silent).log_z
+        sums = [weights.own[name].log for name in pc.sum_banks]
+        grads = torch.autograd.grad(log_z, [*units, *sums], shares.to(log_z))
     flows = dict(zip(pc.sum_banks, grads[len(units) :], strict=True))
     for layer, grad, silent in zip(pc.input_layers, grads, is_silent, strict=False):
         name = layer.parameter_rows.bank
-        statistics = _mean_statistics(pc.families[name], normalised[name])
+        statistics = _mean_statistics(pc.families[name], normalised.own[name])
         reached = statistics.new_zeros(len(statistics), 1, statistics.shape[2])
         uses = grad.masked_fill(silent, 0.0).sum(-1).unsqueeze(1)
         layer.parameter_rows.add(reached, uses.to(statistics.dtype))
@@ -268,23 +267,26 @@ def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Te
 def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
     """Return the shape of the flows of every bank."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, weights in pc.weights().items():
+    for name, weights in pc.weights().own.items():
         rows, second, third = weights.log.shape
         family = pc.families.get(name)
         shapes[name] = (rows, second if family is None else family.num_statistics, third)
     return shapes
 
 
-def traced_weights(pc: CompiledCircuit, weights: Banks | None = None) -> tuple[Banks, dict[str, Tensor]]:
+def traced_weights(
+    pc: CompiledCircuit, weights: CircuitWeights | None = None
+) -> tuple[CircuitWeights, dict[str, Tensor]]:
     """Return weights for one pass, own or given ones, and per bank the tensor whose gradient are its flows."""
     with torch.no_grad():
         normalised = pc.weights() if weights is None else weights
-    banks = normalised.detached(requires_grad=True)
-    sources = {name: weights.log for name, weights in banks.items()}
+    traced = normalised.detached(requires_grad=True)
+    sources = {name: own.log for name, own in traced.own.items()}
+    tilted = {}
     for name, family in pc.families.items():
         if isinstance(family, Direct):
-            banks[name], sources[name] = _tilted(family, normalised[name])
-    return banks, sources
+            tilted[name], sources[name] = _tilted(family, normalised.own[name])
+    return traced.with_own(tilted), sources
 
 
 def flows_of_nothing(pc: CompiledCircuit) -> ExpectedFlows:

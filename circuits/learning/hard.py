@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.question import Question
 from circuits.engine.semirings import LogSemiring, MaxSemiring
 from circuits.evidence import Evidence
 from circuits.learning.em import ExpectedFlows, checked_sample_weights, flows_of_nothing, traced_weights
@@ -45,13 +45,12 @@ def viterbi_flows(
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
-        banks, sources = traced_weights(pc)
+        traced, sources = traced_weights(pc)
         given, log_level = given.levelled(pc.num_categories)
-        root = passes.upward(pc, MaxSemiring(), passes.heard_leaves(pc, LogSemiring(), given, banks), banks)[-1]
-        assert root is not None
-        score = root[0, 0]
+        question = Question(pc, given, traced).silenced()
+        score = question.with_inputs(question.inputs(LogSemiring())).root(MaxSemiring())
         counts = (score != -torch.inf).to(score.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, score)
         flows = torch.autograd.grad(score, list(sources.values()), counts, allow_unused=True, materialize_grads=True)
-    return ExpectedFlows(dict(zip(banks, flows, strict=True)), score.detach() + log_level.to(score))
+    return ExpectedFlows(dict(zip(sources, flows, strict=True)), score.detach() + log_level.to(score))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from circuits.arguments import checked_count, checked_number
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.question import Question
 from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -84,8 +85,8 @@ def _assigned_flows(
 ) -> em.BankFlows:
     """Return the inputs' flows under responsibilities that are assigned, by quantiles or at random, not inferred."""
     with torch.inference_mode(False), torch.enable_grad():
-        banks, sources = em.traced_weights(pc)
-        leaf_values = [layer(LogSemiring(), evidence, banks[layer.parameter_rows.bank]) for layer in pc.input_layers]
+        traced, sources = em.traced_weights(pc)
+        leaf_values = Question(pc, evidence, traced).inputs(LogSemiring())
         shares = []
         for layer, value in zip(pc.input_layers, leaf_values, strict=True):
             missing = None if evidence.missing is None else evidence.missing[:, layer.variables].t()

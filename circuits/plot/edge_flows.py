@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import LayerValues
+from circuits.engine.question import Question
 from circuits.engine.semirings import LogSemiring
 from circuits.evidence import Evidence
 from circuits.symbolic import Product, Sum
@@ -20,16 +19,14 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     reach the child by this edge (the child as a whole, all its units together). As in learning, nothing is counted at
     nodes on whose variables nothing is known.
     """
-    banks = pc.weights()
     with torch.inference_mode(False), torch.enable_grad():
-        heard = passes.heard_leaves(pc, LogSemiring(), evidence.levelled(pc.num_categories)[0], banks)
-        silent = heard.conditions.silent
-        values = LayerValues([value.detach().requires_grad_() for value in heard], heard.conditions)
-        outputs = [value for value in passes.upward(pc, LogSemiring(), values, banks, keep=True) if value is not None]
-        log_z = outputs[-1][0, 0]
+        question = Question(pc, evidence.levelled(pc.num_categories)[0]).silenced()
+        inputs = [value.detach().requires_grad_() for value in question.inputs(LogSemiring())]
+        values = question.with_inputs(inputs).upward(LogSemiring())
+        log_z = question.mixed(LogSemiring(), values[-1])
         possible = log_z != -torch.inf
         counts = possible.to(log_z.dtype) / possible.sum().clamp_min(1)
-        flows = torch.autograd.grad(log_z, outputs, counts)
+        flows = torch.autograd.grad(log_z, values, counts)
     per_node = []
     with torch.no_grad():
         for node in pc.circuit.nodes:
@@ -38,10 +35,10 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
             if isinstance(node, Product):
                 per_node.append((float(flow.sum()),) * len(node.children))
             elif isinstance(node, Sum):
-                if layer in silent:
-                    flow = flow.masked_fill(silent[layer][row], 0.0)
-                children = [outputs[at[0]][at[1]] for at in map(pc.address, node.children)]
-                shares = _shares(pc.log_weights(node), torch.cat(children), outputs[layer][row], flow)
+                if layer in question.silent:
+                    flow = flow.masked_fill(question.silent[layer][row], 0.0)
+                children = [values[at[0]][at[1]] for at in map(pc.address, node.children)]
+                shares = _shares(pc.log_weights(node), torch.cat(children), values[layer][row], flow)
                 per_node.append(tuple(float(part.sum()) for part in shares.split([c.num_units for c in node.children])))
             else:
                 per_node.append(())

@@ -4,6 +4,7 @@ from circuits.queries.automata import Automaton, automaton_log_probability, orde
 from circuits.queries.basic import (
     MAP,
     MPE,
+    evaluate,
     listed_marginals,
     log_conditional,
     log_likelihood,
@@ -49,6 +50,7 @@ __all__ = [
     "cross_entropy",
     "entropy",
     "entropy_bounds",
+    "evaluate",
     "expectation",
     "k_best",
     "kl_divergence",

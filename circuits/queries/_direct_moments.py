@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.input_layers import DirectLayer
+from circuits.engine.question import Question, checked_possible
 from circuits.engine.semirings import LogSemiring
+from circuits.engine.weights import CircuitWeights, Weights
 from circuits.evidence import Evidence
-from circuits.queries.common import checked_possible, given_evidence, queries_per_pass, refuse_relative
+from circuits.queries.common import queries_per_pass, refuse_relative
 
 
 def direct_moments(
@@ -34,7 +35,9 @@ def direct_moments(
     """
     refuse_relative(evidence, "moments of variables with infinitely many values")
     is_recorded = torch.is_grad_enabled()
-    given, banks = given_evidence(pc, evidence), pc.weights()
+    question = Question(pc, evidence)
+    question.require_one_root()
+    given, weights = question.evidence, question.weights.own
     with torch.inference_mode(False), torch.enable_grad():
         factors = _finite_factors(pc, given)
         factors = factors if factors.requires_grad else factors.detach().clone().requires_grad_()
@@ -42,13 +45,15 @@ def direct_moments(
         leaves, unit_moments = [], []
         joined = _joined(pc, given, factors)
         for layer in pc.input_layers:
-            value = layer(LogSemiring(), joined, banks[layer.parameter_rows.bank])
+            value = layer(LogSemiring(), joined, weights[layer.parameter_rows.bank])
             if isinstance(layer, DirectLayer):
                 value = value.expand(*value.shape[:2], given.batch_size)
                 value = value if value.requires_grad else value.detach().clone().requires_grad_()
-                unit_moments.append(_of_units(layer, given, banks, order, centre, value.shape))
+                unit_moments.append(
+                    _of_units(layer, given, weights[layer.parameter_rows.bank], order, centre, value.shape)
+                )
             leaves.append(value)
-        log_z = checked_possible(passes.log_root(pc, leaves, banks))
+        log_z = checked_possible(question.with_inputs(leaves).log_z)
         direct = [layer for layer in pc.input_layers if isinstance(layer, DirectLayer)]
         values = [value for layer, value in zip(pc.input_layers, leaves, strict=True) if isinstance(layer, DirectLayer)]
         posterior, *reached = torch.autograd.grad(
@@ -71,7 +76,9 @@ def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: T
     """
     refuse_relative(evidence, "moments of variables with infinitely many values")
     is_recorded = torch.is_grad_enabled()
-    given, banks = given_evidence(pc, evidence), pc.weights()
+    question = Question(pc, evidence)
+    question.require_one_root()
+    given, weights = question.evidence, question.weights
     batch_size, num_vars = given.batch_size, given.num_vars
     rows = []
     with torch.inference_mode(False), torch.enable_grad():
@@ -80,7 +87,9 @@ def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: T
             query = torch.arange(batch_size, device=pc.device).repeat(len(variables))
             chosen = variables.repeat_interleave(batch_size)
             slopes = factors.new_zeros(len(query), num_vars).requires_grad_()
-            log_z = _tilted_log_z(pc, banks, given.rows(query), factors[query], numbers, slopes, centre.detach()[query])
+            log_z = _tilted_log_z(
+                pc, weights, given.rows(query), factors[query], numbers, slopes, centre.detach()[query]
+            )
             (means,) = torch.autograd.grad(log_z.sum(), slopes, create_graph=True)
             picked = means[torch.arange(len(query), device=pc.device), chosen].sum()
             (row,) = torch.autograd.grad(picked, slopes, create_graph=is_recorded)
@@ -90,7 +99,7 @@ def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: T
 
 def _tilted_log_z(
     pc: CompiledCircuit,
-    banks: passes.Banks,
+    weights: CircuitWeights,
     evidence: Evidence,
     factors: Tensor,
     numbers: Tensor,
@@ -101,19 +110,18 @@ def _tilted_log_z(
     joined = _joined(pc, evidence, tilted)
     leaves = []
     for layer in pc.input_layers:
-        weights = banks[layer.parameter_rows.bank]
+        own = weights.own[layer.parameter_rows.bank]
         if isinstance(layer, DirectLayer):
-            leaves.append(layer.tilted(evidence, weights, layer.columns(slopes), layer.columns(centre)))
+            leaves.append(layer.tilted(evidence, own, layer.columns(slopes), layer.columns(centre)))
         else:
-            leaves.append(layer(LogSemiring(), joined, weights))
-    return passes.log_root(pc, leaves, banks)
+            leaves.append(layer(LogSemiring(), joined, own))
+    return Question(pc, evidence, weights).with_inputs(leaves).log_z
 
 
 def _of_units(
-    layer: DirectLayer, evidence: Evidence, banks: passes.Banks, order: int, centre: Tensor, shape: torch.Size
+    layer: DirectLayer, evidence: Evidence, weights: Weights, order: int, centre: Tensor, shape: torch.Size
 ) -> Tensor:
     """Return ``E[(x - c)^order | e]`` of every unit of a layer, (F, K, B); 0 where the evidence is impossible."""
-    weights = banks[layer.parameter_rows.bank]
     slopes = centre.new_zeros(shape).requires_grad_()
     at_zero = layer.tilted(evidence, weights, torch.zeros_like(slopes), layer.columns(centre))
     log_ratio = layer.tilted(evidence, weights, slopes, layer.columns(centre))

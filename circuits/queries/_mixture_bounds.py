@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
 from circuits.queries.power_sums import Power, Tables, tables_of_powers
 from circuits.symbolic import Input, Node, Sum
@@ -32,12 +32,12 @@ class UnitBounds(NamedTuple):
 
 def mixture_bounds(pc: CompiledCircuit, factors: Tensor) -> UnitBounds:
     """Return the bounds of the root, under log-factors (B, D, C)."""
-    banks = pc.weights()
-    between = _Coefficients(pc, banks, factors)
+    weights = pc.weights()
+    between = _Coefficients(pc, weights, factors)
     bounds: dict[Node, UnitBounds] = {}
     for node in pc.circuit.nodes:
         if isinstance(node, Input):
-            log_weights = pc.log_weights(node, banks)  # (C, K)
+            log_weights = pc.log_weights(node, weights)  # (C, K)
             terms = log_weights.t().unsqueeze(2) + factors[:, node.var, : len(log_weights)].t()  # (K, C, B)
             bounds[node] = _of_table(terms)
         elif isinstance(node, Sum):
@@ -46,7 +46,7 @@ def mixture_bounds(pc: CompiledCircuit, factors: Tensor) -> UnitBounds:
                 for child in node.children
             ]
             children = [bounds[child] for child in node.children]
-            bounds[node] = _of_sum(pc.log_weights(node, banks), children, torch.cat(rows))
+            bounds[node] = _of_sum(pc.log_weights(node, weights), children, torch.cat(rows))
         else:
             parts = [(bounds[part.node], units) for part, units in Part(node).factors]
             bounds[node] = _of_product(parts, pc.device)
@@ -60,8 +60,8 @@ class _Coefficients:
     an upper bound also where it is not exact.
     """
 
-    def __init__(self, pc: CompiledCircuit, banks: passes.Banks, factors: Tensor) -> None:
-        self.powers = [Power(pc, banks, 0.5)] * 2
+    def __init__(self, pc: CompiledCircuit, weights: CircuitWeights, factors: Tensor) -> None:
+        self.powers = [Power(pc, weights, 0.5)] * 2
         self.factors = factors
         self.tables: Tables = {}
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from circuits.engine import logspace
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import checked_possible, dense_factors
+from circuits.queries.common import dense_factors
 from circuits.symbolic import Input, Node, Product, Sum
 from circuits.symbolic.alignment import Part
 from circuits.symbolic.properties import chain_breaker, front_to_back, rank_of_scopes
@@ -185,17 +186,17 @@ def reading_order(pc: CompiledCircuit, query: str) -> Sequence[int]:
 
 def _chain(pc: CompiledCircuit, factors: Tensor, order: Sequence[int], after_all: Tensor, step: StepFunction) -> Tensor:
     """Return the root's log-values by state before anything is read, (1, S, B)."""
-    banks, rank = pc.weights(), rank_of_scopes(order)
+    weights, rank = pc.weights(), rank_of_scopes(order)
     leaves: dict[Node, Tensor] = {}  # nodes of one variable: log-values with evidence, (K, C, B)
     states: dict[Node, Tensor] = {}  # nodes of all variables from some point on: (K, S, B)
     for node in pc.circuit.nodes:
         if isinstance(node, Input):
-            table = pc.log_weights(node, banks).t().unsqueeze(2)
+            table = pc.log_weights(node, weights).t().unsqueeze(2)
             leaves[node] = table + factors[:, node.var, : table.shape[1]].t()
         elif isinstance(node, Sum):
             tables = leaves if node.scope_bits in rank else states
             x = torch.cat([tables[child] for child in node.children]).flatten(1).unsqueeze(0)
-            mixed = logspace.log_matmul(pc.log_weights(node, banks).unsqueeze(0), x)[0]
+            mixed = logspace.log_matmul(pc.log_weights(node, weights).unsqueeze(0), x)[0]
             tables[node] = mixed.reshape(-1, *tables[node.children[0]].shape[1:])
         elif node.scope_bits in rank:
             leaves[node] = leaves[node.children[0]]

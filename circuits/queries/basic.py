@@ -15,22 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count, checked_temperature
-from circuits.engine import choices, passes
+from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.passes import Banks
-from circuits.engine.semirings import MaxSemiring, choosing_semiring
+from circuits.engine.question import Question, checked_possible
+from circuits.engine.semirings import MaxSemiring, Semiring, choosing_semiring
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import (
-    check_generator,
-    checked_possible,
-    given_evidence,
-    has_one_explanation,
-    one_per_query,
-    require_finite_values,
-)
+from circuits.queries.common import has_one_explanation, require_finite_values
 from circuits.randomness import RowGenerators, Source
 
 _MAX_REACHED = 1 << 25
@@ -53,7 +46,39 @@ class MAP(MPE):
 
 
 @own_precision
-def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = None) -> Tensor:
+def evaluate(
+    pc: CompiledCircuit,
+    semiring: Semiring,
+    evidence: Evidence | None = None,
+    *,
+    weights: CircuitWeights | None = None,
+) -> Tensor:
+    """Return a circuit's value in any semiring: the sum over explanations of the products of what they use.
+
+    An explanation is one choice of a child per reached sum unit and one value per reached input unit. In
+    ``ct.semirings.LogSemiring()`` the value is log Z, in ``ct.semirings.MaxSemiring()`` the log-score of the best
+    explanation; a semiring of your own is one subclass of ``ct.semirings.Semiring`` (Goodman 1999, "Semiring Parsing").
+
+    Args:
+        pc: the circuit.
+        semiring: what plus and times mean.
+        evidence: for B queries; None: no evidence, B = 1.
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+
+    Returns:
+        (B, *E), with the trailing dimensions E of the semiring's values.
+
+    Raises:
+        ArgumentError: ``semiring`` is none, or the evidence does not fit the circuit.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
+    """
+    if not isinstance(semiring, Semiring):
+        raise ArgumentError(f"semiring: expected a ct.semirings.Semiring, got {type(semiring).__name__}")
+    return Question(pc, evidence, weights).root(semiring)
+
+
+@own_precision
+def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``log p(x)`` of complete assignments, (B, D): shape (B,), in nats; -inf where impossible.
 
     With real variables it is a density. NaN in a floating-point ``x`` is a missing value, as everywhere.
@@ -62,7 +87,7 @@ def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: Banks | None = No
 
 
 @own_precision
-def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
+def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``log p(x_O)``, summing out what is not observed.
 
     Args:
@@ -78,7 +103,9 @@ def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: B
 
 
 @own_precision
-def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: Banks | None = None) -> Tensor:
+def log_conditional(
+    pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: CircuitWeights | None = None
+) -> Tensor:
     """Return ``log p(x_rest | x_O) = log p(x) - log p(x_O)``.
 
     Args:
@@ -98,13 +125,13 @@ def log_conditional(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights
 
 
 @own_precision
-def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
+def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
     return pc.log_partition(evidence, weights)
 
 
 @own_precision
-def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
+def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
 
     Args:
@@ -123,15 +150,11 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
     require_finite_values(pc, "marginals")
     evidence.check(pc.num_categories)
     factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
-
-    def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-        return checked_possible(one_per_query(pc, pc.log_partition(evidence.with_factors(factors), banks)))
-
-    return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
+    return Question(pc, evidence.with_factors(factors), weights).gradients()
 
 
 @own_precision
-def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Tensor:
+def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
 
     Args:
@@ -146,15 +169,9 @@ def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks 
         ArgumentError: the evidence lists no values.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    factors, values = evidence.log_factors, evidence.values
-    if factors is None or values is None:
+    if evidence.log_factors is None or evidence.values is None:
         raise ArgumentError("evidence: expected listed values with factors; see marginals for other kinds")
-
-    def log_z_of(factors: Tensor, banks: passes.Banks) -> Tensor:
-        listed = evidence.with_factors(factors, values, evidence.missing)
-        return checked_possible(one_per_query(pc, pc.log_partition(listed, banks)))
-
-    return passes.factor_gradients(log_z_of, factors, pc.weights() if weights is None else weights)
+    return Question(pc, evidence, weights).gradients()
 
 
 @own_precision
@@ -166,7 +183,7 @@ def sample(
     generator: Source = None,
     *,
     temperature: float = 1.0,
-    weights: Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> Tensor:
     """Draw exact, independent samples ``x ~ p(x | e)``, or of explanations at a temperature.
 
@@ -189,32 +206,28 @@ def sample(
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     checked_count("num_samples", num_samples)
-    banks = pc.weights() if weights is None else weights
-    given = given_evidence(pc, evidence, banks)
-    checked_temperature(temperature)
-    check_generator(generator, given.batch_size)
     semiring = choosing_semiring(temperature)
+    question = Question(pc, evidence, weights)
     if temperature != 1:
         require_finite_values(pc, "a temperature other than 1")
-    evaluate = passes.leaves if temperature == 1 else passes.heard_leaves
-    outputs = passes.upward(pc, semiring, evaluate(pc, semiring, given, banks), banks, keep=True)
-    checked_possible(_root(outputs))
+        question = question.silenced()
+    values = question.possible_values(semiring)
+    batch_size = question.evidence.batch_size
     num_nodes = sum(size for size, _ in pc.layer_sizes)
-    per_pass = max(1, _MAX_REACHED // max(1, num_nodes * given.batch_size))
+    per_pass = max(1, _MAX_REACHED // max(1, num_nodes * batch_size))
     draws = []
     for start in range(0, num_samples, per_pass):
         count = min(per_pass, num_samples - start)
         source = generator.at(start) if isinstance(generator, RowGenerators) else generator
-        units, query = choices.downward_choice(pc, semiring, outputs, banks, count, source)
-        values = choices.draw_values(pc, semiring, given, banks, units, query, source)
-        draws.append(values.unflatten(0, (count, given.batch_size)))
+        choice = question.choose(semiring, count, source, values=values)
+        draws.append(question.values_of(semiring, choice, source).unflatten(0, (count, batch_size)))
     samples = torch.cat(draws)
-    return samples.squeeze(1) if evidence is None and banks.batch_size == 1 else samples
+    return samples.squeeze(1) if evidence is None and question.weights.batch_size == 1 else samples
 
 
 @own_precision
 @torch.no_grad()
-def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> MPE:
+def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None) -> MPE:
     """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.
 
     The maximum is over latents and leaves together and is exact. The most probable assignment alone (MAP, latents
@@ -232,17 +245,9 @@ def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks
     Raises:
         ImpossibleEvidenceError: no explanation is possible for some query.
     """
-    banks = pc.weights() if weights is None else weights
-    given = given_evidence(pc, evidence, banks)
-    semiring = MaxSemiring()
-    outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
-    log_score = checked_possible(_root(outputs))
-    units, query = choices.downward_choice(pc, semiring, outputs, banks, 1, None)
-    assignment = choices.draw_values(pc, semiring, given, banks, units, query, None)
-    return (MAP if has_one_explanation(pc, given) else MPE)(assignment, log_score)
-
-
-def _root(outputs: list[Tensor | None]) -> Tensor:
-    root = outputs[-1]
-    assert root is not None
-    return root[0, 0]
+    question, semiring = Question(pc, evidence, weights), MaxSemiring()
+    values = question.upward(semiring)
+    log_score = checked_possible(question.mixed(semiring, values[-1]))
+    choice = question.choose(semiring, 1, None, values=values)
+    assignment = question.values_of(semiring, choice, None)
+    return (MAP if has_one_explanation(pc, question.evidence) else MPE)(assignment, log_score)

@@ -1,41 +1,18 @@
-"""What the queries share: evidence that defaults to none, dense log-factors, the check for impossible evidence."""
+"""What the queries share: dense log-factors, and checks of what they ask for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.passes import Banks
-from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.engine.question import Question, one_root_needed
+from circuits.engine.weights import CircuitWeights
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.randomness import RowGenerators, Source
 
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
-
-
-def given_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None = None) -> Evidence:
-    """Return the evidence, checked; for None as many queries that say nothing as there are external weights for.
-
-    Raises:
-        ArgumentError: the evidence does not fit the circuit.
-        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
-    """
-    if evidence is None:
-        batch_size = 1 if weights is None else weights.batch_size
-        evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
-    evidence.check(pc.num_categories)
-    if pc.circuit.num_classes is not None and evidence.classes is None:
-        raise passes.class_needed(pc)
-    return evidence
-
-
-def check_generator(generator: Source, batch_size: int) -> None:
-    """Raise ArgumentError if generators by row are not as many as there are queries."""
-    if isinstance(generator, RowGenerators) and len(generator.seeds) != batch_size:
-        raise ArgumentError(f"generator: expected {batch_size} seeds, one per query, got {len(generator.seeds)}")
 
 
 def has_infinite_values(pc: CompiledCircuit) -> bool:
@@ -53,18 +30,25 @@ def require_finite_values(pc: CompiledCircuit, query: str = "this query") -> Non
         )
 
 
-def dense_evidence(
-    pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None = None
-) -> tuple[Evidence, Tensor]:
-    """Return :func:`given_evidence` with log-factors of all values, and these, (B, D, C).
+def dense_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: CircuitWeights | None = None) -> Evidence:
+    """Return the evidence with log-factors of all values, (B, D, C), -inf for values that a variable does not have.
 
-    They are -inf for values that a variable does not have.
+    Raises:
+        ArgumentError: the evidence does not fit the circuit.
+        PropertyError: a variable has infinitely many values, or the evidence does not name the class.
     """
     require_finite_values(pc)
-    given = given_evidence(pc, evidence, weights)
-    num_values = int(pc.num_categories.max())
-    factors = given.dense(num_values, pc.dtype)[..., :num_values].masked_fill(~existing_values(pc), -torch.inf)
-    return given.with_factors(factors), factors
+    question = Question(pc, evidence, weights)
+    question.require_one_root()
+    given, num_values = question.evidence, int(pc.num_categories.max())
+    factors = given.dense(num_values, pc.dtype)[..., :num_values]
+    return given.with_factors(factors.masked_fill(~existing_values(pc), -torch.inf))
+
+
+def factors_of(evidence: Evidence) -> Tensor:
+    """Return the log-factors of :func:`dense_evidence`, (B, D, C)."""
+    assert evidence.log_factors is not None
+    return evidence.log_factors
 
 
 def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) -> Tensor:
@@ -75,14 +59,14 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
     """
     require_finite_values(pc, query)
     if pc.circuit.num_classes is not None:
-        raise passes.one_root_needed(query, pc.circuit)
+        raise one_root_needed(query, pc.circuit)
     refuse_relative(evidence, query)
     if evidence is not None and evidence.latents:
         raise PropertyError(
             f"{query} takes evidence on variables only, and this one is on latents too; leave that out, or fold it "
             "into the circuit's weights"
         )
-    return dense_evidence(pc, evidence)[1]
+    return factors_of(dense_evidence(pc, evidence))
 
 
 def refuse_relative(evidence: Evidence | None, query: str) -> None:
@@ -95,13 +79,6 @@ def has_one_explanation(pc: CompiledCircuit, evidence: Evidence) -> bool:
     """Whether no assignment has two explanations; classes that are mixed are explanations of their own."""
     is_mixture = evidence.classes is not None and evidence.classes.dim() == 2
     return pc.circuit.is_deterministic and not is_mixture
-
-
-def one_per_query(pc: CompiledCircuit, log_z: Tensor) -> Tensor:
-    """Return log Z, (B,); raise PropertyError if there is one per class."""
-    if log_z.dim() == 2:
-        raise passes.class_needed(pc)
-    return log_z
 
 
 def existing_values(pc: CompiledCircuit) -> Tensor:
@@ -139,15 +116,3 @@ def value_table(pc: CompiledCircuit, name: str, table: Tensor | None, *, extra_d
     if not bool(table.detach().isfinite().all()):
         raise ArgumentError(f"{name}: expected finite numbers, got NaN or infinity")
     return table.to(pc.device, pc.dtype)
-
-
-def checked_possible(log_z: Tensor) -> Tensor:
-    """Return ``log_z`` (B,) or (B, R); raise ImpossibleEvidenceError if some of it is -inf."""
-    is_impossible = log_z == -torch.inf
-    impossible = (is_impossible if log_z.dim() == 1 else is_impossible.any(1)).nonzero().flatten().tolist()
-    if impossible:
-        raise ImpossibleEvidenceError(
-            f"the evidence of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
-            f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
-        )
-    return log_z

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question, checked_possible
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Nothing, Where
 from circuits.precision import own_precision
-from circuits.queries.common import checked_possible, dense_evidence, given_evidence, has_infinite_values
+from circuits.queries.common import dense_evidence, has_infinite_values
 
 
 @own_precision
 def log_cdf(
-    pc: CompiledCircuit, x: Tensor, evidence: Evidence | None = None, *, weights: Banks | None = None
+    pc: CompiledCircuit, x: Tensor, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
 ) -> Tensor:
     """Return ``log P(X_0 <= x_0, ..., X_D-1 <= x_D-1 | e)``, the joint cumulative distribution of ordered values.
 
@@ -48,21 +49,22 @@ def log_cdf(
         raise ArgumentError(f"x: expected {expected} of shape (B, {num_vars}), got {got}")
     if x.is_floating_point() and bool(x.isnan().any()):
         raise ArgumentError(f"x: expected {expected}, got NaN; use +inf where there is no bound")
-    given = dense_evidence(pc, evidence, weights)[0] if is_finite else _with_dense_factors(pc, evidence, weights)
+    given = dense_evidence(pc, evidence, weights) if is_finite else _with_dense_factors(pc, evidence, weights)
     if given.batch_size not in (1, len(x)):
         raise ArgumentError(f"evidence: expected {len(x)} queries, as many as bounds in x, got {given.batch_size}")
     repeated = (
         given if given.batch_size == len(x) else given.rows(torch.zeros(len(x), dtype=torch.int64, device=given.device))
     )
-    banks = pc.weights() if weights is None else weights
     bounded = replace(repeated, factors=_bounded(repeated.factors, x.to(pc.device), pc.dtype))
-    log_p = pc.log_partition(bounded, banks)
-    return log_p if evidence is None else log_p - checked_possible(pc.log_partition(given, banks))
+    log_p = pc.log_partition(bounded, weights)
+    return log_p if evidence is None else log_p - checked_possible(pc.log_partition(given, weights))
 
 
-def _with_dense_factors(pc: CompiledCircuit, evidence: Evidence | None, weights: Banks | None) -> Evidence:
+def _with_dense_factors(pc: CompiledCircuit, evidence: Evidence | None, weights: CircuitWeights | None) -> Evidence:
     """Return the evidence, with log-factors of all values where there are finitely many."""
-    given, num_values = given_evidence(pc, evidence, weights), int(pc.num_categories.max())
+    question, num_values = Question(pc, evidence, weights), int(pc.num_categories.max())
+    question.require_one_root()
+    given = question.evidence
     if not num_values:
         return given
     is_finite = pc.num_categories > 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
 from circuits.queries.power_sums import Power, Tables, tables_of_powers
 from circuits.symbolic import Circuit, Input, Node, Sum
@@ -40,14 +40,14 @@ def require_deterministic(pc: CompiledCircuit, query: str) -> None:
 @torch.no_grad()
 def _overlapping_sum(pc: CompiledCircuit) -> Sum | None:
     """Return a sum whose units mix children with supports that are not shown to be disjoint, or None."""
-    banks = pc.weights()
-    powers = [Power(pc, banks)] * 2
+    weights = pc.weights()
+    powers = [Power(pc, weights)] * 2
     num_values = max(1, int(pc.num_categories.max()))
     no_evidence = torch.zeros(1, pc.circuit.num_vars, num_values, dtype=pc.dtype, device=pc.device)
     tables: Tables = {}
     supports: dict[Node, Tensor] | None = None
     for node in pc.circuit.sums:
-        used = (pc.log_weights(node, banks) > -torch.inf).to(pc.dtype)
+        used = (pc.log_weights(node, weights) > -torch.inf).to(pc.dtype)
         mixed = (used.t() @ used).fill_diagonal_(0.0) > 0  # (I, I): some unit mixes both
         if not bool(mixed.any()):
             continue
@@ -55,7 +55,7 @@ def _overlapping_sum(pc: CompiledCircuit) -> Sum | None:
         try:
             tables_of_powers(pairs.values(), powers, no_evidence, known=tables)
         except PropertyError:
-            supports = _variable_supports(pc, banks) if supports is None else supports
+            supports = _variable_supports(pc, weights) if supports is None else supports
             own = torch.cat([supports[child] for child in node.children]) if supports else None
             if own is None or bool((mixed & _share_every_variable(own, node)).any()):
                 return node
@@ -72,7 +72,7 @@ def _share_every_variable(supports: Tensor, node: Node) -> Tensor:
     return (torch.einsum("idc,jdc->ijd", own, own) > 0).all(2)
 
 
-def _variable_supports(pc: CompiledCircuit, banks: passes.Banks) -> dict[Node, Tensor]:
+def _variable_supports(pc: CompiledCircuit, weights: CircuitWeights) -> dict[Node, Tensor]:
     """Return which values each unit allows each variable, 0 or 1, (K, D, C); nothing if the circuit is too large."""
     num_vars, num_values = pc.circuit.num_vars, max(1, int(pc.num_categories.max()))
     supports: dict[Node, Tensor] = {}
@@ -84,10 +84,10 @@ def _variable_supports(pc: CompiledCircuit, banks: passes.Banks) -> dict[Node, T
             table[:, node.var, 0] = 1.0  # units of such families share every value
         elif isinstance(node, Input):
             table[:, node.var, : node.distribution.num_values] = (
-                (pc.log_weights(node, banks) > -torch.inf).t().to(pc.dtype)
+                (pc.log_weights(node, weights) > -torch.inf).t().to(pc.dtype)
             )
         elif isinstance(node, Sum):
-            used = (pc.log_weights(node, banks) > -torch.inf).to(pc.dtype)
+            used = (pc.log_weights(node, weights) > -torch.inf).to(pc.dtype)
             children = torch.cat([supports[child] for child in node.children])
             table = (torch.einsum("oi,idc->odc", used, children) > 0).to(pc.dtype)
         else:

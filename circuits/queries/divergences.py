@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import checked_possible, dense_factors
+from circuits.queries.common import dense_factors
 from circuits.queries.determinism import is_deterministic, require_deterministic
 from circuits.queries.entropy import latent_entropy
 from circuits.queries.power_sums import Power, log_sum_of_powers

@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.passes import Banks
-from circuits.engine.semirings import EntropySemiring
+from circuits.engine.question import Question, checked_possible
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
 from circuits.queries._mixture_bounds import mixture_bounds, xlogx
+from circuits.queries.averages import EntropySemiring
 from circuits.queries.basic import marginals
-from circuits.queries.common import checked_possible, dense_evidence, dense_factors
+from circuits.queries.common import dense_evidence, dense_factors
 from circuits.queries.determinism import require_deterministic
 
 
@@ -30,7 +30,9 @@ class EntropyBounds(NamedTuple):
 
 
 @own_precision
-def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None) -> Tensor:
+def latent_entropy(
+    pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
+) -> Tensor:
     """Return the entropy ``H(X, Z | e)`` of the joint posterior over leaves X and latent choices Z.
 
     One upward pass in the entropy semiring (Hernando, Crespi, Cybenko 2005). Needs a smooth and decomposable circuit,
@@ -47,12 +49,9 @@ def latent_entropy(pc: CompiledCircuit, evidence: Evidence | None = None, *, wei
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    semiring, banks = EntropySemiring(), pc.weights() if weights is None else weights
-    leaf_values = passes.leaves(pc, semiring, dense_evidence(pc, evidence, banks)[0], banks)
-    root = passes.upward(pc, semiring, leaf_values, banks)[-1]
-    assert root is not None
-    checked_possible(root[0, 0, :, 0])
-    return root[0, 0, :, 1]
+    root = Question(pc, dense_evidence(pc, evidence, weights), weights).root(EntropySemiring())
+    checked_possible(root[:, 0])
+    return root[:, 1]
 
 
 @own_precision

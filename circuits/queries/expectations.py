@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from circuits.engine import passes
+from circuits.engine import logspace
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import LayerValues
-from circuits.engine.semirings import LogSemiring, SignedSemiring
+from circuits.engine.question import Question, checked_possible, gradient_of
+from circuits.engine.semirings import LogSemiring, Semiring
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
 from circuits.queries._direct_moments import direct_covariance, direct_moments
 from circuits.queries.basic import marginals
 from circuits.queries.common import (
-    checked_possible,
     dense_evidence,
     existing_values,
+    factors_of,
     has_infinite_values,
     queries_per_pass,
     require_finite_values,
@@ -63,9 +64,9 @@ def expectation(
     table = value_table(pc, "functions", functions, extra_dim=True)
     stacked = table if table.dim() == 3 else table.unsqueeze(2)
     if of == "sum":
-        result = torch.einsum("bdc,dcm->bm", marginals(pc, dense_evidence(pc, evidence)[0]), stacked)
+        result = torch.einsum("bdc,dcm->bm", marginals(pc, dense_evidence(pc, evidence)), stacked)
     elif of == "product":
-        result = _expected_product(pc, stacked, *dense_evidence(pc, evidence))
+        result = _expected_product(pc, stacked, dense_evidence(pc, evidence))
     else:
         raise ArgumentError(f"of: expected 'sum' or 'product', got {of!r}")
     return result if table.dim() == 3 else result.squeeze(1)
@@ -79,7 +80,7 @@ def moments(
     *,
     values: Tensor | None = None,
     about: Literal["zero", "mean"] = "zero",
-    weights: passes.Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> Tensor:
     """Return a posterior moment of every variable: ``E[x_i^order | e]``, or ``E[(x_i - E[x_i | e])^order | e]``.
 
@@ -112,7 +113,7 @@ def moments(
             require_finite_values(pc, "moments with weights at run time")
         centre = None if about == "zero" else direct_moments(pc, 1, evidence, numbers, None)
         return direct_moments(pc, order, evidence, numbers, centre)
-    posterior = marginals(pc, dense_evidence(pc, evidence, weights)[0], weights=weights)
+    posterior = marginals(pc, dense_evidence(pc, evidence, weights), weights=weights)
     if about == "zero":
         return (posterior * numbers**order).sum(2)
     centred = numbers - (posterior * numbers).sum(2, keepdim=True)
@@ -125,7 +126,7 @@ def mean(
     evidence: Evidence | None = None,
     *,
     values: Tensor | None = None,
-    weights: passes.Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> Tensor:
     """Return the posterior mean of every variable, ``E[x_i | e]``, (B, D): the first of :func:`moments`."""
     return moments(pc, 1, evidence, values=values, weights=weights)
@@ -137,7 +138,7 @@ def variance(
     evidence: Evidence | None = None,
     *,
     values: Tensor | None = None,
-    weights: passes.Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> Tensor:
     """Return the posterior variance of every variable, (B, D): the second central one of :func:`moments`."""
     return moments(pc, 2, evidence, values=values, about="mean", weights=weights)
@@ -169,15 +170,15 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
     if has_infinite_values(pc):
         centre = direct_moments(pc, 1, evidence, numbers, None)
         return direct_covariance(pc, evidence, numbers, centre)
-    given, factors = dense_evidence(pc, evidence)
+    given = dense_evidence(pc, evidence)
     checked_possible(pc.log_partition(given))
+    factors, weights = factors_of(given), pc.weights()
     batch_size, num_vars = factors.shape[:2]
-    banks = pc.weights()
 
-    def means_of(factors: Tensor, banks: passes.Banks, variables: Tensor) -> Tensor:
+    def means_of(factors: Tensor, weights: CircuitWeights, variables: Tensor) -> Tensor:
         with torch.enable_grad():
             copies = given.rows(torch.arange(batch_size, device=factors.device).repeat(len(variables)))
-            log_z = pc.log_partition(copies.with_factors(factors), banks)
+            log_z = pc.log_partition(copies.with_factors(factors), weights)
             (posterior,) = torch.autograd.grad(log_z.sum(), factors, create_graph=True)
         chosen = variables.repeat_interleave(batch_size)
         query = torch.arange(len(factors), device=factors.device)
@@ -186,18 +187,17 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
     rows = []
     for variables in torch.arange(num_vars, device=pc.device).split(max(1, queries_per_pass(pc) // batch_size)):
         repeated = factors.repeat(len(variables), 1, 1)
-        slopes = passes.factor_gradients(functools.partial(means_of, variables=variables), repeated, banks)
+        slopes = gradient_of(functools.partial(means_of, variables=variables), repeated, weights)
         row = (slopes * numbers).sum(2)
         rows.append(row.unflatten(0, (len(variables), batch_size)))
     return torch.cat(rows).transpose(0, 1)
 
 
-def _expected_product(pc: CompiledCircuit, functions: Tensor, given: Evidence, factors: Tensor) -> Tensor:
-    """Return E[prod_i f_im(x_i) | e], (B, M), for functions (D, C, M) and log-factors (B, D, C)."""
+def _expected_product(pc: CompiledCircuit, functions: Tensor, given: Evidence) -> Tensor:
+    """Return E[prod_i f_im(x_i) | e], (B, M), for functions (D, C, M)."""
     log_z = checked_possible(pc.log_partition(given))
-    banks = pc.weights()
+    factors, weights, batch_size = factors_of(given), pc.weights(), given.batch_size
     functions = functions.masked_fill(~existing_values(pc).unsqueeze(2), 0.0).permute(2, 0, 1)  # (M, D, C)
-    batch_size = len(factors)
     columns = []
     for part in functions.split(max(1, queries_per_pass(pc) // (4 * batch_size))):
         copies = given.rows(torch.arange(batch_size, device=factors.device).repeat(len(part)))
@@ -206,11 +206,42 @@ def _expected_product(pc: CompiledCircuit, functions: Tensor, given: Evidence, f
             positive = sign * part > 0
             log_f = torch.where(positive, torch.where(positive, sign * part, 1.0).log(), -torch.inf)
             weighted = (log_f.unsqueeze(1) + factors).flatten(0, 1)  # (M * B, D, C)
-            signed.append(passes.leaves(pc, LogSemiring(), copies.with_factors(weighted), banks))
-        pairs = [torch.stack(pair, -1) for pair in zip(*signed, strict=True)]
-        leaf_values = LayerValues(pairs, pc.conditions(copies))
-        root = passes.upward(pc, SignedSemiring(), leaf_values, banks)[-1]
-        assert root is not None
-        shares = (root[0, 0].unflatten(0, (-1, batch_size)) - log_z.unsqueeze(1)).exp()  # (M, B, 2)
+            signed.append(Question(pc, copies.with_factors(weighted), weights))
+        pairs = [torch.stack(pair, -1) for pair in zip(*(half.inputs(LogSemiring()) for half in signed), strict=True)]
+        root = signed[0].with_inputs(pairs).root(SignedSemiring())
+        shares = (root.unflatten(0, (-1, batch_size)) - log_z.unsqueeze(1)).exp()  # (M, B, 2)
         columns.append(shares[..., 0] - shares[..., 1])
     return torch.cat(columns).transpose(0, 1)
+
+
+class SignedSemiring(Semiring):
+    """Real numbers as (log of the positive terms, log of the negative terms), in two trailing entries.
+
+    The two totals stay apart until the end, so an expectation is as accurate as the expectation of its magnitude.
+    """
+
+    is_linear = True
+
+    def lift(self, log_values: Tensor) -> Tensor:
+        """Read log-values as positive numbers."""
+        return torch.stack([log_values, torch.full_like(log_values, -torch.inf)], -1)
+
+    def times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply: equal signs make positive terms, different ones negative terms."""
+        positive = _log_add(left[..., 0] + right[..., 0], left[..., 1] + right[..., 1])
+        negative = _log_add(left[..., 0] + right[..., 1], left[..., 1] + right[..., 0])
+        return torch.stack([positive, negative], -1)
+
+    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        """Log-sum-exp over i of both, as one batched GEMM."""
+        return logspace.log_matmul(log_weights, x.flatten(2), weights=weights).unflatten(2, x.shape[2:])
+
+
+def _log_add(left: Tensor, right: Tensor) -> Tensor:
+    """Return log(exp(left) + exp(right)) with gradient 0, not NaN, where both are -inf."""
+    possible = torch.maximum(left, right) > -torch.inf
+    return torch.where(
+        possible,
+        torch.logaddexp(torch.where(possible, left, 0.0), torch.where(possible, right, 0.0)),
+        -torch.inf,
+    )

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import conditions_of
-from circuits.engine.input_layers import InputLayer
-from circuits.engine.layers import ProductLayer, SumLayer
-from circuits.engine.semirings import KBestSemiring
+from circuits.engine.layers import ProductLayer, SumLayer, chunks
+from circuits.engine.question import Question, checked_possible
+from circuits.engine.semirings import Semiring
+from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import MAX_NUMBERS, checked_possible, dense_evidence, has_one_explanation
+from circuits.queries.common import MAX_NUMBERS, dense_evidence, has_one_explanation
 
 
 class KBestExplanations(NamedTuple):
@@ -37,6 +36,43 @@ class KBestAssignments(KBestExplanations):
     """The k most probable assignments: :class:`KBestExplanations` of a deterministic circuit, all different."""
 
 
+class KBestSemiring(Semiring):
+    """The ``k`` largest log-scores, in descending order along one trailing dimension, -inf where there are fewer.
+
+    Of every unit the k best explanations, in order (Huang and Chiang 2005, "Better k-best Parsing").
+
+    Args:
+        k: how many, >= 1.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        # The (i+1)(j+1) pairs of ranks up to (i, j) are all at least as good, so only pairs with few of them qualify.
+        self.left_ranks = torch.tensor([i for i in range(k) for j in range(k // (i + 1))])
+        self.right_ranks = torch.tensor([j for i in range(k) for j in range(k // (i + 1))])
+
+    def lift(self, log_values: Tensor) -> Tensor:
+        """Read each log-value as the score of one explanation."""
+        return torch.nn.functional.pad(log_values.unsqueeze(-1), (0, self.k - 1), value=-torch.inf)
+
+    def candidates(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the scores of the pairs that may be among the k best, (..., n) in the order of the rank lists."""
+        return left[..., self.left_ranks.to(left.device)] + right[..., self.right_ranks.to(left.device)]
+
+    def times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the k best sums of a left and a right score."""
+        return self.candidates(left, right).topk(self.k, -1).values
+
+    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        """Return the k best of all weighted children's scores, in chunks of output units that bound the memory."""
+        chunk = max(1, MAX_NUMBERS // max(1, x.numel()))
+        pieces = []
+        for part in log_weights.split(chunk, 1):
+            scores = (part[..., None, None] + x.unsqueeze(1)).movedim(2, 3).flatten(3)  # (F, O, B, I * k)
+            pieces.append(scores.topk(self.k, -1).values)
+        return torch.cat(pieces, 1)
+
+
 class _Choices(NamedTuple):
     """What was reached of one node vector in each column: unit and rank, (F, n); unit -1 where it was not reached."""
 
@@ -47,7 +83,7 @@ class _Choices(NamedTuple):
 @own_precision
 @torch.no_grad()
 def k_best(
-    pc: CompiledCircuit, k: int, evidence: Evidence | None = None, *, weights: passes.Banks | None = None
+    pc: CompiledCircuit, k: int, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
 ) -> KBestExplanations:
     """Return the k best explanations: the k-best semiring upward, then every rank's choices downward.
 
@@ -70,89 +106,83 @@ def k_best(
         ImpossibleEvidenceError: no explanation is possible for some query.
     """
     checked_count("k", k)
-    banks = pc.weights() if weights is None else weights
-    given, _ = dense_evidence(pc, evidence, banks)
-    semiring = KBestSemiring(k)
-    outputs = passes.upward(pc, semiring, passes.leaves(pc, semiring, given, banks), banks, keep=True)
-    root = outputs[-1]
-    assert root is not None
-    log_score = root[0, 0]  # (B, k)
+    question, semiring = Question(pc, dense_evidence(pc, evidence, weights), weights), KBestSemiring(k)
+    values = question.upward(semiring)
+    log_score = question.mixed(semiring, values[-1])  # (B, k)
     checked_possible(log_score[:, 0])
     query, rank = (log_score > -torch.inf).nonzero(as_tuple=True)
     assignment = torch.full((len(log_score), k, pc.circuit.num_vars), -1, device=pc.device)
-    assignment[query, rank] = _descend(pc, semiring, outputs, given, banks, query, rank)
-    return (KBestAssignments if has_one_explanation(pc, given) else KBestExplanations)(assignment, log_score)
+    assignment[query, rank] = _descend(question, semiring, values, query, rank)
+    is_one = has_one_explanation(pc, question.evidence)
+    return (KBestAssignments if is_one else KBestExplanations)(assignment, log_score)
 
 
 def _descend(
-    pc: CompiledCircuit,
-    semiring: KBestSemiring,
-    outputs: list[Tensor | None],
-    evidence: Evidence,
-    banks: passes.Banks,
-    query: Tensor,
-    rank: Tensor,
+    question: Question, semiring: KBestSemiring, values: Sequence[Tensor], query: Tensor, rank: Tensor
 ) -> Tensor:
     """Return the assignment of the root's explanation ``rank`` (n,) of each ``query`` (n,): int64 (n, D).
 
     The ranking of a reached unit is recomputed by a stable sort, so different ranks always have different choices.
     """
-    num_columns, latents = len(query), conditions_of(outputs).latents
+    pc, num_inputs = question.pc, len(question.pc.input_layers)
     reached = []
     for num_nodes, _ in pc.layer_sizes:
-        unreached = torch.full((num_nodes, num_columns), -1, device=query.device)
+        unreached = torch.full((num_nodes, len(query)), -1, device=query.device)
         reached.append(_Choices(unreached, torch.zeros_like(unreached)))
-    root = _root_choice(pc, semiring, outputs, query, rank)
+    root = _root_choice(question, semiring, values[-1], query, rank)
     reached[-1].unit.copy_(root.unit)
     reached[-1].rank.copy_(root.rank)
-    for position in reversed(range(len(pc.input_layers), len(pc.layer_sizes))):
-        layer = pc.inner_layers[position - len(pc.input_layers)]
+    for position in reversed(range(num_inputs, len(pc.layer_sizes))):
+        layer = pc.inner_layers[position - num_inputs]
         units, ranks = reached[position]
-        all_nodes, all_columns = (units >= 0).nonzero(as_tuple=True)
+        nodes, columns = (units >= 0).nonzero(as_tuple=True)
         width = semiring.k * (len(semiring.left_ranks) if isinstance(layer, ProductLayer) else sum(layer.child_units))
-        for part in _chunks(len(all_nodes), width):
-            node, column = all_nodes[part], all_columns[part]
-            unit, unit_rank = units[node, column], ranks[node, column]
+        for part in chunks(len(nodes), width):
+            node, column = nodes[part], columns[part]
+            at = node, units[node, column], query[column]
             if isinstance(layer, ProductLayer):
-                choices = _split_product(layer, semiring, outputs, node, unit, unit_rank, query[column])
+                choices = _split_product(layer, semiring, values, at, ranks[node, column])
             else:
-                log_weights = banks[layer.parameter_rows.bank].log[layer.parameter_rows.index[node], unit]
-                if position in banks.external:
-                    log_weights = banks.external[position].replaced(log_weights, node, unit, query[column])
-                if position in latents:
-                    log_weights = latents[position].added(log_weights, node, query[column])
-                choices = _choose_child(layer, semiring, outputs, log_weights, node, unit_rank, query[column])
-            for slot, choice in enumerate(choices):
-                layers, rows = layer.addresses[node, slot].unbind(-1)
-                for child in layers.unique().tolist():
-                    here = (layers == child) & (choice.unit >= 0)
-                    reached[child].unit[rows[here], column[here]] = choice.unit[here]
-                    reached[child].rank[rows[here], column[here]] = choice.rank[here]
-    values = torch.zeros(num_columns, pc.circuit.num_vars, dtype=torch.int64, device=query.device)
-    for position, (leaf, (units, ranks)) in enumerate(zip(pc.input_layers, reached, strict=False)):
-        assert isinstance(leaf, InputLayer)
-        all_nodes, all_columns = (units >= 0).nonzero(as_tuple=True)
-        for part in _chunks(len(all_nodes), int(pc.num_categories.max())):
-            node, column = all_nodes[part], all_columns[part]
-            unit, of_query = units[node, column], query[column]
-            scores = leaf.scores(evidence, banks[leaf.parameter_rows.bank], node, unit, of_query)
-            if position in banks.external:
-                external = banks.external[position]
-                scores = external.scores(scores, evidence, leaf.variables, node, unit, of_query)
-            values[column, leaf.variables[node]] = _ranked(scores, ranks[node, column])
+                log_weights = _log_weights(question, position, layer, at)
+                choices = _choose_child(layer, semiring, values, log_weights, at, ranks[node, column])
+            for which, numbers in enumerate(zip(*choices, strict=True)):
+                layer.reach([below[which] for below in reached], node, column, numbers)
+    return _values(question, reached[:num_inputs], query)
+
+
+def _log_weights(question: Question, position: int, layer: SumLayer, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the log-weights of n reached sum units, times the factors on their children, (n, I)."""
+    node, unit, query = at
+    rows = layer.parameter_rows
+    log_weights = question.weights.own[rows.bank].log[rows.index[node], unit]
+    if position in question.weights.given:
+        log_weights = question.weights.given[position].replaced(log_weights, node, unit, query)
+    if position in question.latents:
+        log_weights = question.latents[position].added(log_weights, node, query)
+    return log_weights
+
+
+def _values(question: Question, reached: Sequence[_Choices], query: Tensor) -> Tensor:
+    """Return the values of given ranks of the input units that were reached: int64 (n, D)."""
+    pc, evidence = question.pc, question.evidence
+    values = torch.zeros(len(query), pc.circuit.num_vars, dtype=torch.int64, device=query.device)
+    for position, (layer, (units, ranks)) in enumerate(zip(pc.input_layers, reached, strict=True)):
+        nodes, columns = (units >= 0).nonzero(as_tuple=True)
+        for part in chunks(len(nodes), int(pc.num_categories.max())):
+            node, column = nodes[part], columns[part]
+            at = node, units[node, column], query[column]
+            scores = layer.scores(evidence, question.weights.own[layer.parameter_rows.bank], *at)
+            if position in question.weights.given:
+                scores = question.weights.given[position].scores(scores, evidence, layer.variables, *at)
+            values[column, layer.variables[node]] = _ranked(scores, ranks[node, column])
     return values
 
 
-def _root_choice(
-    pc: CompiledCircuit, semiring: KBestSemiring, outputs: Sequence[Tensor | None], query: Tensor, rank: Tensor
-) -> _Choices:
+def _root_choice(question: Question, semiring: KBestSemiring, root: Tensor, query: Tensor, rank: Tensor) -> _Choices:
     """Return the root's unit and rank of each explanation, (n,); mixed classes are ranked together."""
-    class_factors = conditions_of(outputs).class_factors
-    if class_factors is None:
+    if question.class_factors is None:
         return _Choices(torch.zeros_like(rank), rank)
-    root = outputs[len(pc.layer_sizes) - 1]
-    assert root is not None
-    scores = (root[0] + class_factors.unsqueeze(2)).movedim(1, 0)[query]  # (n, R, k)
+    scores = (root[0] + question.class_factors.unsqueeze(2)).movedim(1, 0)[query]  # (n, R, k)
     best = _ranked(scores.flatten(1), rank)
     return _Choices(best // semiring.k, best % semiring.k)
 
@@ -160,40 +190,35 @@ def _root_choice(
 def _choose_child(
     layer: SumLayer,
     semiring: KBestSemiring,
-    outputs: Sequence[Tensor | None],
+    values: Sequence[Tensor],
     log_weights: Tensor,  # shape: (n, I)
-    node: Tensor,
+    at: tuple[Tensor, Tensor, Tensor],
     rank: Tensor,
-    query: Tensor,
 ) -> list[_Choices]:
-    """Return per child slot which unit and rank each of n reached sum units takes; unit -1 for the other slots."""
+    """Return per child which unit and rank each of n reached sum units takes; unit -1 for the other children."""
+    node, _, query = at
     children = [
-        _child_scores(layer, slot, outputs, node, torch.arange(count, device=node.device).expand(len(node), -1), query)
+        _child_scores(layer, slot, values, node, torch.arange(count, device=node.device).expand(len(node), -1), query)
         for slot, count in enumerate(layer.child_units)
     ]
     scores = torch.cat(children, 1) + log_weights.unsqueeze(2)  # (n, I, k)
     best = _ranked(scores.flatten(1), rank)
-    unit, child_rank = best // semiring.k, best % semiring.k
-    choices = []
-    for count in layer.child_units:
-        choices.append(_Choices(torch.where((unit >= 0) & (unit < count), unit, -1), child_rank))
-        unit = unit - count
-    return choices
+    chosen = layer.per_child(best // semiring.k)
+    return [_Choices(unit, torch.where(unit >= 0, best % semiring.k, -1)) for unit in chosen]
 
 
 def _split_product(
     layer: ProductLayer,
     semiring: KBestSemiring,
-    outputs: Sequence[Tensor | None],
-    node: Tensor,
-    unit: Tensor,
+    values: Sequence[Tensor],
+    at: tuple[Tensor, Tensor, Tensor],
     rank: Tensor,
-    query: Tensor,
 ) -> list[_Choices]:
     """Return which unit and rank of every child each of n reached product units multiplies."""
+    node, unit, query = at
     units = layer.child_choices(unit)
     factors = [
-        _child_scores(layer, slot, outputs, node, chosen.unsqueeze(1), query).squeeze(1)
+        _child_scores(layer, slot, values, node, chosen.unsqueeze(1), query).squeeze(1)
         for slot, chosen in enumerate(units)
     ]
     partial = factors[:1]
@@ -210,22 +235,17 @@ def _split_product(
 def _child_scores(
     layer: ProductLayer | SumLayer,
     slot: int,
-    outputs: Sequence[Tensor | None],
+    values: Sequence[Tensor],
     node: Tensor,  # shape: (n,)
     unit: Tensor,  # shape: (n, u)
     query: Tensor,  # shape: (n,)
 ) -> Tensor:  # shape: (n, u, k)
     """Return the ranked scores of some units of the child in one slot of n nodes."""
-    layers, rows = layer.addresses[node, slot].unbind(-1)
-    scores: Tensor | None = None
+    layers, nodes = layer.addresses[node, slot].unbind(-1)
+    scores = values[0].new_empty(*unit.shape, values[0].shape[3])
     for child in layers.unique().tolist():
-        output = outputs[child]
-        assert output is not None
-        if scores is None:
-            scores = output.new_empty(*unit.shape, output.shape[3])
         here = layers == child
-        scores[here] = output[rows[here].unsqueeze(1), unit[here], query[here].unsqueeze(1)]
-    assert scores is not None
+        scores[here] = values[child][nodes[here].unsqueeze(1), unit[here], query[here].unsqueeze(1)]
     return scores
 
 
@@ -233,8 +253,3 @@ def _ranked(scores: Tensor, rank: Tensor) -> Tensor:
     """Return the index of the score of given rank in each row: (n, m) and (n,) to (n,); ties by index."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return order.gather(1, rank.unsqueeze(1)).squeeze(1)
-
-
-def _chunks(length: int, width: int) -> list[slice]:
-    step = max(1, MAX_NUMBERS // width)
-    return [slice(start, start + step) for start in range(0, length, step)]

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from circuits.arguments import check_integers, check_range, checked_count, checked_temperature
-from circuits.engine import choices, passes
+from circuits.arguments import check_integers, check_range, checked_count
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question, checked_possible
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import (
-    check_generator,
-    checked_possible,
-    given_evidence,
-    one_per_query,
-    require_finite_values,
-)
+from circuits.queries.common import require_finite_values
 from circuits.randomness import Source
 from circuits.symbolic import Sum
 
@@ -33,7 +27,7 @@ def latent_marginals(
     evidence: Evidence,
     nodes: Sequence[Sum | str] | None = None,
     *,
-    weights: Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> dict[Sum | str, Tensor]:
     """Return the posterior of latent variables: how probably each child unit of a sum node is used, given evidence.
 
@@ -55,23 +49,10 @@ def latent_marginals(
         ArgumentError: a node that is no sum node of the circuit.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    banks = pc.weights() if weights is None else weights
     wanted = list(pc.circuit.sums if nodes is None else nodes)
-    given = {pc.sum_node(key): factors for key, factors in (evidence.latents or {}).items()}
     targets = [pc.sum_node(key) for key in wanted]
-    sizes = [node.parameter_shape[1] for node in targets]
-
-    def log_z_of(factors: Tensor, banks: Banks) -> Tensor:
-        latents: dict[Sum | str, Tensor] = dict(given.items())
-        for node, part in zip(targets, factors.split(sizes, 1), strict=True):
-            latents[node] = given[node].to(part) + part if node in given else part
-        conditioned = replace(evidence, latents=latents)
-        return checked_possible(one_per_query(pc, pc.log_partition(conditioned, banks)))
-
-    zeros = torch.zeros(evidence.batch_size, sum(sizes), dtype=pc.dtype, device=pc.device)
-    inputs = [tensor for tensor in (*evidence.factors.tensors(), *given.values()) if tensor.is_floating_point()]
-    posterior = passes.factor_gradients(log_z_of, zeros, banks, also=inputs)
-    return dict(zip(wanted, posterior.split(sizes, 1), strict=True))
+    posterior = Question(pc, evidence, weights).gradients(targets)
+    return dict(zip(wanted, posterior.split([node.parameter_shape[1] for node in targets], 1), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +71,7 @@ class LatentChoice:
     pc: CompiledCircuit
     units: Sequence[Tensor]
     query: Tensor
-    weights: Banks
+    weights: CircuitWeights
 
     def log_weights(self, values: Tensor | None = None) -> Tensor:
         """Return ``log p(x_i = v | z)``, of all values or of some.
@@ -115,12 +96,12 @@ class LatentChoice:
         for position, (layer, reached) in enumerate(zip(pc.input_layers, self.units, strict=True)):
             node, column = (reached >= 0).nonzero(as_tuple=True)
             unit, variable = reached[node, column], layer.variables[node]
-            bank = self.weights[layer.parameter_rows.bank].log  # (P, C, K)
+            bank = self.weights.own[layer.parameter_rows.bank].log  # (P, C, K)
             wanted = torch.arange(bank.shape[1], device=pc.device) if values is None else values[column, variable]
             wanted = wanted.expand(len(node), -1)
             rows = bank[layer.parameter_rows.index[node].unsqueeze(1), wanted, unit.unsqueeze(1)]
-            if position in self.weights.external:
-                given = self.weights.external[position]
+            if position in self.weights.given:
+                given = self.weights.given[position]
                 rows = given.replaced(rows, wanted, node, unit, self.query[column])
             if values is None:
                 result[column, variable, : rows.shape[1]] = rows
@@ -138,7 +119,7 @@ def sample_latents(
     generator: Source = None,
     *,
     temperature: float = 1.0,
-    weights: Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> LatentChoice:
     """Draw the latents from their posterior ``p(z | e)``, or from its power 1 / tau, with the variables summed out.
 
@@ -160,14 +141,13 @@ def sample_latents(
         PropertyError: a variable has infinitely many values.
     """
     checked_count("num_samples", num_samples)
-    checked_temperature(temperature)
     return _chosen(pc, choosing_semiring(temperature), num_samples, evidence, generator, weights)
 
 
 @own_precision
 @torch.no_grad()
 def best_latents(
-    pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: Banks | None = None
+    pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
 ) -> LatentChoice:
     """Return the most probable latents ``argmax_z p(z | e)``, with the variables summed out (the Viterbi path).
 
@@ -192,26 +172,20 @@ def _chosen(
     num_samples: int,
     evidence: Evidence | None,
     generator: Source,
-    weights: Banks | None,
+    weights: CircuitWeights | None,
 ) -> LatentChoice:
     require_finite_values(pc, "choosing latents")
-    banks = pc.weights() if weights is None else weights
-    given = given_evidence(pc, evidence, banks)
-    check_generator(generator, given.batch_size)
-    # the values are summed out, whatever chooses the latents
-    is_plain = isinstance(semiring, LogSemiring)
-    leaf_values = (passes.leaves if is_plain else passes.heard_leaves)(pc, LogSemiring(), given, banks)
-    outputs = passes.upward(pc, semiring, leaf_values, banks, keep=True)
-    root = outputs[-1]
-    assert root is not None
-    checked_possible(root[0, 0])
-    units, query = choices.downward_choice(pc, semiring, outputs, banks, num_samples, generator)
-    return LatentChoice(pc, units, query, banks)
+    question = Question(pc, evidence, weights)
+    if not isinstance(semiring, LogSemiring):
+        question = question.silenced()
+    summed_out = question.with_inputs(question.inputs(LogSemiring()))  # the values, whatever chooses the latents
+    choice = summed_out.choose(semiring, num_samples, generator)
+    return LatentChoice(pc, choice.units, choice.query, question.weights)
 
 
 @own_precision
 def class_posterior(
-    pc: CompiledCircuit, evidence: Evidence, log_prior: Tensor | None = None, *, weights: Banks | None = None
+    pc: CompiledCircuit, evidence: Evidence, log_prior: Tensor | None = None, *, weights: CircuitWeights | None = None
 ) -> Tensor:
     """Return ``p(class | e) = p(e | class) p(class) / p(e)`` of a circuit with ``num_classes``.
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.question import Question, checked_possible
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import checked_possible, dense_evidence, queries_per_pass
+from circuits.queries.common import dense_evidence, factors_of, queries_per_pass
 
 
 @own_precision
@@ -37,14 +36,15 @@ def pairwise_marginals(pc: CompiledCircuit, evidence: Evidence | None = None, pa
         ArgumentError: ``pairs`` are not pairs of variables of the circuit.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    given, factors = dense_evidence(pc, evidence)
+    given = dense_evidence(pc, evidence)
     log_z = checked_possible(pc.log_partition(given))
     if pairs is None:
-        return torch.stack([joint for _, joint in _joints(pc, given, factors, log_z, range(factors.shape[1]))], 1)
+        return torch.stack([joint for _, joint in _joints(pc, given, log_z, range(given.num_vars))], 1)
     _check_pairs(pc, pairs)
+    factors = factors_of(given)
     first = pairs[:, 0].unique().tolist()
     tables = factors.new_zeros(len(factors), len(pairs), *[factors.shape[2]] * 2)
-    for variable, joint in _joints(pc, given, factors, log_z, first):
+    for variable, joint in _joints(pc, given, log_z, first):
         here = (pairs[:, 0] == variable).nonzero().flatten().to(factors.device)
         tables = tables.index_copy(1, here, joint[:, pairs[here.to(pairs.device), 1].to(factors.device)])
     return tables
@@ -69,10 +69,10 @@ def mutual_information(pc: CompiledCircuit, evidence: Evidence | None = None) ->
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    given, factors = dense_evidence(pc, evidence)
+    given = dense_evidence(pc, evidence)
     log_z = checked_possible(pc.log_partition(given))
     rows = []
-    for _, joint in _joints(pc, given, factors, log_z, range(factors.shape[1])):  # (B, D, C, C)
+    for _, joint in _joints(pc, given, log_z, range(given.num_vars)):  # (B, D, C, C)
         independent = joint.sum(3, keepdim=True) * joint.sum(2, keepdim=True)
         possible = (joint > 0) & (independent > 0)
         ratio = torch.where(possible, joint, 1.0).log() - torch.where(possible, independent, 1.0).log()
@@ -81,11 +81,11 @@ def mutual_information(pc: CompiledCircuit, evidence: Evidence | None = None) ->
 
 
 def _joints(
-    pc: CompiledCircuit, given: Evidence, factors: Tensor, log_z: Tensor, variables: range | list[int]
+    pc: CompiledCircuit, given: Evidence, log_z: Tensor, variables: range | list[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield each variable i with the tables p(x_i = u, x_j = v | e) of all j: (B, D, C, C)."""
+    factors, weights = factors_of(given), pc.weights()
     batch_size, num_vars, num_values = factors.shape
-    banks = pc.weights()
 
     for variable in variables:
         count = pc.circuit.num_categories[variable]
@@ -96,16 +96,12 @@ def _joints(
         for values in torch.arange(count).split(max(1, queries_per_pass(pc) // batch_size)):
             conditioned = factors.unsqueeze(1).masked_fill(ruled_out[values], -torch.inf).flatten(0, 1)
             copies = torch.arange(batch_size, device=factors.device).repeat_interleave(len(values))
-            log_z_of = functools.partial(_log_partition, pc, given.rows(copies))
-            log_joint = log_z_of(conditioned, banks).unflatten(0, (batch_size, -1)) - log_z.unsqueeze(1)
-            posterior = passes.factor_gradients(log_z_of, conditioned, banks).unflatten(0, (batch_size, -1))
+            question = Question(pc, given.rows(copies).with_factors(conditioned), weights)
+            log_joint = question.log_z.unflatten(0, (batch_size, -1)) - log_z.unsqueeze(1)
+            posterior = question.gradients(allow_impossible=True).unflatten(0, (batch_size, -1))
             parts.append(log_joint.exp()[..., None, None] * posterior)  # (B, C_i, D, C)
         joint = torch.nn.functional.pad(torch.cat(parts, 1), (0, 0, 0, 0, 0, num_values - count))
         yield variable, joint.transpose(1, 2)
-
-
-def _log_partition(pc: CompiledCircuit, evidence: Evidence, factors: Tensor, banks: passes.Banks) -> Tensor:
-    return pc.log_partition(evidence.with_factors(factors), banks)
 
 
 def _check_pairs(pc: CompiledCircuit, pairs: Tensor) -> None:

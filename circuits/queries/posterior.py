@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import check_integers, check_mask
-from circuits.engine import passes
+from circuits.engine import logspace
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import Conditions, LayerValues
 from circuits.engine.input_layers import TableLayer
-from circuits.engine.passes import Banks
+from circuits.engine.question import Question, checked_possible, divided, nodes_of
 from circuits.engine.semirings import LogSemiring
+from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import checked_possible, given_evidence, one_per_query
+
+_LOG = LogSemiring()
+_MAX_NUMBERS, _ROWS_AT_ONCE = 1 << 22, 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Posterior:
         weights: that everything is computed with.
         evidence: as it was at the beginning.
         origin: which of its queries each of the B queries here is, int64 (B,).
-        conditions: on latents and classes.
+        conditions: the evidence on latents and the class alone, for the B queries.
         leaves: log-values of the input units under the evidence, relative to nothing: by input layer, (F, K, B).
         divisors: log-values of what the evidence is relative to, by input layer; None: it is relative to nothing.
         values: of the variables that became known since, int64 (B, D).
@@ -44,10 +46,10 @@ class Posterior:
     """
 
     pc: CompiledCircuit
-    weights: Banks
+    weights: CircuitWeights
     evidence: Evidence
     origin: Tensor
-    conditions: Conditions
+    conditions: Evidence
     leaves: Sequence[Tensor]
     divisors: Sequence[Tensor] | None
     values: Tensor
@@ -68,13 +70,9 @@ class Posterior:
         check_integers("values", values, "int64 (B, D)", dim=2)
         check_mask("observed", observed, self.known.shape)
         values = values.masked_fill(~observed, 0)
-        told = Evidence.observe(values, observed)
-        told.check(self.pc.num_categories)
-        known = passes.leaves(self.pc, LogSemiring(), told, self.weights)
-        leaves = [
-            torch.where(_of_nodes(observed, layer.variables), new, old)
-            for layer, new, old in zip(self.pc.input_layers, known, self.leaves, strict=True)
-        ]
+        told = Question(self.pc, Evidence.observe(values, observed), self.weights).inputs(_LOG)
+        told_of = nodes_of(self.pc, observed)
+        leaves = [torch.where(*changed) for changed in zip(told_of, told, self.leaves, strict=True)]
         all_values = torch.where(observed, values, self.values)
         return replace(self, leaves=leaves, values=all_values, known=self.known | observed)
 
@@ -82,16 +80,9 @@ class Posterior:
         """Return the posterior of some of the B queries, int64 (n,); they may come more than once."""
         leaves = [_columns(leaf, index) for leaf in self.leaves]
         divisors = None if self.divisors is None else [_columns(divisor, index) for divisor in self.divisors]
-        latents = {
-            layer: replace(factors, log=factors.log.index_select(2, index))
-            for layer, factors in self.conditions.latents.items()
-        }
-        classes = self.conditions.class_factors
-        conditions = Conditions(latents, None if classes is None else classes.index_select(1, index))
-        origin, values, known = self.origin[index], self.values[index], self.known[index]
-        return Posterior(
-            self.pc, self.weights.of_queries(index), self.evidence, origin, conditions, leaves, divisors, values, known
-        )
+        origin, conditions = self.origin[index], self.conditions.rows(index)
+        values, known, weights = self.values[index], self.known[index], self.weights.of_queries(index)
+        return Posterior(self.pc, weights, self.evidence, origin, conditions, leaves, divisors, values, known)
 
     @functools.cached_property
     def flows(self) -> list[Tensor]:
@@ -114,10 +105,9 @@ class Posterior:
             leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
             values = leaves
             if self.divisors is not None:
-                divided = functools.partial(passes.divided, LogSemiring())
-                values = [divided(*pair) for pair in zip(leaves, self.divisors, strict=True)]
-            root = passes.log_root(self.pc, LayerValues(values, self.conditions), self.weights.detached())
-            log_z = checked_possible(one_per_query(self.pc, root))
+                values = [divided(_LOG, *pair) for pair in zip(leaves, self.divisors, strict=True)]
+            question = Question(self.pc, self.conditions, self.weights.detached())
+            log_z = checked_possible(question.with_inputs(values).log_z)
             flows = torch.autograd.grad(log_z.sum(), leaves)
         return log_z.detach(), list(flows)
 
@@ -141,8 +131,8 @@ class Posterior:
             node, item = (layer.variables.unsqueeze(1) == variable).nonzero(as_tuple=True)
             at = node, slice(None), query[item]
             part = None if values is None else values[item]
-            bank = self.weights[layer.parameter_rows.bank]
-            probs.index_add_(0, item, layer.shares(bank, node, part, factors[item], leaf[at], flow[at]))
+            bank = self.weights.own[layer.parameter_rows.bank]
+            probs.index_add_(0, item, _shares(layer, bank, node, part, factors[item], leaf[at], flow[at]))
         if values is None:
             values = torch.arange(factors.shape[1], device=query.device)
         is_value = (values == self.values[query, variable].unsqueeze(1)).to(probs)
@@ -166,7 +156,7 @@ class Posterior:
 
 @own_precision
 @torch.no_grad()
-def posterior(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None = None) -> Posterior:
+def posterior(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Posterior:
     """Return the posterior of single variables, to be asked in part; without gradients, see :func:`marginals` for them.
 
     Args:
@@ -179,19 +169,21 @@ def posterior(pc: CompiledCircuit, evidence: Evidence, *, weights: Banks | None 
         PropertyError: the evidence is of another kind, a variable has infinitely many values, or input nodes have
             external weights: such things are for :func:`marginals`.
     """
-    banks = pc.weights() if weights is None else weights
-    given = given_evidence(pc, evidence, banks)
-    if given.log_factors is None or any(position < len(pc.input_layers) for position in banks.external):
+    question = Question(pc, evidence, weights)
+    question.require_one_root()
+    if evidence.log_factors is None or any(position < len(pc.input_layers) for position in question.weights.given):
         raise PropertyError(
             "posterior: expected factors on all values or on listed ones, and no external weights of input nodes; use "
             "ct.queries.marginals"
         )
     _table_layers(pc)
-    leaves = passes.leaves(pc, LogSemiring(), replace(given, reference=None), banks)
-    divisors = None if given.reference is None else passes.leaves(pc, LogSemiring(), given.reference, banks)
-    nothing = torch.zeros(given.batch_size, given.num_vars, dtype=torch.int64, device=given.device)
-    origin = torch.arange(given.batch_size, device=given.device)
-    return Posterior(pc, banks, given, origin, leaves.conditions, leaves, divisors, nothing, nothing.bool())
+    leaves = Question(pc, replace(evidence, reference=None), question.weights).inputs(_LOG)
+    divisors = None if evidence.reference is None else Question(pc, evidence.reference, question.weights).inputs(_LOG)
+    nothing = Evidence.nothing(evidence.batch_size, evidence.num_vars, evidence.device)
+    conditions = replace(nothing, latents=evidence.latents, classes=evidence.classes)
+    unknown = torch.zeros(evidence.batch_size, evidence.num_vars, dtype=torch.int64, device=evidence.device)
+    origin = torch.arange(evidence.batch_size, device=evidence.device)
+    return Posterior(pc, question.weights, evidence, origin, conditions, leaves, divisors, unknown, unknown.bool())
 
 
 def _table_layers(pc: CompiledCircuit) -> list[TableLayer]:
@@ -218,5 +210,85 @@ def _columns(leaf: Tensor, index: Tensor) -> Tensor:
     return leaf if leaf.shape[2] == 1 and len(index) != 1 else leaf.index_select(2, index)
 
 
-def _of_nodes(where: Tensor, variables: Tensor) -> Tensor:
-    return where.index_select(1, variables).t().unsqueeze(1)
+def _shares(
+    layer: TableLayer,
+    weights: Weights,
+    node: Tensor,  # shape: (n,)
+    values: Tensor | None,  # shape: (n, k)
+    factors: Tensor,  # shape: (n, k)
+    log_values: Tensor,  # shape: (n, K)
+    flows: Tensor,  # shape: (n, K)
+) -> Tensor:  # shape: (n, k)
+    """Return how probably n nodes explain their variable and it has each of k values: the adjoint of the layer.
+
+    Args:
+        layer: whose nodes.
+        weights: of the layer's bank.
+        node: rows of the layer.
+        values: of each node's variable; None: all C.
+        factors: their log-factors.
+        log_values: of the node's units under these factors.
+        flows: how probably each of the units explains the variable.
+    """
+    num_categories, num_units = weights.log.shape[1:]
+    row = layer.parameter_rows.index[node]
+    if values is not None:
+        places = values + (row * num_categories).unsqueeze(1)
+        tables = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
+        return _mix_adjoint(*tables, places, factors, log_values, flows)
+    out = torch.empty_like(factors[:, :num_categories])
+    for used in row.unique().tolist():
+        here = row == used
+        parts = (part[here] for part in (factors[:, :num_categories], log_values, flows))
+        out[here] = _mix_adjoint(weights.log[used], weights.linear[used], None, *parts)
+    return torch.nn.functional.pad(out, (0, factors.shape[1] - num_categories))
+
+
+def _mix_adjoint(
+    log_table: Tensor,  # shape: (V, K)
+    table: Tensor,  # shape: (V, K), exp(log_table)
+    values: Tensor | None,  # shape: (n, k)
+    log_factors: Tensor,  # shape: (n, k)
+    log_mixed: Tensor,  # shape: (n, K)
+    grad: Tensor,  # shape: (n, K)
+) -> Tensor:  # shape: (n, k)
+    """Return the gradient of the factors, ``sum_u grad[n, u] e^(log_factors[n, j] + log_table[v_j, u] - mixed[n, u])``.
+
+    Args:
+        log_table: (V, K), at most 0.
+        table: exp(log_table).
+        values: rows of the table, int64 (n, k); None: all V, in order.
+        log_factors: (n, k); -inf leaves a row out.
+        log_mixed: what :func:`~circuits.engine.logspace.log_mix` made of them, or of more of them.
+        grad: its gradient, 0 where it is -inf.
+    """
+    peak = log_factors.amax(1, keepdim=True)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    total = (log_mixed - peak).exp()
+    low = total < logspace.smallest_safe_sum(log_table.dtype, log_factors.shape[1])
+    scale = torch.where(low, 0.0, grad / torch.where(low, 1.0, total))
+    out = (scale @ table.t() if values is None else _row_products(table, values, scale)) * (log_factors - peak).exp()
+    row, unit = (low & (grad != 0)).nonzero(as_tuple=True)
+    for part in range(0, len(row), max(1, _MAX_NUMBERS // log_factors.shape[1])):
+        r, u = (index[part : part + max(1, _MAX_NUMBERS // log_factors.shape[1])] for index in (row, unit))
+        weights = log_table.t()[u] if values is None else log_table[values[r], u.unsqueeze(1)]
+        shares = (weights + log_factors[r] - log_mixed[r, u].unsqueeze(1)).exp()
+        out.index_add_(0, r, grad[r, u].unsqueeze(1) * shares)
+    return out
+
+
+def _row_products(table: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """Return the products of the rows ``values`` (n, k) of a table (V, K) with vectors (n, K): (n, k)."""
+    (num, num_listed), num_units = values.shape, table.shape[1]
+    per_chunk = max(1, (_ROWS_AT_ONCE if table.device.type == "cpu" else _MAX_NUMBERS) // (num_listed * num_units))
+    rows = table.new_empty(min(num, per_chunk) * num_listed, num_units)
+    out = torch.empty_like(values, dtype=table.dtype)
+    for start in range(0, num, per_chunk):
+        listed = values[start : start + per_chunk]
+        read = torch.index_select(table, 0, listed.flatten(), out=rows[: listed.numel()])
+        torch.bmm(
+            read.unflatten(0, listed.shape),
+            x[start : start + per_chunk].unsqueeze(2),
+            out=out[start : start + per_chunk].unsqueeze(2),
+        )
+    return out

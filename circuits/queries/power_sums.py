@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.engine import logspace, passes
+from circuits.engine import logspace
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.semirings import log_matmul_average
+from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
+from circuits.queries.averages import log_matmul_average
 from circuits.symbolic import Input, ParametricNode
 from circuits.symbolic.alignment import LeafStep, Meeting, Part, ProductStep, SumStep, align
 
@@ -27,7 +28,7 @@ class Power:
     """One factor, ``p(x) ** exponent`` on the support of p. An exponent other than 1 is for deterministic circuits."""
 
     pc: CompiledCircuit
-    banks: passes.Banks
+    weights: CircuitWeights
     exponent: float = 1.0
 
     def log_weights(self, node: ParametricNode) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ class Power:
                 f"sums over products of circuits need variables with finitely many values; {node} is a "
                 f"{node.distribution}"
             )
-        log = self.pc.log_weights(node, self.banks)
+        log = self.pc.log_weights(node, self.weights)
         log = log.t() if isinstance(node, Input) else log
         if self.exponent == 1.0:
             return log, log

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
+from circuits.engine.question import checked_possible
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import checked_possible, dense_evidence, queries_per_pass
+from circuits.queries.common import dense_evidence, factors_of, queries_per_pass
 
 
 class DistinctSamples(NamedTuple):
@@ -56,7 +57,8 @@ def sample_without_replacement(
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     checked_count("num_samples", num_samples)
-    given, factors = dense_evidence(pc, evidence)
+    given = dense_evidence(pc, evidence)
+    factors = factors_of(given)
     checked_possible(pc.log_partition(given))
     batch_size, num_vars, num_values = factors.shape
     prefix = torch.zeros(batch_size, 1, num_vars, dtype=torch.int64, device=pc.device)

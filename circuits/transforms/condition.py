@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.conditioning import conditions_of
+from circuits.engine.question import Question
+from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence, Factors, Listed, Where
 from circuits.precision import own_precision
@@ -56,8 +57,8 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
     if evidence.reference is not None:
         raise ArgumentError("evidence: expected evidence that is relative to no other; leave relative_to out")
     with torch.no_grad():
-        leaves = pc.leaves(evidence)
-        class_factors = conditions_of(leaves).class_factors
+        question = Question(pc, evidence)
+        leaves, class_factors = question.inputs(LogSemiring()), question.class_factors
         is_finite = pc.num_categories > 0
         listed = Evidence.where(is_finite, evidence, Evidence.nothing(1, evidence.num_vars, pc.device))
         factors = listed.dense(max(1, int(pc.num_categories.max())), torch.float64)[0]

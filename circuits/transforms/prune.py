@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count, is_number
-from circuits.engine import passes
 from circuits.engine.compile import CompiledCircuit, check_compiled, compile
-from circuits.engine.layers import Weights
-from circuits.engine.semirings import LogSemiring
+from circuits.engine.question import Question
+from circuits.engine.weights import Weights
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.learning.em import BankFlows, expected_flows
@@ -88,7 +87,9 @@ def prune(
         return max(0.0, log_likelihood - _mean_log_likelihood(pc, evidence, masks, batch_size))
 
     if fraction is not None:
-        num_positive = sum(int((w.log > -torch.inf).sum()) for name, w in pc.weights().items() if name in pc.sum_banks)
+        num_positive = sum(
+            int((w.log > -torch.inf).sum()) for name, w in pc.weights().own.items() if name in pc.sum_banks
+        )
         count = min(len(order), int(fraction * num_positive))
     else:
         assert max_loss is not None
@@ -113,7 +114,7 @@ def _without(pc: CompiledCircuit, masks: Masks) -> CompiledCircuit:
     pruned = compile(pc.circuit, dtype=pc.dtype, device=pc.device, seed=0)
     pruned.load_state_dict(pc.state_dict())
     for name, mask in masks.items():
-        log_weights = pc.weights()[name].log.masked_fill(mask, -torch.inf)
+        log_weights = pc.weights().own[name].log.masked_fill(mask, -torch.inf)
         pruned.bank[name].copy_(normalise(log_weights, -1)[0])
     return pruned
 
@@ -122,7 +123,7 @@ def _removable(pc: CompiledCircuit, flows: BankFlows) -> Tensor:
     """Return the positions of all edges that may go, smallest flow first, counted through all banks: int64 (n,)."""
     all_flows, may_go = [], []
     for name in pc.sum_banks:
-        log_weights, flow = pc.weights()[name].log, flows[name]
+        log_weights, flow = pc.weights().own[name].log, flows[name]
         best = torch.where(log_weights > -torch.inf, flow, -1.0)
         best = torch.where(best == best.amax(-1, keepdim=True), log_weights, -torch.inf).argmax(-1, keepdim=True)
         all_flows.append(flow.flatten())
@@ -159,15 +160,14 @@ def _total_flows(pc: CompiledCircuit, evidence: Evidence, batch_size: int) -> tu
 @torch.no_grad()
 def _mean_log_likelihood(pc: CompiledCircuit, evidence: Evidence, masks: Masks, batch_size: int) -> float:
     """Return the mean log-likelihood without the masked edges, the other weights as they are."""
-    banks = pc.weights()
-    for name, mask in masks.items():
-        log = banks[name].log.masked_fill(mask, -torch.inf)
-        banks[name] = Weights(log)
+    weights = pc.weights()
+    pruned = {name: Weights(weights.own[name].log.masked_fill(mask, -torch.inf)) for name, mask in masks.items()}
+    weights = weights.with_own(pruned)
     total = 0.0
     for part in _batches(evidence, batch_size, pc.device):
         # Sums on whose variables nothing is known are 1 in the pruned circuit too, once its weights are normalised.
         given, log_level = part.levelled(pc.num_categories)
-        log_z = passes.log_root(pc, passes.heard_leaves(pc, LogSemiring(), given, banks), banks)
+        log_z = Question(pc, given, weights).silenced().log_z
         total += float((log_z + log_level).double().sum())
     return total / evidence.batch_size
 

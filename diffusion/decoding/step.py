@@ -26,7 +26,7 @@ from diffusion.prediction import Prediction
 from diffusion.vocabulary import MappedDistribution
 
 if TYPE_CHECKING:
-    from circuits.engine.passes import Banks
+    from circuits import CircuitWeights
 
 _BEFORE_WINDOWS = 1 << 40
 """A place for random numbers that no window begins at."""
@@ -71,7 +71,7 @@ def decode_step(
     head: JointHead | None,
     config: DecodingConfig,
     *,
-    weights: Banks | None = None,
+    weights: CircuitWeights | None = None,
 ) -> None:
     """Commit tokens of one look to the canvas.
 
@@ -156,7 +156,7 @@ def _uses_circuit(part: Part, head: JointHead | None, config: DecodingConfig) ->
 
 
 def _decode_part(
-    canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig, weights: Banks | None
+    canvas: Canvas, part: Part, head: JointHead | None, config: DecodingConfig, weights: CircuitWeights | None
 ) -> None:
     rows, starts = part.windows.rows, part.windows.starts
     generators = canvas.generators(rows, starts - canvas.origin[rows])
@@ -191,7 +191,9 @@ def _proposal(
     return proposal
 
 
-def _distribution(canvas: Canvas, part: Part, head: JointHead | None, weights: Banks | None) -> JointDistribution:
+def _distribution(
+    canvas: Canvas, part: Part, head: JointHead | None, weights: CircuitWeights | None
+) -> JointDistribution:
     """Return the joint distribution of windows: the circuit, if there is one, under the constraint, if there is one."""
     absent = part.absent if bool(part.absent.any()) else None
     constraint = canvas.constraint

@@ -80,7 +80,7 @@ def test_an_average_of_weights_is_what_is_validated():
 def test_unchanged_weights_are_read_once():
     pc = ct.compile(ct.structures.hmm(4, 2, 3), seed=0)
     with torch.no_grad():
-        first, second = pc.weights(), pc.weights()
+        first, second = pc.weights().own, pc.weights().own
     assert all(first[name] is second[name] for name in first)
 
 
@@ -91,7 +91,7 @@ def test_what_a_caller_writes_into_the_weights_it_got_changes_no_answer():
         first = pc(x)
         pc.log_weights(pc.circuit.node("transition0")).zero_()
         assert torch.equal(pc.log_weights(pc.circuit.node("transition0")).exp().sum(-1), torch.ones(2))
-        pc.weights()["sum_2x2"].linear.mul_(5.0)
+        pc.weights().own["sum_2x2"].linear.mul_(5.0)
         assert torch.equal(pc(x), first)
 
 
@@ -162,7 +162,7 @@ def learnt():
 
 def test_tables_of_50_000_values_sum_to_1(learnt):
     pc, _ = learnt
-    for table in (pc.parameters_of(pc.circuit.node("emission0")), pc.weights()["input_50000x8"].linear[0]):
+    for table in (pc.parameters_of(pc.circuit.node("emission0")), pc.weights().own["input_50000x8"].linear[0]):
         np.testing.assert_allclose(table.detach().numpy().astype(np.float64).sum(0), 1.0, atol=1e-6)
 
 
@@ -195,5 +195,5 @@ def test_weights_given_at_run_time_are_normalised_as_well():
     exact = logits.double() - torch.logsumexp(logits.double(), 0)
     soft = ct.Evidence.soft(torch.zeros(1, 2, 50_000))
     assert float(pc.log_partition(soft, banks).detach()) == pytest.approx(0.0, abs=4e-6)
-    (given,) = banks.external.values()
+    (given,) = banks.given.values()
     torch.testing.assert_close(given.log[0, 0].double(), exact, rtol=0, atol=2e-6)

@@ -3,14 +3,16 @@
 import torch
 
 import circuits as ct
-from circuits.engine import semirings
+from circuits.queries.averages import EntropySemiring
+from circuits.queries.expectations import SignedSemiring
+from circuits.queries.k_best import KBestSemiring
 
 
 class TestSignedSemiring(ct.testing.SemiringTestCase):
     max_examples = 30
 
     def semiring(self):
-        return semirings.SignedSemiring()
+        return SignedSemiring()
 
     def plus(self, left, right):
         return torch.logaddexp(left, right)
@@ -24,7 +26,7 @@ class TestKBestSemiring(ct.testing.SemiringTestCase):
     max_examples = 30
 
     def semiring(self):
-        return semirings.KBestSemiring(3)
+        return KBestSemiring(3)
 
     def plus(self, left, right):
         return torch.cat([left, right]).topk(3).values
@@ -37,7 +39,7 @@ class TestEntropySemiring(ct.testing.SemiringTestCase):
     max_examples = 30
 
     def semiring(self):
-        return semirings.EntropySemiring()
+        return EntropySemiring()
 
     def plus(self, left, right):
         """The entropy of a choice plus the average entropy of what is chosen."""

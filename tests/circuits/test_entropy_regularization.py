@@ -63,7 +63,7 @@ def test_a_step_maximises_flows_and_entropy_together():
     pc = ct.compile(ct.structures.hmm(4, 3, 3), dtype=torch.float64, seed=0)
     flows = ct.learning.expected_flows(pc, x).flows
     ct.learning.em_step(pc, flows, entropy=0.2)
-    for name, weights in pc.weights().items():
+    for name, weights in pc.weights().own.items():
         axis = -1 if name.startswith("sum") else -2
         mass = flows[name].sum(axis, keepdim=True)
         derivative = flows[name] / weights.log.exp() - 0.2 * mass * weights.log

@@ -24,7 +24,7 @@ def test_flows_are_whole_numbers_that_add_up_to_the_score(data):
     flows, score = viterbi_flows(pc, x)
     assume(bool((score > -torch.inf).all()))
     torch.testing.assert_close(score, ct.queries.mpe(pc, ct.Evidence.observe(x)).log_score, **CLOSE)
-    log = {name: weights.log.detach() for name, weights in pc.weights().items()}
+    log = {name: weights.log.detach() for name, weights in pc.weights().own.items()}
     total = sum(float((flows[name] * log[name])[flows[name] > 0].sum()) for name in flows)
     assert total == pytest.approx(float(score.sum()), rel=1e-9)
     for flow in flows.values():

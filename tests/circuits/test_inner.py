@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import circuits as ct
-from circuits.engine import choices, passes
 from circuits.engine.layers import SumLayer
+from circuits.engine.question import Question
 from circuits.queries import basic
 
 
@@ -25,8 +25,7 @@ def test_sums_with_the_same_children_are_stacked():
     pc = ct.compile(siblings(), dtype=torch.float64, seed=0)
     first = sum_layers(pc)[0]
     assert first.num_siblings == 2
-    assert first.gather([layer(passes.LogSemiring(), ct.Evidence.nothing(1, 2), pc.weights()["input_3x2"])
-                         for layer in pc.input_layers]).shape == (4, 2, 1)  # fmt: skip
+    assert first.gather(Question(pc).inputs(ct.semirings.LogSemiring())).shape == (4, 2, 1)
     everything = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     torch.testing.assert_close(pc(everything).reshape(3, 3), ct.testing.enumerate_joint(pc), rtol=1e-12, atol=1e-12)
 
@@ -102,14 +101,14 @@ def test_em_on_long_chains_has_no_nan(length, generator):
 def test_sampling_many_variables_takes_bounded_memory(monkeypatch):
     pc = ct.compile(ct.structures.mixture(16_384, 2, 2), seed=0)
     reached = []
-    choose = choices.downward_choice
+    choose = Question.choose
 
-    def recorded(pc, semiring, outputs, banks, num_samples, generator):
-        units, query = choose(pc, semiring, outputs, banks, num_samples, generator)
-        reached.append(sum(unit.numel() for unit in units))
-        return units, query
+    def recorded(question, *args, **options):
+        choice = choose(question, *args, **options)
+        reached.append(sum(unit.numel() for unit in choice.units))
+        return choice
 
-    monkeypatch.setattr(choices, "downward_choice", recorded)
+    monkeypatch.setattr(Question, "choose", recorded)
     monkeypatch.setattr(basic, "_MAX_REACHED", 1 << 18)
     assert ct.queries.sample(pc, 24).shape == (24, 16_384)
     assert len(reached) > 1
@@ -119,5 +118,5 @@ def test_sampling_many_variables_takes_bounded_memory(monkeypatch):
 def test_moving_a_circuit_moves_its_rows():
     pc = ct.compile(siblings(), seed=0)
     meta = pc.to("meta")
-    rows = [piece for layer in meta.inner_layers for slot in layer.slots for piece in slot.pieces]
-    assert all(isinstance(piece, slice) or piece.device.type == "meta" for piece in rows)
+    rows = [nodes for layer in meta.inner_layers for slot in layer.slots for _, nodes in slot.pieces]
+    assert all(isinstance(nodes, slice) or nodes.device.type == "meta" for nodes in rows)

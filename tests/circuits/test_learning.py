@@ -32,7 +32,7 @@ def equal_weights(one, other):
 
 
 def zeros_of(pc):
-    return {name: weights.log == -torch.inf for name, weights in pc.weights().items()}
+    return {name: weights.log == -torch.inf for name, weights in pc.weights().own.items()}
 
 
 OPTIMIZERS = {"em": "em", "minibatch_em": "minibatch_em", "anemone": "anemone", "adam": adam}
@@ -59,7 +59,7 @@ def test_flows_are_the_gradient_of_the_enumerated_likelihood(case, data):
         assert flows[name][place] == 0
         return
     # d log Z / d parameter = sum_nc F_nc d log w_nc / d parameter
-    log_weights = pc.weights()[name].log
+    log_weights = pc.weights().own[name].log
     score = torch.where(flows[name] > 0, flows[name] * log_weights, 0.0).sum()
     expected = torch.autograd.grad(score, parameter)[0][place]
     shifted = []
@@ -106,7 +106,7 @@ def test_em_never_lowers_the_likelihood_and_keeps_zeros(case, counts):
         learning.em_step(pc, flows)
         with torch.no_grad():  # reads the weights through their cache
             assert torch.equal((pc.log_partition(evidence) > -torch.inf)[counts > 0], possible[counts > 0])
-        for name, weights in pc.weights().items():
+        for name, weights in pc.weights().own.items():
             assert bool((weights.log[zeros[name]] == -torch.inf).all())
             assert not bool(weights.log.isnan().any())
 
@@ -199,7 +199,7 @@ def test_anemone_follows_its_formula():
             total = rescaled.sum(axis, keepdim=True)
             expected[name] = (rescaled + a / rescaled.shape[axis]) / (total + a)
         state = learning.anemone_step(pc, flows, len(x), state, step_size=s, momentum=mu, pseudocount=a)
-        for name, weights in pc.weights().items():
+        for name, weights in pc.weights().own.items():
             torch.testing.assert_close(weights.log.exp(), expected[name], **CLOSE)
 
 
@@ -209,8 +209,8 @@ def test_anemone_without_momentum_and_damping_is_em():
     flows, _ = learning.expected_flows(one, x)
     learning.em_step(one, flows)
     learning.anemone_step(other, flows, len(x), step_size=1.0, momentum=0.0, pseudocount=0.0)
-    for name, weights in one.weights().items():
-        torch.testing.assert_close(other.weights()[name].log.exp(), weights.log.exp(), **CLOSE)
+    for name, weights in one.weights().own.items():
+        torch.testing.assert_close(other.weights().own[name].log.exp(), weights.log.exp(), **CLOSE)
 
 
 def test_units_that_no_sample_reaches_keep_their_weights():
@@ -274,8 +274,8 @@ def test_a_full_batch_epoch_is_one_em_step_whatever_the_batch_size():
     one, other = hmm(0), hmm(0)
     learning.em_step(one, learning.expected_flows(one, x).flows, pseudocount=0.5)
     result = learning.fit(other, x, num_epochs=1, batch_size=5, pseudocount=0.5, progress=False)
-    for name, weights in one.weights().items():
-        torch.testing.assert_close(other.weights()[name].log, weights.log, **CLOSE)
+    for name, weights in one.weights().own.items():
+        torch.testing.assert_close(other.weights().own[name].log, weights.log, **CLOSE)
     assert result.train_log_likelihood == pytest.approx((mean_log_likelihood(hmm(0), x),))
 
 
@@ -295,8 +295,8 @@ def test_sample_weights_count_repetitions():
     weighted = learning.fit(one, x, sample_weights=times.double(), num_epochs=4, progress=False)
     repeated = learning.fit(other, x.repeat_interleave(times, 0), num_epochs=4, progress=False)
     assert weighted.train_log_likelihood == pytest.approx(repeated.train_log_likelihood)
-    for name, weights in one.weights().items():
-        torch.testing.assert_close(other.weights()[name].log, weights.log, **CLOSE)
+    for name, weights in one.weights().own.items():
+        torch.testing.assert_close(other.weights().own[name].log, weights.log, **CLOSE)
 
 
 def test_numpy_arrays_and_small_integers_are_data_too():
@@ -320,8 +320,8 @@ def test_impossible_samples_are_counted_and_change_nothing(optimizer):
     expected = learning.fit(without, possible, **options)
     assert (found.num_impossible, expected.num_impossible) == (4, 0)
     assert found.train_log_likelihood == pytest.approx(expected.train_log_likelihood)
-    for name, weights in without.weights().items():
-        torch.testing.assert_close(with_them.weights()[name].log, weights.log, **CLOSE)
+    for name, weights in without.weights().own.items():
+        torch.testing.assert_close(with_them.weights().own[name].log, weights.log, **CLOSE)
     before = weights_of(with_them)
     with pytest.raises(ct.ImpossibleEvidenceError, match="all 4 samples"):
         learning.fit(with_them, impossible, **options)

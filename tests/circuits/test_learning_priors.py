@@ -13,7 +13,7 @@ from circuits import learning
 def log_prior(pc, pseudocount):
     """Log-density, up to a constant, of Dirichlet(1 + a / |ch|) on the positive weights of every finite unit."""
     total = 0.0
-    for name, weights in pc.weights().items():
+    for name, weights in pc.weights().own.items():
         is_possible = weights.log > -torch.inf
         share = pseudocount / is_possible.sum(-1 if name.startswith("sum") else -2, keepdim=True)
         total += float((torch.where(is_possible, weights.log, 0.0) * share).sum())
@@ -33,9 +33,9 @@ def test_em_with_pseudocounts_never_lowers_the_posterior_density(data, pseudocou
         posterior = float(log_likelihood[possible].sum()) + log_prior(pc, pseudocount)
         assert before is None or posterior >= before - 1e-9 * max(1.0, abs(before))
         before = posterior
-        zeros = {name: weights.log == -torch.inf for name, weights in pc.weights().items()}
+        zeros = {name: weights.log == -torch.inf for name, weights in pc.weights().own.items()}
         learning.em_step(pc, flows, pseudocount=pseudocount)
-        for name, weights in pc.weights().items():
+        for name, weights in pc.weights().own.items():
             assert torch.equal(weights.log == -torch.inf, zeros[name])
 
 

@@ -34,7 +34,7 @@ def padded(x, length):
 
 
 def tables_of(pc):
-    return {name: weights.linear for name, weights in pc.weights().items()}
+    return {name: weights.linear for name, weights in pc.weights().own.items()}
 
 
 def baum_welch(rows, initial, transition, emission):

@@ -54,7 +54,7 @@ class LearningLaws(StructureCases):
     def test_em_never_lowers_the_likelihood(self, case: Case) -> None:
         """Dempster, Laird and Rubin 1977; and zero weights stay zero."""
         pc = case.pc
-        zeros = {name: weights.log == -torch.inf for name, weights in pc.weights().items()}
+        zeros = {name: weights.log == -torch.inf for name, weights in pc.weights().own.items()}
         before = None
         for _ in range(3):
             flows, log_likelihood = learning.expected_flows(pc, case.evidence)
@@ -62,7 +62,7 @@ class LearningLaws(StructureCases):
             assert before is None or bool(total >= before - 1e-9)
             before = total
             learning.em_step(pc, flows)
-        for name, weights in pc.weights().items():
+        for name, weights in pc.weights().own.items():
             assert bool((weights.log[zeros[name]] == -torch.inf).all())
         _assert_distributions(pc)
 
@@ -71,13 +71,13 @@ class LearningLaws(StructureCases):
         """W' = (1 - s) w + s (F + a / |ch|) / (F_n + a), for sums and categorical inputs with flow; others keep w."""
         pc, step_size, pseudocount = case.pc, 0.3, 0.5
         flows, _ = learning.expected_flows(pc, case.evidence)
-        old = {name: weights.log.exp() for name, weights in pc.weights().items()}
+        old = {name: weights.log.exp() for name, weights in pc.weights().own.items()}
         learning.em_step(pc, flows, step_size=step_size, pseudocount=pseudocount)
         is_table = (Categorical, Bernoulli)
         others = {
             pc.bank_address(leaf)[0] for leaf in case.circuit.inputs if not isinstance(leaf.distribution, is_table)
         }
-        for name, weights in pc.weights().items():
+        for name, weights in pc.weights().own.items():
             if name in others:
                 continue
             total = flows[name].sum(_axis(name), keepdim=True)
@@ -133,7 +133,7 @@ def _fitted(case: Case, optimizer: EMName | OptimizerFactory) -> dict[str, Tenso
 
 def _assert_distributions(pc: CompiledCircuit) -> None:
     with torch.no_grad():
-        for name, weights in pc.weights().items():
+        for name, weights in pc.weights().own.items():
             assert not bool(weights.log.isnan().any())
             total = weights.log.exp().sum(_axis(name))
             assert_close(total, torch.ones_like(total))
@@ -150,7 +150,7 @@ def _posterior_counts(pc: CompiledCircuit, factors: Tensor, nothing: Tensor | No
     Nodes on whose variables nothing is known, bool (B, D), are not counted: they are the constant 1.
     """
     with torch.no_grad():
-        weights = {name: weights.log.exp() for name, weights in pc.weights().items()}
+        weights = {name: weights.log.exp() for name, weights in pc.weights().own.items()}
     counts = {name: torch.zeros_like(table) for name, table in weights.items()}
     everything = configurations(pc.circuit)
     for query in range(len(factors)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits.engine import logspace
-from circuits.engine.semirings.base import Semiring
+from circuits.engine.semirings import Semiring
 
 
 def log_matmul_average(

@@ -10,14 +10,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from circuits.engine.addressing import Address
+from circuits.engine.layers import Address
 from circuits.families import Categorical, Distribution
 from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """The layers and banks of a circuit; see :func:`plan_layers`."""
+class Folding:
+    """The layers and banks of a circuit; see :func:`fold`."""
 
     layers: Sequence[Sequence[Node]]
     """Nodes that one tensor operation evaluates: input layers first, every layer after those of its children."""
@@ -49,9 +49,9 @@ class Plan:
         return spent
 
 
-def plan_layers(circuit: Circuit) -> Plan:
+def fold(circuit: Circuit) -> Folding:
     """Fold a circuit's nodes into layers, and give every owner of parameters a row in a bank."""
-    layers = _fold(circuit)
+    layers = _layers(circuit)
     addresses = {node: (position, row) for position, nodes in enumerate(layers) for row, node in enumerate(nodes)}
     bank_addresses: dict[ParametricNode, tuple[str, int]] = {}
     families: dict[str, Distribution] = {}
@@ -67,10 +67,10 @@ def plan_layers(circuit: Circuit) -> Plan:
         used = shapes.get(name, (0, rows, columns))[0]
         bank_addresses[owner] = (name, used)
         shapes[name] = (used + 1, rows, columns)
-    return Plan(layers, addresses, shapes, bank_addresses, families)
+    return Folding(layers, addresses, shapes, bank_addresses, families)
 
 
-def _fold(circuit: Circuit) -> list[list[Node]]:
+def _layers(circuit: Circuit) -> list[list[Node]]:
     """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
     siblings: dict[Hashable, list[Node]] = defaultdict(list)
     for mixture in circuit.sums:

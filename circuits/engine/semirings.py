@@ -1,8 +1,9 @@
 """Semirings: what "plus" and "times" mean while a circuit is evaluated.
 
 The same upward pass computes the partition function in the log semiring and the most probable explanation in the max
-semiring (Goodman 1999, "Semiring Parsing"). A further semiring is one subclass of :class:`Semiring`: its values are
-tensors of shape (F, K, B, *E) for F folded nodes of K units over a batch of B, with trailing dimensions E of its own.
+semiring (Goodman 1999, "Semiring Parsing"). A further semiring is one subclass of :class:`Semiring`, and
+``ct.evaluate(pc, semiring, evidence)`` is a circuit's value in it. Values are tensors of shape (F, K, B, *E) for F
+folded nodes of K units over a batch of B, with trailing dimensions E of the semiring's own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from circuits.arguments import checked_temperature
 from circuits.engine import logspace
 from circuits.randomness import RowGenerators, Source
 
@@ -74,10 +76,8 @@ class Semiring(ABC):
         return torch.cat(pieces)
 
 
-class LogSemiring(Semiring):
-    """Log-probabilities with log-sum-exp as plus: partition functions."""
-
-    is_linear = True
+class _LogValues(Semiring):
+    """Log-probabilities: times is addition."""
 
     def times(self, left: Tensor, right: Tensor) -> Tensor:
         """Add the logarithms."""
@@ -86,6 +86,12 @@ class LogSemiring(Semiring):
     def product(self, factors: Tensor) -> Tensor:
         """Add the logarithms along dimension 1."""
         return factors.sum(1)
+
+
+class LogSemiring(_LogValues):
+    """Log-probabilities with log-sum-exp as plus: partition functions."""
+
+    is_linear = True
 
     def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """Log-sum-exp over i, as one batched GEMM."""
@@ -106,18 +112,10 @@ class LogSemiring(Semiring):
         return (scores - waiting.clamp_min_(torch.finfo(scores.dtype).tiny).log_()).argmax(-1)
 
 
-class MaxSemiring(Semiring):
+class MaxSemiring(_LogValues):
     """Log-probabilities with the maximum as plus: the most probable explanation of latents and leaves."""
 
     adds_up = False
-
-    def times(self, left: Tensor, right: Tensor) -> Tensor:
-        """Add the logarithms."""
-        return left + right
-
-    def product(self, factors: Tensor) -> Tensor:
-        """Add the logarithms along dimension 1."""
-        return factors.sum(1)
 
     def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """Maximise over i, in chunks of output units that bound the memory."""
@@ -139,7 +137,7 @@ class BestSemiring(MaxSemiring):
     adds_up = True
 
 
-class TemperedSemiring(Semiring):
+class TemperedSemiring(_LogValues):
     """Explanations at a temperature: plus is ``tau log sum exp(. / tau)``, between the log and the max semiring.
 
     An explanation, latents and leaves together, is a product of weights, and so its power 1 / tau is one of theirs:
@@ -151,14 +149,6 @@ class TemperedSemiring(Semiring):
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-
-    def times(self, left: Tensor, right: Tensor) -> Tensor:
-        """Add the logarithms."""
-        return left + right
-
-    def product(self, factors: Tensor) -> Tensor:
-        """Add the logarithms along dimension 1."""
-        return factors.sum(1)
 
     def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """Tempered log-sum-exp over i, as one batched GEMM."""
@@ -182,6 +172,7 @@ ChoosingSemiring = LogSemiring | MaxSemiring | TemperedSemiring
 
 def choosing_semiring(temperature: float) -> ChoosingSemiring:
     """Return the semiring whose choices are explanations at a temperature tau >= 0; 0: the best."""
+    checked_temperature(temperature)
     if temperature == 1:
         return LogSemiring()
     return TemperedSemiring(temperature) if temperature > 0 else BestSemiring()

@@ -1,0 +1,93 @@
+"""The upward pass in the log semiring as one differentiable function, with the explicit adjoint of every layer.
+
+Written out, because automatic differentiation would materialise one gradient per use of a tied weight; here all of them
+are accumulated by the GEMMs themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuits.engine.layers import Gradients, ProductLayer
+from circuits.engine.semirings import LogSemiring
+from circuits.engine.weights import Flows
+from circuits.precision import own_precision
+
+if TYPE_CHECKING:
+    from circuits.engine.question import Question
+
+_LOG = LogSemiring()
+
+
+class LogRoot(torch.autograd.Function):
+    """From a question, its input layers' values, its sum banks' log-weights and its latents' factors to (R, B)."""
+
+    @staticmethod
+    def forward(ctx: Any, question: Question, *tensors: Tensor) -> Tensor:
+        """Evaluate all layers, and keep of each what its adjoint needs."""
+        pc, latents = question.pc, question.latents
+        ctx.question, ctx.saved, ctx.num_inputs = question, {}, len(pc.input_layers)
+        ctx.save_for_backward(*tensors)
+        values = dict(enumerate(tensors[: ctx.num_inputs]))
+        for position, layer in enumerate(pc.inner_layers, start=ctx.num_inputs):
+            if isinstance(layer, ProductLayer):
+                values[position] = layer(_LOG, values)
+            else:
+                weights = question.weights.own[layer.parameter_rows.bank]
+                out, ctx.saved[position] = layer.forward_recorded(values, weights, latents.get(position))
+                values[position] = question.with_silence(_LOG, position, out) if question.silent else out
+            for spent in pc.last_uses[position]:
+                del values[spent]
+        root = values[len(pc.layer_sizes) - 1][0]
+        return root.clone() if len(pc.layer_sizes) == 1 else root
+
+    @staticmethod
+    @own_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Send the root's gradient down through all layers."""
+        if torch.is_grad_enabled():
+            return None, *_differentiable_gradients(ctx, grad)
+        question: Question = ctx.question
+        pc, own, latents = question.pc, question.weights.own, question.latents
+        needed = ctx.needs_input_grad[1 + ctx.num_inputs :]
+        flows = {name: Flows(own[name].log) for name, is_needed in zip(pc.sum_banks, needed, strict=False) if is_needed}
+        gradients = Gradients(pc.layer_sizes, grad.shape[1])
+        gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
+        latent_grads: dict[int, Tensor] = {}
+        for position in reversed(range(ctx.num_inputs, len(pc.layer_sizes))):
+            layer = pc.inner_layers[position - ctx.num_inputs]
+            incoming = gradients.pop(position)
+            if incoming is None:
+                continue
+            if isinstance(layer, ProductLayer):
+                layer.adjoint(incoming, gradients)
+                continue
+            if position in question.silent:
+                incoming = incoming.masked_fill(question.silent[position], 0.0)
+            bank = layer.parameter_rows.bank
+            grad_x = layer.adjoint(incoming, ctx.saved[position], own[bank], gradients, flows.get(bank))
+            if position in latents:
+                latent_grads[position] = grad_x.index_select(0, latents[position].rows)
+        return (
+            None,
+            *(gradients.pop(position) for position in range(ctx.num_inputs)),
+            *(flows[name].total(own[name].linear) if name in flows else None for name in pc.sum_banks),
+            *(latent_grads.get(position) for position in latents),
+        )
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Run the pass once more with operations that autograd can differentiate twice."""
+    question: Question = ctx.question
+    tensors = iter(ctx.saved_tensors)
+    inputs = [next(tensors) for _ in range(ctx.num_inputs)]
+    own = {name: question.weights.own[name].with_log(next(tensors)) for name in question.pc.sum_banks}
+    latents = {position: replace(factors, log=next(tensors)) for position, factors in question.latents.items()}
+    root = question.replayed(inputs, question.weights.with_own(own), latents)
+    wanted = [t for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+    grads = iter(torch.autograd.grad(root[0], wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])

@@ -1,0 +1,403 @@
+"""A question: a circuit, evidence for B queries, and weights; and the passes that answer it.
+
+Every query is the upward pass in some semiring, its gradient, or a choice on the way down. In the log semiring the
+adjoint of the pass gives all gradients at once: posterior marginals and expected flows (Darwiche 2003).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuits.engine import adjoint, choices
+from circuits.engine.choices import Choice
+from circuits.engine.layers import ProductLayer, SumLayer
+from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.engine.weights import CircuitWeights, LatentFactors
+from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.evidence import Evidence
+from circuits.randomness import RowGenerators, Source
+from circuits.symbolic import Circuit, Sum
+
+if TYPE_CHECKING:
+    from circuits.engine.compile import CompiledCircuit
+
+_LOG = LogSemiring()
+
+
+class Question:
+    """Evidence for B queries on a circuit with certain weights: checked once, answered by passes over its layers.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries; None: it says nothing, for as many queries as there are weights for.
+        weights: of ``pc.weights(...)``; None: the circuit's own, as they are now.
+
+    Raises:
+        ArgumentError: the evidence does not fit the circuit, or batch sizes differ.
+
+    Attributes:
+        pc: the circuit.
+        evidence: on the variables.
+        weights: that all passes use.
+        latents: factors on the children of sum nodes, by layer.
+        class_factors: log-factors on the root's units, (R, B); None: the circuit has no classes, or they stay apart.
+        silent: by sum layer, which nodes are the constant 1, bool (F, 1, B); see :meth:`silenced`.
+    """
+
+    def __init__(
+        self, pc: CompiledCircuit, evidence: Evidence | None = None, weights: CircuitWeights | None = None
+    ) -> None:
+        self.pc = pc
+        self.weights = pc.weights() if weights is None else weights
+        batch_size = self.weights.batch_size
+        if evidence is None:
+            evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
+        elif not torch.compiler.is_compiling():
+            evidence.check(pc.num_categories)
+        if batch_size not in (1, evidence.batch_size):
+            raise ArgumentError(
+                f"weights: they are for a batch of {batch_size} queries, the evidence has {evidence.batch_size}; "
+                "repeat the evidence or give weights without a batch dimension"
+            )
+        self.evidence = evidence
+        self.latents: Mapping[int, LatentFactors] = _latents_by_layer(pc, evidence) if evidence.latents else {}
+        self.class_factors = None if evidence.classes is None else _class_factors(pc, evidence.classes)
+        self.silent: Mapping[int, Tensor] = {}
+        self._inputs: Sequence[Tensor] | None = None
+
+    def inputs(self, semiring: Semiring) -> Sequence[Tensor]:
+        """Return the values of all input units under the evidence: per input layer (F, K, B, *E)."""
+        if self._inputs is not None:
+            return self._inputs
+        values = []
+        for position, layer in enumerate(self.pc.input_layers):
+            own, given = self.weights.own[layer.parameter_rows.bank], self.weights.given.get(position)
+            if given is None:
+                values.append(layer(semiring, self.evidence, own))
+                continue
+            value = None if given.is_everywhere else layer(semiring, self.evidence, own)
+            values.append(given.values(semiring, self.evidence, layer.variables, value))
+        if self.evidence.reference is None:
+            return values
+        divisors = self._with(evidence=self.evidence.reference).inputs(_LOG)
+        return [divided(semiring, value, divisor) for value, divisor in zip(values, divisors, strict=True)]
+
+    def with_inputs(self, values: Sequence[Tensor]) -> Question:
+        """Return the question with given values of the input units, per input layer (F, K, B, *E)."""
+        return self._with(_inputs=list(values))
+
+    def with_weights(self, weights: CircuitWeights) -> Question:
+        """Return the question with other weights, for the same batch."""
+        return self._with(weights=weights)
+
+    def silenced(self, silent_inputs: Sequence[Tensor] | None = None) -> Question:
+        """Return the question with sum nodes on whose whole scope nothing is known as the constant 1.
+
+        Their weights sum to 1, so each of their units is 1, whatever its weights: nothing is learnt from it, and in the
+        max semiring no explanation of what nobody asked about is chosen. So learning counts no flow there (without
+        this, padding would be counted with the present weights as its expectation, and slow EM down).
+
+        Args:
+            silent_inputs: of which nodes of each input layer nothing is known, bool (F, 1, B); None: those on whose
+                variables the evidence says nothing.
+        """
+        pc = self.pc
+        if silent_inputs is None:
+            nothing = self.evidence.says_nothing(pc.num_categories)
+            if not bool(nothing.any()):
+                return self
+            return self._with(evidence=self.evidence.without(nothing)).silenced(nodes_of(pc, nothing))
+        values: dict[int, Tensor] = {}
+        for position in range(len(pc.layer_sizes)):
+            inner = position - len(silent_inputs)
+            silent = silent_inputs[position] if inner < 0 else pc.inner_layers[inner].all_of(values)
+            given, latents = self.weights.given.get(position), self.latents.get(position)
+            if given is not None:
+                silent = silent.index_fill(0, given.scaled_rows, False)
+            if latents is not None:  # factors that are 0 throughout say nothing
+                heard = (latents.log != 0).any(1, keepdim=True)
+                silent = silent.index_copy(0, latents.rows, silent.index_select(0, latents.rows) & ~heard)
+            values[position] = silent
+        layers = enumerate(pc.inner_layers, start=len(silent_inputs))
+        return self._with(silent={n: values[n] for n, layer in layers if isinstance(layer, SumLayer)})
+
+    def upward(self, semiring: Semiring) -> list[Tensor]:
+        """Return the values of all layers, (F, K, B, *E) each; the last one has the root alone.
+
+        Raises:
+            PropertyError: the root has a unit per class, and the evidence does not name the class.
+        """
+        self.require_one_root()
+        return list(self._evaluated(semiring, self.inputs(semiring), keep=True).values())
+
+    def possible_values(self, semiring: Semiring) -> list[Tensor]:
+        """Return what :meth:`upward` does; raise ImpossibleEvidenceError where the root's value is -inf."""
+        values = self.upward(semiring)
+        checked_possible(self.mixed(semiring, values[-1]))
+        return values
+
+    def root(self, semiring: Semiring) -> Tensor:
+        """Return the root's value, (B, *E).
+
+        Raises:
+            PropertyError: the root has a unit per class, and the evidence does not name the class.
+        """
+        self.require_one_root()
+        return self.mixed(semiring, self._evaluated(semiring, self.inputs(semiring))[len(self.pc.layer_sizes) - 1])
+
+    def mixed(self, semiring: Semiring, root: Tensor) -> Tensor:
+        """Return the value of the root's units, (1, R, B, *E), added up over the classes: (B, *E)."""
+        if self.class_factors is None:
+            return root[0, 0]
+        weighted = semiring.times(root, semiring.lift(self.class_factors.unsqueeze(0)))
+        return semiring.contract(self.class_factors.new_zeros(1, 1, len(self.class_factors)), weighted)[0, 0]
+
+    @property
+    def log_z(self) -> Tensor:
+        """``log Z``, (B,), differentiable in evidence and weights; (B, R) of R classes that are not named."""
+        inputs = self.inputs(_LOG)
+        tensors = (*inputs, *(self.weights.own[name].log for name in self.pc.sum_banks))
+        tensors = (*tensors, *(factors.log for factors in self.latents.values()))
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not needs_grad or torch.compiler.is_compiling() or self.weights.given:
+            root = self._evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
+        else:
+            root = adjoint.LogRoot.apply(self, *tensors).unsqueeze(0)
+        if self.class_factors is None and self.pc.circuit.num_classes:
+            return root[0].t()
+        return self.mixed(_LOG, root)
+
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        num_samples: int,
+        generator: Source,
+        *,
+        values: Sequence[Tensor] | None = None,
+    ) -> Choice:
+        """Choose one child of every reached sum unit, for ``num_samples`` copies of the batch.
+
+        In the log semiring it is an exact sample, in the max semiring the most probable explanation.
+
+        Args:
+            semiring: whose ``choose`` is used: a draw (log) or the best (max).
+            num_samples: S, how many choices per query.
+            generator: for draws.
+            values: of :meth:`upward` in that semiring, where there are already.
+
+        Raises:
+            ArgumentError: generators by row that are not one per query.
+            ImpossibleEvidenceError: nothing is possible for some query.
+        """
+        if isinstance(generator, RowGenerators) and len(generator.seeds) != self.evidence.batch_size:
+            raise ArgumentError(
+                f"generator: expected {self.evidence.batch_size} seeds, one per query, got {len(generator.seeds)}"
+            )
+        values = self.possible_values(semiring) if values is None else values
+        return choices.choose(self, semiring, values, num_samples, generator)
+
+    def values_of(self, semiring: ChoosingSemiring, choice: Choice, generator: Source) -> Tensor:
+        """Choose a value of every variable from the input units of a choice: (S * B, D), int64 if all are discrete."""
+        return choices.values_of(self, semiring, choice, generator)
+
+    def gradients(self, latents: Sequence[Sum] | None = None, *, allow_impossible: bool = False) -> Tensor:
+        """Return ``d log Z / d log e``, the posterior marginals of variables or latents, in one pass (Darwiche 2003).
+
+        They are differentiable if gradients are enabled and evidence or weights require them.
+
+        Args:
+            latents: sum nodes, which of whose children are used; None: the values that the evidence has factors on.
+            allow_impossible: give 0 where log Z = -inf.
+
+        Returns:
+            In the shape of the evidence's factors; of latents (B, I_1 + I_2 + ...).
+
+        Raises:
+            ImpossibleEvidenceError: log Z = -inf for some query, unless that is allowed.
+            PropertyError: the root has a unit per class, and the evidence does not name the class.
+        """
+        self.require_one_root()
+        evidence = self.evidence
+        others = list((evidence.latents or {}).values())
+        if latents is None:
+            assert evidence.log_factors is not None
+            factors = evidence.log_factors
+
+            def question_of(factors: Tensor) -> Question:
+                return self._with(evidence=evidence.with_factors(factors, evidence.values, evidence.missing))
+
+        else:
+            sizes = [node.parameter_shape[1] for node in latents]
+            factors = torch.zeros(evidence.batch_size, sum(sizes), dtype=self.pc.dtype, device=self.pc.device)
+            others += [tensor for tensor in evidence.factors.tensors() if tensor.is_floating_point()]
+
+            def question_of(factors: Tensor) -> Question:
+                parts = dict(zip(latents, factors.split(sizes, 1), strict=True))
+                return self._with(latents=_latents_by_layer(self.pc, evidence, parts))
+
+        def log_z_of(factors: Tensor, weights: CircuitWeights) -> Tensor:
+            log_z = question_of(factors).with_weights(weights).log_z
+            return log_z if allow_impossible else checked_possible(log_z)
+
+        return gradient_of(log_z_of, factors, self.weights, also=others)
+
+    def require_one_root(self) -> None:
+        """Raise PropertyError if the root has a unit per class and the evidence does not name the class."""
+        if self.pc.circuit.num_classes is not None and self.class_factors is None:
+            raise class_needed(self.pc)
+
+    def replayed(
+        self, inputs: Sequence[Tensor], weights: CircuitWeights, latents: Mapping[int, LatentFactors]
+    ) -> Tensor:
+        """Return the log-values of the root's units, (1, R, B), by operations that autograd can follow."""
+        return self._with(weights=weights, latents=latents)._evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
+
+    def _evaluated(self, semiring: Semiring, inputs: Sequence[Tensor], *, keep: bool = False) -> dict[int, Tensor]:
+        """Return the values of the layers by position; unless ``keep``, only the root's."""
+        pc, weights = self.pc, self.weights
+        values = dict(enumerate(inputs))
+        for position, layer in enumerate(pc.inner_layers, start=len(pc.input_layers)):
+            if isinstance(layer, ProductLayer):
+                values[position] = layer(semiring, values)
+            else:
+                own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
+                out = layer(semiring, values, own, given, self.latents.get(position))
+                values[position] = self.with_silence(semiring, position, out) if self.silent else out
+            if not keep:
+                for spent in pc.last_uses[position]:
+                    del values[spent]
+        return values
+
+    def with_silence(self, semiring: Semiring, position: int, values: Tensor) -> Tensor:
+        """Put the constant 1 where sum nodes of a layer, (F, K, B, *E), are silent."""
+        silent = self.silent[position]
+        one = semiring.lift(torch.zeros(1, 1, 1, dtype=values.dtype, device=values.device))
+        return torch.where(silent.reshape(silent.shape + (1,) * (values.dim() - 3)), one, values)
+
+    def _with(self, **attributes: Any) -> Question:
+        changed = copy.copy(self)
+        vars(changed).update(attributes)
+        return changed
+
+
+def gradient_of(
+    log_z_of: Callable[[Tensor, CircuitWeights], Tensor],
+    factors: Tensor,
+    weights: CircuitWeights,
+    *,
+    also: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return ``d log Z / d log e`` of a function, in the shape of the log-factors.
+
+    The result is itself differentiable if gradients are enabled and factors or weights require them.
+
+    Args:
+        log_z_of: log Z, (B,), of given log-factors and weights.
+        factors: log-factors of the evidence.
+        weights: the circuit's.
+        also: other tensors that ``log_z_of`` depends on, and that the result is to be differentiable in.
+    """
+    tensors = (factors, *weights.tensors(), *also)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    with torch.inference_mode(False), torch.enable_grad():
+        if differentiable:
+            factors = factors.clone() if factors.requires_grad else factors.detach().requires_grad_()
+        else:
+            factors, weights = factors.detach().clone().requires_grad_(), weights.detached()
+        (gradient,) = torch.autograd.grad(log_z_of(factors, weights).sum(), factors, create_graph=differentiable)
+    return gradient
+
+
+def divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
+    """Divide values of input units, (F, K, B, *E), by exp(log_divisor), (F, K, B or less); by 1 where that is 0.
+
+    Copies of a batch that follow each other share its divisors.
+    """
+    log_divisor = log_divisor.masked_fill(log_divisor == -torch.inf, 0.0)
+    if log_divisor.shape[2] < value.shape[2]:
+        log_divisor = log_divisor.repeat(1, 1, value.shape[2] // log_divisor.shape[2])
+    return semiring.times(value, semiring.lift(-log_divisor))
+
+
+def nodes_of(pc: CompiledCircuit, of_variables: Tensor) -> list[Tensor]:
+    """Return what holds of variables, (B, D), for the nodes of every input layer: (F, 1, B)."""
+    return [of_variables.index_select(1, layer.variables).t().unsqueeze(1) for layer in pc.input_layers]
+
+
+def checked_possible(log_z: Tensor) -> Tensor:
+    """Return ``log_z`` (B,) or (B, R); raise ImpossibleEvidenceError if some of it is -inf."""
+    is_impossible = log_z == -torch.inf
+    impossible = (is_impossible if log_z.dim() == 1 else is_impossible.any(1)).nonzero().flatten().tolist()
+    if impossible:
+        raise ImpossibleEvidenceError(
+            f"the evidence of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
+            f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
+        )
+    return log_z
+
+
+def class_needed(pc: CompiledCircuit) -> PropertyError:
+    """Return the error of a query that needs one distribution on a circuit that has one per class."""
+    return PropertyError(
+        f"this query needs one distribution, and the root {pc.circuit.root} has one per class; say which with "
+        "evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
+    )
+
+
+def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
+    """Return the error of what takes circuits with one root unit only, for one that has a unit per class."""
+    return PropertyError(
+        f"{who} needs a circuit with one root unit, and {circuit} has one per class; "
+        "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
+    )
+
+
+def _latents_by_layer(
+    pc: CompiledCircuit, evidence: Evidence, further: Mapping[Sum, Tensor] | None = None
+) -> dict[int, LatentFactors]:
+    """Return the evidence's log-factors on latents, and ``further`` ones times them, (B, I) each, by layer."""
+    by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    for key, factors in (evidence.latents or {}).items():
+        node = pc.sum_node(key)
+        if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
+            raise ArgumentError(
+                f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
+                f"units of {node}, got {tuple(factors.shape)}"
+            )
+        layer, row = pc.address(node)
+        if row in by_layer[layer]:
+            raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
+        by_layer[layer][row] = factors.to(pc.device, pc.dtype).t()
+    for node, factors in (further or {}).items():
+        layer, row = pc.address(node)
+        given = by_layer[layer].get(row)
+        by_layer[layer][row] = factors.t() if given is None else given + factors.t()
+    return {
+        layer: LatentFactors(torch.tensor(list(rows), device=pc.device), torch.stack(list(rows.values())))
+        for layer, rows in by_layer.items()
+    }
+
+
+def _class_factors(pc: CompiledCircuit, classes: Tensor) -> Tensor:
+    """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
+    num_classes = pc.circuit.num_classes
+    if num_classes is None:
+        raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
+    classes = classes.to(pc.device)
+    if classes.dim() == 1:
+        if bool(((classes < 0) | (classes >= num_classes)).any()):
+            raise ArgumentError(
+                f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
+                f"{int(classes.max())}"
+            )
+        is_other = torch.arange(num_classes, device=pc.device).unsqueeze(1) != classes
+        return torch.zeros(is_other.shape, dtype=pc.dtype, device=pc.device).masked_fill(is_other, -torch.inf)
+    if classes.shape[1] != num_classes:
+        raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
+    return classes.to(pc.dtype).t()

@@ -1,0 +1,120 @@
+"""The weights that a pass over a circuit uses, factors on the latents that they choose, and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.engine.semirings import Semiring
+
+
+class Weights:
+    """Normalised weights of one parameter bank: sums (P, O, I), finite input families (P, C, K).
+
+    The banks of other input families hold what the family reads: ``log`` is their numbers (P, S, K), ``linear`` the
+    logarithm of a factor on every unit, (P, 1, K).
+    """
+
+    linear: Tensor
+    """exp(log), detached: for GEMMs; gradients flow through ``log``. Computed when first asked for."""
+
+    def __init__(self, log: Tensor, linear: Tensor | None = None) -> None:
+        self.log = log
+        if linear is not None:
+            self.linear = linear
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Compute ``linear``, and keep it; nothing else is missing."""
+        if name != "linear":
+            raise AttributeError(name)
+        with torch.inference_mode(False), torch.no_grad():
+            self.linear = self.log.detach().exp()
+        return self.linear
+
+    @property
+    def num_writes(self) -> int:
+        """How often somebody has written into the tensors in place."""
+        return sum(tensor._version for tensor in vars(self).values())
+
+    def with_log(self, log: Tensor) -> Weights:
+        """Return the same weights with another leaf of automatic differentiation, or another view, as ``log``."""
+        return Weights(log, vars(self).get("linear"))
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitWeights:
+    """The weights that queries use: every query takes them as ``weights=``. ``pc.weights(...)`` returns them."""
+
+    own: Mapping[str, Weights]
+    """Those of the circuit's parameters, by name of ``pc.bank``."""
+    given: Mapping[int, Any] = field(default_factory=dict)
+    """Those that nodes are given at run time, by layer: ``GivenSums`` and ``GivenInputs``."""
+
+    @property
+    def batch_size(self) -> int:
+        """B of the weights given at run time; 1 when all queries share them."""
+        return max([1, *(given.batch_size for given in self.given.values())]) if self.given else 1
+
+    def tensors(self) -> list[Tensor]:
+        """Return all log-weights."""
+        return [*(own.log for own in self.own.values()), *(t for given in self.given.values() for t in given.tensors)]
+
+    def of_queries(self, index: Tensor) -> CircuitWeights:
+        """Return the weights of some queries, int64 (m,); they may come more than once."""
+        return replace(self, given={layer: given.of_queries(index) for layer, given in self.given.items()})
+
+    def detached(self, *, requires_grad: bool = False) -> CircuitWeights:
+        """Return the same weights without their history, the own ones as new leaves of automatic differentiation."""
+        own = {
+            name: weights.with_log(weights.log.detach().requires_grad_(requires_grad))
+            for name, weights in self.own.items()
+        }
+        return CircuitWeights(own, {layer: given.detached() for layer, given in self.given.items()})
+
+    def with_own(self, own: Mapping[str, Weights]) -> CircuitWeights:
+        """Return the same weights with those of some banks replaced."""
+        return replace(self, own={**self.own, **own})
+
+
+@dataclass(frozen=True, eq=False)
+class LatentFactors:
+    """Log-factors on the children of n of the F sum nodes of one layer: evidence on what chooses among them."""
+
+    rows: Tensor
+    """Which nodes of the layer, int64 (n,)."""
+    log: Tensor
+    """Log-factors, (n, I, B)."""
+
+    def applied(self, semiring: Semiring, x: Tensor) -> Tensor:
+        """Multiply the layer's children, (F, I, B, *E), by the factors."""
+        factors = semiring.lift(self.log)
+        if len(self.rows) == len(x):
+            order = self.rows.argsort()
+            return semiring.times(x, factors.index_select(0, order))
+        return x.index_copy(0, self.rows, semiring.times(x.index_select(0, self.rows), factors))
+
+    def added(self, log_weights: Tensor, node: Tensor, query: Tensor) -> Tensor:
+        """Add the factors to the log-weights, (m, I), of m reached sum units, in place; node, query: (m,)."""
+        matches = node.unsqueeze(1) == self.rows  # (m, n)
+        given, slot = matches.nonzero(as_tuple=True)
+        log_weights[given] += self.log[slot, :, query[given]]
+        return log_weights
+
+
+class Flows:
+    """Gradient with respect to the log-weights of one bank, (P, O, I), gathered over the layers that use it."""
+
+    def __init__(self, bank: Tensor) -> None:
+        self.linear = torch.zeros_like(bank)
+        """Gradient with respect to the linear weights."""
+        self.extra: Tensor | None = None
+        """Gradient that is already with respect to the log-weights."""
+
+    def total(self, linear_weights: Tensor) -> Tensor:
+        """Return ``w * d/dw`` plus the rest: the gradient with respect to the log-weights."""
+        flows = self.linear.mul_(linear_weights)
+        return flows if self.extra is None else flows.add_(self.extra)
