@@ -140,8 +140,12 @@ class CompiledCircuit(nn.Module):
             ArgumentError: a name or node that does not belong to the circuit, a wrong shape, batch sizes that differ,
                 NaN or +inf, or, with ``normalize``, a unit whose weights are all -inf.
         """
-        own = {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
+        own = self.own_weights()
         return CircuitWeights(own, self._external_weights(external, own, normalize) if external else {})
+
+    def own_weights(self) -> dict[str, Weights]:
+        """Return the normalised weights of every bank, by name."""
+        return {name: self._bank_weights(name, parameter) for name, parameter in self.bank.items()}
 
     @own_precision
     def log_weights(self, node: ParametricNode | str, weights: CircuitWeights | None = None) -> Tensor:
@@ -263,10 +267,10 @@ class CompiledCircuit(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             raw = parameter.detach()
             cached = self._cache.get(name)
-            if cached is not None and same_bits(cached[0], raw) and cached[1].num_writes == cached[2]:
+            if cached is not None and same_bits(cached[0], raw) and _num_writes(cached[1]) == cached[2]:
                 return cached[1]
             weights = self._read_weights(name, raw)
-            self._cache[name] = (raw.clone(), weights, weights.num_writes)
+            self._cache[name] = (raw.clone(), weights, _num_writes(weights))
         return weights
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,6 +304,11 @@ def _built_layer(
     if isinstance(family, Direct):
         return DirectLayer(variables, parameters, num_vars, family, dtype)
     return TableLayer(variables, parameters, num_vars)
+
+
+def _num_writes(weights: Weights) -> int:
+    """Return how often somebody has written into the tensors in place."""
+    return sum(tensor._version for tensor in vars(weights).values())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

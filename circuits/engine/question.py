@@ -54,7 +54,7 @@ class Question:
         self, pc: CompiledCircuit, evidence: Evidence | None = None, weights: CircuitWeights | None = None
     ) -> None:
         self.pc = pc
-        self.weights = pc.weights() if weights is None else weights
+        self.weights = CircuitWeights(pc.own_weights()) if weights is None else weights
         batch_size = self.weights.batch_size
         if evidence is None:
             evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
@@ -92,10 +92,6 @@ class Question:
         """Return the question with given values of the input units, per input layer (F, K, B, *E)."""
         return self._with(_inputs=list(values))
 
-    def with_weights(self, weights: CircuitWeights) -> Question:
-        """Return the question with other weights, for the same batch."""
-        return self._with(weights=weights)
-
     def silenced(self, silent_inputs: Sequence[Tensor] | None = None) -> Question:
         """Return the question with sum nodes on whose whole scope nothing is known as the constant 1.
 
@@ -126,6 +122,14 @@ class Question:
             values[position] = silent
         layers = enumerate(pc.inner_layers, start=len(silent_inputs))
         return self._with(silent={n: values[n] for n, layer in layers if isinstance(layer, SumLayer)})
+
+    def levelled(self) -> tuple[Question, Tensor]:
+        """Return the question :meth:`silenced`, without the factors that all values of a variable share.
+
+        No posterior depends on these; the second value is the sum of their log-factors, (B,), that log Z lacks.
+        """
+        evidence, log_level = self.evidence.levelled(self.pc.num_categories)
+        return self._with(evidence=evidence).silenced(), log_level
 
     def upward(self, semiring: Semiring) -> list[Tensor]:
         """Return the values of all layers, (F, K, B, *E) each; the last one has the root alone.
@@ -242,7 +246,7 @@ class Question:
                 return self._with(latents=_latents_by_layer(self.pc, evidence, parts))
 
         def log_z_of(factors: Tensor, weights: CircuitWeights) -> Tensor:
-            log_z = question_of(factors).with_weights(weights).log_z
+            log_z = question_of(factors)._with(weights=weights).log_z
             return log_z if allow_impossible else checked_possible(log_z)
 
         return gradient_of(log_z_of, factors, self.weights, also=others)

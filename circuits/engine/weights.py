@@ -35,11 +35,6 @@ class Weights:
             self.linear = self.log.detach().exp()
         return self.linear
 
-    @property
-    def num_writes(self) -> int:
-        """How often somebody has written into the tensors in place."""
-        return sum(tensor._version for tensor in vars(self).values())
-
     def with_log(self, log: Tensor) -> Weights:
         """Return the same weights with another leaf of automatic differentiation, or another view, as ``log``."""
         return Weights(log, vars(self).get("linear"))

@@ -78,9 +78,8 @@ def expected_flows(
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         traced, sources = traced_weights(pc, weights)
-        given.check(pc.num_categories)
-        given, log_level = given.levelled(pc.num_categories)
-        log_z = Question(pc, given, traced).silenced().log_z
+        question, log_level = Question(pc, given, traced).levelled()
+        log_z = question.log_z
         counts = (log_z != -torch.inf).to(log_z.dtype)
         if sample_weights is not None:
             counts = counts * checked_sample_weights(sample_weights, log_z)
@@ -236,7 +235,7 @@ def top_down_flows(
         ]
         units = [value.requires_grad_() for value in units]
         weights = normalised.detached(requires_grad=True)
-        log_z = question.with_weights(weights).with_inputs(units).silenced(is_silent).log_z
+        log_z = Question(pc, nothing, weights).with_inputs(units).silenced(is_silent).log_z
         sums = [weights.own[name].log for name in pc.sum_banks]
         grads = torch.autograd.grad(log_z, [*units, *sums], shares.to(log_z))
     flows = dict(zip(pc.sum_banks, grads[len(units) :], strict=True))

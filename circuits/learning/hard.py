@@ -41,13 +41,11 @@ def viterbi_flows(
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     refuse_relative(given, "counting flows")
-    given.check(pc.num_categories)
     if not given.batch_size:
         return flows_of_nothing(pc)
     with torch.inference_mode(False), torch.enable_grad():
         traced, sources = traced_weights(pc)
-        given, log_level = given.levelled(pc.num_categories)
-        question = Question(pc, given, traced).silenced()
+        question, log_level = Question(pc, given, traced).levelled()
         score = question.with_inputs(question.inputs(LogSemiring())).root(MaxSemiring())
         counts = (score != -torch.inf).to(score.dtype)
         if sample_weights is not None:

@@ -20,7 +20,7 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
     nodes on whose variables nothing is known.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        question = Question(pc, evidence.levelled(pc.num_categories)[0]).silenced()
+        question, _ = Question(pc, evidence).levelled()
         inputs = [value.detach().requires_grad_() for value in question.inputs(LogSemiring())]
         values = question.with_inputs(inputs).upward(LogSemiring())
         log_z = question.mixed(LogSemiring(), values[-1])

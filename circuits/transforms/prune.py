@@ -166,9 +166,8 @@ def _mean_log_likelihood(pc: CompiledCircuit, evidence: Evidence, masks: Masks, 
     total = 0.0
     for part in _batches(evidence, batch_size, pc.device):
         # Sums on whose variables nothing is known are 1 in the pruned circuit too, once its weights are normalised.
-        given, log_level = part.levelled(pc.num_categories)
-        log_z = Question(pc, given, weights).silenced().log_z
-        total += float((log_z + log_level).double().sum())
+        question, log_level = Question(pc, part, weights).levelled()
+        total += float((question.log_z + log_level).double().sum())
     return total / evidence.batch_size
 
 

@@ -164,24 +164,6 @@ def test_torch_compile_gives_the_same_values_and_gradients(generator):
         torch.testing.assert_close(compiled(x), pc(x))
 
 
-def test_a_further_semiring_is_one_class(generator):
-    class Counting(Semiring):
-        """How many explanations an assignment has: all weights count one."""
-
-        def lift(self, log_values):
-            return (log_values > -torch.inf).double()
-
-        def times(self, left, right):
-            return left * right
-
-        def contract(self, log_weights, x, *, weights=None):
-            return torch.matmul((log_weights > -torch.inf).double(), x)
-
-    pc = ct.compile(hmm(length=4, states=3), seed=0)
-    evidence = ct.Evidence.observe(torch.zeros(2, 4, dtype=torch.int64))
-    assert ct.evaluate(pc, Counting(), evidence).tolist() == [81.0, 81.0]
-
-
 def test_the_default_product_of_a_semiring_is_repeated_times():
     factors = torch.randn(2, 5, 3, 4)
     torch.testing.assert_close(Semiring.product(LogSemiring(), factors), factors.sum(1))

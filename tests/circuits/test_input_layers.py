@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 import circuits as ct
-from circuits.engine.semirings import EntropySemiring, LogSemiring, MaxSemiring, Semiring, SignedSemiring
+from circuits.engine.semirings import LogSemiring, MaxSemiring, Semiring
+from circuits.queries.averages import EntropySemiring
+from circuits.queries.expectations import SignedSemiring
 
 _NUM_UNITS, _BATCH_SIZE = 3, 4
 
@@ -29,7 +31,7 @@ def test_of_values_signed(tied: bool) -> None:
     f[0, 0, 1] = 0.0
     factors = torch.stack([f.clamp(min=0).log(), (-f).clamp(min=0).log()], -1)
     for pc, layer, tables in _layers(tied):
-        out = layer.of_values(SignedSemiring(), factors, pc.weights()[layer.parameter_rows.bank])
+        out = layer.of_values(SignedSemiring(), factors, pc.weights().own[layer.parameter_rows.bank])
         expected = torch.einsum("fkc,bfc->fkb", tables, f[:, layer.variables, : tables.shape[2]])
         torch.testing.assert_close(out[..., 0].exp() - out[..., 1].exp(), expected)
 
@@ -41,7 +43,7 @@ def test_of_values_entropy(tied: bool) -> None:
     shares = mass / mass.sum(-1, keepdim=True)
     factors = torch.stack([mass.sum(-1).log(), -(shares * shares.log()).sum(-1)], -1)
     for pc, layer, tables in _layers(tied):
-        out = layer.of_values(EntropySemiring(), factors, pc.weights()[layer.parameter_rows.bank])
+        out = layer.of_values(EntropySemiring(), factors, pc.weights().own[layer.parameter_rows.bank])
         joint = np.einsum("fkc,bfcs->fkbcs", tables.numpy(), mass[:, layer.variables, : tables.shape[2]].numpy())
         total = joint.sum((3, 4))
         p = joint / total[..., None, None]
@@ -54,7 +56,7 @@ def test_of_values_entropy(tied: bool) -> None:
 def test_lifted_factors_are_soft_evidence(tied: bool, semiring: Semiring) -> None:
     log_factors = torch.randn(_BATCH_SIZE, 3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for pc, layer, _ in _layers(tied):
-        weights = pc.weights()[layer.parameter_rows.bank]
+        weights = pc.weights().own[layer.parameter_rows.bank]
         out = layer.of_values(semiring, semiring.lift(log_factors), weights)
         torch.testing.assert_close(out, layer(semiring, ct.Evidence.soft(log_factors), weights), rtol=0, atol=0)
 
@@ -62,4 +64,4 @@ def test_lifted_factors_are_soft_evidence(tied: bool, semiring: Semiring) -> Non
 def test_of_values_refuses_too_few_values() -> None:
     pc, layer, _ = _layers(False)[0]
     with pytest.raises(ct.ArgumentError, match="factors: expected at least"):
-        layer.of_values(LogSemiring(), torch.zeros(2, 3, 2).double(), pc.weights()[layer.parameter_rows.bank])
+        layer.of_values(LogSemiring(), torch.zeros(2, 3, 2).double(), pc.weights().own[layer.parameter_rows.bank])
