@@ -114,6 +114,12 @@ class Training(ABC):
         """Return copies of the weights."""
         return {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
 
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights by others of the same shapes."""
+        for name, own in self.model.state_dict().items():
+            own.copy_(weights[name])
+
 
 class ModuleTraining(Training):
     """The training of a module by an optimizer of torch."""
@@ -189,7 +195,7 @@ def run(
                 keep()
             advance(note=note)
     if best is not None:
-        training.model.load_state_dict(best)
+        training.set_weights(best)
     return history, reason
 
 
@@ -227,11 +233,11 @@ def _resumed(training: Training, plan: Plan, checkpoint: Checkpoint, start: Star
     for weights in (snapshot.weights, snapshot.best_weights):
         if weights is not None and not _fits(own, weights):
             raise checkpoint.error("is corrupt: its weights do not fit the model")
-    training.model.load_state_dict(snapshot.weights)
+    training.set_weights(snapshot.weights)
     try:
         training.restore(snapshot.optimizer)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        training.model.load_state_dict(own)
+        training.set_weights(own)
         raise checkpoint.error(f"is corrupt: its optimizer state does not fit: {error}") from error
     if training.processes.rank and snapshot.sums is not None:  # the first process goes on with all of them
         snapshot = replace(snapshot, sums=torch.zeros_like(snapshot.sums))
