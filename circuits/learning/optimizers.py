@@ -42,11 +42,10 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         checked_count("seed", self.seed, 0)
-        checked_processes(self.process_group)
 
     @property
     def processes(self) -> Processes:
-        """Those of the group."""
+        """Those of the group; ArgumentError unless it is one."""
         return checked_processes(self.process_group)
 
     @abstractmethod
@@ -220,4 +219,4 @@ def optimizer_of(given: OptimizerLike, options: dict[str, Any]) -> Optimizer:
     known = {f.name for f in fields(optimizer)} - {"build"}
     for option in sorted(options.keys() - known):
         raise ArgumentError(f"{option}: {name} has no such option; leave it out")
-    return replace(optimizer, **options)
+    return replace(optimizer, **options) if options else optimizer

@@ -230,11 +230,11 @@ def _checked_latents(pc: CompiledCircuit, latents: Any, num_samples: int) -> tup
 
 
 def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None, first_sample: int) -> None:
-    domains: dict[str, tuple[Distribution, list[int]]] = {}
+    by_family: dict[Distribution, list[int]] = {}
     for var, family in {node.var: node.distribution for node in pc.circuit.inputs}.items():
-        domains.setdefault(family.domain, (family, []))[1].append(var)
-    for domain, (family, variables) in domains.items():
-        columns = slice(None) if len(domains) == 1 else variables
+        by_family.setdefault(family, []).append(var)
+    for family, variables in by_family.items():
+        columns = slice(None) if len(by_family) == 1 else variables
         values = x[:, columns]
         outside = family.outside(values)
         if x.is_floating_point():
@@ -243,8 +243,8 @@ def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | 
             outside &= observed.to(x.device)[:, columns]
         if bool(outside.any()):
             sample, column = outside.nonzero()[0].tolist()
-            var = column if len(domains) == 1 else variables[column]
+            var = column if len(by_family) == 1 else variables[column]
             raise ArgumentError(
-                f"{name}: expected {domain} of variable {var}, got {x[sample, var].item()} in sample "
+                f"{name}: expected {family.domain} of variable {var}, got {x[sample, var].item()} in sample "
                 f"{first_sample + sample}; mark unknown values as False in `observed`"
             )

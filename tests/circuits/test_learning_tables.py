@@ -133,7 +133,6 @@ class Short(Recorded):
         (Recorded(values(9).astype(str)), "data: expected an array of numbers"),
         (Recorded(values(9).astype(">i4")), "data: expected an array of numbers"),
         (Short(values(9)), "data: asked for 9 rows, it gave 1"),
-        (values(9).tolist(), "data: expected a tensor, a numpy array, lists of numbers, or a table"),
         ("text", "data: expected a tensor, a numpy array, lists of numbers, or a table"),
     ],
 )
