@@ -302,36 +302,36 @@ class Evidence:
         """Return the log-factors of the values 0 .. num_categories - 1, shape (B, D, num_categories)."""
         return self.factors.dense(num_categories, dtype)
 
-    def says_nothing(self, num_values: Tensor) -> Tensor:
+    def says_nothing(self, num_categories: Tensor) -> Tensor:
         """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
 
         Evidence that is relative to other evidence says nothing only where that does not either.
 
         Args:
-            num_values: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
+            num_categories: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
         """
-        return self._even(num_values) == 0
+        return self._even(num_categories) == 0
 
-    def levelled(self, num_values: Tensor) -> tuple[Evidence, Tensor]:
+    def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
         """Take out the factors that all values of a variable share, which no posterior depends on.
 
         Returns:
             The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
         """
-        even = self._even(num_values)
+        even = self._even(num_categories)
         is_even = ~even.isnan()
         if not bool(((even != 0) & is_even).any()):
             return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
         return self.without(is_even), even.nan_to_num(0.0).sum(1)
 
     @torch.no_grad()
-    def _even(self, num_values: Tensor) -> Tensor:
+    def _even(self, num_categories: Tensor) -> Tensor:
         """Return the log-factor of all values of a variable, NaN where they differ; if relative, 0 where both are."""
-        num_values = num_values.to(self.device)
-        even = self.factors.even(num_values)
+        num_categories = num_categories.to(self.device)
+        even = self.factors.even(num_categories)
         if self.reference is None:
             return even
-        return torch.where((even == 0) & (self.reference._even(num_values) == 0), 0.0, torch.nan)
+        return torch.where((even == 0) & (self.reference._even(num_categories) == 0), 0.0, torch.nan)
 
     def rows(self, index: Tensor | slice) -> Evidence:
         """Return the evidence of some of the B queries."""
@@ -348,7 +348,7 @@ class Evidence:
     def check(self, num_categories: Tensor) -> None:
         """Raise ArgumentError unless the evidence fits variables with these numbers of categories, int64 (D,).
 
-        Variables with 0 categories have infinitely many values; the layers of their input units check these.
+        They are as for :meth:`says_nothing`; of infinitely many values the layers of their input units check which fit.
         """
         if self.num_vars != (count := len(num_categories)):
             raise ArgumentError(f"evidence: the circuit has {count} variables, the evidence has {self.num_vars}")

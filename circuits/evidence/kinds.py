@@ -56,11 +56,11 @@ class Factors(ABC):
         values = torch.arange(num_categories, device=self.stored.device)
         return self.at(values.view(-1, 1, 1), dtype).permute(1, 2, 0)
 
-    def even(self, num_values: Tensor) -> Tensor:
+    def even(self, num_categories: Tensor) -> Tensor:
         """Return the finite log-factor that all values of a variable have, NaN where they differ: (B, D).
 
         Args:
-            num_values: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
+            num_categories: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
         """
         return self._all(torch.nan)
 
@@ -97,7 +97,7 @@ class Nothing(Factors):
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return (self._all(0.0) + torch.zeros_like(x)).to(dtype)
 
-    def even(self, num_values: Tensor) -> Tensor:
+    def even(self, num_categories: Tensor) -> Tensor:
         return self._all(0.0)
 
     def known(self) -> Tensor:
@@ -132,10 +132,10 @@ class Dense(Factors):
     def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
         return self.log_factors[..., :num_categories].to(dtype)
 
-    def even(self, num_values: Tensor) -> Tensor:
-        values = torch.arange(self.log_factors.shape[2], device=num_values.device)
-        is_whole = num_values <= len(values)
-        return _one_level(self.log_factors, is_whole, values < num_values.unsqueeze(-1), num_values)
+    def even(self, num_categories: Tensor) -> Tensor:
+        values = torch.arange(self.log_factors.shape[2], device=num_categories.device)
+        is_whole = num_categories <= len(values)
+        return _one_level(self.log_factors, is_whole, values < num_categories.unsqueeze(-1), num_categories)
 
     def check(self, num_categories: Tensor) -> None:
         count, shape = int(num_categories.max()), tuple(self.log_factors.shape)
@@ -167,12 +167,12 @@ class Listed(Factors):
         given = self.log_factors
         return torch.zeros_like(self.values, dtype=dtype) if given is None else given.to(dtype)
 
-    def even(self, num_values: Tensor) -> Tensor:
+    def even(self, num_categories: Tensor) -> Tensor:
         if self.log_factors is None:
             return self._all(torch.nan)
         # what is listed above -inf is distinct, so that counting says whether it is everything
-        counts = (self.log_factors > -torch.inf) & (self.values >= 0) & (self.values < num_values.unsqueeze(-1))
-        return _one_level(self.log_factors, counts.sum(-1) == num_values, counts, num_values)
+        counts = (self.log_factors > -torch.inf) & (self.values >= 0) & (self.values < num_categories.unsqueeze(-1))
+        return _one_level(self.log_factors, counts.sum(-1) == num_categories, counts, num_categories)
 
     def check_distinct(self) -> None:
         """Check that no possible value is listed twice for a variable."""
@@ -209,9 +209,9 @@ class Interval(Factors):
     def at(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.where((self.lower < x) & (x <= self.upper), 0.0, -torch.inf).to(dtype)
 
-    def even(self, num_values: Tensor) -> Tensor:
-        greatest = torch.where(num_values > 0, num_values.double() - 1, torch.inf)
-        holds_least = (self.lower == -torch.inf) | ((self.lower < 0) & (num_values != 0))
+    def even(self, num_categories: Tensor) -> Tensor:
+        greatest = torch.where(num_categories > 0, num_categories.double() - 1, torch.inf)
+        holds_least = (self.lower == -torch.inf) | ((self.lower < 0) & (num_categories != 0))
         return torch.where(holds_least & (self.upper >= greatest), 0.0, torch.nan)
 
 
@@ -246,8 +246,8 @@ class Where(Factors):
         parts = self.one.dense(num_categories, dtype), self.other.dense(num_categories, dtype)
         return torch.where(self.condition.unsqueeze(-1), *parts)
 
-    def even(self, num_values: Tensor) -> Tensor:
-        return torch.where(self.condition, self.one.even(num_values), self.other.even(num_values))
+    def even(self, num_categories: Tensor) -> Tensor:
+        return torch.where(self.condition, self.one.even(num_categories), self.other.even(num_categories))
 
     def known(self) -> Tensor:
         return self.condition | self.other.known()
@@ -279,7 +279,7 @@ def _device_code(tensor: Tensor) -> str:
     return "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"
 
 
-def _one_level(log_factors: Tensor, is_whole: Tensor, counts: Tensor, num_values: Tensor) -> Tensor:
+def _one_level(log_factors: Tensor, is_whole: Tensor, counts: Tensor, num_categories: Tensor) -> Tensor:
     """Return the one factor of those that count, bool (B, D, C) or (D, C), NaN where they differ or are not all."""
     if not log_factors.shape[-1]:
         return torch.full(log_factors.shape[:2], torch.nan, device=log_factors.device)
@@ -287,4 +287,4 @@ def _one_level(log_factors: Tensor, is_whole: Tensor, counts: Tensor, num_values
     if not bool(counts.all()):
         least, greatest = log_factors.masked_fill(~counts, torch.inf), log_factors.masked_fill(~counts, -torch.inf)
     low, high = least.amin(-1), greatest.amax(-1)
-    return torch.where(is_whole & (num_values > 0) & (low == high) & low.isfinite(), low, torch.nan)
+    return torch.where(is_whole & (num_categories > 0) & (low == high) & low.isfinite(), low, torch.nan)
