@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +27,7 @@ from diffusion.decoding.baselines import (
 from diffusion.decoding.config import STRATEGIES
 from diffusion.testing import Table, decoder_law, reference, worlds
 from diffusion.testing.heads import with_adaptive_head, with_head
-from diffusion.testing.reference import Mode, Rule
+from diffusion.testing.reference import DRAWS, Rule
 from diffusion.testing.worlds import World
 
 WORLDS = {
@@ -70,7 +70,7 @@ def modes(world: World) -> dict[str, list[Point]]:
         decides = strategy in ("threshold", "entropy_bound", "joint_entropy")  # how many calls, by what was drawn
         rules = [Rule.of(strategy)] if decides else [Rule.of(strategy, num_steps=number) for number in steps]
         ways[f"independent, {strategy}"] = [reference.independent(denoiser, rule) for rule in rules]
-        for mode in get_args(Mode):
+        for mode in DRAWS:
             for normalization in ("global", "local"):
                 name = f"{mode} local, {strategy}" if normalization == "local" else f"{mode}, {strategy}"
                 options = {"decode": mode, "normalization": normalization}

@@ -28,7 +28,6 @@ Ids = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 Strategy = Literal["low_confidence", "top_prob", "margin", "entropy", "random"]
-Mode = Literal["joint", "marginal", "latent", "any_order"]
 _DECIMALS = 9
 
 
@@ -180,7 +179,7 @@ def coupled(
     pc: ct.CompiledCircuit,
     rule: Rule,
     *,
-    decode: Mode = "joint",
+    decode: str = "joint",
     normalization: Literal["global", "local"] = "global",
     window: tuple[int, int] | None = None,
 ) -> StepLaw:
@@ -202,8 +201,8 @@ def coupled(
     Raises:
         ArgumentError: an unknown mode.
     """
-    if decode not in get_args(Mode):
-        raise ArgumentError(f"decode: expected one of {', '.join(get_args(Mode))}, got {decode!r}")
+    if decode not in DRAWS:
+        raise ArgumentError(f"decode: expected one of {', '.join(DRAWS)}, got {decode!r}")
     coupling = _Coupling(Components.of(pc), normalization, window)
     if decode == "any_order":
         return _one_after_the_other(denoiser, coupling, rule)
@@ -248,7 +247,7 @@ class _Coupling:
         if rule.joint_entropy is not None:
             dependence = np.zeros((len(tokens), len(tokens)))
             dependence[inside, inside] = mixture.mutual_information()
-        for drawn in self._inside(mixture, tokens[inside], masked[inside], decode):
+        for drawn in DRAWS[decode](mixture, tokens[inside], masked[inside]):
             texts = np.repeat(tokens[None], len(drawn.texts), 0)
             texts[:, inside] = drawn.texts
             judge = q.copy()
@@ -263,14 +262,28 @@ class _Coupling:
     def _inside_of(self, tokens: Ids) -> slice:
         return slice(*(self.window or (0, len(tokens))))
 
-    @staticmethod
-    def _inside(mixture: Components, tokens: Ids, masked: Bools, decode: str) -> Iterator[Draws]:
-        if decode == "latent":
-            for share, given in zip(mixture.weights.tolist(), mixture.leaves, strict=True):
-                yield Draws(share, *_products(given, tokens, masked), given)
-            return
-        texts, probs = _products(mixture.marginals, tokens, masked)
-        yield Draws(1.0, texts, probs if decode == "marginal" else mixture.prob(texts), mixture.marginals)
+
+def _together(mixture: Components, tokens: Ids, masked: Bools) -> Iterator[Draws]:
+    texts, _ = _products(mixture.marginals, tokens, masked)
+    yield Draws(1.0, texts, mixture.prob(texts), mixture.marginals)
+
+
+def _each_alone(mixture: Components, tokens: Ids, masked: Bools) -> Iterator[Draws]:
+    yield Draws(1.0, *_products(mixture.marginals, tokens, masked), mixture.marginals)
+
+
+def _given_latents(mixture: Components, tokens: Ids, masked: Bools) -> Iterator[Draws]:
+    for share, given in zip(mixture.weights.tolist(), mixture.leaves, strict=True):
+        yield Draws(share, *_products(given, tokens, masked), given)
+
+
+DRAWS: dict[str, Callable[[Components, Ids, Bools], Iterator[Draws]]] = {
+    "joint": _together,
+    "marginal": _each_alone,
+    "latent": _given_latents,
+    "any_order": _each_alone,  # again and again
+}
+"""The law of what a step may draw from the distribution of a window, by mode."""
 
 
 def _one_after_the_other(denoiser: Denoiser, coupling: _Coupling, rule: Rule) -> StepLaw:

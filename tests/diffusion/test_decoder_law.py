@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -324,7 +323,7 @@ def test_expected_steps_are_the_calls_that_the_decoder_takes(strategy, bound):
     pc = ct.compile(ct.structures.hmm(3, 2, world.spec.vocab_size), dtype=torch.float64, seed=1)
     options = {"strategy": strategy, "threshold": 0.45, "entropy_bound": bound}
     rule = Rule.of(**options)
-    for decode in get_args(reference.Mode):
+    for decode in reference.DRAWS:
         law = decoder_law(reference.coupled(world.denoiser(), pc, rule, decode=decode), world.blank)
         out = df.generate(
             world.denoiser(), torch.zeros(1500, 0, dtype=torch.int64), gen_length=3, head=df.CoupledHead(pc),
