@@ -57,9 +57,11 @@ def checked_device(name: str, value: torch.device | str) -> torch.device:
 
 
 def checked_seed(name: str, value: int | None) -> int | None:
-    """Return an argument that is an integer or None; raise ArgumentError otherwise."""
+    """Return an argument that is an integer that torch takes as a seed, or None; raise ArgumentError otherwise."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise ArgumentError(f"{name}: expected an integer or None, got {value!r}")
+    if value is not None and not -(1 << 63) <= value < 1 << 64:
+        raise ArgumentError(f"{name}: expected an integer of 64 bits, or None, got one of {value.bit_length()}")
     return value
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuits.digests import digest, named_digest
 from circuits.errors import CheckpointError, StorageError
+from circuits.reading import checked_tensor_file, open_regular
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.unfactor-tmp")
 _FIRST_VERSION = 1
@@ -145,23 +146,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def regular_size(path: str | os.PathLike[str]) -> int:
-    """Return the size of a regular file in bytes.
-
-    Raises:
-        OSError: it is missing, or no regular file: a pipe would block its reader for ever, a device never ends.
-    """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return found.st_size
-
-
 def file_hash(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 hash of a regular file's bytes; raise OSError if there is none."""
-    regular_size(path)
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()
@@ -227,7 +215,7 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
 
     try:
-        regular_size(path)
+        checked_tensor_file(path)
         with safe_open(path, framework="pt") as file:
             texts: dict[str, str] = file.metadata() or {}
             # copies are aligned like all tensors: sums of others may be rounded differently

@@ -36,6 +36,7 @@ def progress_bar(description: str, total: int, *, enabled: bool, completed: int 
 
 
 _stop_reason: str | None = None
+_num_stoppable = 0
 
 
 def request_stop(reason: str = "asked to stop") -> None:
@@ -59,3 +60,19 @@ def forget_stop() -> None:
     """Let work go on again."""
     global _stop_reason
     _stop_reason = None
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """While the block runs, :func:`stop_requested` is looked at again and again; elsewhere nobody would notice it."""
+    global _num_stoppable
+    _num_stoppable += 1
+    try:
+        yield
+    finally:
+        _num_stoppable -= 1
+
+
+def is_stoppable() -> bool:
+    """Return whether somebody looks at :func:`stop_requested` now."""
+    return _num_stoppable > 0

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 from circuits.digests import digest
 from circuits.errors import ArgumentError, CheckpointError, StorageError
-from circuits.files import file_hash, hold, regular_size, sync, system_errors, temporary_folder
+from circuits.files import file_hash, hold, sync, system_errors, temporary_folder
+from circuits.reading import read_json
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -313,17 +314,7 @@ def _verified(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        size = regular_size(path)
-        if size > _MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, and the limit is {_MAX_MANIFEST_BYTES}")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_WAY_OUT}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is corrupt, {error}; {_WAY_OUT}") from error
+    content = read_json(path, limit=_MAX_MANIFEST_BYTES, way_out=_WAY_OUT)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is corrupt, it holds no table; {_WAY_OUT}")
     return content

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from circuits.files import regular_size, replace_file
-from diffusion.errors import CheckpointError
+from circuits import reading
+from circuits.files import replace_file
 
 
 def write_json(path: str | os.PathLike[str], content: object) -> None:
@@ -17,10 +16,6 @@ def write_json(path: str | os.PathLike[str], content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, way_out: str = "delete it and start again") -> Any:
     """Return what a JSON file holds; raise CheckpointError if it cannot be read."""
-    try:
-        regular_size(path)
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return reading.read_json(path, way_out=way_out)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from circuits.files import regular_size
 from circuits.interop import find_jpc
+from circuits.reading import read_json
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.controls import Guidance
 from diffusion.decoding.names import strategy_named
@@ -98,12 +96,7 @@ class CoddConfig:
         Raises:
             CheckpointError: it is missing or corrupt, or has a setting of another name or type.
         """
-        try:
-            if regular_size(path) > _MAX_BYTES:
-                raise CheckpointError(f"{path}: expected at most {_MAX_BYTES} bytes, got {regular_size(path)}")
-            found = json.loads(Path(path).read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}; give the file that CoDD wrote") from error
+        found = read_json(path, limit=_MAX_BYTES, way_out="give the file that CoDD wrote")
         if not isinstance(found, dict):
             raise CheckpointError(f"{path}: expected settings by name, got {type(found).__name__}")
         kinds = {field.name: type(field.default) for field in fields(cls)}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from circuits.files import regular_size
+from circuits import reading
 from diffusion.errors import ArgumentError, CheckpointError
 
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of all that is small: configs, tokenizers, chat templates."""
-_MAX_JSON = 64 << 20
 _WAY_OUT = "download the model again"
 
 
@@ -51,13 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, too large, or holds something else.
     """
-    try:
-        size = regular_size(path)
-        if size > _MAX_JSON:
-            raise CheckpointError(f"{path}: expected at most {_MAX_JSON} bytes, got {size}; {_WAY_OUT}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {_WAY_OUT}") from error
+    content = reading.read_json(path, way_out=_WAY_OUT)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; {_WAY_OUT}")
     return content

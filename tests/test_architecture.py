@@ -30,7 +30,8 @@ CIRCUITS = (
     ("symbolic",),
     ("families",),
     ("store",),
-    ("arguments", "files", "precision", "progress", "randomness", "schema"),
+    ("arguments", "files", "precision", "progress", "randomness"),
+    ("reading",),
     ("digests",),
     ("errors",),
 )

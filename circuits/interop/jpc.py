@@ -16,11 +16,12 @@ from circuits.arguments import checked_device, checked_dtype
 from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.families import Bernoulli, Categorical, Distribution
-from circuits.files import regular_size, replace_file
+from circuits.files import replace_file
 from circuits.interop._build import build_circuit
 from circuits.interop._nodes import JuiceNode
 from circuits.interop._pickle import Call, StoredArray, array_of, describe, integer_of, read_pickle
 from circuits.interop.pyjuice import Reader, import_pyjuice, to_pyjuice
+from circuits.reading import open_regular
 
 _KINDS: dict[str, Literal["input", "product", "sum"]] = {"Input": "input", "Product": "product", "Sum": "sum"}
 _CATEGORICAL = ("Categorical", "ExternProductCategorical", "SoftEvidenceCategorical")
@@ -96,8 +97,8 @@ def load_jpc(
     checked_dtype("dtype", dtype)
     checked_device("device", device)
     try:
-        size = regular_size(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             nodes = _nodes_of(read_pickle(file))
             return build_circuit(nodes, device=device, dtype=dtype, seed=seed, limit=max(_LEAST_LIMIT, size))
     except OSError as error:

@@ -8,12 +8,14 @@ from typing import Any, TypeVar, cast
 
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.families import FAMILIES, Distribution
-from circuits.schema import check_keys, short
+from circuits.reading import check_keys, short
 from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, inputs, parameter_owner, product, sum
 
 _MAX_SCOPE_BYTES = 1 << 32
 _MAX_UNITS = 1 << 31
 _MAX_DERIVED = 1 << 28
+_MAX_DEPTH, _MAX_EDGES = 1 << 17, 1 << 21
+"""What compiling takes less than half a minute for."""
 
 AnyNode = TypeVar("AnyNode", bound=Node)
 
@@ -51,11 +53,15 @@ def circuit_of(records: Any, num_vars: Any, num_classes: Any = None) -> Circuit:
     if num_vars * len(records) // 8 > _MAX_SCOPE_BYTES:
         raise CheckpointError(f"nodes: {len(records)} of them over {num_vars} variables would need too much memory")
     nodes: list[Node] = []
-    for record in records:
+    budget = _Budget()
+    for position, record in enumerate(records):
         try:
             nodes.append(_node_of(record, nodes, num_vars))
+            problem = budget.exceeded_by(nodes[-1])
+            if problem is not None:
+                raise CheckpointError(problem)
         except (StructureError, ArgumentError, CheckpointError) as error:
-            raise CheckpointError(f"node {len(nodes)} is not valid: {error}") from error
+            raise CheckpointError(f"node {position} is not valid: {error}") from error
     try:
         circuit = Circuit(nodes[-1], num_vars=num_vars, num_classes=num_classes)
     except (StructureError, ArgumentError) as error:
@@ -63,6 +69,43 @@ def circuit_of(records: Any, num_vars: Any, num_classes: Any = None) -> Circuit:
     if len(circuit.nodes) != len(nodes):
         raise CheckpointError(f"{len(nodes) - len(circuit.nodes)} of {len(nodes)} nodes are not below the last one")
     return circuit
+
+
+def too_large(nodes: Sequence[Node]) -> str | None:
+    """Say why nodes, children first, are more than a file may hold; None where they are not."""
+    budget = _Budget()
+    return next(filter(None, map(budget.exceeded_by, nodes)), None)
+
+
+class _Budget:
+    """What all nodes together may take, in time or memory that the size of their file does not bound."""
+
+    def __init__(self) -> None:
+        self.depth: dict[Node, int] = {}
+        self.num_edges, self.num_derived = 0, 0
+
+    def exceeded_by(self, node: Node) -> str | None:
+        """Count a node whose children were counted; say what there is too much of then."""
+        depth = self.depth[node] = 1 + max((self.depth[child] for child in node.children), default=0)
+        self.num_edges += len(node.children)
+        self.num_derived += _num_derived(node)
+        if self.num_derived > _MAX_DERIVED:
+            return f"{node} and the nodes below would need too much memory"
+        if depth > _MAX_DEPTH:
+            return f"expected at most {_MAX_DEPTH} nodes on one path, got more"
+        if self.num_edges > _MAX_EDGES:
+            return f"expected at most {_MAX_EDGES} children in all, got more"
+        return None
+
+
+def _num_derived(node: Node) -> int:
+    """Return how many numbers a node stands for without having them in a file."""
+    if isinstance(node, Product):
+        return node.num_units
+    if not isinstance(node, Input):
+        return 0
+    rows, columns = node.distribution.parameter_shape(node.num_units)
+    return node.distribution.num_values * node.num_units if rows * columns < node.distribution.num_values else 0
 
 
 def _record_of(node: Node, position: Mapping[Node, int]) -> dict[str, Any]:
@@ -83,10 +126,6 @@ def _node_of(record: Any, nodes: Sequence[Node], num_vars: int) -> Node:
         fields = {field.name for field in dataclasses.fields(cast(Any, distribution))}
         check_keys(record, {"kind", "var", "num_units", "family"}, {"tied_to", "name"} | fields)
         num_units = _integer(record, "num_units", 1, _MAX_UNITS)
-        rows, columns = distribution.parameter_shape(num_units)
-        is_derived = rows * columns < distribution.num_values  # so that the size of the file does not bound the table
-        if is_derived and distribution.num_values * num_units > _MAX_DERIVED:
-            raise CheckpointError(f"a {distribution} of {num_units} units would need too much memory")
         return inputs(
             _integer(record, "var", 0, num_vars - 1),
             num_units,

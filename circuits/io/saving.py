@@ -18,9 +18,9 @@ from torch import Tensor
 from circuits.arguments import checked_device
 from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError, CheckpointError
-from circuits.files import file_hash, regular_size, write_safetensors
-from circuits.io.records import circuit_of, records_of
-from circuits.schema import check_keys, short
+from circuits.files import file_hash, write_safetensors
+from circuits.io.records import circuit_of, records_of, too_large
+from circuits.reading import check_keys, checked_tensor_file, parsed_json, read_bytes, short
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from circuits.symbolic import Circuit, Node, ParametricNode, parameter_owner
 
@@ -49,6 +49,9 @@ def save(pc: CompiledCircuit, path: str | os.PathLike[str], *, made_from: Any = 
         StorageError: it cannot be written: no space, no permission, ...
     """
     check_compiled(pc)
+    problem = too_large(pc.circuit.nodes)
+    if problem is not None:
+        raise ArgumentError(f"pc: {problem}; such a circuit cannot be saved")
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in pc.bank.items()}
     for name, tensor in weights.items():
         if not _are_sound(pc, name, tensor):
@@ -129,10 +132,7 @@ def _loaded(folder: Path, manifest: Manifest) -> CompiledCircuit:
 def _read_structure(path: Path) -> dict[str, Any]:
     """Return the contents of the structure file but for its format, version and hash, which are checked here."""
     try:
-        size = regular_size(path)
-        if size > _MAX_STRUCTURE_BYTES:
-            raise CheckpointError(f"{path.name} has {size} bytes, and the limit is {_MAX_STRUCTURE_BYTES}")
-        structure = json.loads(path.read_bytes())
+        structure = parsed_json(read_bytes(path, limit=_MAX_STRUCTURE_BYTES))
         if not isinstance(structure, dict) or structure.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path.name} does not describe a circuit; give the folder that ct.save wrote")
         _check_version(structure)
@@ -166,6 +166,7 @@ def _read_weights(path: Path, expected_hash: str | None, circuit: Circuit) -> di
     try:
         if expected_hash is not None and file_hash(path) != expected_hash:
             raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
+        checked_tensor_file(path)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             stored = _total_size(file.get_slice(name).get_shape() for name in names)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.errors import ArgumentError, CheckpointError, StructureError
-from circuits.files import regular_size, replace_file
+from circuits.files import replace_file
+from circuits.reading import check_keys, parsed_json, read_bytes, short
 from circuits.region_graphs.builder import Partition
-from circuits.schema import check_keys, short
 from circuits.symbolic.scopes import bits_of
 
 if TYPE_CHECKING:
@@ -55,15 +55,10 @@ def read(path: str | os.PathLike[str], kind: type[RegionGraph]) -> RegionGraph:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        size = regular_size(path)
-        if size > _MAX_BYTES:
-            raise CheckpointError(f"size: expected at most {_MAX_BYTES} bytes, got {size}")
-        record = json.loads(path.read_bytes())
+        record = parsed_json(read_bytes(path, limit=_MAX_BYTES))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"corrupt: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError("format: expected a region graph")

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from circuits import CompiledCircuit
+from circuits.reading import record_of
 from circuits.store import made_from
 from diffusion._json import read_json
-from diffusion.app.recipe import CircuitRecipe, Recipe, circuit_recipe_from
+from diffusion.app.recipe import CircuitRecipe, Recipe
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.noise_calibration import NoiseCalibration
@@ -80,6 +81,6 @@ def was_fitted(folder: Path, recipe: Recipe) -> bool:
     found = made_from(folder / "head", HEAD)
     try:
         found = read_json(folder / STAMP) if found is None else found
-        return circuit_recipe_from(found["circuit"]) == recipe.circuit and found["seed"] == recipe.seed
-    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return record_of(CircuitRecipe, found["circuit"]) == recipe.circuit and found["seed"] == recipe.seed
+    except (CheckpointError, KeyError, TypeError):
         return False

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+GREATEST_SEED = (1 << 63) - 1
+"""What every source of random numbers takes."""
+
 
 @dataclass(frozen=True)
 class OptionGroup:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from diffusion.app.option_groups import OptionGroup
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup
 from diffusion.decoding import controls
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 from diffusion.decoding.names import STRATEGIES as OTHER_STRATEGIES
@@ -115,7 +115,9 @@ OPTIONS: dict[str, Any] = {
     "keyword": Annotated[
         list[str] | None, typer.Option(help="What has to occur in the new text. May be given several times.")
     ],
-    "seed": Annotated[int, typer.Option(help="Of all random numbers; the same seed gives the same result.")],
+    "seed": Annotated[
+        int, typer.Option(min=0, max=GREATEST_SEED, help="Of all random numbers; the same seed gives the same result.")
+    ],
     "circuit": Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")],
     "cache": Annotated[
         bool,

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from circuits.digests import digest
+from circuits.reading import Range, record_of, short
 from diffusion._json import read_json, write_json
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import CheckpointError
@@ -18,6 +19,10 @@ from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
 
 FORMAT_VERSION = 1
+_WAY_OUT = "delete the folder and start again"
+Count = Annotated[int, Range(1, 1 << 31)]
+Length = Annotated[int, Range(1, 1 << 20)]
+Size = Annotated[int, Range(1, 1 << 16)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class TextRecipe:
     corpus: str = "embedded"
     field: str | None = None
     tokenizer: TokenizerKind = "characters"
-    vocab_size: int | None = None
+    vocab_size: Length | None = None
 
     def __post_init__(self) -> None:
         if self.corpus not in ("embedded", "arithmetic", "gsm8k"):
@@ -46,12 +51,12 @@ class TextRecipe:
 class DenoiserRecipe:
     """The denoiser's size and training; options are those of ``TransformerConfig`` and ``DenoiserTraining``."""
 
-    context_length: int = 32
-    block_length: int = 32
-    max_length: int = 512
-    width: int = 192
-    num_layers: int = 4
-    num_heads: int = 6
+    context_length: Annotated[int, Range(0, 1 << 20)] = 32
+    block_length: Length = 32
+    max_length: Length = 512
+    width: Size = 192
+    num_layers: Size = 4
+    num_heads: Size = 6
     attention: Attention = "bidirectional"
     training: DenoiserTraining = field(default_factory=DenoiserTraining)
 
@@ -70,10 +75,10 @@ class CircuitRecipe:
         training: the coupled fit.
     """
 
-    num_states: int = 128
-    likelihood_blocks: int = 40_000
-    likelihood_epochs: int = 5
-    cached_blocks: int = 16_384
+    num_states: Size = 128
+    likelihood_blocks: Count = 40_000
+    likelihood_epochs: Count = 5
+    cached_blocks: Count = 16_384
     is_calibrated: bool = True
     has_potentials: bool = False
     training: CircuitTraining = field(default_factory=CircuitTraining)
@@ -86,8 +91,8 @@ class Recipe:
     text: TextRecipe = field(default_factory=TextRecipe)
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
     circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
-    gap_windows: int = 256
-    texts: int = 256
+    gap_windows: Length = 256
+    texts: Length = 256
     seed: int = 0
 
     def with_text(self, corpus: str, field: str | None) -> Recipe:
@@ -150,13 +155,14 @@ def read_recipe(path: Path) -> Recipe:
     """
     content = recipe_content(path)
     try:
-        if content["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {content['format_version']}, this library reads {FORMAT_VERSION}"
-            )
-        return _recipe_from(content["recipe"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not complete: {error}; delete the folder and start again") from error
+        found = content["format_version"]
+        if found != FORMAT_VERSION:
+            raise CheckpointError(f"it has format version {short(found)}, this library reads {FORMAT_VERSION}")
+        return record_of(Recipe, content["recipe"], "recipe")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not complete: {error}; {_WAY_OUT}") from error
 
 
 def write_recipe(recipe: Recipe, path: Path, digests: Mapping[str, str]) -> None:
@@ -171,9 +177,9 @@ def recipe_content(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, or was changed.
     """
-    content = read_json(path)
+    content = read_json(path, way_out=_WAY_OUT)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not complete: expected a table; delete the folder and start again")
+        raise CheckpointError(f"{path} is not complete: expected a table; {_WAY_OUT}")
     sha256 = content.pop("sha256", None)
     if sha256 not in (None, _hash(content)):
         raise CheckpointError(
@@ -184,20 +190,3 @@ def recipe_content(path: Path) -> dict[str, Any]:
 
 def _hash(content: dict[str, Any]) -> str:
     return digest(json.dumps(content, sort_keys=True))
-
-
-def circuit_recipe_from(content: dict[str, Any]) -> CircuitRecipe:
-    """Build a circuit's recipe from what ``asdict`` made of it; options that it does not name are at their defaults."""
-    return CircuitRecipe(**{**content, "training": CircuitTraining(**content["training"])})
-
-
-def _recipe_from(content: dict[str, Any]) -> Recipe:
-    denoiser = dict(content["denoiser"])
-    return Recipe(
-        text=TextRecipe(**content["text"]),
-        denoiser=DenoiserRecipe(**{**denoiser, "training": DenoiserTraining(**denoiser["training"])}),
-        circuit=circuit_recipe_from(content["circuit"]),
-        gap_windows=content["gap_windows"],
-        texts=content["texts"],
-        seed=content["seed"],
-    )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 
-from diffusion.app.option_groups import OptionGroup
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup
 from diffusion.app.options import DecodingOptions
 from diffusion.decoding.names import flags
 from diffusion.errors import ArgumentError
@@ -28,7 +28,7 @@ def _file(help: str, *names: str) -> Any:
 
 
 def _count(help: str, *names: str, default: Any = False) -> Any:
-    return Annotated[int | None, typer.Option(*names, min=1, help=help, show_default=default)]
+    return Annotated[int | None, typer.Option(*names, min=1, max=1 << 20, help=help, show_default=default)]
 
 
 def _flag(help: str, *names: str) -> Any:
@@ -72,7 +72,7 @@ class TaskOptions(OptionGroup):
         **{name: DecodingOptions.OPTIONS[name] for name in _SHARED},
         "circuit": _flag("With and without the circuit, or only without.", "--circuit/--no-circuit"),
         "batch_size": Annotated[int, typer.Option(min=1, help="Questions at a time; it changes no result.")],
-        "seed": Annotated[int, typer.Option(help="Of all draws.")],
+        "seed": Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Of all draws.")],
         "results": Annotated[
             Path | None,
             typer.Option(

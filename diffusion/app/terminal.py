@@ -1,4 +1,4 @@
-"""What the program prints in the terminal: lines with markup, and tables of results."""
+"""What the program prints in the terminal: lines, and tables of results. No text that it is given is markup."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 
-def say(message: str) -> None:
-    """Print a line with markup, however long it is."""
-    Console(soft_wrap=True, highlight=False).print(message)
+def say(message: str, *, title: str = "") -> None:
+    """Print a line, however long it is, behind a title in bold."""
+    Console(soft_wrap=True, highlight=False).print(Text.assemble((f"{title} " if title else "", "bold"), message))
+
+
+def new_table(title: str) -> Table:
+    """Return an empty table with a title; none with ""."""
+    return Table(title=Text(title, style="table.title") if title else None, title_justify="left")
 
 
 def conclusion(row: Any) -> str:
@@ -26,7 +31,7 @@ def conclusion(row: Any) -> str:
     )
     if not row.is_meaningful:
         return f"{seen}. What share of the gap the circuit closes is {NOT_MEANINGFUL}; train it longer."
-    closed = f"{seen}: the circuit closes {row.share_closed} of the gap, in nats".replace("[", "\\[")  # not markup
+    closed = f"{seen}: the circuit closes {row.share_closed} of the gap, in nats"
     return f"{closed} ({ABOVE_ONE})." if row.share_closed.value > 1 else f"{closed}."
 
 
@@ -34,13 +39,11 @@ def print_gap(table: Any) -> None:
     """Print the gap table."""
     from diffusion.evaluation.gap import MODELS, rounded
 
-    shown = Table(
-        title=f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)", title_justify="left"
-    )
+    shown = new_table(f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)")
     for column in ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed"):
         shown.add_column(column, justify="right")
     for row in table.rows:
-        share = with_interval(row.share_closed) if row.is_meaningful else "not\nmeaningful"
+        share = with_interval(row.share_closed) if row.is_meaningful else Text("not\nmeaningful")
         shown.add_row(rounded(row.mask_ratio), *(with_interval(getattr(row, name)) for name in MODELS), share)
     Console().print(shown)
     for note in table.notes:
@@ -52,7 +55,7 @@ def print_texts(cells: Any, title: str) -> None:
     Console(soft_wrap=True, highlight=False).print(Text(title, style="italic"))  # a table would break it
     shown = Table(show_lines=True)
     for column in cells[0]:
-        shown.add_column(column, overflow="fold")
+        shown.add_column(Text(column), overflow="fold")
     for row in cells[1:]:
         shown.add_row(*map(Text, row))
     Console().print(shown)
@@ -60,12 +63,10 @@ def print_texts(cells: Any, title: str) -> None:
 
 def print_annotations(table: Any) -> None:
     """Print the share of right calculator annotations at each number of calls."""
-    shown = Table(
-        title=f"Calculator annotations that are right, {table.num_texts} texts (95 % interval)", title_justify="left"
-    )
+    shown = new_table(f"Calculator annotations that are right, {table.num_texts} texts (95 % interval)")
     titles, *rows = table.cells()
     for title in titles:
-        shown.add_column(title, justify="right")
+        shown.add_column(Text(title), justify="right")
     for row in rows:
         shown.add_row(*map(Text, row))
     Console().print(shown)
@@ -75,7 +76,7 @@ def print_annotations(table: Any) -> None:
 
 def print_few_steps(table: Any) -> None:
     """Print the share of right texts at each number of steps."""
-    shown = Table(title=f"Share of {table.num_texts} texts: {table.criterion} (95 % interval)", title_justify="left")
+    shown = new_table(f"Share of {table.num_texts} texts: {table.criterion} (95 % interval)")
     for column in ("steps per block", "without circuit", f"with circuit ({table.decode})"):
         shown.add_column(column, justify="right")
     for row in table.rows:
@@ -86,25 +87,20 @@ def print_few_steps(table: Any) -> None:
 def print_curve(table: Any) -> None:
     """Print the few-step curve."""
     titles, *rows = table.cells()
-    shown = Table(
-        title=f"{table.block_length} tokens in few calls, {table.num_texts} texts (nats per token, 95 % intervals)",
-        title_justify="left",
-    )
+    title = f"{table.block_length} tokens in few calls, {table.num_texts} texts (nats per token, 95 % intervals)"
+    shown = new_table(title)
     for column, title in enumerate(titles):
-        shown.add_column(title.replace("-", "-\n"), justify="right" if column else "left", overflow="fold")
-    for row in rows:
-        name, *numbers = row
-        lines = (number.replace(" [", "\n\\[") for number in numbers)  # so that seven columns fit a terminal of 80
-        shown.add_row(name.replace(", ", ",\n").replace(" (", "\n("), *lines)
+        shown.add_column(Text(title.replace("-", "-\n")), justify="right" if column else "left", overflow="fold")
+    _add_broken(shown, rows)
     Console().print(shown)
 
 
-def with_interval(estimate: Any) -> str:
+def with_interval(estimate: Any) -> Text:
     """Write the interval below the value, so that six columns fit a terminal of 80."""
     from diffusion.evaluation.gap import rounded
 
     low, high = (rounded(end, 2 if estimate.high < 10 else 1) for end in (estimate.low, estimate.high))
-    return f"{rounded(estimate.value)}\n[dim]{low}..{high}[/]"
+    return Text.assemble(rounded(estimate.value), "\n", (f"{low}..{high}", "dim"))
 
 
 def print_cells(title: str, cells: Any) -> None:
@@ -115,11 +111,15 @@ def print_cells(title: str, cells: Any) -> None:
         cells: its rows.
     """
     titles, *rows = cells
-    shown = Table(title=title or None, title_justify="left")
+    shown = new_table(title)
     for column, name in enumerate(titles):
-        shown.add_column(name, justify="right" if column else "left")
-    for row in rows:
-        name, *numbers = row
-        broken = name.replace(", ", ",\n").replace(" (", "\n(")  # so that as many columns as can fit a terminal of 80
-        shown.add_row(broken, *(number.replace(" [", "\n\\[") for number in numbers))
+        shown.add_column(Text(name), justify="right" if column else "left")
+    _add_broken(shown, rows)
     Console().print(shown)
+
+
+def _add_broken(shown: Table, rows: Any) -> None:
+    """Add rows, a name and numbers with intervals, in narrow cells: many columns are to fit a terminal of 80."""
+    for name, *numbers in rows:
+        broken = name.replace(", ", ",\n").replace(" (", "\n(")
+        shown.add_row(Text(broken), *(Text(number.replace(" [", "\n[")) for number in numbers))

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from circuits.files import regular_size
+from circuits.reading import checked_tensor_file, regular_size
 from diffusion.errors import CheckpointError
 from diffusion.hub import read_json
 
@@ -131,7 +131,7 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        regular_size(path)
+        checked_tensor_file(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 # a copy is aligned like all tensors, and does not keep the file

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuits.files import not_finite, read_tensors, regular_size, write_tensors
+from circuits.files import not_finite, read_tensors, write_tensors
+from circuits.reading import checked_tensor_file, read_json, record_of
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.layers import KeysValues, Layer, PrefixCache, rotation_of
@@ -25,6 +27,7 @@ FORMAT = "unfactor-transformer"
 FORMAT_VERSION = 2  # 1 had no hashes
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _WAY_OUT = "save the model again"
+_MAX_CONFIG = 1 << 20
 EMBEDDING_STD = 0.02
 """Tied embeddings with a standard deviation near 1 keep training on the unigram plateau."""
 
@@ -287,7 +290,7 @@ class TransformerDenoiser(nn.Module):
         path = folder / _WEIGHTS
         try:
             if version == 1:  # without a hash
-                regular_size(path)
+                checked_tensor_file(path)
                 weights = load_file(path)
             else:
                 metadata, weights = read_tensors(
@@ -298,7 +301,7 @@ class TransformerDenoiser(nn.Module):
             bad = not_finite(weights)
             if bad is not None:
                 raise CheckpointError(f"{path}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
-            model = cls(_config_of(content, folder / _CONFIG))
+            model = cls(_config_of(content, weights, folder / _CONFIG))
             model.load_state_dict(weights)
         except CheckpointError:
             raise
@@ -311,11 +314,7 @@ class TransformerDenoiser(nn.Module):
 
 def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
     """Return the format version of a saved denoiser, and the rest of its configuration as it stands there."""
-    try:
-        regular_size(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read the model's {path}: {error}; {_WAY_OUT}") from error
+    content = read_json(path, limit=_MAX_CONFIG, way_out=_WAY_OUT)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} does not describe a TransformerDenoiser: expected 'format': {FORMAT!r}")
     version = content.pop("format_version", None)
@@ -326,17 +325,14 @@ def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
     return version, content
 
 
-def _config_of(content: dict[str, Any], path: Path) -> TransformerConfig:
-    known = {field.name for field in fields(TransformerConfig)}
-    known -= {"attention"}
-    numbers = {name: value for name, value in content.items() if name != "attention"}
-    if set(numbers) != known or not all(_is_int_or_ints(value) for value in numbers.values()):
-        raise CheckpointError(f"{path}: expected whole numbers for exactly {', '.join(sorted(known))}")
+def _config_of(content: dict[str, Any], weights: Mapping[str, Tensor], path: Path) -> TransformerConfig:
+    """Return the configuration, once no part of the model that it describes is larger than its weights."""
     try:
-        return TransformerConfig(**content | {"forbidden_ids": tuple(content["forbidden_ids"])})
-    except (ArgumentError, TypeError) as error:
+        config = record_of(TransformerConfig, content, path.name, optional=["attention"])
+    except CheckpointError as error:
         raise CheckpointError(f"{path} is not valid: {error}; {_WAY_OUT}") from error
-
-
-def _is_int_or_ints(value: object) -> bool:
-    return all(type(item) is int for item in value) if isinstance(value, list) else type(value) is int
+    total, width = sum(tensor.numel() for tensor in weights.values()), config.width
+    parts = max(config.vocab_size, config.num_layers * width, config.expansion * width) * width
+    if parts > total or config.num_layers > len(weights):
+        raise CheckpointError(f"{path} does not fit {_WEIGHTS}, which has {total} numbers; {_WAY_OUT}")
+    return config

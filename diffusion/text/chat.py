@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from circuits.files import regular_size
+from circuits.reading import read_text
 from diffusion.errors import ArgumentError, CheckpointError
 
 FILE_NAME = "chat_template.jinja"
@@ -36,9 +36,10 @@ class ChatTemplate:
             source = named.get("default")
         path = folder / FILE_NAME
         if path.is_file():
-            if regular_size(path) > _LARGEST:
-                raise CheckpointError(f"{path}: expected at most {_LARGEST} bytes; download the model again")
-            source = path.read_text(encoding="utf-8")
+            try:
+                source = read_text(path, limit=_LARGEST)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot read {path}: {error}; download the model again") from error
         if not isinstance(source, str):
             return None
         tokens = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -17,12 +18,18 @@ import torch
 from torch import Tensor
 
 from circuits.digests import digest
+from circuits.reading import read_bytes
 from diffusion.errors import ArgumentError, CorpusError
 from diffusion.text.gsm8k import FIELD, gsm8k_train
+from diffusion.text.tokenizer import is_text
 
 ARITHMETIC_DOCUMENTS = 2_000
 ARITHMETIC_LINES = (10, 40)
 LARGEST_OPERAND = 6
+_MOST_TEXT = 1 << 30
+_FEW_BYTES = 1 << 26
+_MOST_EXPANSION = 64
+"""Of text that gzip compressed: prose is a third of its length, and repetitive lines of a log a thirtieth."""
 _EQUATION = re.compile(rf"([1-{LARGEST_OPERAND}])\+([1-{LARGEST_OPERAND}])=([1-9][0-9]?)")
 
 
@@ -71,10 +78,7 @@ def load_corpus(
         return _corpus(name, documents, held_out_fraction, seed)
     is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
     if field is not None and not is_jsonl:
-        raise ArgumentError(
-            f"field: expected none, since only .jsonl files have fields and the source is {name!r}, got {field!r}; "
-            "leave it out"
-        )
+        raise ArgumentError(f"field: expected none, for {name!r} is no .jsonl file, got {field!r}; leave it out")
     if name == "embedded":
         documents = _python_reference()
     elif name == "arithmetic":
@@ -100,8 +104,8 @@ def _corpus(name: str, documents: list[str], held_out_fraction: float, seed: int
     train, held_out = _split(documents, held_out_fraction, seed)
     if not train or (held_out_fraction > 0 and not held_out):
         raise CorpusError(
-            f"{name}: {len(documents)} document(s) are too few to hold out a share of {held_out_fraction:g}; "
-            "separate documents by blank lines, or pass held_out_fraction=0"
+            f"{name}: expected at least two different documents, some of which are held out, got {len(documents)}; "
+            "separate documents by blank lines"
         )
     return Corpus(name, train, held_out)
 
@@ -113,16 +117,13 @@ def _python_reference() -> list[str]:
 
 
 def _read_text(name: str) -> str:
-    path = Path(name)
-    if not path.exists():
-        raise CorpusError(f"{name}: there is no such file")
-    if not path.is_file():
-        raise CorpusError(f"{name}: it is not a file")
     try:
-        content = path.read_bytes()
+        content = read_bytes(name, limit=_MOST_TEXT)
         if name.endswith(".gz"):
-            content = gzip.decompress(content)
+            content = _decompressed(content, name)
         text = content.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise CorpusError(f"{name}: there is no such file") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(f"{name}: not a complete gzip file: {error}") from error
     except UnicodeDecodeError as error:
@@ -134,6 +135,16 @@ def _read_text(name: str) -> str:
     return text.replace("\r\n", "\n")
 
 
+def _decompressed(content: bytes, name: str) -> bytes:
+    """Return the text of a gzip file, unless it is many times as long as text can be."""
+    most = min(_MOST_TEXT, max(_FEW_BYTES, _MOST_EXPANSION * len(content)))
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise CorpusError(f"{name}: expected at most {most} bytes of text in {len(content)} bytes, got more")
+    return text
+
+
 def _documents_of_jsonl(name: str, field: str) -> list[str]:
     documents = []
     for number, line in enumerate(_read_text(name).split("\n"), start=1):
@@ -141,7 +152,7 @@ def _documents_of_jsonl(name: str, field: str) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{name}, line {number}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise CorpusError(f"{name}, line {number}: not a JSON object")
@@ -149,6 +160,8 @@ def _documents_of_jsonl(name: str, field: str) -> list[str]:
             raise CorpusError(f"{name}, line {number}: no key {field!r}; its keys are: {', '.join(record)}")
         if not isinstance(record[field], str):
             raise CorpusError(f"{name}, line {number}: {field!r} holds {type(record[field]).__name__}, expected text")
+        if not is_text(record[field]):
+            raise CorpusError(f"{name}, line {number}: {field!r} holds half of a surrogate pair, which is no text")
         documents.append(record[field])
     return documents
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.files import replace_file
+from circuits.reading import read_text
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
 from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require
@@ -198,13 +199,13 @@ def _read(folder: Path, kind: str) -> Tokenizer | None:
 
     try:
         if (folder / FILE_NAME).is_file():
-            tokenizer = Tokenizer.from_file(str(folder / FILE_NAME))
+            tokenizer = Tokenizer.from_str(read_text(folder / FILE_NAME))
             pieces = isinstance(tokenizer.model, models.WordPiece)
             return (_letters(tokenizer.get_vocab()) if pieces else None) or tokenizer
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _byte_pairs(folder, kind)
         if (folder / "vocab.txt").is_file():
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            lines = read_text(folder / "vocab.txt").splitlines()
             letters = _letters({token: id for id, token in enumerate(lines)})
             return _by_transformers(folder) if letters is None else letters
         if any((folder / name).is_file() for name in ("spiece.model", "sentencepiece.bpe.model")):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from circuits.files import regular_size, replace_file
+from circuits.files import replace_file
+from circuits.reading import read_text
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
 
@@ -48,12 +49,16 @@ class TextTokenizer:
         return tokenizer_fingerprint(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text; unknown characters become ``unk_id``, nothing becomes a special token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the token ids of a text; unknown characters become ``unk_id``, nothing becomes a special token.
+
+        Raises:
+            ArgumentError: it is no text, but holds half of a surrogate pair.
+        """
+        return list(self._tokenizer.encode(_checked_text(text), add_special_tokens=False).ids)
 
     def encode_documents(self, documents: Iterable[str]) -> list[list[int]]:
         """Return the token ids of many texts, encoded in parallel."""
-        encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch_fast(list(map(_checked_text, documents)), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -99,14 +104,13 @@ class TextTokenizer:
 
         file = tokenizer_file(path)
         try:
-            regular_size(file)
-            content = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read the tokenizer {file}: {error}") from error
+            content = read_text(file)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read the tokenizer {file}: {error}; save it again") from error
         try:
             tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+            raise CheckpointError(f"{file}: not a tokenizer: {error}; save it again") from error
         return cls(tokenizer)
 
     def _id_of(self, token: str) -> int:
@@ -114,6 +118,21 @@ class TextTokenizer:
         if id is None:
             raise CheckpointError(f"tokenizer: expected a token {token}, got none; train it with train_tokenizer")
         return id
+
+
+def is_text(text: str) -> bool:
+    """Whether a string is Unicode text, which UTF-8 can write: JSON and undecoded bytes may bring half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _checked_text(text: str) -> str:
+    if not is_text(text):
+        raise ArgumentError(f"text: expected Unicode text, got half of a surrogate pair in {text!r:.80}; leave it out")
+    return text
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -146,6 +165,8 @@ def train_tokenizer(
     documents = list(documents)
     if not any(documents):
         raise ArgumentError("documents: expected some text, got none")
+    for document in documents:
+        _checked_text(document)
     if kind == "characters":
         return TextTokenizer(_character_tokenizer(documents, vocab_size))
     return TextTokenizer(_byte_pair_tokenizer(documents, DEFAULT_BPE_VOCABULARY if vocab_size is None else vocab_size))

@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from circuits.files import regular_size, replace_file
+from circuits.files import replace_file
+from circuits.reading import open_regular, read_array_header
 from diffusion._json import read_json, write_json
 from diffusion.errors import CheckpointError
 
@@ -103,24 +104,21 @@ def _open_arrays(folder: Path, meta: dict, *, mode: Literal["r", "r+"]) -> dict[
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type, *, mode: Literal["r", "r+"]) -> np.memmap:
     """Map an array of which everything is known; its file is compared with that before numpy may make it longer."""
-    array = None
     try:
-        size = regular_size(path)
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            found = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-        expected = start + math.prod(shape) * np.dtype(dtype).itemsize
-        if (version, found, size) == ((1, 0), (shape, False, np.dtype(dtype)), expected):
-            array = np.memmap(path, dtype=dtype, mode=mode, offset=start, shape=shape)
-    except Exception as error:  # numpy's parser raises whatever Python's does on a damaged header
-        raise CheckpointError(f"cannot read {path}: {error!r:.200}; {_WAY_OUT}") from error
-    if array is None:
-        raise CheckpointError(
-            f"{path}: expected {np.dtype(dtype)} {shape} in {expected} bytes, got {found[2]} {found[0]} in {size}; "
-            f"{_WAY_OUT}"
-        )
-    return array
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            header = read_array_header(file)
+        expected = header.start + math.prod(shape) * np.dtype(dtype).itemsize
+        if (header.shape, header.dtype, size) != (shape, np.dtype(dtype).str, expected):
+            raise CheckpointError(
+                f"{path}: expected {np.dtype(dtype)} {shape} in {expected} bytes, got {header.dtype} {header.shape} in "
+                f"{size}; {_WAY_OUT}"
+            )
+        return np.memmap(path, dtype=dtype, mode=mode, offset=header.start, shape=shape)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read {path}: {error}; {_WAY_OUT}") from error
 
 
 def read_meta(folder: Path) -> dict:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import circuits as ct
 from circuits import store
 from circuits.files import file_hash
+from circuits.io import records
 from circuits.io import saving as io
 from circuits.io.records import circuit_of, records_of
 
@@ -239,6 +240,48 @@ def test_outer_products_cannot_explode(folder):
 
     rewrite(folder, change)
     refused(folder, "outer product of more than")
+
+
+LEAF = {"kind": "input", "var": 0, "num_units": 1, "family": "categorical", "num_categories": 2}
+
+
+def one_more(count):
+    return {"kind": "sum", "num_units": 1, "children": [count - 1]}
+
+
+LARGE = {
+    "twenty tables, each of which is allowed": [
+        {"kind": "input", "var": i, "num_units": 1, "family": "binomial", "num_trials": 1 << 26} for i in range(20)
+    ]
+    + [{"kind": "product", "mode": "elementwise", "children": list(range(20))}],
+    "a long chain": [LEAF, *map(one_more, range(1, 200))],
+    "many children": [LEAF, {"kind": "sum", "num_units": 1, "children": [0] * 300}],
+    "products without end": [LEAF | {"num_units": 1 << 14, "var": i} for i in range(2)]
+    + [{"kind": "product", "mode": "outer", "children": [0, 1]}] * 2,
+}
+
+
+@pytest.mark.parametrize("nodes", LARGE.values(), ids=LARGE)
+def test_what_would_take_long_or_much_memory_is_refused_before_it_is_built(nodes, folder, monkeypatch):
+    rewrite(
+        folder,
+        lambda structure: structure.update(
+            num_vars=20 if len(nodes) == 21 else 2 if len(nodes) == 4 else 1, nodes=nodes
+        ),
+    )
+    monkeypatch.setattr(io, "CompiledCircuit", None)  # calling it would fail
+    monkeypatch.setattr(records, "_MAX_DEPTH", 100)
+    monkeypatch.setattr(records, "_MAX_EDGES", 250)
+    refused(folder, "would need too much memory|expected at most")
+
+
+def test_what_would_not_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_DEPTH", 5)
+    with pytest.raises(
+        ct.ArgumentError, match="expected at most 5 nodes on one path, got more; such a circuit cannot be saved"
+    ):
+        ct.save(ct.compile(ct.structures.hmm(3, 2, 2), seed=0), tmp_path / "pc")
+    ct.save(ct.compile(ct.structures.hmm(2, 2, 2), seed=0), tmp_path / "pc")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.errors import ArgumentError, CorpusError
+from diffusion.text import corpus as corpus_module
 from diffusion.text.corpus import (
     arithmetic_documents,
     check_arithmetic,
@@ -74,12 +75,15 @@ def test_copies_of_a_document_stay_on_one_side(tmp_path: Path) -> None:
         ("missing.txt", None, "there is no such file"),
         ("empty.txt", "", "holds no text"),
         ("blank.txt", " \n\n\t\n", "holds no text"),
-        ("one.txt", "only one document", "too few to hold out"),
+        ("one.txt", "only one document", "expected at least two different documents"),
         ("latin.txt", b"caf\xe9 au lait", "not UTF-8 text: byte 3"),
         ("null.txt", b"a\0b\n\nc", "null characters"),
         ("table.csv", "a,b", "its format is not known"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("list.jsonl", "[1]", "line 1: not a JSON object"),
+        ("digits.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1: not JSON"),
+        ("surrogate.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "line 2: 'text' holds half of a surrogate pair"),
+        ("a" * 300 + ".txt", None, "cannot be read"),
         ("number.jsonl", '{"text": 3}', "holds int, expected text"),
         ("keys.jsonl", '{"question": "?", "answer": "!"}', "no key 'text'; its keys are: question, answer"),
     ],
@@ -103,8 +107,16 @@ def test_damaged_gzip_is_a_corpus_error(tmp_path: Path, damage) -> None:
 
 def test_folder_is_not_a_corpus(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(CorpusError, match="is not a file"):
+    with pytest.raises(CorpusError, match="not a regular file"):
         load_corpus(tmp_path / "folder.txt")
+
+
+def test_text_that_gzip_made_a_thousand_times_shorter_is_not_unpacked(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(corpus_module, "_FEW_BYTES", 1 << 16)
+    zeros = gzip.compress(b"a" * (1 << 20))
+    (tmp_path / "bomb.txt.gz").write_bytes(zeros)
+    with pytest.raises(CorpusError, match=f"at most {64 * len(zeros)} bytes of text"):
+        load_corpus(tmp_path / "bomb.txt.gz")
 
 
 def test_field_goes_with_jsonl_only(tmp_path: Path) -> None:

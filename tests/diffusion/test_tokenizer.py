@@ -106,3 +106,13 @@ def test_missing_file_is_a_checkpoint_error(tmp_path: Path) -> None:
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         train_tokenizer(**arguments)
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    for kind in ("characters", "bpe"):
+        with pytest.raises(ArgumentError, match="surrogate"):
+            train_tokenizer(["ab", "\ud800"], kind=kind)
+        tokenizer = train_tokenizer(["ab"], kind=kind)
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_documents(["ab", text])):  # noqa: B023
+            with pytest.raises(ArgumentError, match="text: expected Unicode text"):
+                encode("a\udc80")

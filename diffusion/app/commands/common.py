@@ -6,11 +6,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from diffusion.errors import ArgumentError
 
+
+class _Ended(BaseException):
+    """What ended a command, where typer would make an exit code of it that says nothing."""
+
+
+class _Commands(TyperGroup):
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().main(*arguments, **options)
+        except _Ended as ended:
+            raise ended.__cause__ from None  # type: ignore[misc]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, OSError, EOFError) as error:
+            raise _Ended from error
+
+
 app = typer.Typer(
     name="unfactor",
+    cls=_Commands,
     help="Probabilistic circuits as joint output layers of masked diffusion language models.",
     no_args_is_help=True,
     add_completion=False,
@@ -18,6 +39,8 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --num_steps is --num-steps
 )
 
+MOST = 1 << 20
+"""What an option can count at most."""
 Out = Annotated[Path, typer.Option("--out", help="Folder of the models and results.")]
 CorpusName = Annotated[
     str,

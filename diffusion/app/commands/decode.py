@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import app
+from diffusion.app.commands.common import MOST, app
 from diffusion.app.models import ModelOptions, Models
 from diffusion.app.option_groups import with_options
 from diffusion.app.options import DecodingOptions
@@ -30,6 +30,7 @@ def generate(
             "--gen-length",
             *flags("gen_length"),
             min=1,
+            max=MOST,
             help=f"Tokens to generate at most.{elsewhere('gen_length')}",
         ),
     ] = 64,
@@ -40,6 +41,7 @@ def generate(
             "--block-length",
             *flags("block_length"),
             min=1,
+            max=MOST,
             help=f"Tokens of a block.{elsewhere('block_length')}",
             show_default="the head's",
         ),
@@ -50,14 +52,16 @@ def generate(
             "--num-steps",
             *flags("num_steps"),
             min=1,
+            max=MOST,
             help=f"Denoiser calls.{elsewhere('num_steps')}",
             show_default="4 a block",
         ),
     ] = None,
     tokens_per_step: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a denoiser call, in place of --num-steps.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=MOST, help="Tokens a denoiser call, in place of --num-steps.", show_default=False),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many texts.")] = 1,
 ) -> None:
     """Write text with the models of a folder, or with a real one.
 
@@ -105,9 +109,11 @@ def infill(
     ],
     steps: Annotated[
         int | None,
-        typer.Option("--num-steps", *flags("num_steps"), min=1, help="Denoiser calls.", show_default="one a token"),
+        typer.Option(
+            "--num-steps", *flags("num_steps"), min=1, max=MOST, help="Denoiser calls.", show_default="one a token"
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many texts.")] = 1,
 ) -> None:
     """Fill the holes in a text with the models of a folder, or with a real one."""
     _write(models.open(use_circuit=decoding.circuit), [text] * samples, decoding, is_infill=True, num_steps=steps)

@@ -62,9 +62,9 @@ def demo(
         recipe = workspace.recipe()
     _show(workspace, recipe)
     say(
-        f"[bold]Next:[/] unfactor generate --out {out} --prompt 'She has ' --steps 8 --temperature 1; "
-        f"unfactor evaluate --out {out} for tighter intervals; unfactor demo --from-scratch --corpus with a text of "
-        "your own"
+        f"unfactor generate --out {out} --prompt 'She has ' --steps 8 --temperature 1; unfactor evaluate --out {out} "
+        "for tighter intervals; unfactor demo --from-scratch --corpus with a text of your own",
+        title="Next:",
     )
 
 
@@ -107,8 +107,9 @@ def _show(workspace: Any, recipe: Any) -> None:
         print_texts(infilled.cells(), f"A hole in a held-out text; the constraint is {infilled.pattern}")
     parts = {"shown": shown, "curve": curve, "annotations": annotations, "gap": gap, "infilled": infilled}
     report(workspace, report_sections(workspace, **parts), shown)
-    say(f"\n[bold]Shown:[/] {conclusion(gap.rows[-1])}")
+    say(conclusion(gap.rows[-1]), title="\nShown:")
     say(
-        f"[bold]Files:[/] to look at: {workspace.results / 'report.html'}; tables and pictures are beside it, the "
-        f"models in {workspace.path}/"
+        f"to look at: {workspace.results / 'report.html'}; tables and pictures are beside it, the models in "
+        f"{workspace.path}/",
+        title="Files:",
     )

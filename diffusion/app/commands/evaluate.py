@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import Quiet, app, open_workspace
+from diffusion.app.commands.common import MOST, Quiet, app, open_workspace
 from diffusion.app.models import DEFAULT_OUT, ModelOptions
 from diffusion.app.option_groups import with_options
 from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
@@ -23,9 +23,9 @@ from diffusion.errors import ArgumentError
 def evaluate(
     models: ModelOptions,
     tasks: TaskOptions,
-    windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks of the gap table.")] = None,
+    windows: Annotated[int | None, typer.Option(min=2, max=MOST, help="Held-out blocks of the gap table.")] = None,
     texts: Annotated[
-        int | None, typer.Option(min=1, help="Texts of the few-step and arithmetic tables, and for a scorer.")
+        int | None, typer.Option(min=1, max=MOST, help="Texts of the few-step and arithmetic tables, and for a scorer.")
     ] = None,
     few_steps: Annotated[
         bool, typer.Option("--few-steps/--no-few-steps", help="Measure text written in 1 to 32 calls; takes minutes.")

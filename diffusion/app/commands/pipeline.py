@@ -9,6 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from diffusion.app.commands.common import (
+    MOST,
     CorpusName,
     DeviceName,
     FieldName,
@@ -31,7 +32,7 @@ def train(
     field: FieldName = None,
     out: Out = DEFAULT_OUT,
     preset: PresetName = "default",
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the denoiser.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1 << 31, help="Updates of the denoiser.")] = None,
     attention: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +59,7 @@ def train(
 @app.command("cache-logits")
 def cache_logits(
     out: Out = DEFAULT_OUT,
-    blocks: Annotated[int | None, typer.Option(min=1, help="Noised training blocks.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, max=1 << 31, help="Noised training blocks.")] = None,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -74,8 +75,10 @@ def cache_logits(
 @app.command()
 def fit(
     out: Out = DEFAULT_OUT,
-    states: Annotated[int | None, typer.Option(min=1, help="States of the hidden Markov model.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the circuit on the coupled objective.")] = None,
+    states: Annotated[int | None, typer.Option(min=1, max=1 << 16, help="States of the hidden Markov model.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1 << 31, help="Updates of the circuit on the coupled objective.")
+    ] = None,
     calibration: Annotated[
         bool, typer.Option("--calibration/--no-calibration", help="Calibrate the prediction by the noise level.")
     ] = True,
@@ -108,7 +111,7 @@ def fit(
 @app.command()
 def tune(
     out: Out = DEFAULT_OUT,
-    windows: Annotated[int | None, typer.Option(min=2, help="Held-out blocks.")] = None,
+    windows: Annotated[int | None, typer.Option(min=2, max=MOST, help="Held-out blocks.")] = None,
     temperature: Annotated[bool, typer.Option("--temperature", help="Choose the temperature too.")] = False,
     device: DeviceName = "auto",
     quiet: Quiet = False,
@@ -125,7 +128,7 @@ def pack(
     to: Annotated[Path, typer.Argument(help="The folder to write.")],
     out: Out = DEFAULT_OUT,
     corpus: Annotated[str, typer.Option(help="What the text is to be called.")] = "gsm8k",
-    documents: Annotated[int, typer.Option(min=1, help="Held-out documents that go with the models.")] = 512,
+    documents: Annotated[int, typer.Option(min=1, max=MOST, help="Held-out documents that go with the models.")] = 512,
 ) -> None:
     """Write the models of a folder as they are shipped: half precision, held-out documents, a model card."""
     from diffusion.app.packing import pack as packed

@@ -8,12 +8,14 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from diffusion.app.commands.common import app
+from diffusion.app.commands.common import MOST, app
 from diffusion.app.models import ModelOptions, Models
-from diffusion.app.option_groups import OptionGroup, with_options
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, with_options
+from diffusion.app.terminal import new_table
 
 
 def _option(kind: Any, help: str, default: str, *names: str, **limits: Any) -> Any:
+    limits |= {"max": MOST} if limits else {}
     return Annotated[kind | None, typer.Option(*names, help=help, show_default=default, **limits)]
 
 
@@ -45,7 +47,7 @@ def score(
     circuit: Annotated[
         bool, typer.Option("--circuit/--no-circuit", help="With and without the circuit, or only without.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Of what is random.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Say how probable texts are, in nats, without the circuit and with it.
@@ -68,10 +70,9 @@ def score(
 
 def _print(models: Models, scores: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=f"Log-probability ({scores.method}), in nats, and perplexity per token", title_justify="left")
+    shown = new_table(f"Log-probability ({scores.method}), in nats, and perplexity per token")
     shown.add_column("text")
     shown.add_column("tokens", justify="right")
     for column in scores.columns:

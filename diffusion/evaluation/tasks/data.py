@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from circuits.files import regular_size
+from circuits.reading import regular_size
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.tasks.task import Example
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.digests import digest
-from circuits.files import regular_size
+from circuits.reading import regular_size
 from diffusion.errors import ArgumentError, CheckpointError
 
 _FORMAT, _VERSION = "unfactor samples", 1

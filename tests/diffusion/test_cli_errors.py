@@ -1,0 +1,196 @@
+"""Whatever is asked of the program, it ends with one line in words and exit code 2, never with a trace."""
+
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from circuits.progress import stop_requested, stoppable
+from diffusion.app import cli, terminal
+from diffusion.app.packing import unpack
+from diffusion.app.signals import exit_code, stopped_by_signals
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with models, and files that are no corpora."""
+    place = tmp_path_factory.mktemp("place")
+    unpack(place / "models")
+    (place / "surrogate.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    (place / "digits.jsonl").write_text('{"text": ' + "1" * 5000 + "}\n")
+    (place / "bomb.txt.gz").write_bytes(gzip.compress(b"a" * (65 << 20)))
+    (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (place / "file").write_text("precious")
+    (place / "loop").symlink_to(place / "loop")
+    os.mkfifo(place / "pipe.txt")
+    return place
+
+
+LINES = {
+    "half of a surrogate pair": ("train --corpus {0}/surrogate.jsonl --field text --out {0}/new", "surrogate"),
+    "5,000 digits": ("train --corpus {0}/digits.jsonl --field text --out {0}/new", "line 1: not JSON"),
+    "a bomb": ("train --corpus {0}/bomb.txt.gz --out {0}/new", "bytes of text"),
+    "no text": ("train --corpus {0}/bytes.txt --out {0}/new", "not UTF-8"),
+    "a pipe": ("train --corpus {0}/pipe.txt --out {0}/new", "regular"),
+    "a long name": ("train --corpus " + "a" * 5000 + ".txt --out {0}/new", "long"),
+    "a key that is missing": ("train --corpus {0}/surrogate.jsonl --out {0}/new", "field: expected the key"),
+    "a file as folder": ("train --corpus arithmetic --preset tiny --out {0}/file", "file"),
+    "below a file": ("train --corpus arithmetic --preset tiny --out {0}/file/sub", "file"),
+    "a loop": ("train --corpus arithmetic --preset tiny --out {0}/loop", "loop"),
+    "a kernel's folder": ("train --corpus arithmetic --preset tiny --out /proc/x", "/proc"),
+    "a long folder": ("train --corpus arithmetic --preset tiny --out {0}/" + "a" * 300, "name too long"),
+    "a billion states": ("fit --out {0}/models --states 1000000000", "states"),
+    "too many blocks": ("cache-logits --out {0}/models --blocks 100000000000", "blocks"),
+    "a billion samples": ("generate --out {0}/models --samples 1000000000", "samples"),
+    "a huge seed": ("generate --out {0}/models --seed 1" + "0" * 39, "seed"),
+    "a negative seed": ("score --out {0}/models --seed -1 text", "seed"),
+    "a tiny temperature": ("generate --out {0}/models --temperature 1e-40", "temperature: expected"),
+    "a huge temperature": ("generate --out {0}/models --temperature 1e39", "temperature: expected"),
+    "no number": ("generate --out {0}/models --temperature nan", "temperature: expected"),
+    "a half prompt": ("generate --out {0}/models --prompt \udc80", "surrogate"),
+    "markup": ("generate --out {0}/a[/]b[red]", "a[/]b[red]"),
+    "an escape": ("generate --out {0}/\x1b[31m", "\\x1b[31m"),
+    "a command that is none": ("explode", "explode"),
+    "a head that is a file": ("generate --out {0}/models --head {0}/file", "file"),
+    "a head that is none": ("generate --out {0}/models --head {0}/nothing", "nothing"),
+    "a device that is none": ("generate --out {0}/models --device \0", "device"),
+    "a null in a path": ("generate --out {0}/\0", "null"),
+    "a model in a loop": ("generate --model {0}/loop", "loop"),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), LINES.values(), ids=LINES)
+def test_nonsense_ends_in_one_line_and_exit_code_two(line, said, place, run_program):
+    code, out, error = run_program(*line.format(place).split(" "))
+    assert code == 2
+    assert out == ""
+    assert error.startswith("unfactor: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert said.lower() in error.lower()
+    assert len(error) < 1100
+    assert (place / "file").read_text() == "precious"
+
+
+def test_debug_shows_where_an_error_comes_from(run_program, place):
+    line = ("generate", "--out", place / "nothing")
+    assert "Traceback" not in run_program(*line)[2]
+    for where in ((*line, "--debug"), ("--debug", *line)):
+        code, _, error = run_program(*where)
+        assert code == 2
+        assert "Traceback" in error
+        assert "workspace.py" in error
+
+
+def test_faults_of_the_program_itself_are_one_line_too(run_program, place, monkeypatch):
+    from diffusion.app.commands import decode
+
+    for error, said in ((ZeroDivisionError("a\nb"), "ZeroDivisionError: a"), (MemoryError(), "memory")):
+
+        def fail(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(decode, "_write", fail)
+        code, _, message = run_program("generate", "--out", place / "models")
+        assert code == 2
+        assert said in message
+        assert message.count("\n") == 1
+
+
+def test_paths_are_no_markup(capsys):
+    for text in ("a[/]b", "a[red]b", "x[bold]", "[/", "\\[red]", "[link=x]y"):
+        terminal.say(text, title="Next:")
+        terminal.print_cells(text, [["name", text], [text, text]])
+        assert capsys.readouterr().out.count(text) >= 4
+
+
+def test_what_a_terminal_cannot_write_is_written_escaped(place):
+    done = program("score", "--out", place / "models", "--no-circuit", "caf\xe9", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "caf\\xe9" in done.stdout
+
+
+def test_output_that_cannot_be_written_is_said(place):
+    with open("/dev/full", "w") as full:
+        done = program("--version", stdout=full)
+    assert (done.returncode, done.stderr) == (2, "unfactor: the output cannot be written: No space left on device\n")
+    read, write = os.pipe()
+    os.close(read)
+    done = program("--version", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, "unfactor: the output cannot be written: Broken pipe\n")
+
+
+def program(*arguments, stdout=subprocess.PIPE, **environment):
+    command = [sys.executable, "-W", "ignore", "-m", "unfactor", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100
+    )
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_while_the_program_loads_ends_it_in_one_line(number):
+    code = f"""
+import os, sys, unfactor
+class Kills:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Kills())
+unfactor.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 128 + number
+    assert done.stderr == f"unfactor: stopped by {number.name} while it was loading\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_a_command_in_one_line_with_its_own_code(number, place, run_program, monkeypatch):
+    from diffusion.app.commands import decode
+
+    def wait(*arguments, **options):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(decode, "_write", wait)
+    code, _, error = run_program("generate", "--out", place / "models")
+    assert code == 128 + number
+    assert error == f"unfactor: stopped by {number.name}; the same command goes on from what was done\n"
+
+
+def test_the_first_signal_asks_long_work_to_stop_and_the_second_does_not_ask():
+    with stopped_by_signals(), stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested() == "stopped by SIGTERM"
+        assert exit_code() == 143
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop_requested() is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_long_commands_say_what_they_took(run_program, monkeypatch):
+    times = iter([0.0, 83.4, 100.0, 101.0, 200.0, 7700.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
+    assert run_program("--version")[2] == "unfactor: took 1 min 23 s\n"
+    assert run_program("--version")[2] == ""
+    assert run_program("--version")[2] == "unfactor: took 2 h 5 min\n"
