@@ -16,7 +16,7 @@ from circuits.arguments import checked_count, checked_number
 from circuits.errors import Interrupted
 from circuits.learning.checkpoint import Checkpoint, History, Snapshot, Start
 from circuits.learning.distributed import Processes
-from circuits.progress import progress_bar, stop_requested
+from circuits.progress import progress_bar, stop_requested, stoppable
 
 StopReason = Literal["converged", "early_stopping", "num_updates"]
 _NOTE_SECONDS = 1.0
@@ -174,7 +174,8 @@ def run(
         kept_step = history.step
 
     is_shown = progress and processes.rank == 0
-    with progress_bar(plan.title, plan.num_updates, enabled=is_shown, completed=history.step) as advance:
+    shown = progress_bar(plan.title, plan.num_updates, enabled=is_shown, completed=history.step)
+    with stoppable(), shown as advance:
         while (reason := plan.reason_to_stop(history)) is None:
             if processes.is_any(stop_requested() is not None):
                 if kept_step < history.step:

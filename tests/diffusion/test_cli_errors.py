@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import SMALLEST
 
+import diffusion
 from circuits.progress import stop_requested, stoppable
-from diffusion.app import cli, terminal
+from diffusion.app import cli, terminal, workspace
 from diffusion.app.packing import unpack
 from diffusion.app.signals import exit_code, stopped_by_signals
 
@@ -166,6 +170,41 @@ def test_a_signal_ends_a_command_in_one_line_with_its_own_code(number, place, ru
     code, _, error = run_program("generate", "--out", place / "models")
     assert code == 128 + number
     assert error == f"unfactor: stopped by {number.name}; the same command goes on from what was done\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("stage", ["denoiser", "circuit"])
+def test_a_stage_that_a_signal_stopped_goes_on_to_the_same_weights(stage, number, run_program, tmp_path, monkeypatch):
+    """It is stopped after its second update, and says so."""
+    monkeypatch.setitem(workspace.PRESETS, "tiny", SMALLEST)
+    calls = []
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"The {i}th text says {i} and {2 * i}. " * 6 for i in range(40)))
+    training = getattr(diffusion.training, stage)._Training
+
+    def run(out):
+        first = run_program("train", "--corpus", tmp_path / "corpus.txt", "--preset", "tiny", "--out", out, "--quiet")
+        return first if first[0] else run_program("fit", "--out", out, "--quiet")
+
+    assert run(tmp_path / "undisturbed")[0] == 0
+    update = training.update
+
+    def killed(self, step):
+        if step == 1 and not calls:
+            calls.append(step)
+            os.kill(os.getpid(), number)
+        return update(self, step)
+
+    monkeypatch.setattr(training, "update", killed)
+    code, _, error = run(tmp_path / "disturbed")
+    assert code == 128 + number
+    assert "2 of" in error
+    assert number.name in error
+    assert error.count("\n") == 1
+    assert run(tmp_path / "disturbed")[0] == 0
+    for file in ("denoiser/model.safetensors", "head/head.safetensors", "head/circuit/weights.safetensors"):
+        one, other = (load_file(tmp_path / name / file) for name in ("disturbed", "undisturbed"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_first_signal_asks_long_work_to_stop_and_the_second_does_not_ask():
