@@ -90,7 +90,7 @@ def test_debug_shows_where_an_error_comes_from(run_program, place):
         code, _, error = run_program(*where)
         assert code == 2
         assert "Traceback" in error
-        assert "workspace.py" in error
+        assert error.count("File ") > 3
 
 
 def test_faults_of_the_program_itself_are_one_line_too(run_program, place, monkeypatch):
