@@ -182,9 +182,7 @@ class CompiledCircuit(nn.Module):
             self.bank[bank][row] = family.raw(weights.to(self.device, torch.float64)).to(self.dtype)
             return
         if tuple(weights.shape) != shape or bool((weights < 0).any()):
-            raise ArgumentError(
-                f"weights: expected numbers >= 0 of shape {shape} for {node}, got {tuple(weights.shape)}"
-            )
+            raise ArgumentError(f"weights: expected {shape} numbers >= 0 for {node}, got {tuple(weights.shape)}")
         for own, given in zip(self.bank[bank][row].split(_ROWS), weights.split(_ROWS), strict=True):
             own.copy_(given.to(self.device, torch.float64).log())
 
@@ -193,7 +191,6 @@ class CompiledCircuit(nn.Module):
         """Draw all weights, then apply the weights that nodes were given.
 
         Sums and categorical inputs are drawn from the uniform Dirichlet distribution, others as their family says.
-
         The draw is made in float32 on the CPU, so one seed gives one circuit on every device and in every dtype.
         """
         if generator is None:
@@ -219,10 +216,7 @@ class CompiledCircuit(nn.Module):
 
     def bank_address(self, node: ParametricNode | str) -> tuple[str, int]:
         """Return where the parameters of a node are: (bank, row); nodes that share them have one address."""
-        try:
-            return self._folding.bank_addresses[self._owner_of(node)]
-        except KeyError:
-            raise ArgumentError(f"node: {node} does not belong to {self.circuit}") from None
+        return self._folding.bank_addresses[self._owner_of(node)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
@@ -240,11 +234,13 @@ class CompiledCircuit(nn.Module):
             raise ArgumentError(f"{argument}: expected a node of {self.circuit}, or its name, got {key!r}")
         return key
 
-    def _owner_of(self, node: ParametricNode | str) -> ParametricNode:
-        found = self._node_of("node", node) if isinstance(node, str) else node
-        if not isinstance(found, ParametricNode):
-            raise ArgumentError(f"node: expected a sum or an input node, which have weights, or its name, got {found}")
-        return parameter_owner(found)
+    def _owner_of(self, key: ParametricNode | str) -> ParametricNode:
+        if isinstance(key, ParametricNode) and key in self._folding.bank_addresses:  # perhaps outside of the circuit
+            return key
+        node = self._node_of("node", key)
+        if not isinstance(node, ParametricNode):
+            raise ArgumentError(f"node: expected a sum or an input node, which have weights, got {node}")
+        return parameter_owner(node)
 
     def _external_weights(
         self, external: Mapping[ParametricNode | str, Tensor | Form], own: Mapping[str, Weights], normalize: bool
