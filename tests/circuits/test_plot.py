@@ -142,7 +142,7 @@ def test_graphviz_gets_every_node_and_edge(monkeypatch, tmp_path):
 
     monkeypatch.setattr(drawing.shutil, "which", lambda program: "/usr/bin/dot")
     monkeypatch.setattr(drawing.subprocess, "run", run)
-    with pytest.raises(ct.UnfactorError, match="Graphviz failed with code 1: out of paper"):
+    with pytest.raises(ct.UnfactorError, match="Graphviz: it failed with code 1: out of paper"):
         ct.plot.structure(CIRCUIT, tmp_path / "circuit.png")
     assert seen["text"].count("label=") == len(CIRCUIT.nodes)
     assert seen["text"].count(" -> ") == sum(len(node.children) for node in CIRCUIT.nodes)
