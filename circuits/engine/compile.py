@@ -76,7 +76,9 @@ class CompiledCircuit(nn.Module):
         )
         self.layer_sizes = folding.layer_sizes
         self.last_uses = folding.last_uses
-        self.register_buffer("num_categories", torch.tensor(circuit.num_categories), persistent=False)
+        real = {node.var for node in circuit.inputs if not node.distribution.is_discrete}
+        counts = [count or -(var not in real) for var, count in enumerate(circuit.num_categories)]
+        self.register_buffer("num_categories", torch.tensor(counts), persistent=False)  # as Evidence.check takes them
         # by bank: the parameters, what they were read as, and how often that had been written into
         self._cache: dict[str, tuple[Tensor, Weights, int]] = {}
 

@@ -126,10 +126,8 @@ class TableLayer(InputLayer):
         """Return the sum over v of factor v times ``p(v)`` of every unit; the factors are values of the semiring."""
         num_categories, num_nodes = weights.log.shape[1], len(self.variables)
         if factors.shape[2] < num_categories:
-            raise ArgumentError(
-                f"factors: expected at least {num_categories} values per variable, got {factors.shape[2]} (shape "
-                f"{tuple(factors.shape)})"
-            )
+            got = tuple(factors.shape)
+            raise ArgumentError(f"factors: expected at least {num_categories} values per variable, got shape {got}")
         factors = self._of_variables(factors)[:, :, :num_categories]  # (B, F, C, *E)
         batch_size = len(factors)
         is_one_matmul = self.parameter_rows.is_tied and num_nodes > 1
@@ -176,11 +174,12 @@ class TableLayer(InputLayer):
         num_categories, num_units = weights.log.shape[1:]
         values = self._of_variables(listed.values).long()  # (B, F, k)
         batch_size, num_nodes, num_listed = values.shape
-        if listed.log_factors is None and num_listed == 1:
-            return semiring.lift(self._looked_up(values[..., 0].t(), weights.log))
-        factors = self._of_variables(listed.factors(weights.log.dtype))
         if num_listed == 1:
-            return semiring.lift(self._looked_up(values[..., 0].t(), weights.log) + factors[..., 0].t().unsqueeze(1))
+            out = self._looked_up(values[..., 0].t(), weights.log)
+            if listed.log_factors is not None:
+                out = out + self._of_variables(listed.log_factors)[..., 0].t().unsqueeze(1).to(out.dtype)
+            return semiring.lift(out)
+        factors = self._of_variables(listed.factors(weights.log.dtype))
         values = (values + (self.parameter_rows.index * num_categories).view(1, -1, 1)).flatten(0, 1)
         log_table, table = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
         out = semiring.mix(log_table, values, factors.flatten(0, 1), table=table)
@@ -250,8 +249,7 @@ class DirectLayer(InputLayer):
         Args:
             evidence: for B queries.
             weights: of the layer's bank.
-            slopes: broadcastable with (F, K, B).
-            centre: broadcastable with (F, K, B).
+            slopes, centre: broadcastable with (F, K, B).
         """
         read = self.parameter_rows.select(weights.log).double().transpose(1, 2).unsqueeze(2)  # (F, K, 1, S)
         slopes, centre = slopes.double().unsqueeze(-1), centre.double().unsqueeze(-1)

@@ -135,7 +135,7 @@ def _of_units(
 def _finite_factors(pc: CompiledCircuit, evidence: Evidence) -> Tensor:
     """Return the log-factors of the variables with finitely many values, (B, D, C); 0 for the other variables."""
     silent = Evidence.nothing(evidence.batch_size, evidence.num_vars, evidence.device)
-    num_values = int(pc.num_categories.max())
+    num_values = max(pc.circuit.num_categories)
     if not num_values:
         return torch.zeros(evidence.batch_size, evidence.num_vars, 0, dtype=pc.dtype, device=pc.device)
     return Evidence.where(pc.num_categories > 0, evidence, silent).dense(num_values, pc.dtype)[..., :num_values]

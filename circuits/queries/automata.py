@@ -106,7 +106,7 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
         PropertyError: the circuit is not a chain in this order; names the product.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
-    num_values = int(pc.num_categories.max())
+    num_values = max(pc.circuit.num_categories)
     if automaton.log_transition.shape[1] < num_values:
         raise ArgumentError(
             f"automaton: expected one over at least {num_values} values, got {automaton.log_transition.shape[1]}"
@@ -152,7 +152,7 @@ def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None,
     """
     order = reading_order(pc, "order_log_probability")
     is_forward = order[0] <= order[-1]
-    num_values = int(pc.num_categories.max())
+    num_values = max(pc.circuit.num_categories)
 
     def step(leaf: Tensor, after: Tensor) -> Tensor:
         """State s: the next value is at least s read forwards, at most s - 1 read backwards; both have C + 1 states."""

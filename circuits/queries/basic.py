@@ -149,7 +149,7 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeight
     """
     require_finite_values(pc, "marginals")
     evidence.check(pc.num_categories)
-    factors = evidence.dense(int(pc.num_categories.max()), pc.dtype)
+    factors = evidence.dense(max(pc.circuit.num_categories), pc.dtype)
     return Question(pc, evidence.with_factors(factors), weights).gradients()
 
 

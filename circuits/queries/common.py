@@ -40,7 +40,7 @@ def dense_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: Circ
     require_finite_values(pc)
     question = Question(pc, evidence, weights)
     question.require_one_root()
-    given, num_values = question.evidence, int(pc.num_categories.max())
+    given, num_values = question.evidence, max(pc.circuit.num_categories)
     factors = given.dense(num_values, pc.dtype)[..., :num_values]
     return given.with_factors(factors.masked_fill(~existing_values(pc), -torch.inf))
 
@@ -83,13 +83,13 @@ def has_one_explanation(pc: CompiledCircuit, evidence: Evidence) -> bool:
 
 def existing_values(pc: CompiledCircuit) -> Tensor:
     """Return which of the C values each variable has: bool (D, C)."""
-    values = torch.arange(int(pc.num_categories.max()), device=pc.device)
+    values = torch.arange(max(pc.circuit.num_categories), device=pc.device)
     return values < pc.num_categories.unsqueeze(1)
 
 
 def queries_per_pass(pc: CompiledCircuit) -> int:
     """Return how many queries one pass takes so that the circuit's values stay within ``MAX_NUMBERS``."""
-    per_query = pc.circuit.num_units + pc.circuit.num_vars * int(pc.num_categories.max())
+    per_query = pc.circuit.num_units + pc.circuit.num_vars * max(pc.circuit.num_categories)
     return max(1, MAX_NUMBERS // per_query)
 
 

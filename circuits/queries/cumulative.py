@@ -62,7 +62,7 @@ def log_cdf(
 
 def _with_dense_factors(pc: CompiledCircuit, evidence: Evidence | None, weights: CircuitWeights | None) -> Evidence:
     """Return the evidence, with log-factors of all values where there are finitely many."""
-    question, num_values = Question(pc, evidence, weights), int(pc.num_categories.max())
+    question, num_values = Question(pc, evidence, weights), max(pc.circuit.num_categories)
     question.require_one_root()
     given = question.evidence
     if not num_values:

@@ -42,7 +42,7 @@ def _overlapping_sum(pc: CompiledCircuit) -> Sum | None:
     """Return a sum whose units mix children with supports that are not shown to be disjoint, or None."""
     weights = pc.weights()
     powers = [Power(pc, weights)] * 2
-    num_values = max(1, int(pc.num_categories.max()))
+    num_values = max(1, *pc.circuit.num_categories)
     no_evidence = torch.zeros(1, pc.circuit.num_vars, num_values, dtype=pc.dtype, device=pc.device)
     tables: Tables = {}
     supports: dict[Node, Tensor] | None = None
@@ -74,7 +74,7 @@ def _share_every_variable(supports: Tensor, node: Node) -> Tensor:
 
 def _variable_supports(pc: CompiledCircuit, weights: CircuitWeights) -> dict[Node, Tensor]:
     """Return which values each unit allows each variable, 0 or 1, (K, D, C); nothing if the circuit is too large."""
-    num_vars, num_values = pc.circuit.num_vars, max(1, int(pc.num_categories.max()))
+    num_vars, num_values = pc.circuit.num_vars, max(1, *pc.circuit.num_categories)
     supports: dict[Node, Tensor] = {}
     if pc.circuit.num_units * num_vars * num_values > _MAX_SUPPORT:
         return supports

@@ -168,7 +168,7 @@ def _values(question: Question, reached: Sequence[_Choices], query: Tensor) -> T
     values = torch.zeros(len(query), pc.circuit.num_vars, dtype=torch.int64, device=query.device)
     for position, (layer, (units, ranks)) in enumerate(zip(pc.input_layers, reached, strict=True)):
         nodes, columns = (units >= 0).nonzero(as_tuple=True)
-        for part in chunks(len(nodes), int(pc.num_categories.max())):
+        for part in chunks(len(nodes), max(pc.circuit.num_categories)):
             node, column = nodes[part], columns[part]
             at = node, units[node, column], query[column]
             scores = layer.scores(evidence, question.weights.own[layer.parameter_rows.bank], *at)

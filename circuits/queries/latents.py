@@ -87,7 +87,7 @@ class LatentChoice:
         """
         pc, num_columns = self.pc, len(self.query)
         if values is None:
-            shape: tuple[int, ...] = (num_columns, pc.circuit.num_vars, int(pc.num_categories.max()))
+            shape: tuple[int, ...] = (num_columns, pc.circuit.num_vars, max(pc.circuit.num_categories))
         else:
             check_integers("values", values, f"int64 ({num_columns}, {pc.circuit.num_vars}, k)", dim=3)
             check_range(values, pc.num_categories.unsqueeze(-1), "values")

@@ -61,7 +61,7 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         leaves, class_factors = question.inputs(LogSemiring()), question.class_factors
         is_finite = pc.num_categories > 0
         listed = Evidence.where(is_finite, evidence, Evidence.nothing(1, evidence.num_vars, pc.device))
-        factors = listed.dense(max(1, int(pc.num_categories.max())), torch.float64)[0]
+        factors = listed.dense(max(1, *pc.circuit.num_categories), torch.float64)[0]
         is_fixed = torch.where(is_finite, (factors > -torch.inf).sum(1) == 1, _has_one_value(evidence.factors)[0]).cpu()
     is_missing = ~evidence.factors.known()[0].cpu()
     fixed = is_fixed & ~is_missing

@@ -1,5 +1,7 @@
 """Kinds of evidence: what each says of every value, joined in any order, and where it says nothing at all."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,35 @@ DOUBLE, INF = torch.float64, torch.inf
 
 def _column(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=DOUBLE).unsqueeze(1)
+
+
+def _poisson_mixture() -> tuple[ct.CompiledCircuit, list[float], list[float]]:
+    """Return two components over one count, with their shares and rates."""
+    shares, rates = [0.3, 0.7], [0.5, 4.0]
+    leaf = ct.inputs(0, 2, ct.Poisson(), weights=torch.tensor([rates]))
+    root = ct.sum(leaf, num_units=1, weights=torch.tensor([shares]))
+    return ct.compile(ct.Circuit(root), dtype=DOUBLE), shares, rates
+
+
+def test_bounds_below_every_count_say_nothing() -> None:
+    """Counts begin at 0: ``v > -1`` is no knowledge, ``v > 0`` is."""
+    pc, shares, rates = _poisson_mixture()
+    evidence = ct.Evidence.interval(_column(-INF, -1, -0.5, 0, -1), _column(INF, INF, INF, INF, 3))
+    assert evidence.says_nothing(pc.num_categories).flatten().tolist() == [True, True, True, False, False]
+    up_to_3 = [sum(math.exp(-r) * r**v / math.factorial(v) for v in range(4)) for r in rates]
+    above_0 = [1 - math.exp(-r) for r in rates]
+    expected = [1, 1, 1, *(sum(w * p for w, p in zip(shares, part, strict=True)) for part in (above_0, up_to_3))]
+    torch.testing.assert_close(pc(evidence), torch.tensor(expected, dtype=DOUBLE).log())
+
+
+def test_bounds_that_cut_nothing_count_no_flow() -> None:
+    """Explanations are those of a missing variable, and nothing is learnt from it."""
+    pc, _, _ = _poisson_mixture()
+    free, missing = ct.Evidence.interval(_column(-1), _column(INF)), ct.Evidence.nothing(1, 1)
+    assert ct.queries.mpe(pc, free).log_score.item() == ct.queries.mpe(pc, missing).log_score.item()
+    for evidence in (free, missing):
+        flows = ct.learning.expected_flows(pc, evidence)
+        assert all(float(flow.abs().sum()) == 0 for flow in flows.flows.values())
 
 
 @pytest.mark.parametrize(
