@@ -104,6 +104,7 @@ class StoredArray:
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"}
 _TEXTS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
+_COUNTED = _BYTES | {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "LONG1": 1, "LONG4": 4}
 """How many bytes say the length."""
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _LONG_RUN = 1 << 16
@@ -260,18 +261,21 @@ def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     while code := file.read(1):
+        start = file.tell()
         opcode = _OPCODES.get(code)
         if opcode is None:
             raise CheckpointError(f"corrupt or truncated pickle: {code!r} is no instruction")
-        if opcode.name in _BYTES:
-            size = int.from_bytes(file.read(_BYTES[opcode.name]), "little")
+        if opcode.name in _COUNTED:
+            size = int.from_bytes(file.read(_COUNTED[opcode.name]), "little")
             if size > end - file.tell():
                 raise CheckpointError(f"corrupt or truncated pickle: {size} bytes, and it has {end - file.tell()} more")
+        if opcode.name in _BYTES:
             run = FileBytes(file, file.tell(), size)
             after = file.tell() + size
             yield opcode.name, run if size >= _LONG_RUN else run.read(0, size)
             file.seek(after)
         else:
+            file.seek(start)
             yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
 
 

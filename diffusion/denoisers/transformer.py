@@ -308,7 +308,9 @@ class TransformerDenoiser(nn.Module):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the weights {path}: {error}; {_WAY_OUT}") from error
         except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit {_CONFIG}: {error}; {_WAY_OUT}") from error
+            raise CheckpointError(
+                f"{path} does not fit {_CONFIG}: {' '.join(str(error).split()):.500}; {_WAY_OUT}"
+            ) from error
         return model
 
 

@@ -157,7 +157,7 @@ def _documents_of_jsonl(name: str, field: str) -> list[str]:
         if not isinstance(record, dict):
             raise CorpusError(f"{name}, line {number}: not a JSON object")
         if field not in record:
-            raise CorpusError(f"{name}, line {number}: no key {field!r}; its keys are: {', '.join(record)}")
+            raise CorpusError(f"{name}, line {number}: no key {field!r}; its keys are: {', '.join(record):.200}")
         if not isinstance(record[field], str):
             raise CorpusError(f"{name}, line {number}: {field!r} holds {type(record[field]).__name__}, expected text")
         if not is_text(record[field]):
