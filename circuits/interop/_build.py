@@ -98,6 +98,7 @@ class _Builder:
         self._owners = _owners(nodes)
         self._heirs: dict[int, list[tuple[JuiceNode, ParametricNode]]] = {}
         self._drawn: dict[int, Tensor] = {}
+        self._num_drawn = 0
         self._selected: dict[tuple[Node, tuple[int, ...]], Node] = {}
 
     def build(self, position: int) -> None:
@@ -224,9 +225,10 @@ class _Builder:
         source = self._owners[position]
         stored = self.nodes[source].parameters
         if stored is None:
-            if math.prod(shape) > _MAX_DRAWN:
-                raise ArgumentError(f"parameters: none are given, and the limit to draw is {_MAX_DRAWN} of them")
             if source not in self._drawn:
+                self._num_drawn += math.prod(shape)
+                if self._num_drawn > _MAX_DRAWN:
+                    raise ArgumentError(f"parameters: none are given, and the limit to draw is {_MAX_DRAWN} in all")
                 draw = torch.empty(shape, dtype=torch.float64).exponential_(generator=self.generator)
                 self._drawn[source] = draw / draw.max()
             stored = self._drawn[source]

@@ -107,6 +107,8 @@ _BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
 _COUNTED = _BYTES | {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "LONG1": 1, "LONG4": 4}
 """How many bytes say the length."""
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+_MAX_INSTRUCTIONS = 1 << 22
+"""Those of some ten thousand nodes; a million take a second or two."""
 _LONG_RUN = 1 << 16
 _GREATEST_BITS = 64
 _CONSTANTS = _NUMBERS | _TEXTS | set(_BYTES)
@@ -260,11 +262,17 @@ def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Yield the names of a pickle's instructions and their arguments; long runs of bytes are left where they are."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
-    while code := file.read(1):
-        start = file.tell()
+    for _ in range(_MAX_INSTRUCTIONS):
+        code = file.read(1)
+        if not code:
+            return
         opcode = _OPCODES.get(code)
         if opcode is None:
             raise CheckpointError(f"corrupt or truncated pickle: {code!r} is no instruction")
+        if opcode.arg is None:
+            yield opcode.name, None
+            continue
+        start = file.tell()
         if opcode.name in _COUNTED:
             size = int.from_bytes(file.read(_COUNTED[opcode.name]), "little")
             if size > end - file.tell():
@@ -276,7 +284,8 @@ def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
             file.seek(after)
         else:
             file.seek(start)
-            yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
+            yield opcode.name, opcode.arg.reader(file)
+    raise CheckpointError(f"the pickle has more than {_MAX_INSTRUCTIONS} instructions; it is not read")
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> StoredArray:

@@ -27,7 +27,9 @@ _KINDS: dict[str, Literal["input", "product", "sum"]] = {"Input": "input", "Prod
 _CATEGORICAL = ("Categorical", "ExternProductCategorical", "SoftEvidenceCategorical")
 _EXTERNAL = ("BlockScaleSumParams", "LowRankSumParams")
 _FILES = ("pc_model.jpc", "model.jpc")
-_LEAST_LIMIT = 1 << 28
+_LEAST_LIMIT = 1 << 26
+_NUMBERS_A_BYTE = 8
+"""What tables may be as large as that are sparse in the file."""
 _MAX_CATEGORIES = 1 << 24
 _SIZE_NAMES = (("num_node_blocks", "block_size"), ("num_node_groups", "group_size"), ("num_nodes", None))
 
@@ -100,7 +102,9 @@ def load_jpc(
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             nodes = _nodes_of(read_pickle(file))
-            return build_circuit(nodes, device=device, dtype=dtype, seed=seed, limit=max(_LEAST_LIMIT, size))
+            return build_circuit(
+                nodes, device=device, dtype=dtype, seed=seed, limit=max(_LEAST_LIMIT, _NUMBERS_A_BYTE * size)
+            )
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; give a file that pyjuice.save wrote") from error
     except (CheckpointError, ArgumentError, StructureError) as error:

@@ -206,6 +206,8 @@ def evil():
         "no number of categories",
         pickle.dumps(every(nodes, "Input", dist=f"c{MODULE}categorical\nCategorical\n(tR.".encode()), 4),
     )
+    yield "a text longer than the file", b"\x80\x04]\x8d" + b"\xff" * 7 + b"\x0f."
+    yield "a number longer than the file", b"\x80\x04]\x8b\xff\xff\xff\x7f."
     yield "a mask that leaves nothing", pickle.dumps(every(nodes, "Sum", zero_param_mask=np.ones((4, 2, 2), bool)), 4)
 
 
@@ -217,6 +219,27 @@ def test_hostile_files_are_refused_and_run_nothing(name, tmp_path, monkeypatch):
     with pytest.raises(ct.CheckpointError, match=r"bad\.jpc"):
         load_jpc(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_file_lacks_is_drawn_up_to_a_bound_in_all(tmp_path, monkeypatch):
+    """A few bytes can name any number of tables."""
+    monkeypatch.setattr(_build, "_MAX_DRAWN", STATES * VOCAB + 3)
+    nodes = every(records(), "Input", dist=benchmark.family(VOCAB))
+    one = [
+        {key: value for key, value in node.items() if key != "params"} if node is nodes[0] else node for node in nodes
+    ]
+    load_jpc(written(one, tmp_path / "model.jpc"), seed=0)
+    for node in one:
+        node.pop("params", None)
+    with pytest.raises(ct.CheckpointError, match="the limit to draw is 23 in all"):
+        load_jpc(written(one, tmp_path / "model.jpc"), seed=0)
+
+
+def test_the_instructions_of_a_pickle_are_counted(monkeypatch, tmp_path):
+    path = written(records(), tmp_path / "model.jpc")
+    monkeypatch.setattr(_pickle, "_MAX_INSTRUCTIONS", 100)
+    with pytest.raises(ct.CheckpointError, match="more than 100 instructions"):
+        load_jpc(path)
 
 
 def test_one_table_that_many_nodes_name_takes_no_more_memory_than_the_file_stands_for(tmp_path, monkeypatch):
