@@ -86,7 +86,7 @@ class InputLayer(nn.Module, ABC):
                 return evaluate(factors.one)
             if not bool(mask.any()):
                 return self._of_kinds(factors.other, evaluate, of_nothing, mask_of)
-        one, rest = evaluate(factors.one), self._of_kinds(factors.other, evaluate, of_nothing, mask_of)
+        rest, one = self._of_kinds(factors.other, evaluate, of_nothing, mask_of), evaluate(factors.one)
         return torch.where(mask.reshape(mask.shape + (1,) * (one.dim() - mask.dim())), one, rest)
 
     @abstractmethod

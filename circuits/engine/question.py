@@ -7,7 +7,6 @@ adjoint of the pass gives all gradients at once: posterior marginals and expecte
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice
 from circuits.engine.layers import ProductLayer, SumLayer
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
-from circuits.engine.weights import CircuitWeights, LatentFactors
+from circuits.engine.weights import CircuitWeights, LatentFactors, class_factors, latents_by_layer
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.randomness import RowGenerators, Source
@@ -60,14 +59,14 @@ class Question:
             evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
         elif not torch.compiler.is_compiling():
             evidence.check(pc.num_categories)
-        if batch_size not in (1, evidence.batch_size):
+        if batch_size > 1 and batch_size != evidence.batch_size:
             raise ArgumentError(
                 f"weights: they are for a batch of {batch_size} queries, the evidence has {evidence.batch_size}; "
                 "repeat the evidence or give weights without a batch dimension"
             )
         self.evidence = evidence
-        self.latents: Mapping[int, LatentFactors] = _latents_by_layer(pc, evidence) if evidence.latents else {}
-        self.class_factors = None if evidence.classes is None else _class_factors(pc, evidence.classes)
+        self.latents: Mapping[int, LatentFactors] = latents_by_layer(pc, evidence) if evidence.latents else {}
+        self.class_factors = None if evidence.classes is None else class_factors(pc, evidence.classes)
         self.silent: Mapping[int, Tensor] = {}
         self._inputs: Sequence[Tensor] | None = None
 
@@ -243,7 +242,7 @@ class Question:
 
             def question_of(factors: Tensor) -> Question:
                 parts = dict(zip(latents, factors.split(sizes, 1), strict=True))
-                return self._with(latents=_latents_by_layer(self.pc, evidence, parts))
+                return self._with(latents=latents_by_layer(self.pc, evidence, parts))
 
         def log_z_of(factors: Tensor, weights: CircuitWeights) -> Tensor:
             log_z = question_of(factors)._with(weights=weights).log_z
@@ -360,48 +359,3 @@ def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
         f"{who} needs a circuit with one root unit, and {circuit} has one per class; "
         "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
     )
-
-
-def _latents_by_layer(
-    pc: CompiledCircuit, evidence: Evidence, further: Mapping[Sum, Tensor] | None = None
-) -> dict[int, LatentFactors]:
-    """Return the evidence's log-factors on latents, and ``further`` ones times them, (B, I) each, by layer."""
-    by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
-    for key, factors in (evidence.latents or {}).items():
-        node = pc.sum_node(key)
-        if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
-            raise ArgumentError(
-                f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
-                f"units of {node}, got {tuple(factors.shape)}"
-            )
-        layer, row = pc.address(node)
-        if row in by_layer[layer]:
-            raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
-        by_layer[layer][row] = factors.to(pc.device, pc.dtype).t()
-    for node, factors in (further or {}).items():
-        layer, row = pc.address(node)
-        given = by_layer[layer].get(row)
-        by_layer[layer][row] = factors.t() if given is None else given + factors.t()
-    return {
-        layer: LatentFactors(torch.tensor(list(rows), device=pc.device), torch.stack(list(rows.values())))
-        for layer, rows in by_layer.items()
-    }
-
-
-def _class_factors(pc: CompiledCircuit, classes: Tensor) -> Tensor:
-    """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
-    num_classes = pc.circuit.num_classes
-    if num_classes is None:
-        raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
-    classes = classes.to(pc.device)
-    if classes.dim() == 1:
-        if bool(((classes < 0) | (classes >= num_classes)).any()):
-            raise ArgumentError(
-                f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
-                f"{int(classes.max())}"
-            )
-        is_other = torch.arange(num_classes, device=pc.device).unsqueeze(1) != classes
-        return torch.zeros(is_other.shape, dtype=pc.dtype, device=pc.device).masked_fill(is_other, -torch.inf)
-    if classes.shape[1] != num_classes:
-        raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
-    return classes.to(pc.dtype).t()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from circuits.engine.semirings import Semiring
+from circuits.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from circuits.engine.compile import CompiledCircuit
+    from circuits.evidence import Evidence
+    from circuits.symbolic import Sum
 
 
 class Weights:
@@ -113,3 +120,48 @@ class Flows:
         """Return ``w * d/dw`` plus the rest: the gradient with respect to the log-weights."""
         flows = self.linear.mul_(linear_weights)
         return flows if self.extra is None else flows.add_(self.extra)
+
+
+def latents_by_layer(
+    pc: CompiledCircuit, evidence: Evidence, further: Mapping[Sum, Tensor] | None = None
+) -> dict[int, LatentFactors]:
+    """Return the evidence's log-factors on latents, and ``further`` ones times them, (B, I) each, by layer."""
+    by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    for key, factors in (evidence.latents or {}).items():
+        node = pc.sum_node(key)
+        if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
+            raise ArgumentError(
+                f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
+                f"units of {node}, got {tuple(factors.shape)}"
+            )
+        layer, row = pc.address(node)
+        if row in by_layer[layer]:
+            raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
+        by_layer[layer][row] = factors.to(pc.device, pc.dtype).t()
+    for node, factors in (further or {}).items():
+        layer, row = pc.address(node)
+        given = by_layer[layer].get(row)
+        by_layer[layer][row] = factors.t() if given is None else given + factors.t()
+    return {
+        layer: LatentFactors(torch.tensor(list(rows), device=pc.device), torch.stack(list(rows.values())))
+        for layer, rows in by_layer.items()
+    }
+
+
+def class_factors(pc: CompiledCircuit, classes: Tensor) -> Tensor:
+    """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
+    num_classes = pc.circuit.num_classes
+    if num_classes is None:
+        raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
+    classes = classes.to(pc.device)
+    if classes.dim() == 1:
+        if bool(((classes < 0) | (classes >= num_classes)).any()):
+            raise ArgumentError(
+                f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
+                f"{int(classes.max())}"
+            )
+        is_other = torch.arange(num_classes, device=pc.device).unsqueeze(1) != classes
+        return torch.zeros(is_other.shape, dtype=pc.dtype, device=pc.device).masked_fill(is_other, -torch.inf)
+    if classes.shape[1] != num_classes:
+        raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
+    return classes.to(pc.dtype).t()

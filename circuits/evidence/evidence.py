@@ -321,7 +321,7 @@ class Evidence:
         even = self._even(num_categories)
         is_even = ~even.isnan()
         if not bool(((even != 0) & is_even).any()):
-            return self, torch.zeros(self.batch_size, dtype=even.dtype, device=self.device)
+            return self, even.new_zeros(len(even))
         return self.without(is_even), even.nan_to_num(0.0).sum(1)
 
     @torch.no_grad()
@@ -350,11 +350,12 @@ class Evidence:
 
         They are as for :meth:`says_nothing`; of infinitely many values the layers of their input units check which fit.
         """
-        if self.num_vars != (count := len(num_categories)):
-            raise ArgumentError(f"evidence: the circuit has {count} variables, the evidence has {self.num_vars}")
-        if self.device != num_categories.device:
+        stored, count = self.factors.stored, len(num_categories)
+        if stored.shape[1] != count:
+            raise ArgumentError(f"evidence: the circuit has {count} variables, the evidence has {stored.shape[1]}")
+        if stored.device != num_categories.device:
             raise ArgumentError(
-                f"evidence: expected it on {num_categories.device}, where the circuit is, got {self.device}; move it "
+                f"evidence: expected it on {num_categories.device}, where the circuit is, got {stored.device}; move it "
                 "with evidence.to(pc.device), or x.to(pc.device)"
             )
         self.factors.check(num_categories)

@@ -125,7 +125,7 @@ def em_step(
     check_em_options(step_size, pseudocount, entropy)
     _check_flows(pc, flows)
     held = frozen_parameters(pc, frozen, by_em=True)
-    for name, weights in pc.weights().own.items():
+    for name, weights in pc.own_weights().items():
         _move(pc, name, weights, flows[name], (step_size, pseudocount, entropy), held.get(name))
 
 
@@ -194,7 +194,7 @@ def anemone_step(
         momentum * state.mass + (1 - momentum) * mass,
     )
     own_flows = top_down_flows(pc) if own_flows is None else own_flows
-    for name, weights in pc.weights().own.items():
+    for name, weights in pc.own_weights().items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
         _move(pc, name, weights, rescaled, (1.0, pseudocount, entropy), held.get(name))
     return state
@@ -227,13 +227,9 @@ def top_down_flows(
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad():
             normalised = pc.weights()
-            question = Question(pc, nothing, normalised)
-            inputs = question.inputs(LogSemiring())
-        units = [
-            value.detach().expand(*size, len(observed)).clone()
-            for value, size in zip(inputs, pc.layer_sizes, strict=False)
-        ]
-        units = [value.requires_grad_() for value in units]
+            inputs = Question(pc, nothing, normalised).inputs(LogSemiring())
+        sizes = zip(inputs, pc.layer_sizes, strict=False)
+        units = [value.detach().expand(*size, len(observed)).clone().requires_grad_() for value, size in sizes]
         weights = normalised.detached(requires_grad=True)
         log_z = Question(pc, nothing, weights).with_inputs(units).silenced(is_silent).log_z
         sums = [weights.own[name].log for name in pc.sum_banks]
@@ -266,7 +262,7 @@ def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Te
 def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
     """Return the shape of the flows of every bank."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, weights in pc.weights().own.items():
+    for name, weights in pc.own_weights().items():
         rows, second, third = weights.log.shape
         family = pc.families.get(name)
         shapes[name] = (rows, second if family is None else family.num_statistics, third)

@@ -280,7 +280,7 @@ def test_nodes_with_the_same_tables_are_one_product(generator):
     weights = pc.weights(
         external={f"mix{var}": Gates(torch.randn(5, 2, generator=generator), tables) for var in range(6)}
     )
-    (given,) = weights.external.values()
+    (given,) = weights.given.values()
     ((rows, joined),) = given.parts
     assert rows.tolist() == list(range(6))
     assert joined.tables.shape == (1, 2, 8, 8)
