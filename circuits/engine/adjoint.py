@@ -14,13 +14,27 @@ from torch import Tensor
 
 from circuits.engine.layers import Gradients, ProductLayer
 from circuits.engine.semirings import LogSemiring
-from circuits.engine.weights import Flows
 from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     from circuits.engine.question import Question
 
 _LOG = LogSemiring()
+
+
+class Flows:
+    """Gradient with respect to the log-weights of one bank, (P, O, I), gathered over the layers that use it."""
+
+    def __init__(self, bank: Tensor) -> None:
+        self.linear = torch.zeros_like(bank)
+        """Gradient with respect to the linear weights."""
+        self.extra: Tensor | None = None
+        """Gradient that is already with respect to the log-weights."""
+
+    def total(self, linear_weights: Tensor) -> Tensor:
+        """Return ``w * d/dw`` plus the rest: the gradient with respect to the log-weights."""
+        flows = self.linear.mul_(linear_weights)
+        return flows if self.extra is None else flows.add_(self.extra)
 
 
 class LogRoot(torch.autograd.Function):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from circuits.engine import logspace
 from circuits.engine.external import GivenSums
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
-from circuits.engine.weights import Flows, LatentFactors, Weights
+from circuits.engine.weights import LatentFactors, Weights
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import ProductMode
+
+if TYPE_CHECKING:
+    from circuits.engine.adjoint import Flows
 
 Address = tuple[int, int]
 """Where a node lives: (layer, position within the layer)."""

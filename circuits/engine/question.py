@@ -54,7 +54,7 @@ class Question:
     ) -> None:
         self.pc = pc
         self.weights = CircuitWeights(pc.own_weights()) if weights is None else weights
-        batch_size = self.weights.batch_size
+        batch_size = self.weights.batch_size if self.weights.given else 1
         if evidence is None:
             evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
         elif not torch.compiler.is_compiling():

@@ -59,7 +59,7 @@ class CircuitWeights:
     @property
     def batch_size(self) -> int:
         """B of the weights given at run time; 1 when all queries share them."""
-        return max([1, *(given.batch_size for given in self.given.values())]) if self.given else 1
+        return max([1, *(given.batch_size for given in self.given.values())])
 
     def tensors(self) -> list[Tensor]:
         """Return all log-weights."""
@@ -105,21 +105,6 @@ class LatentFactors:
         given, slot = matches.nonzero(as_tuple=True)
         log_weights[given] += self.log[slot, :, query[given]]
         return log_weights
-
-
-class Flows:
-    """Gradient with respect to the log-weights of one bank, (P, O, I), gathered over the layers that use it."""
-
-    def __init__(self, bank: Tensor) -> None:
-        self.linear = torch.zeros_like(bank)
-        """Gradient with respect to the linear weights."""
-        self.extra: Tensor | None = None
-        """Gradient that is already with respect to the log-weights."""
-
-    def total(self, linear_weights: Tensor) -> Tensor:
-        """Return ``w * d/dw`` plus the rest: the gradient with respect to the log-weights."""
-        flows = self.linear.mul_(linear_weights)
-        return flows if self.extra is None else flows.add_(self.extra)
 
 
 def latents_by_layer(

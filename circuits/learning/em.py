@@ -262,10 +262,9 @@ def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Te
 def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
     """Return the shape of the flows of every bank."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, weights in pc.own_weights().items():
-        rows, second, third = weights.log.shape
+    for name, raw in pc.bank.items():
         family = pc.families.get(name)
-        shapes[name] = (rows, second if family is None else family.num_statistics, third)
+        shapes[name] = tuple(raw.shape) if family is None else (len(raw), family.num_statistics, raw.shape[-1])
     return shapes
 
 
