@@ -6,13 +6,15 @@ are accumulated by the GEMMs themselves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from circuits.engine.layers import Gradients, ProductLayer
+from circuits.engine.chains import Scan
+from circuits.engine.layers import Gradients, ProductLayer, SumLayer
 from circuits.engine.semirings import LogSemiring
 from circuits.precision import own_precision
 
@@ -43,19 +45,11 @@ class LogRoot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, question: Question, *tensors: Tensor) -> Tensor:
         """Evaluate all layers, and keep of each what its adjoint needs."""
-        pc, latents = question.pc, question.latents
+        pc = question.pc
         ctx.question, ctx.saved, ctx.num_inputs = question, {}, len(pc.input_layers)
         ctx.save_for_backward(*tensors)
         values = dict(enumerate(tensors[: ctx.num_inputs]))
-        for position, layer in enumerate(pc.inner_layers, start=ctx.num_inputs):
-            if isinstance(layer, ProductLayer):
-                values[position] = layer(_LOG, values)
-            else:
-                weights = question.weights.own[layer.parameter_rows.bank]
-                out, ctx.saved[position] = layer.forward_recorded(values, weights, latents.get(position))
-                values[position] = question.with_silence(_LOG, position, out) if question.silent else out
-            for spent in pc.last_uses[position]:
-                del values[spent]
+        evaluate(question, values, ctx.saved)
         root = values[len(pc.layer_sizes) - 1][0]
         return root.clone() if len(pc.layer_sizes) == 1 else root
 
@@ -72,26 +66,93 @@ class LogRoot(torch.autograd.Function):
         gradients = Gradients(pc.layer_sizes, grad.shape[1])
         gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
         latent_grads: dict[int, Tensor] = {}
-        for position in reversed(range(ctx.num_inputs, len(pc.layer_sizes))):
-            layer = pc.inner_layers[position - ctx.num_inputs]
-            incoming = gradients.pop(position)
-            if incoming is None:
+        for step in reversed(pc.schedule):
+            scan, chain = ctx.saved.get(step.position), step.chain
+            if not isinstance(scan, Scan) or chain is None:
+                for position, layer in reversed(step.layers):
+                    _send_down(ctx, position, layer, gradients, flows, latent_grads)
                 continue
-            if isinstance(layer, ProductLayer):
-                layer.adjoint(incoming, gradients)
-                continue
-            if position in question.silent:
-                incoming = incoming.masked_fill(question.silent[position], 0.0)
-            bank = layer.parameter_rows.bank
-            grad_x = layer.adjoint(incoming, ctx.saved[position], own[bank], gradients, flows.get(bank))
-            if position in latents:
-                latent_grads[position] = grad_x.index_select(0, latents[position].rows)
+            incoming = gradients.pop(step.position)
+            if incoming is not None:
+                linear = own[chain.bank].linear[chain.row]
+                flow = flows[chain.bank].linear if chain.bank in flows else None
+                grads = chain.adjoint(incoming[0], scan, linear, question.silent, flow)
+                chain.send(grads, gradients)
+                latent_grads.update((at, grads[n].unsqueeze(0)) for n, at in enumerate(chain.positions) if latents)
         return (
             None,
             *(gradients.pop(position) for position in range(ctx.num_inputs)),
             *(flows[name].total(own[name].linear) if name in flows else None for name in pc.sum_banks),
             *(latent_grads.get(position) for position in latents),
         )
+
+
+def evaluate(question: Question, values: dict[int, Tensor], saved: dict[int, Any] | None) -> None:
+    """Add the log-values of the inner layers to ``values``, but for what nobody needs any more.
+
+    Args:
+        question: without weights given at run time.
+        values: of the input layers.
+        saved: where what adjoints need is kept, by layer; None: nowhere.
+    """
+    for step in question.pc.schedule:
+        position, chain, scan = step.position, step.chain, None
+        if chain is not None:
+            linear = question.weights.own[chain.bank].linear[chain.row]
+            scan = chain.scan(values, linear, question.latents, question.silent)
+        if scan is None:
+            for at, layer in step.layers:
+                _evaluate_layer(question, at, layer, values, saved)
+            for at in () if chain is None else chain.inside:
+                del values[at]
+        else:
+            values[position] = scan.sums[:1].log().add_(scan.log_scale[:1])
+            if saved is not None:
+                saved[position] = scan
+        for at in step.spent:
+            del values[at]
+
+
+def _evaluate_layer(
+    question: Question,
+    position: int,
+    layer: ProductLayer | SumLayer,
+    values: dict[int, Tensor],
+    saved: dict[int, Any] | None,
+) -> None:
+    if isinstance(layer, ProductLayer):
+        values[position] = layer(_LOG, values)
+        return
+    weights, latents = question.weights.own[layer.parameter_rows.bank], question.latents.get(position)
+    if saved is None:
+        out = layer(_LOG, values, weights, None, latents)
+    else:
+        out, saved[position] = layer.forward_recorded(values, weights, latents)
+    values[position] = question.with_silence(_LOG, position, out) if question.silent else out
+
+
+def _send_down(
+    ctx: Any,
+    position: int,
+    layer: ProductLayer | SumLayer,
+    gradients: Gradients,
+    flows: Mapping[str, Flows],
+    latent_grads: dict[int, Tensor],
+) -> None:
+    """Send the gradient of one layer's output to its children, its weights and its latents' factors."""
+    question: Question = ctx.question
+    incoming = gradients.pop(position)
+    if incoming is None:
+        return
+    if isinstance(layer, ProductLayer):
+        layer.adjoint(incoming, gradients)
+        return
+    if position in question.silent:
+        incoming = incoming.masked_fill(question.silent[position], 0.0)
+    bank = layer.parameter_rows.bank
+    grad_x = layer.adjoint(incoming, ctx.saved[position], question.weights.own[bank], gradients, flows.get(bank))
+    if position in question.latents:
+        latent_grads[position] = grad_x.index_select(0, question.latents[position].rows)
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

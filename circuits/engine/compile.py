@@ -7,6 +7,7 @@ assigned.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits.arguments import checked_device, checked_dtype, checked_seed
+from circuits.engine.chains import schedule_of
 from circuits.engine.external import ExternalWeights, checked_form, weights_by_layer
 from circuits.engine.folding import Folding, fold
 from circuits.engine.input_layers import DirectLayer, InputLayer, TableLayer
@@ -39,6 +41,8 @@ from circuits.symbolic import (
 
 _ROWS = 4096
 """Of a table that is set: copies are made of so many at a time."""
+_MANY_LAYERS = 1000
+"""From so many on, the layers of chains are made when they are first asked for."""
 _DIRICHLET = Categorical(1)  # its initial log-weights do not depend on the number of categories
 
 
@@ -67,15 +71,14 @@ class CompiledCircuit(nn.Module):
             {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in folding.bank_shapes.items()}
         )
         self.sum_banks = [name for name in folding.bank_shapes if name not in folding.families]
-        built = [_built_layer(folding, nodes, circuit.num_vars, dtype) for nodes in folding.layers]
-        self.input_layers: Sequence[InputLayer] = cast(
-            Any, nn.ModuleList(layer for layer in built if isinstance(layer, InputLayer))
-        )
-        self.inner_layers: Sequence[ProductLayer | SumLayer] = cast(
-            Any, nn.ModuleList(layer for layer in built if not isinstance(layer, InputLayer))
-        )
+        num_inputs = sum(isinstance(nodes[0], Input) for nodes in folding.layers)
+        inputs = [_input_layer(folding, nodes, circuit.num_vars, dtype) for nodes in folding.layers[:num_inputs]]
+        self.input_layers: Sequence[InputLayer] = cast(Any, nn.ModuleList(inputs))
         self.layer_sizes = folding.layer_sizes
         self.last_uses = folding.last_uses
+        self.schedule = schedule_of(folding, num_inputs, functools.partial(_inner_layer, folding))
+        if len(folding.layers) < _MANY_LAYERS:
+            _ = self.inner_layers  # made now: tracing compilers find them as they are
         real = {node.var for node in circuit.inputs if not node.distribution.is_discrete}
         counts = [count or -(var not in real) for var, count in enumerate(circuit.num_categories)]
         self.register_buffer("num_categories", torch.tensor(counts), persistent=False)  # as Evidence.check takes them
@@ -91,6 +94,11 @@ class CompiledCircuit(nn.Module):
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
         return next(iter(self.bank.values())).dtype
+
+    @functools.cached_property
+    def inner_layers(self) -> Sequence[ProductLayer | SumLayer]:
+        """All layers above the inputs, in order."""
+        return [layer for _, layer in sorted(made for step in self.schedule for made in step.layers)]
 
     @property
     def num_free_parameters(self) -> int:
@@ -224,6 +232,8 @@ class CompiledCircuit(nn.Module):
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         checked_dtype("dtype", dtype)  # before anything is converted
         self._cache.clear()
+        for step in self.schedule:
+            step.move(fn)
         return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
@@ -283,25 +293,30 @@ class CompiledCircuit(nn.Module):
         return Weights(torch.log_softmax(parameter, -1))
 
 
-def _built_layer(
-    folding: Folding, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype
-) -> InputLayer | ProductLayer | SumLayer:
-    """Return the layer of nodes that are evaluated together."""
-    first = nodes[0]
+def _inner_layer(folding: Folding, position: int) -> ProductLayer | SumLayer:
+    """Return the layer of product or sum nodes that are evaluated together."""
+    nodes = folding.layers[position]
     children = [[folding.addresses[child] for child in node.children] for node in nodes]
-    child_units = [child.num_units for child in first.children]
-    if isinstance(first, Product):
-        return ProductLayer(children, child_units, first.mode)
-    owners = [folding.bank_addresses[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
-    parameters = ParameterRows(owners[0][0], [row for _, row in owners])
-    if isinstance(first, Sum):
-        num_siblings = len(nodes) // len({node.children for node in nodes})
-        return SumLayer(children, child_units, parameters, num_siblings)
+    child_units = [child.num_units for child in nodes[0].children]
+    if isinstance(nodes[0], Product):
+        return ProductLayer(children, child_units, nodes[0].mode)
+    num_siblings = len(nodes) // len({node.children for node in nodes})
+    return SumLayer(children, child_units, _parameter_rows(folding, nodes), num_siblings)
+
+
+def _input_layer(folding: Folding, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype) -> InputLayer:
+    """Return the layer of input nodes that are evaluated together."""
+    parameters = _parameter_rows(folding, nodes)
     variables = [node.var for node in nodes if isinstance(node, Input)]
     family = folding.families[parameters.bank]
     if isinstance(family, Direct):
         return DirectLayer(variables, parameters, num_vars, family, dtype)
     return TableLayer(variables, parameters, num_vars)
+
+
+def _parameter_rows(folding: Folding, nodes: Sequence[Node]) -> ParameterRows:
+    owners = [folding.bank_addresses[parameter_owner(node)] for node in nodes if isinstance(node, ParametricNode)]
+    return ParameterRows(owners[0][0], [row for _, row in owners])
 
 
 def _num_writes(weights: Weights) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ class InputLayer(nn.Module, ABC):
         self.parameter_rows = parameters
         self.takes_all = list(variables) == list(range(num_vars))
         self.register_buffer("variables", torch.tensor(variables), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.parameter_rows.move(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, semiring: Semiring, evidence: Evidence, weights: Weights) -> Tensor:
         """Return the sum of ``e(v) p(v)`` over all v of every unit, as values of the semiring (F, K, B, *E)."""

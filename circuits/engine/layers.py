@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuits.engine import logspace
 from circuits.engine.external import GivenSums
@@ -70,10 +70,7 @@ class Gradients:
 
 
 class Gather:
-    """Gathers the values of n nodes of earlier layers: as slices where they are evenly spaced, else by index.
-
-    Not a module, because long chains have tens of thousands of them: its layer moves it between devices.
-    """
+    """Gathers the values of n nodes of earlier layers: as slices where they are evenly spaced, else by index."""
 
     def __init__(self, addresses: Sequence[Address]) -> None:
         pieces = _runs_by_layer(addresses)
@@ -113,18 +110,19 @@ class Gather:
             gradients.add(layer, at, part)
 
 
-class ParameterRows(nn.Module):
+class ParameterRows:
     """Selects the rows of a parameter bank (P, O, I) that F folded nodes use; tied nodes share rows."""
 
-    index: Tensor
-
     def __init__(self, bank: str, rows: Sequence[int]) -> None:
-        super().__init__()
         self.bank = bank
         self.num_nodes = len(rows)
         self.is_tied = len(set(rows)) == 1
         self.slice = slice(rows[0], rows[0] + 1, 1) if self.is_tied else _as_slice(rows)
-        self.register_buffer("index", torch.tensor(rows), persistent=False)
+        self.index = torch.tensor(rows)
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        self.index = function(self.index)
 
     def select(self, bank: Tensor, *, expand: bool = True) -> Tensor:
         """Return the rows of ``bank`` for each node, (F, O, I); (1, O, I) for tied nodes unless ``expand``."""
@@ -151,19 +149,17 @@ class ParameterRows(nn.Module):
         self.add(bank, torch.bmm(left, right).reshape(self.num_nodes, *bank.shape[1:]))
 
 
-class _InnerLayer(nn.Module):
+class _InnerLayer:
     """F nodes with equally many children, whose units are ``child_units``."""
 
-    addresses: Tensor
-    """(layer, position) of every child of every node, int64 (F, children, 2)."""
     slots: list[Gather]
     """What gathers the children, by their position among a node's children."""
 
     def __init__(self, children: Sequence[Sequence[Address]], child_units: Sequence[int]) -> None:
-        super().__init__()
         self.num_nodes = len(children)
         self.child_units = list(child_units)
-        self.register_buffer("addresses", torch.tensor(children), persistent=False)
+        self.addresses = torch.tensor(children)
+        """(layer, position) of every child of every node, int64 (F, children, 2)."""
         layers = [{addresses[slot][0] for addresses in children} for slot in range(len(child_units))]
         self._child_layers = [found.pop() if len(found) == 1 else None for found in layers]
         """Per child, the layer that all nodes have it in; None: in several."""
@@ -192,10 +188,11 @@ class _InnerLayer(nn.Module):
                 here = layers == layer
                 reached[layer][nodes[here], at_column[here]] = unit[here]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        self.addresses = function(self.addresses)
         for slot in self.slots:
-            slot.move(fn)
-        return super()._apply(fn, recurse)
+            slot.move(function)
 
 
 class ProductLayer(_InnerLayer):
@@ -212,7 +209,7 @@ class ProductLayer(_InnerLayer):
             slots = [[addresses[slot] for addresses in children] for slot in range(self.num_children)]
         self.slots = [Gather(slot) for slot in slots]
 
-    def forward(self, semiring: Semiring, values: LayerValues) -> Tensor:
+    def __call__(self, semiring: Semiring, values: LayerValues) -> Tensor:
         """Return the products of the children's units, shape (F, K, B, *E)."""
         if self.is_stacked:
             return semiring.product(self.slots[0](values).unflatten(0, (-1, self.num_children)))
@@ -263,6 +260,11 @@ class SumLayer(_InnerLayer):
         slots = ([addresses[slot] for addresses in children[::num_siblings]] for slot in range(len(child_units)))
         self.slots = [Gather(slot) for slot in slots]
 
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        super().move(function)
+        self.parameter_rows.move(function)
+
     def gather(self, values: LayerValues, semiring: Semiring = _LOG, latents: LatentFactors | None = None) -> Tensor:
         """Return the children's units side by side, times the factors of latent evidence, shape (F, I, B, *E)."""
         x = self._gather_stacks(values)
@@ -270,7 +272,7 @@ class SumLayer(_InnerLayer):
             x = x.repeat_interleave(self.num_siblings, 0)
         return x if latents is None else latents.applied(semiring, x)
 
-    def forward(
+    def __call__(
         self,
         semiring: Semiring,
         values: LayerValues,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice
-from circuits.engine.layers import ProductLayer, SumLayer
+from circuits.engine.layers import ProductLayer
 from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine.weights import CircuitWeights, LatentFactors, class_factors, latents_by_layer
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
@@ -108,19 +108,24 @@ class Question:
             if not bool(nothing.any()):
                 return self
             return self._with(evidence=self.evidence.without(nothing)).silenced(nodes_of(pc, nothing))
-        values: dict[int, Tensor] = {}
-        for position in range(len(pc.layer_sizes)):
-            inner = position - len(silent_inputs)
-            silent = silent_inputs[position] if inner < 0 else pc.inner_layers[inner].all_of(values)
-            given, latents = self.weights.given.get(position), self.latents.get(position)
-            if given is not None:
-                silent = silent.index_fill(0, given.scaled_rows, False)
-            if latents is not None:  # factors that are 0 throughout say nothing
-                heard = (latents.log != 0).any(1, keepdim=True)
-                silent = silent.index_copy(0, latents.rows, silent.index_select(0, latents.rows) & ~heard)
-            values[position] = silent
-        layers = enumerate(pc.inner_layers, start=len(silent_inputs))
-        return self._with(silent={n: values[n] for n, layer in layers if isinstance(layer, SumLayer)})
+        values = {n: self._unless_heard(n, silent) for n, silent in enumerate(silent_inputs)}
+        for step in pc.schedule:
+            if step.chain is not None:
+                values.update(step.chain.silent_sums(values, self._unless_heard, {*self.weights.given, *self.latents}))
+                continue
+            for position, layer in step.layers:
+                values[position] = self._unless_heard(position, layer.all_of(values))
+        return self._with(silent=values)
+
+    def _unless_heard(self, position: int, silent: Tensor) -> Tensor:
+        """Take out of the silent nodes of a layer, (F, 1, B), those with factors or weights that say something."""
+        given, latents = self.weights.given.get(position), self.latents.get(position)
+        if given is not None:
+            silent = silent.index_fill(0, given.scaled_rows, False)
+        if latents is not None:  # factors that are 0 throughout say nothing
+            heard = (latents.log != 0).any(1, keepdim=True)
+            silent = silent.index_copy(0, latents.rows, silent.index_select(0, latents.rows) & ~heard)
+        return silent
 
     def levelled(self) -> tuple[Question, Tensor]:
         """Return the question :meth:`silenced`, without the factors that all values of a variable share.
@@ -168,8 +173,12 @@ class Question:
         tensors = (*inputs, *(self.weights.own[name].log for name in self.pc.sum_banks))
         tensors = (*tensors, *(factors.log for factors in self.latents.values()))
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if not needs_grad or torch.compiler.is_compiling() or self.weights.given:
+        if torch.compiler.is_compiling() or self.weights.given:
             root = self._evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
+        elif not needs_grad:
+            values = dict(enumerate(inputs))
+            adjoint.evaluate(self, values, None)
+            root = values[len(self.pc.layer_sizes) - 1]
         else:
             root = adjoint.LogRoot.apply(self, *tensors).unsqueeze(0)
         if self.class_factors is None and self.pc.circuit.num_classes:

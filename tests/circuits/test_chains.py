@@ -1,0 +1,111 @@
+"""Chains of equal steps are evaluated as one recurrence; it gives what the layers give, one by one."""
+
+import pytest
+import torch
+
+import circuits as ct
+from circuits.engine import chains
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.fixture(params=["steps", "halves"])
+def schedule(request, monkeypatch):
+    """Both ways of evaluating a chain."""
+    monkeypatch.setattr(chains, "_FEW_PRODUCTS", 0 if request.param == "steps" else 1 << 30)
+
+
+def compiled(circuit, monkeypatch, *, shortest=4, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(chains, "_SHORTEST", shortest)
+        pc = ct.compile(circuit, seed=1, **{"dtype": torch.float64, **options})
+    assert any(step.chain for step in pc.schedule) == (shortest < 100)
+    return pc
+
+
+def answers(pc, evidence):
+    """Log Z, its gradient in all parameters, flows, and the posteriors of all latents and variables."""
+    log_z = pc(evidence)
+    gradients = torch.autograd.grad(log_z.sum(), list(pc.parameters()))
+    flows, log_likelihood = ct.learning.expected_flows(pc, evidence)
+    latents = ct.queries.latent_marginals(pc, evidence)
+    marginals = ct.queries.marginals(pc, evidence)
+    with torch.no_grad():
+        plain = pc(evidence)
+    return [log_z, plain, *gradients, *flows.values(), log_likelihood, *latents.values(), marginals]
+
+
+def padded(batch_size, length, num_categories):
+    """Observations with holes, that end at several places, one of them with nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(num_categories, (batch_size, length), generator=generator)
+    ends = torch.randint(length + 1, (batch_size, 1), generator=generator)
+    ends[0] = 0
+    observed = (torch.rand(x.shape, generator=generator) < 0.8) & (torch.arange(length) < ends)
+    return ct.Evidence.observe(x, observed)
+
+
+@pytest.mark.parametrize(("length", "num_states"), [(6, 3), (17, 2), (33, 5)])
+def test_a_chain_gives_what_its_layers_give(schedule, monkeypatch, length, num_states):
+    circuit = ct.structures.hmm(length, num_states, 4)
+    evidence = padded(5, length, 4)
+    factors = {f"transition{t}": torch.randn(5, num_states, dtype=torch.float64) for t in (0, 3)}
+    for asked in (evidence, evidence.with_latents(factors)):
+        found = answers(compiled(circuit, monkeypatch), asked)
+        expected = answers(compiled(circuit, monkeypatch, shortest=100), asked)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_the_log_likelihood_is_that_of_the_forward_algorithm(schedule, monkeypatch):
+    pc = compiled(ct.structures.hmm(40, 3, 4), monkeypatch)
+    x = torch.randint(4, (7, 40), generator=torch.Generator().manual_seed(0))
+    tables = {name: pc.log_weights(name).exp().detach() for name in ("initial", "transition0", "emission0")}
+    alpha = tables["initial"] * tables["emission0"][x[:, 0]]
+    for step in range(1, 40):
+        alpha = alpha @ tables["transition0"] * tables["emission0"][x[:, step]]
+    torch.testing.assert_close(pc(x), alpha.sum(1).log(), **CLOSE)
+
+
+def test_sums_below_what_linear_space_can_hold_are_exact(schedule, monkeypatch):
+    transition = torch.tensor([[1.0, 0.0], [1e-30, 1.0]])  # back to the first state all but never
+    emission = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    circuit = ct.structures.hmm(8, 2, 2, transition=transition, emission=emission, initial=torch.tensor([0.5, 0.5]))
+    pc = compiled(circuit, monkeypatch, dtype=torch.float32)
+    x = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0, 0]])
+    log_p = pc(x)
+    log_half = torch.tensor(0.5).log()
+    torch.testing.assert_close(log_p[:2], torch.stack([log_half + torch.tensor(1e-30).log(), log_half]))
+    assert log_p[2] == -torch.inf
+    log_p[:2].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in pc.parameters())
+
+
+def test_second_derivatives_go_through_the_layers(schedule, monkeypatch):
+    pc = compiled(ct.structures.hmm(7, 2, 3), monkeypatch)
+    factors = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda f: pc(ct.Evidence.soft(f)), (factors,))
+
+
+def test_a_chain_moves_copies_and_samples_like_any_circuit(monkeypatch):
+    import copy
+
+    pc = compiled(ct.structures.hmm(12, 3, 4), monkeypatch)
+    layered = compiled(ct.structures.hmm(12, 3, 4), monkeypatch, shortest=100)
+    draws = [ct.queries.sample(c, 50, generator=torch.Generator().manual_seed(0)) for c in (pc, layered)]
+    assert torch.equal(*draws)
+    moved = copy.deepcopy(pc).to(torch.float32)
+    torch.testing.assert_close(moved(draws[0]).double(), pc(draws[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "circuit",
+    [
+        ct.structures.hmm(12, 2, 3, homogeneous=False),
+        ct.structures.hmm(4, 2, 3),
+        ct.structures.linear_tree(8, 2, 3),
+    ],
+)
+def test_other_circuits_have_no_chain(circuit):
+    pc = ct.compile(circuit, seed=0)
+    assert not any(step.chain for step in pc.schedule)
