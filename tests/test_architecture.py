@@ -56,7 +56,6 @@ HEIGHTS = {
 AGAINST_THE_TRAFFIC = {
     ("circuits/region_graphs/graph.py", "plot"),
     ("circuits/symbolic/circuit.py", "properties"),
-    ("circuits/transforms/prune.py", "learning"),
 }
 # Private names that still cross a wing. The list only shrinks.
 PRIVATE_ACROSS = {"diffusion._json.read_json", "diffusion._json.write_json"}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, StructureError
-from circuits.learning.em import checked_sample_weights
 from circuits.precision import own_precision
+from circuits.queries.flows import checked_sample_weights
 from circuits.symbolic import Circuit, ParametricNode, sum
 
 

@@ -17,10 +17,10 @@ from circuits.digests import digest
 from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning.checkpoint import Checkpoint
-from circuits.learning.em import checked_sample_weights
 from circuits.learning.loop import EarlyStopping, ModuleTraining, Plan, mixed_seed, run
 from circuits.learning.tables import as_tensor
 from circuits.precision import own_precision
+from circuits.queries.flows import checked_sample_weights
 from circuits.region_graphs.chow_liu import empirical_mutual_information
 from circuits.structures.blocks import checked_categories, correlated_blocks
 

@@ -2,14 +2,14 @@
 
 from circuits.learning.clusters import kmeans
 from circuits.learning.distributed import join_processes
-from circuits.learning.em import AnemoneState, ExpectedFlows, anemone_step, em_step, expected_flows, top_down_flows
+from circuits.learning.em import AnemoneState, anemone_step, em_step
 from circuits.learning.fit import FitResult, fit
-from circuits.learning.hard import viterbi_flows
 from circuits.learning.initialization import initialize_inputs
 from circuits.learning.kmeans_start import initialize_by_kmeans
 from circuits.learning.loop import EarlyStopping
 from circuits.learning.optimizers import EM, Anemone, GradientDescent, MiniBatchEM, ViterbiEM
 from circuits.learning.samples import Samples
+from circuits.queries.flows import ExpectedFlows, expected_flows, top_down_flows, viterbi_flows
 
 __all__ = [
     "EM",

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
-from circuits.learning.em import checked_sample_weights
 from circuits.precision import own_precision
+from circuits.queries.flows import checked_sample_weights
 
 _MAX_ELEMENTS = 1 << 24
 

@@ -14,10 +14,10 @@ from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical
-from circuits.learning import em
-from circuits.learning.checks import check_em_options
+from circuits.learning.em import check_em_options, em_step
 from circuits.learning.samples import Samples, checked_samples
 from circuits.precision import own_precision
+from circuits.queries.flows import BankFlows, flow_shapes, traced_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ def initialize_inputs(
     samples = checked_samples(pc, "data", Samples(data, observed), takes_labels=False)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(samples.x), generator=generator)[: _BATCH_SIZE * _NUM_BATCHES[by]]
-    flows: em.BankFlows = {}
+    flows: BankFlows = {}
     for batch in samples.batches(_BATCH_SIZE, chosen):
         num_samples = samples_per_unit if by == "random" else None
         for name, flow in _assigned_flows(pc, batch.evidence, num_samples, generator).items():
@@ -75,17 +75,17 @@ def initialize_inputs(
     for name, family in pc.families.items():
         if bandwidth and isinstance(family, Categorical):
             flows[name] = _spread_matrix(family.num_categories, bandwidth).to(flows[name]) @ flows[name]
-    for name, shape in em.flow_shapes(pc).items():
+    for name, shape in flow_shapes(pc).items():
         flows.setdefault(name, torch.zeros(shape, device=pc.device))  # sums have none
-    em.em_step(pc, flows, pseudocount=pseudocount)
+    em_step(pc, flows, pseudocount=pseudocount)
 
 
 def _assigned_flows(
     pc: CompiledCircuit, evidence: Evidence, samples_per_unit: int | None, generator: torch.Generator
-) -> em.BankFlows:
+) -> BankFlows:
     """Return the inputs' flows under responsibilities that are assigned, by quantiles or at random, not inferred."""
     with torch.inference_mode(False), torch.enable_grad():
-        traced, sources = em.traced_weights(pc)
+        traced, sources = traced_weights(pc)
         leaf_values = Question(pc, evidence, traced).inputs(LogSemiring())
         shares = []
         for layer, value in zip(pc.input_layers, leaf_values, strict=True):

@@ -14,8 +14,8 @@ from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import ArgumentError
 from circuits.families import Bernoulli, Categorical
-from circuits.learning.checks import check_em_options
 from circuits.learning.clusters import kmeans
+from circuits.learning.em import check_em_options
 from circuits.learning.fit import fit
 from circuits.learning.optimizers import EM
 from circuits.learning.samples import Rows, Samples, checked_samples

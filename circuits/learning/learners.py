@@ -15,6 +15,7 @@ from circuits.errors import ArgumentError
 from circuits.learning import em
 from circuits.learning.distributed import Processes
 from circuits.learning.samples import Batch
+from circuits.queries.flows import BankFlows, ExpectedFlows, expected_flows, flow_shapes, top_down_flows
 
 _LEAST_MASS = 1e-300
 
@@ -51,10 +52,10 @@ class Learner(ABC):
         if state is not None:
             raise ValueError("this optimizer keeps no state")
 
-    def _flows(self, state: Any) -> em.BankFlows:
+    def _flows(self, state: Any) -> BankFlows:
         """Return flows that a state has, where the circuit is."""
         flows = {name: state[name].to(self.pc.device) for name in self.pc.bank}
-        if {name: tuple(flow.shape) for name, flow in flows.items()} != em.flow_shapes(self.pc):
+        if {name: tuple(flow.shape) for name, flow in flows.items()} != flow_shapes(self.pc):
             raise ValueError("its flows have other shapes than the weights")
         return flows
 
@@ -70,12 +71,12 @@ class FullBatchLearner(Learner):
         processes: Processes,
         description: str,
         options: dict[str, Any],
-        flows_of: Callable[..., em.ExpectedFlows] = em.expected_flows,
+        flows_of: Callable[..., ExpectedFlows] = expected_flows,
     ) -> None:
         super().__init__(pc, processes, description)
         self._options = options
         self._flows_of = flows_of
-        self._total: em.BankFlows = {}
+        self._total: BankFlows = {}
 
     def update(self, batch: Batch) -> Tensor:
         """Add the batch's flows to the epoch's."""
@@ -109,7 +110,7 @@ class MiniBatchLearner(Learner):
 
     def update(self, batch: Batch) -> Tensor:
         """Do a step."""
-        flows, log_likelihood = em.expected_flows(self.pc, *batch)
+        flows, log_likelihood = expected_flows(self.pc, *batch)
         em.em_step(self.pc, self.processes.summed_all(flows), **self._options)
         return log_likelihood
 
@@ -124,21 +125,21 @@ class AnemoneLearner(Learner):
 
     def update(self, batch: Batch) -> Tensor:
         """Do a step."""
-        flows, log_likelihood = em.expected_flows(self.pc, *batch)
+        flows, log_likelihood = expected_flows(self.pc, *batch)
         mass = float(self.processes.summed(possible_mass(log_likelihood, batch.weights)))
         own_flows = self._own_flows(batch, log_likelihood, mass)
         flows = self.processes.summed_all(flows)
         self._state = em.anemone_step(self.pc, flows, mass, self._state, own_flows=own_flows, **self._options)
         return log_likelihood
 
-    def _own_flows(self, batch: Batch, log_likelihood: Tensor, mass: float) -> em.BankFlows | None:
+    def _own_flows(self, batch: Batch, log_likelihood: Tensor, mass: float) -> BankFlows | None:
         """Return the top-down flows of samples that lack what the batch lacks; None if that is nothing."""
         nothing = batch.evidence.says_nothing(self.pc.num_categories)
         if not bool(self.processes.summed(nothing.any().double())) or mass <= 0:
             return None
         counts = (log_likelihood != -torch.inf).double()
         counts = counts if batch.weights is None else counts * batch.weights
-        own_flows = em.top_down_flows(self.pc, batch.evidence, counts)
+        own_flows = top_down_flows(self.pc, batch.evidence, counts)
         share = float(counts.sum()) / mass
         return self.processes.summed_all({name: flow * share for name, flow in own_flows.items()})
 

@@ -13,10 +13,10 @@ from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.learning import learners
-from circuits.learning.checks import check_em_options
 from circuits.learning.distributed import Processes, checked_processes
+from circuits.learning.em import check_em_options
 from circuits.learning.frozen import Frozen, frozen_parameters
-from circuits.learning.hard import viterbi_flows
+from circuits.queries.flows import viterbi_flows
 
 EMName = Literal["em", "minibatch_em", "anemone", "viterbi_em"]
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]

@@ -17,6 +17,7 @@ from circuits.families import Distribution
 from circuits.learning.distributed import Processes
 from circuits.learning.known_latents import KnownState, known_states, latent_factors
 from circuits.learning.tables import StoredRows, Table, as_rows, as_tensor
+from circuits.queries.common import checked_labels
 from circuits.symbolic import Input, Sum
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def checked_samples(pc: CompiledCircuit, name: str, data: Any, *, takes_labels: 
         x,
         observed,
         _checked_weights(given.weights, len(x)),
-        checked_labels(pc, name, given.labels, len(x)) if takes_labels else None,
+        _checked_labels(pc, name, given.labels, len(x)) if takes_labels else None,
         _checked_latents(pc, given.latents, len(x)),
     )
 
@@ -184,26 +185,9 @@ def _checked_weights(given: Any, num_samples: int) -> Tensor | None:
     return weights
 
 
-def checked_labels(pc: CompiledCircuit, name: str, labels: Any, num_samples: int) -> Tensor | None:
-    """Return the labels as int64 (N,), None of a circuit without classes; ``name`` is the argument of the samples."""
-    argument, num_classes = name.replace("data", "labels"), pc.circuit.num_classes
-    if num_classes is None:
-        if labels is not None:
-            raise ArgumentError(f"{argument}: {pc.circuit} has no classes; build it with num_classes=")
-        return None
-    if labels is None:
-        raise ArgumentError(f"{argument}: {pc.circuit} has {num_classes} classes; give the class of every sample")
-    labels = as_tensor(argument, labels)
-    if labels.dtype not in _INTEGERS or tuple(labels.shape) != (num_samples,):
-        raise ArgumentError(
-            f"{argument}: expected integers of shape ({num_samples},), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    labels = labels.long()
-    if bool(((labels < 0) | (labels >= num_classes)).any()):
-        raise ArgumentError(
-            f"{argument}: expected numbers from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
-        )
-    return labels
+def _checked_labels(pc: CompiledCircuit, name: str, given: Any, num_samples: int) -> Tensor | None:
+    argument = name.replace("data", "labels")
+    return checked_labels(pc, argument, None if given is None else as_tensor(argument, given), num_samples)
 
 
 def _checked_latents(pc: CompiledCircuit, latents: Any, num_samples: int) -> tuple[KnownState, ...]:

@@ -116,3 +116,25 @@ def value_table(pc: CompiledCircuit, name: str, table: Tensor | None, *, extra_d
     if not bool(table.detach().isfinite().all()):
         raise ArgumentError(f"{name}: expected finite numbers, got NaN or infinity")
     return table.to(pc.device, pc.dtype)
+
+
+def checked_labels(pc: CompiledCircuit, argument: str, labels: Tensor | None, num_samples: int) -> Tensor | None:
+    """Return the classes of samples as int64 (N,), None of a circuit without classes; ``argument`` is their name."""
+    num_classes = pc.circuit.num_classes
+    if num_classes is None:
+        if labels is not None:
+            raise ArgumentError(f"{argument}: {pc.circuit} has no classes; build it with num_classes=")
+        return None
+    if labels is None:
+        raise ArgumentError(f"{argument}: {pc.circuit} has {num_classes} classes; give the class of every sample")
+    is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not is_integer or tuple(labels.shape) != (num_samples,):
+        raise ArgumentError(
+            f"{argument}: expected integers of shape ({num_samples},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    labels = labels.long()
+    if bool(((labels < 0) | (labels >= num_classes)).any()):
+        raise ArgumentError(
+            f"{argument}: expected numbers from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels

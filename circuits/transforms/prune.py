@@ -14,9 +14,9 @@ from circuits.engine.question import Question
 from circuits.engine.weights import Weights
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
-from circuits.learning.em import BankFlows, expected_flows
-from circuits.learning.samples import checked_labels
 from circuits.precision import own_precision
+from circuits.queries.common import checked_labels
+from circuits.queries.flows import BankFlows, expected_flows
 from circuits.transforms.rebuild import normalise
 from circuits.transforms.units import trim
 
@@ -104,7 +104,7 @@ def _labelled(pc: CompiledCircuit, evidence: Evidence, labels: Tensor | None) ->
         if labels is not None:
             raise ArgumentError("labels: the evidence names the classes already; leave one of them out")
         return evidence
-    labels = checked_labels(pc, "data", labels, evidence.batch_size)
+    labels = checked_labels(pc, "labels", labels, evidence.batch_size)
     return evidence if labels is None else evidence.with_class(labels.to(evidence.device))
 
 

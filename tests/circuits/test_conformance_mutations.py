@@ -129,7 +129,7 @@ def underflow_that_is_not_repaired(patch):
 def flows_that_count_half(patch):
     def expected_flows(true, *args):
         flows, log_likelihood = true(*args)
-        return em.ExpectedFlows({name: flow / 2 for name, flow in flows.items()}, log_likelihood)
+        return learning.ExpectedFlows({name: flow / 2 for name, flow in flows.items()}, log_likelihood)
 
     replaced(patch, learning, "expected_flows", expected_flows)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import circuits as ct
-from circuits.learning.hard import viterbi_flows
+from circuits.learning import viterbi_flows
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 DOUBLE = torch.float64
