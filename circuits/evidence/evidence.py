@@ -319,10 +319,9 @@ class Evidence:
             The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
         """
         even = self._even(num_categories)
-        is_even = ~even.isnan()
-        if not bool(((even != 0) & is_even).any()):
+        if not bool(((even != 0) & ~even.isnan()).any()):
             return self, even.new_zeros(len(even))
-        return self.without(is_even), even.nan_to_num(0.0).sum(1)
+        return self.without(~even.isnan()), even.nan_to_num(0.0).sum(1)
 
     @torch.no_grad()
     def _even(self, num_categories: Tensor) -> Tensor:
