@@ -27,6 +27,10 @@ class CheckpointError(UnfactorError, ValueError):
     """A saved circuit or training state is missing, corrupt, hostile, or of a newer format version."""
 
 
+class ProcessLostError(UnfactorError, RuntimeError):
+    """Another of the processes that learn together has ended; the message has its reason."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Long work ended where it was asked to, at a place from which it can go on; the message says where and how.
 

@@ -6,15 +6,19 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from circuits.errors import ArgumentError, UnfactorError
+from circuits.errors import ArgumentError, ProcessLostError, UnfactorError
 
 _T = TypeVar("_T")
+_REASON, _SECONDS_FOR_A_REASON = "unfactor: why a process ended", 5
+_store: torch.distributed.Store | None = None
+"""What the processes have in common, also when one of them is gone."""
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -27,6 +31,9 @@ def join_processes(backend: str | None = None) -> Iterator[torch.distributed.Pro
 
     Args:
         backend: of ``torch.distributed``; None: gloo, and nccl for tensors on CUDA devices where there are any.
+
+    When an error ends one process, the others end too, with a ProcessLostError that has its reason, as soon as they
+    next wait for it. A fit goes on from its checkpoint, also in another number of processes.
 
     Yields:
         The group of all processes, for :func:`~circuits.learning.fit`.
@@ -49,11 +56,18 @@ def join_processes(backend: str | None = None) -> Iterator[torch.distributed.Pro
     if backend is None:
         has_nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    torch.distributed.init_process_group(backend)
+    global _store
+    _store, rank, size = next(iter(torch.distributed.rendezvous("env://")))
+    torch.distributed.init_process_group(backend, store=_store, rank=rank, world_size=size)
     try:
         group = torch.distributed.group.WORLD
         assert group is not None
         yield group
+    except BaseException as error:
+        if not isinstance(error, ProcessLostError):
+            with contextlib.suppress(RuntimeError):  # the process that keeps it may be gone
+                _store.set(_REASON, f"process {rank}: {type(error).__name__}: {error!s:.500}")
+        raise
     finally:
         torch.distributed.destroy_process_group()
 
@@ -87,7 +101,8 @@ class Processes:
         if self.size == 1:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=self.group)
+        with _of_all():
+            torch.distributed.all_reduce(total, group=self.group)
         return total
 
     def is_any(self, condition: bool) -> bool:
@@ -105,7 +120,8 @@ class Processes:
             return
         for tensor in tensors:
             received = tensor.clone()
-            torch.distributed.broadcast(received, group=self.group, group_src=0)
+            with _of_all():
+                torch.distributed.broadcast(received, group=self.group, group_src=0)
             tensor.copy_(received)
 
     def from_first(self, function: Callable[[], _T]) -> _T:
@@ -118,7 +134,8 @@ class Processes:
                 answer[0] = function()
             except UnfactorError as error:
                 answer[1] = error
-        torch.distributed.broadcast_object_list(answer, group=self.group, group_src=0)
+        with _of_all():
+            torch.distributed.broadcast_object_list(answer, group=self.group, group_src=0)
         if answer[1] is not None:
             raise answer[1]
         result: _T = answer[0]
@@ -129,13 +146,30 @@ class Processes:
         if self.size == 1:
             return
         given: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(given, dict(arguments), group=self.group)
+        with _of_all():
+            torch.distributed.all_gather_object(given, dict(arguments), group=self.group)
         differing = sorted({name for other in given for name in arguments if other.get(name) != given[0].get(name)})
         if differing:
             raise ArgumentError(
                 f"process_group: the processes called fit with a different {' and '.join(differing)}; give all of them "
                 "the same arguments and all data, of which each takes its share of every batch"
             )
+
+
+@contextlib.contextmanager
+def _of_all() -> Iterator[None]:
+    """Raise ProcessLostError, with the reason that it left, where another process is no longer there."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = "without a word, as one that was killed"
+        if _store is not None:
+            with contextlib.suppress(RuntimeError):
+                _store.wait([_REASON], timedelta(seconds=_SECONDS_FOR_A_REASON))
+                reason = _store.get(_REASON).decode()
+        raise ProcessLostError(
+            f"process_group: another process ended: {reason}; start all again, a fit goes on from its checkpoint"
+        ) from error
 
 
 def checked_processes(group: Any) -> Processes:

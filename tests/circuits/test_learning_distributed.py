@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 
@@ -176,6 +177,59 @@ def test_errors_are_raised_in_all_processes(folder):
         assert "another run" in lines[2]
         assert "lower its learning rate" in lines[3]
         assert "already initialised" in lines[4]
+
+
+LOST = """
+import os, signal, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_learning_distributed as cases
+import circuits as ct
+from circuits import learning
+from circuits.learning.fit import _CircuitTraining
+
+torch.set_num_threads(1)
+update = _CircuitTraining.update
+def lost(self, step):
+    if self.processes.rank == 1 and step == 7:
+        if sys.argv[3] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the disk is on fire")
+    return update(self, step)
+_CircuitTraining.update = lost
+try:
+    with learning.join_processes() as group:
+        cases.fitted("anemone", process_group=group, checkpoint_path=sys.argv[2])
+except ct.UnfactorError as error:
+    print(type(error).__name__, error, flush=True)
+    os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("way", ["killed", "raised"])
+def test_a_process_that_ends_ends_the_others_with_its_reason_and_one_alone_goes_on(way, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root, path = os.path.dirname(os.path.dirname(ct.__file__)), tmp_path / "run.safetensors"
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", LOST, os.path.dirname(__file__), str(path), way]
+    started = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        said = started[0].communicate(timeout=60)[0].decode()
+        started[1].communicate(timeout=60)
+    finally:
+        for process in started:
+            process.kill()
+    assert started[0].returncode == 3
+    assert said.startswith("ProcessLostError process_group: another process ended: ")
+    assert ("process 1: ValueError: the disk is on fire" if way == "raised" else "without a word") in said
+    assert path.exists()
+    resumed, whole = fitted("anemone", checkpoint_path=path), fitted("anemone")
+    torch.testing.assert_close(resumed, whole, **CLOSE)
 
 
 def test_a_program_that_was_not_started_by_torchrun_is_told_so(monkeypatch):
