@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from circuits.digests import digest
 from circuits.errors import ArgumentError, CheckpointError, StorageError
-from circuits.files import file_hash, hold, sync, system_errors, temporary_folder
+from circuits.files import file_hash, hold, remove_litter, sync, system_errors, temporary_folder
 from circuits.reading import read_json
 
 MANIFEST = "manifest.json"
@@ -193,7 +193,7 @@ def made_from(path: str | os.PathLike[str], format: str) -> Any:
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keep everybody else from working in a folder; it is made if it is not there, and goes if nothing came into it.
 
-    The lock of a process that has died, however it did, is gone with it.
+    The lock of a process that has died, however it did, is gone with it; what it left half done in the folder goes now.
 
     Raises:
         StorageError: somebody else works there, and who that is.
@@ -208,15 +208,17 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
                 f"path: expected {folder} for this process alone, got {_holder(folder)} at work there; wait until it "
                 "is done, or choose another folder"
             )
+    note = folder / LOCK
     try:
-        with system_errors(folder):
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since},\n")
+        remove_litter(folder)
         try:
+            with system_errors(folder):
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                note.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since},\n")
             yield
         finally:
             with contextlib.suppress(OSError):
-                (folder / LOCK).unlink()
+                note.unlink()
                 for place in made:
                     place.rmdir()
     finally:
