@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from circuits import interop, learning, plot, properties, queries, structures, testing, transforms
+from circuits import interop, learning, plot, properties, queries, structures, testing, transforms, weights
 from circuits.constrained import ConstrainedDistribution
 from circuits.distribution import CircuitDistribution
 from circuits.engine import semirings
-from circuits.engine import weight_forms as weights
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.engine.semirings import Semiring
 from circuits.engine.weights import CircuitWeights

@@ -21,7 +21,7 @@ CIRCUITS = (
     ("learning",),
     ("transforms",),
     ("constrained",),
-    ("properties", "distribution"),
+    ("properties", "distribution", "weights"),
     ("queries",),
     ("structures",),
     ("region_graphs",),

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from circuits.engine.joined_weights import JoinedTables, JoinedWeights
 from circuits.engine.semirings import Semiring
-from circuits.engine.weight_forms import Dense, Form, Own, joined_tables
+from circuits.engine.weight_forms import Dense, Form, JoinedTables, JoinedWeights, Own, joined_tables
 from circuits.errors import ArgumentError
 from circuits.families import Finite
 from circuits.symbolic import Input, Node, ParametricNode

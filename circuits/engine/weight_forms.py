@@ -1,30 +1,130 @@
-"""Forms in which a sum node is given weights at run time, for every query b its own table W_b (K, I).
+"""Forms of the weights that a sum node is given at run time, and what they become in a layer.
 
-=============================  ======================================================================================
-:class:`Dense`                 W_b itself
-:class:`Gates`                 ``W_b = sum_t g_bt W_t``: a convex combination of T tables that queries and nodes share
-:class:`LowRank`               ``W_b = (W + v u_b^T) / (1 + v u_b^T 1)``: the node's own table W, moved by a rank R
-=============================  ======================================================================================
-
-Only the first makes a table of every query. A step of the others costs T products with a table that queries share, or
-one such product and R vectors a query. Where weights do not simply add up (maxima, powers, entropies) the tables of a
-few queries at a time are written out; a choice of children writes out the rows of the units that were reached.
+A :class:`Form` is what a user gives one node; forms of a layer that can be evaluated together are joined to
+:class:`JoinedWeights`. Here are tables; further forms are in :mod:`circuits.weights`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from circuits.engine.joined_weights import JoinedGates, JoinedLowRank, JoinedTables
-from circuits.engine.logspace import log_sum
+from circuits.engine.semirings import Semiring
 from circuits.errors import ArgumentError
 from circuits.families.base import log_normalized
+
+J = TypeVar("J", bound="JoinedWeights")
+
+
+class JoinedWeights(ABC):
+    """Weights of n nodes for B queries, or for one that all share: what a form becomes in a layer.
+
+    Its fields are tensors, with the node as their first dimension, of length 1 where all nodes share them.
+    """
+
+    per_query: ClassVar[tuple[str, ...]]
+    """Fields whose second dimension is the query."""
+    log_scale: Tensor | None
+    """What each unit was divided by to be normalised, (n, B, K or 1); None: nothing."""
+
+    @property
+    def batch_size(self) -> int:
+        """B; 1 when all queries share the weights."""
+        return max(getattr(self, name).shape[1] for name in self.per_query if getattr(self, name) is not None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All fields, but for None."""
+        return tuple(t for t in self._fields().values() if t is not None)
+
+    def with_tensors(self: J, tensors: Sequence[Tensor]) -> J:
+        """Return the same weights of other tensors."""
+        others = iter(tensors)
+        return self._replaced({name: None if t is None else next(others) for name, t in self._fields().items()})
+
+    def detached(self: J) -> J:
+        """Return the same weights without their history."""
+        return self.with_tensors([t.detach() for t in self.tensors])
+
+    def of_node(self: J, slot: int) -> J:
+        """Return the weights of one node alone."""
+        return self.with_tensors([t[slot : slot + 1] if len(t) > 1 else t for t in self.tensors])
+
+    def of_queries(self: J, index: Tensor) -> J:
+        """Return the weights of some queries, int64 (m,); they may come more than once."""
+        chosen = {
+            name: t.index_select(1, index)
+            for name, t in self._fields().items()
+            if name in self.per_query and t is not None and t.shape[1] > 1
+        }
+        return self._replaced(chosen)
+
+    @abstractmethod
+    def contract(self, semiring: Semiring, x: Tensor) -> Tensor:
+        """Return the mixtures, (n, K, B, *E), of the nodes' children, (n, I, B, *E)."""
+
+    @abstractmethod
+    def rows(self, slot: Tensor, query: Tensor, unit: Tensor) -> Tensor:
+        """Return ``log W_nb[k]`` of m rows, (m, I), in parts of bounded size.
+
+        Args:
+            slot: which of the n nodes, int64 (m,) like the rest.
+            query: whose weights.
+            unit: which unit of the node.
+        """
+
+    def scaled(self, semiring: Semiring, out: Tensor) -> Tensor:
+        """Multiply mixtures, (n, K, B, *E), by the scales of the weights."""
+        if self.log_scale is None:
+            return out
+        return semiring.times(out, semiring.lift(self.log_scale.transpose(1, 2)))
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def _replaced(self: J, changes: dict[str, Any]) -> J:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTables(JoinedWeights):
+    """Tables of n nodes, of sums along their last dimension, of inputs along the one before."""
+
+    log: Tensor
+    """(n, B, K, I) of sums, (n, B, C, K) of inputs."""
+    log_scale: Tensor | None
+    per_query = ("log", "log_scale")
+
+    def contract(self, semiring: Semiring, x: Tensor) -> Tensor:
+        """Contract the table of every query with its children."""
+        return self._contracted(self.log, semiring, x)
+
+    def contract_inputs(self, semiring: Semiring, x: Tensor) -> Tensor:
+        """Return the values of input units, (n, K, B, *E), from those of their variables' values, (n, C, B, *E)."""
+        return self._contracted(self.log.transpose(2, 3), semiring, x)
+
+    def rows(self, slot: Tensor, query: Tensor, unit: Tensor) -> Tensor:
+        """Look the rows up."""
+        return self.log[slot, self.owner(query), unit]
+
+    def owner(self, query: Tensor) -> Tensor:
+        """Return where queries are along the second dimension."""
+        return query if self.log.shape[1] > 1 else torch.zeros_like(query)
+
+    def _contracted(self, log_weights: Tensor, semiring: Semiring, x: Tensor) -> Tensor:
+        if log_weights.shape[1] == 1:
+            out = semiring.contract(log_weights[:, 0], x)
+        else:
+            per_query = x.movedim(2, 1).flatten(0, 1).unsqueeze(2)  # (n * B, I, 1, *E)
+            out = semiring.contract(log_weights.flatten(0, 1), per_query).squeeze(2)
+            out = out.unflatten(0, (len(x), x.shape[2])).movedim(1, 2)
+        return self.scaled(semiring, out)
 
 
 @dataclass(frozen=True)
@@ -86,7 +186,7 @@ class Dense(Form):
         table = self.log_weights
         is_table = isinstance(table, Tensor) and table.dim() in (2, 3)
         if not is_table or not table.is_floating_point() or table.shape[-2:] != shape:
-            raise _refused("log-weights", f"{shape} or (B, {shape[0]}, {shape[1]})", who, table)
+            raise refused("log-weights", f"{shape} or (B, {shape[0]}, {shape[1]})", who, table)
 
     @property
     def batch_size(self) -> int | None:
@@ -102,143 +202,14 @@ class Dense(Form):
         return joined_tables([form.log_weights.to(own.log) for form in forms], -1, normalize=normalize)
 
 
-@dataclass(frozen=True, eq=False)
-class Gates(Form):
-    """A convex combination of tables, ``W_b = sum_t g_bt W_t``, with gates g and tables W_t as logarithms.
-
-    Nodes whose tables are the same tensor are evaluated together, and the tables are normalised once for all of them.
-    T tables cost T times the products of one.
-
-    Args:
-        gates: log g, (T,) or (B, T); a log-softmax makes them sum to 1.
-        tables: log W_t, (T, K, I); a log-softmax makes their rows sum to 1.
-        relative: whether the tables are offsets of the node's own log-weights, ``log W_t = log W + tables[t]``. Where
-            they are all 0, W_b is the node's own table to the last bit, whatever the gates are.
-    """
-
-    gates: Tensor
-    tables: Tensor
-    relative: bool = False
-
-    def check(self, who: str, shape: tuple[int, int]) -> None:
-        """Raise ArgumentError unless gates and tables fit each other and the node."""
-        gates, tables = self.gates, self.tables
-        if not isinstance(tables, Tensor) or not tables.is_floating_point() or tuple(tables.shape[1:]) != shape:
-            raise _refused("log-tables", f"(T, {shape[0]}, {shape[1]})", who, tables)
-        is_vector = isinstance(gates, Tensor) and gates.dim() in (1, 2) and gates.is_floating_point()
-        if not is_vector or gates.shape[-1] != len(tables) or not len(tables):
-            raise _refused("log-gates", f"({len(tables)},) or (B, {len(tables)}), T >= 1,", who, gates)
-
-    @property
-    def batch_size(self) -> int | None:
-        """B, or None."""
-        return len(self.gates) if self.gates.dim() == 2 else None
-
-    def group(self) -> Hashable:
-        """Nodes with the same tables are joined."""
-        return Gates, id(self.tables), self.relative
-
-    def joined(self, forms: Sequence[Gates], own: Own, *, normalize: bool, shared: dict[Hashable, Any]) -> JoinedGates:
-        """Stack the gates, and normalise the tables once."""
-        key = (Gates, id(self.tables), normalize, *((own.bank, own.rows) if self.relative else ()))
-        if key not in shared:
-            log_tables = self._tables(own, normalize)
-            shared[key] = log_tables, log_tables.exp()
-        log_tables, tables = shared[key]
-        log_gates = _stacked([form.gates.to(own.log) for form in forms], 1)
-        _check_log("gates", log_gates, -1, need_one=normalize)
-        if normalize:
-            log_gates = log_normalized(log_gates, -1)
-            return JoinedGates(log_gates.exp(), log_gates, tables, log_tables, None)
-        peak = log_tables.detach().amax((2, 3))  # (1 or n, T): tables are at most 1, and the gates scale them up
-        peak = peak.masked_fill(peak == -torch.inf, 0.0)
-        log_gates = log_gates + peak.unsqueeze(1)
-        log_tables = log_tables - peak[..., None, None]
-        log_scale = log_sum(log_gates)
-        log_scale = log_scale.masked_fill(log_scale == -torch.inf, 0.0).unsqueeze(2)
-        log_gates = log_gates - log_scale
-        return JoinedGates(log_gates.exp(), log_gates, log_tables.exp(), log_tables, log_scale)
-
-    def _tables(self, own: Own, normalize: bool) -> Tensor:
-        tables = self.tables.to(own.log)
-        if not self.relative:
-            _check_log("tables", tables, -1, need_one=normalize)
-            return (log_normalized(tables, -1) if normalize else tables).unsqueeze(0)
-        log_own = own.table().unsqueeze(1)
-        tables = log_own + tables  # (1 or n, T, K, I)
-        _check_log("tables", tables, -1, need_one=normalize)
-        if not normalize:
-            return tables
-        # own weights sum to 1 but for rounding; so offsets of 0 change no bit
-        return tables - (torch.logsumexp(tables, -1, keepdim=True) - torch.logsumexp(log_own, -1, keepdim=True))
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank(Form):
-    """The node's own table W, moved by a rank R: ``W_b[k, i] = (W[k, i] + sum_r v[k, r] u_b[i, r]) / (1 + ...)``.
-
-    The denominator is the row's sum, so W_b is normalised. Factors are numbers >= 0, not logarithms: where one side is
-    0, W_b is W to the last bit, and has a gradient in it.
-
-    Args:
-        u: of the children, (I, R) or (B, I, R).
-        v: of the units, (K, R) or (B, K, R).
-    """
-
-    u: Tensor
-    v: Tensor
-
-    @classmethod
-    def from_logs(cls, log_u: Tensor, log_v: Tensor) -> LowRank:
-        """Build the form of logarithms U, V, as PyJuice is given them: ``W + sum_r e^(U[i, r] + V[k, r])``."""
-        return cls(log_u.exp(), log_v.exp())
-
-    def check(self, who: str, shape: tuple[int, int]) -> None:
-        """Raise ArgumentError unless the factors fit each other and the node."""
-        rank = self.u.shape[-1] if isinstance(self.u, Tensor) and self.u.dim() else "R"
-        for name, factor, size in (("u", self.u, shape[1]), ("v", self.v, shape[0])):
-            is_matrix = isinstance(factor, Tensor) and factor.dim() in (2, 3) and factor.is_floating_point()
-            if not is_matrix or tuple(factor.shape[-2:]) != (size, rank):
-                raise _refused(name, f"({size}, {rank}) or (B, {size}, {rank})", who, factor)
-            least, greatest = torch.aminmax(factor.detach()) if factor.numel() else (factor.new_zeros(()),) * 2
-            if not bool((least >= 0) & (greatest < torch.inf)):
-                raise ArgumentError(
-                    f"external: expected finite numbers >= 0 as {name} of {who}, got others; of logarithms make "
-                    "it with LowRank.from_logs"
-                )
-
-    @property
-    def batch_size(self) -> int | None:
-        """B, or None."""
-        return next((len(factor) for factor in (self.u, self.v) if factor.dim() == 3), None)
-
-    def group(self) -> Hashable:
-        """Nodes of one rank are joined; of one batch size are those that have one."""
-        return LowRank, self.u.shape[-1]
-
-    def joined(
-        self, forms: Sequence[LowRank], own: Own, *, normalize: bool, shared: dict[Hashable, Any]
-    ) -> JoinedLowRank:
-        """Stack the factors, but for a v that all nodes share."""
-        is_shared = len({id(form.v) for form in forms}) == 1
-        v = _stacked([form.v.to(own.log) for form in (forms[:1] if is_shared else forms)], 2)
-        u = _stacked([form.u.to(own.log) for form in forms], 2)
-        key = (LowRank, own.bank, own.rows)
-        if key not in shared:
-            log_own = own.table()
-            shared[key] = log_own, log_own.exp()
-        log_own, table = shared[key]
-        return JoinedLowRank(table, log_own, u, v, None)
-
-
 def joined_tables(tables: Sequence[Tensor], axis: int, *, normalize: bool) -> JoinedTables:
     """Stack log-weights of n nodes, sums ([B,] K, I) along axis -1, inputs ([B,] C, K) along axis -2.
 
     Raises:
         ArgumentError: a weight is NaN or +inf, or a unit has no weight.
     """
-    log = _stacked(tables, 2)
-    has_weight = _check_log("log-weights", log, axis, need_one=normalize)
+    log = stacked(tables, 2)
+    has_weight = check_log("log-weights", log, axis, need_one=normalize)
     if normalize:
         return JoinedTables(log_normalized(log, axis), None)
     is_empty = ~has_weight.unsqueeze(axis)  # where a unit has no weight its scale is 1, and its children impossible
@@ -246,7 +217,7 @@ def joined_tables(tables: Sequence[Tensor], axis: int, *, normalize: bool) -> Jo
     return JoinedTables(log - log_scale.unsqueeze(axis), log_scale)
 
 
-def _stacked(tensors: Sequence[Tensor], num_dims: int) -> Tensor:
+def stacked(tensors: Sequence[Tensor], num_dims: int) -> Tensor:
     """Stack tensors of ``num_dims`` dimensions, with or without one of queries before: (n, B or 1, ...)."""
     tensors = [t.unsqueeze(0) if t.dim() == num_dims else t for t in tensors]
     batch_size = max(len(t) for t in tensors)
@@ -255,7 +226,7 @@ def _stacked(tensors: Sequence[Tensor], num_dims: int) -> Tensor:
     return torch.stack([t.expand(batch_size, *t.shape[1:]) for t in tensors])
 
 
-def _check_log(what: str, log: Tensor, axis: int, *, need_one: bool) -> Tensor:
+def check_log(what: str, log: Tensor, axis: int, *, need_one: bool) -> Tensor:
     """Return which rows along an axis have a number above -inf; raise ArgumentError for NaN and +inf, or none."""
     greatest = log.detach().amax(axis)
     if not bool((greatest < torch.inf).all()):  # NaN is handed on by amax
@@ -266,6 +237,7 @@ def _check_log(what: str, log: Tensor, axis: int, *, need_one: bool) -> Tensor:
     return has_one
 
 
-def _refused(what: str, shape: str, who: str, got: Any) -> ArgumentError:
+def refused(what: str, shape: str, who: str, got: Any) -> ArgumentError:
+    """Return the error of a tensor that does not fit a node."""
     found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
     return ArgumentError(f"external: expected floating-point {what} {shape} for {who}, got {found}")

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import circuits as ct
 from circuits.symbolic import Sum
+from circuits.weights import Gates, LowRank
 
 DOUBLE = torch.float64
-Gates, LowRank = ct.weights.Gates, ct.weights.LowRank
 
 
 def close(actual, expected):

@@ -1,0 +1,141 @@
+"""Gates: a convex combination of tables that queries and nodes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.engine.logspace import log_sum, product
+from circuits.engine.weight_forms import Form, Own, check_log, refused, stacked
+from circuits.families.base import log_normalized
+from circuits.weights.implicit import ImplicitWeights, at
+
+
+@dataclass(frozen=True, eq=False)
+class Gates(Form):
+    """A convex combination of tables, ``W_b = sum_t g_bt W_t``, with gates g and tables W_t as logarithms.
+
+    Nodes whose tables are the same tensor are evaluated together, and the tables are normalised once for all of them.
+    T tables cost T times the products of one.
+
+    Args:
+        gates: log g, (T,) or (B, T); a log-softmax makes them sum to 1.
+        tables: log W_t, (T, K, I); a log-softmax makes their rows sum to 1.
+        relative: whether the tables are offsets of the node's own log-weights, ``log W_t = log W + tables[t]``. Where
+            they are all 0, W_b is the node's own table to the last bit, whatever the gates are.
+    """
+
+    gates: Tensor
+    tables: Tensor
+    relative: bool = False
+
+    def check(self, who: str, shape: tuple[int, int]) -> None:
+        """Raise ArgumentError unless gates and tables fit each other and the node."""
+        gates, tables = self.gates, self.tables
+        if not isinstance(tables, Tensor) or not tables.is_floating_point() or tuple(tables.shape[1:]) != shape:
+            raise refused("log-tables", f"(T, {shape[0]}, {shape[1]})", who, tables)
+        is_vector = isinstance(gates, Tensor) and gates.dim() in (1, 2) and gates.is_floating_point()
+        if not is_vector or gates.shape[-1] != len(tables) or not len(tables):
+            raise refused("log-gates", f"({len(tables)},) or (B, {len(tables)}), T >= 1,", who, gates)
+
+    @property
+    def batch_size(self) -> int | None:
+        """B, or None."""
+        return len(self.gates) if self.gates.dim() == 2 else None
+
+    def group(self) -> Hashable:
+        """Nodes with the same tables are joined."""
+        return Gates, id(self.tables), self.relative
+
+    def joined(self, forms: Sequence[Gates], own: Own, *, normalize: bool, shared: dict[Hashable, Any]) -> JoinedGates:
+        """Stack the gates, and normalise the tables once."""
+        key = (Gates, id(self.tables), normalize, *((own.bank, own.rows) if self.relative else ()))
+        if key not in shared:
+            log_tables = self._tables(own, normalize)
+            shared[key] = log_tables, log_tables.exp()
+        log_tables, tables = shared[key]
+        log_gates = stacked([form.gates.to(own.log) for form in forms], 1)
+        check_log("gates", log_gates, -1, need_one=normalize)
+        if normalize:
+            log_gates = log_normalized(log_gates, -1)
+            return JoinedGates(log_gates.exp(), log_gates, tables, log_tables, None)
+        peak = log_tables.detach().amax((2, 3))  # (1 or n, T): tables are at most 1, and the gates scale them up
+        peak = peak.masked_fill(peak == -torch.inf, 0.0)
+        log_gates = log_gates + peak.unsqueeze(1)
+        log_tables = log_tables - peak[..., None, None]
+        log_scale = log_sum(log_gates)
+        log_scale = log_scale.masked_fill(log_scale == -torch.inf, 0.0).unsqueeze(2)
+        log_gates = log_gates - log_scale
+        return JoinedGates(log_gates.exp(), log_gates, log_tables.exp(), log_tables, log_scale)
+
+    def _tables(self, own: Own, normalize: bool) -> Tensor:
+        tables = self.tables.to(own.log)
+        if not self.relative:
+            check_log("tables", tables, -1, need_one=normalize)
+            return (log_normalized(tables, -1) if normalize else tables).unsqueeze(0)
+        log_own = own.table().unsqueeze(1)
+        tables = log_own + tables  # (1 or n, T, K, I)
+        check_log("tables", tables, -1, need_one=normalize)
+        if not normalize:
+            return tables
+        # own weights sum to 1 but for rounding; so offsets of 0 change no bit
+        return tables - (torch.logsumexp(tables, -1, keepdim=True) - torch.logsumexp(log_own, -1, keepdim=True))
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedGates(ImplicitWeights):
+    """Gates of n nodes over the same tables."""
+
+    gates: Tensor
+    """(n, B, T)."""
+    log_gates: Tensor
+    tables: Tensor
+    """(1 or n, T, K, I)."""
+    log_tables: Tensor
+    log_scale: Tensor | None
+    per_query = ("gates", "log_gates", "log_scale")
+
+    @property
+    def num_units(self) -> int:  # type: ignore[override]
+        """K."""
+        return self.tables.shape[2]
+
+    def support(self) -> JoinedGates:
+        """Return weights that are positive where these are."""
+        gates, tables = ((t > -torch.inf).to(t.dtype) for t in (self.log_gates, self.log_tables))
+        return dataclasses.replace(self, gates=gates, tables=tables)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply by all tables at once, and mix.
+
+        The mixture is taken relative to its greatest term and divided by the sum of the gates: where all terms are the
+        same number, it is that number.
+        """
+        num_tables, num_units = self.tables.shape[1:3]
+        stacked = self.tables.flatten(1, 2).expand(len(x), -1, -1)  # (n, T * K, I)
+        terms = product(stacked, x.flatten(2)).reshape(len(x), num_tables, num_units, *x.shape[2:])
+        if num_tables == 1:
+            return terms.squeeze(1)
+        gates = self.gates.transpose(1, 2)[:, :, None, :, None]  # (n, T, 1, B, 1)
+        peak = terms.detach().amax(1)
+        peak = torch.where(peak > 0, peak, 1.0)
+        total = functools.reduce(torch.add, gates.unbind(1)).clamp_min(torch.finfo(x.dtype).tiny)
+        mixed = functools.reduce(torch.add, (terms / peak.unsqueeze(1) * gates).unbind(1))
+        return mixed / total * peak
+
+    @property
+    def numbers_per_row(self) -> int:  # type: ignore[override]
+        """T * I."""
+        return self.tables.shape[1] * self.tables.shape[3]
+
+    def rows_at(self, slot: Tensor, query: Tensor, unit: Tensor) -> Tensor:
+        """Mix the rows of all tables."""
+        log_tables = self.log_tables[at(self.log_tables, 0, slot), :, unit]  # (m, T, I)
+        log_gates = self.log_gates[slot, at(self.log_gates, 1, query)]  # (m, T)
+        return log_sum((log_tables + log_gates.unsqueeze(2)).transpose(1, 2))
