@@ -31,6 +31,7 @@ from diffusion.conditioners import register
 from diffusion.conditioners.base import conditioner_class
 from diffusion.decoding.constraints.coupled import ConstrainedCoupledDistribution
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.testing.worlds import World
 from diffusion.training.circuit import coupled_loss
 
 B, H = 3, 2
@@ -477,3 +478,63 @@ def test_what_does_not_fit_contextual_transitions_is_named(pc, said, block):
         CoupledHead(pc, conditioners=[gates_for(pc)])(replace(said, features=None), *block)
     with pytest.raises(ArgumentError, match="two of them give weights to 'transition0'"):
         CoupledHead(pc, conditioners=[gates_for(pc), low_rank_for(pc)])(said, *block)
+
+
+IN_THE_FAMILY = {
+    "potentials": (0, lambda pc, seed: LatentPotentials.for_hmm(pc, 2)),
+    "gates": (5, lambda pc, seed: TransitionGates.for_hmm(pc, 2, num_tables=2, seed=seed)),
+    "low rank": (2, lambda pc, seed: LowRankTransitions.for_hmm(pc, 2, rank=1, seed=seed)),
+}
+
+
+class TestAWorldInTheFamily:
+    """Texts of a Markov chain on two words whose transitions depend on a first word, which the denoiser has seen."""
+
+    L = 3
+
+    def log_law(self, head, world):
+        """log p(block | first word) of all blocks, (2 ** L, 2), with a denoiser that knows no block."""
+        masked = torch.ones(2, self.L, dtype=torch.bool)
+        blank = world.blank.expand(2, -1)
+        logits = world.uniform_denoiser().logits(blank)[:, 1:].double()
+        logits[..., world.mask_id] = -torch.inf
+        seen = torch.eye(2, dtype=torch.float64).unsqueeze(1).expand(-1, self.L, -1)
+        said = Prediction.from_logits(logits, masked, features=seen)
+        return head(said, blank[:, 1:], masked).log_prob(self.blocks().unsqueeze(1).expand(-1, 2, -1))
+
+    def blocks(self):
+        return torch.cartesian_prod(*[torch.arange(2)] * self.L)
+
+    @pytest.mark.parametrize("name", IN_THE_FAMILY)
+    def test_training_recovers_its_joint_distribution(self, name):
+        seed, made = IN_THE_FAMILY[name]
+        emission = torch.eye(2, 3, dtype=torch.float64)
+        pc = ct.compile(ct.structures.hmm(self.L, 2, 3, emission=emission), dtype=torch.float64, seed=seed)
+        pc.requires_grad_(False)
+        true = CoupledHead(pc, conditioners=[moved(made(pc, 0).double(), torch.Generator().manual_seed(seed))])
+        first = torch.arange(2).repeat_interleave(2**self.L).unsqueeze(1)
+        texts_of = torch.cat([first, self.blocks().repeat(2, 1)], 1)
+        uniform = World(texts_of, torch.full((len(texts_of),), 1 / len(texts_of)))
+        with torch.no_grad():
+            world = World(texts_of, self.log_law(true, uniform).exp().T.flatten() / 2)
+        posteriors = [world.posterior(torch.tensor([word, *world.blank[1:].tolist()])) for word in range(2)]
+        target = torch.stack([posterior.unflatten(0, (2, -1))[word] for word, posterior in enumerate(posteriors)], 1)
+
+        head = CoupledHead(pc, conditioners=[made(pc, 5).double()])
+
+        def distance():
+            with torch.no_grad():
+                return float((self.log_law(head, world).exp() - target).abs().sum(0).max() / 2)
+
+        assert distance() > 0.05
+        parameters = [p for p in head.parameters() if p.requires_grad]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=80, tolerance_change=0, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            value = -(target * self.log_law(head, world)).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        assert distance() < 1e-6
