@@ -16,7 +16,9 @@ from diffusion._json import read_json
 from diffusion.app.recipe import CircuitRecipe, Recipe
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
+from diffusion.conditioners.low_rank_transitions import LowRankTransitions
 from diffusion.conditioners.noise_calibration import NoiseCalibration
+from diffusion.conditioners.transition_gates import TransitionGates
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from diffusion.errors import CheckpointError
 from diffusion.head import FORMAT as HEAD
@@ -56,14 +58,22 @@ def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache
     Args:
         pc: a hidden Markov model over the cache's blocks.
         settings: which conditioners.
-        cache: the predictions that it will be fitted on, with features where ``settings.has_potentials``.
+        cache: the predictions that it will be fitted on, with features where ``settings.needs_features``.
     """
     conditioners: list[Conditioner] = []
     if settings.is_calibrated:
         counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
         conditioners.append(NoiseCalibration.dividing_out(torch.from_numpy(counts)))
-    if settings.has_potentials and cache.features is not None:
-        conditioners.append(LatentPotentials.for_hmm(pc, cache.features.shape[2]))
+    if settings.needs_features:
+        assert cache.features is not None
+        num_features, hidden = cache.features.shape[2], settings.hidden_units
+        if settings.has_potentials:
+            conditioners.append(LatentPotentials.for_hmm(pc, num_features, hidden=hidden))
+        if settings.transitions == "gates":
+            gates = TransitionGates.for_hmm(pc, num_features, num_tables=settings.num_tables, hidden=hidden)
+            conditioners.append(gates)
+        if settings.transitions == "low_rank":
+            conditioners.append(LowRankTransitions.for_hmm(pc, num_features, rank=settings.rank, hidden=hidden))
     return CoupledHead(pc, conditioners=conditioners).to(pc.device)
 
 

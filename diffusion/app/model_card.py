@@ -100,6 +100,8 @@ def _conditioners(recipe: Recipe) -> str:
     parts = {
         "its prediction calibrated by the noise level": recipe.circuit.is_calibrated,
         "potentials on its states read from the denoiser's features": recipe.circuit.has_potentials,
+        "transitions gated by the denoiser's features": recipe.circuit.transitions == "gates",
+        "transitions moved by the denoiser's features": recipe.circuit.transitions == "low_rank",
     }
     chosen = [name for name, is_used in parts.items() if is_used]
     return ", with " + " and ".join(chosen) if chosen else ""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from circuits.digests import digest
 from circuits.reading import Range, record_of, short
@@ -61,6 +61,9 @@ class DenoiserRecipe:
     training: DenoiserTraining = field(default_factory=DenoiserTraining)
 
 
+Transitions = Literal["static", "gates", "low_rank"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CircuitRecipe:
     """The circuit's size and training.
@@ -72,6 +75,11 @@ class CircuitRecipe:
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
         is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.conditioners`.
         has_potentials: whether potentials on the latents are read from the denoiser's hidden states.
+        transitions: "static", or what the denoiser's hidden states make of them: "gates" over ``num_tables`` tables, or
+            "low_rank", an update of rank ``rank``.
+        num_tables: T of the gates, with the circuit's own table.
+        rank: R of the update.
+        hidden_units: of a hidden layer in the networks that read hidden states; None: they are linear.
         training: the coupled fit.
     """
 
@@ -81,7 +89,16 @@ class CircuitRecipe:
     cached_blocks: Count = 16_384
     is_calibrated: bool = True
     has_potentials: bool = False
+    transitions: Transitions = "static"
+    num_tables: Size = 4
+    rank: Size = 4
+    hidden_units: Size | None = None
     training: CircuitTraining = field(default_factory=CircuitTraining)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether something reads the denoiser's hidden states."""
+        return self.has_potentials or self.transitions != "static"
 
 
 @dataclass(frozen=True, kw_only=True)

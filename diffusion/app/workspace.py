@@ -104,7 +104,7 @@ class Workspace(Folder):
             self.stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
         )
         held_out = windows(self.stream(corpus.held_out), length=span, max_windows=256)
-        caches, features = [], recipe.circuit.has_potentials
+        caches, features = [], recipe.circuit.needs_features
         for name, data in (("train", train), ("held-out", held_out)):
             folder = self.path / "cache" / f"{name}-{len(data)}{'-features' if features else ''}"
             caches.append(

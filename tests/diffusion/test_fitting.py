@@ -3,15 +3,67 @@
 import json
 from dataclasses import asdict, replace
 
-from diffusion.app.fitting import was_fitted
-from diffusion.app.recipe import PRESETS
+import pytest
+import torch
+
+import circuits as ct
+from diffusion import (
+    CircuitTraining,
+    CoupledHead,
+    LatentPotentials,
+    LowRankTransitions,
+    TransformerConfig,
+    TransformerDenoiser,
+    TransitionGates,
+    cache_logits,
+    fit_coupled,
+)
+from diffusion.app.fitting import initial_head, was_fitted
+from diffusion.app.recipe import PRESETS, CircuitRecipe
+from diffusion.training.circuit import coupled_loss
 
 
 def test_a_head_that_was_fitted_before_an_option_existed_was_fitted_at_its_default(tmp_path):
     recipe, stamp = PRESETS["default"], tmp_path / "circuit.json"
     older = {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
-    del older["circuit"]["has_potentials"], older["circuit"]["training"]["feature_learning_rate"]
+    del older["circuit"]["transitions"], older["circuit"]["hidden_units"], older["circuit"]["has_potentials"]
+    del older["circuit"]["training"]["feature_learning_rate"]
     stamp.write_text(json.dumps(older))
     assert was_fitted(tmp_path, recipe)
     assert not was_fitted(tmp_path, replace(recipe, circuit=replace(recipe.circuit, has_potentials=True)))
     assert not was_fitted(tmp_path, replace(recipe, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({}, []),
+        ({"has_potentials": True, "hidden_units": 5}, [LatentPotentials]),
+        ({"has_potentials": True, "transitions": "gates", "num_tables": 3}, [LatentPotentials, TransitionGates]),
+        ({"transitions": "low_rank", "rank": 2}, [LowRankTransitions]),
+    ],
+)
+def test_a_recipe_says_which_conditioners_are_learnt(options, kinds, tmp_path):
+    config = TransformerConfig(
+        vocab_size=9, mask_id=8, pad_id=7, eos_id=6, context_length=4, block_length=4, width=16, num_layers=1,
+        num_heads=2,
+    )  # fmt: skip
+    windows = torch.randint(6, (40, 8), generator=torch.Generator().manual_seed(0))
+    settings = CircuitRecipe(is_calibrated=False, training=CircuitTraining(steps=12, batch_size=40), **options)
+    cache = cache_logits(
+        TransformerDenoiser(config, seed=0).eval(), windows, tmp_path / "cache", block_length=4,
+        features=settings.needs_features, progress=False,
+    )  # fmt: skip
+    pc = ct.compile(ct.structures.hmm(4, 3, 9), seed=0)
+    head = initial_head(pc, settings, cache)
+    assert [type(made) for made in head.conditioners] == kinds
+    before = coupled_loss(head, cache)
+    assert before == pytest.approx(coupled_loss(CoupledHead(pc), cache), rel=1e-6)
+    start = [parameter.detach().clone() for parameter in head.parameters()]
+    fit_coupled(head, cache, config=settings.training, progress=False)
+    assert coupled_loss(head, cache) < before
+    assert all(not torch.equal(old, new) for old, new in zip(start, head.parameters(), strict=True))
+    head.save(tmp_path / "head")
+    assert coupled_loss(CoupledHead.load(tmp_path / "head"), cache) == pytest.approx(
+        coupled_loss(head, cache), rel=1e-5
+    )

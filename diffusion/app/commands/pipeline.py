@@ -22,6 +22,7 @@ from diffusion.app.commands.common import (
     preset_recipe,
 )
 from diffusion.app.models import DEFAULT_OUT
+from diffusion.app.recipe import Transitions
 from diffusion.app.terminal import say
 from diffusion.denoisers.transformer import Attention
 
@@ -90,10 +91,23 @@ def fit(
             show_default="the preset's",
         ),
     ] = None,
+    transitions: Annotated[
+        str | None,
+        typer.Option(
+            help="What the denoiser's hidden states make of transitions: static, gates or low_rank.",
+            show_default="the preset's",
+        ),
+    ] = None,
+    hidden: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 16, help="Units of a hidden layer that reads the denoiser's hidden states."),
+    ] = None,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Fit a circuit to the denoiser of a folder."""
+    if transitions is not None:
+        one_of("transitions", transitions, get_args(Transitions))
     workspace = open_workspace(out, device, quiet)
     recipe = workspace.recipe()
     if states is not None:
@@ -102,8 +116,9 @@ def fit(
         training = replace(recipe.circuit.training, steps=steps)
         recipe = replace(recipe, circuit=replace(recipe.circuit, training=training))
     recipe = replace(recipe, circuit=replace(recipe.circuit, is_calibrated=calibration))
-    if potentials is not None:
-        recipe = replace(recipe, circuit=replace(recipe.circuit, has_potentials=potentials))
+    chosen = {"has_potentials": potentials, "transitions": transitions, "hidden_units": hidden}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    recipe = replace(recipe, circuit=replace(recipe.circuit, **given))
     head = workspace.fit(recipe)
     say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 
