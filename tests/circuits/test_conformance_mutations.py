@@ -14,7 +14,7 @@ from circuits import learning, precision
 from circuits.engine import logspace
 from circuits.engine.question import Question
 from circuits.engine.semirings import LogSemiring, MaxSemiring
-from circuits.engine.weights import CircuitWeights, Weights
+from circuits.engine.weights import Weights
 from circuits.learning import em
 from circuits.testing.conformance import _learning, _numerics
 
@@ -70,10 +70,10 @@ def dropped_weight(patch):
 
 
 def missing_normalisation(patch):
-    def weights(self):
-        return CircuitWeights({name: Weights(parameter) for name, parameter in self.bank.items()})
+    def own_weights(self):
+        return {name: Weights(parameter) for name, parameter in self.bank.items()}
 
-    patch.setattr(ct.CompiledCircuit, "weights", weights)
+    patch.setattr(ct.CompiledCircuit, "own_weights", own_weights)
 
 
 def off_by_one_in_sampling(patch):
