@@ -23,6 +23,7 @@ from diffusion import (
     TransformerDenoiser,
     TransitionGates,
     cache_logits,
+    constraints,
     evaluation,
     fit_coupled,
     generate,
@@ -291,6 +292,28 @@ def test_features_are_asked_for_wherever_a_head_needs_them(denoiser, windows):
     ]
     assert rows[0].one_step == rows[1].one_step
     assert rows[0].coupled != rows[1].coupled
+
+
+@pytest.mark.parametrize("decode", ["latent", "marginal", "any_order", "joint"])
+def test_every_mode_decodes_with_contextual_transitions_and_each_row_alone(decode, denoiser, windows, generator):
+    pc = ct.compile(ct.structures.hmm(LENGTH, 3, TOKENS), seed=0)
+    made = [TransitionGates.for_hmm(pc, 16), LatentPotentials.for_hmm(pc, 16, hidden=4)]
+    prompt, seeds = windows[:3, :CONTEXT], [5, 6, 7]
+    options = {"gen_length": LENGTH, "block_length": LENGTH, "num_steps": 2, "temperature": 1.0, "decode": decode}
+
+    def decoded(head, rows=slice(None), **more):
+        return generate(denoiser, prompt[rows], head=head, seeds=seeds[rows], **options, **more).tokens
+
+    plain, head = CoupledHead(pc), CoupledHead(pc, conditioners=made)
+    assert torch.equal(decoded(head), decoded(plain))
+    for conditioner in made:
+        moved(conditioner, generator)
+    assert torch.equal(decoded(head), torch.cat([decoded(head, slice(i, i + 1)) for i in range(3)]))
+    assert not torch.equal(decoded(head), decoded(plain))
+    is_odd = torch.tensor([0, 1, 0, 1, 0, 1, 0, 0, 0])
+    even = ct.queries.DeterministicAutomaton.from_table(torch.stack([is_odd, 1 - is_odd]), accepting=[0])
+    texts = decoded(head, constraint=constraints.automaton(even))[:, CONTEXT:]
+    assert (is_odd[texts].sum(1) % 2 == 0).all()
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
