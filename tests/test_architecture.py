@@ -85,7 +85,7 @@ HEAVY = {
 
 MAX_LINES_OF_A_FILE = 400
 LONGER_FILES = {
-    "circuits/evidence/evidence.py": 405,  # one class: what is known, and what is asked of it
+    "circuits/engine/layers.py": 405,  # to be shortened
     "diffusion/coupling.py": 420,  # one class: a distribution and what is asked of it
 }
 
