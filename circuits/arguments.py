@@ -65,6 +65,14 @@ def checked_seed(name: str, value: int | None) -> int | None:
     return value
 
 
+def check_stored(name: str, value: Tensor) -> None:
+    """Check that a tensor has all of its numbers: none on the device "meta", none of a sparse layout."""
+    if value.layout != torch.strided:
+        raise ArgumentError(f"{name}: expected a dense tensor, got one of {value.layout}; give {name}.to_dense()")
+    if value.is_meta:
+        raise ArgumentError(f"{name}: expected a tensor with numbers, got one on the device meta; make it elsewhere")
+
+
 def check_integers(name: str, value: Tensor, shape: str, *, dim: int) -> None:
     """Check for integers with ``dim`` dimensions; ``shape`` describes them in the message."""
     _check_tensor(name, value, shape)
@@ -103,6 +111,7 @@ def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != torch.Size(shape):
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(f"{name}: expected a bool tensor of shape {tuple(shape)}, got {got}")
+    check_stored(name, mask)
 
 
 def check_range(values: Tensor, upper: Tensor | int, name: str) -> None:
@@ -126,3 +135,4 @@ def _check_tensor(name: str, value: Tensor, expected: str) -> None:
         raise ArgumentError(
             f"{name}: expected a tensor {expected}, got {type(value).__name__}; wrap it in torch.as_tensor"
         )
+    check_stored(name, value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from circuits.arguments import check_stored
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def as_rows(name: str, data: Any) -> Tensor | StoredRows:
 def as_tensor(name: str, data: Any) -> Tensor:
     """Return lists as a tensor, an array as one that shares its memory, or the file it maps, where that is possible."""
     if isinstance(data, Tensor):
+        check_stored(name, data)
         return data.detach()
     if not hasattr(data, "__array__") and not isinstance(data, (list, tuple)):
         raise ArgumentError(

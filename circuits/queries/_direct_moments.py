@@ -83,7 +83,9 @@ def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: T
     rows = []
     with torch.inference_mode(False), torch.enable_grad():
         factors = _finite_factors(pc, given)
-        for variables in torch.arange(num_vars, device=pc.device).split(max(1, queries_per_pass(pc) // batch_size)):
+        for variables in torch.arange(num_vars, device=pc.device).split(
+            max(1, queries_per_pass(pc) // max(1, batch_size))
+        ):
             query = torch.arange(batch_size, device=pc.device).repeat(len(variables))
             chosen = variables.repeat_interleave(batch_size)
             slopes = factors.new_zeros(len(query), num_vars).requires_grad_()

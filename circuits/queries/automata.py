@@ -197,7 +197,7 @@ def _chain(pc: CompiledCircuit, factors: Tensor, order: Sequence[int], after_all
             tables = leaves if node.scope_bits in rank else states
             x = torch.cat([tables[child] for child in node.children]).flatten(1).unsqueeze(0)
             mixed = logspace.log_matmul(pc.log_weights(node, weights).unsqueeze(0), x)[0]
-            tables[node] = mixed.reshape(-1, *tables[node.children[0]].shape[1:])
+            tables[node] = mixed.reshape(len(mixed), *tables[node.children[0]].shape[1:])
         elif node.scope_bits in rank:
             leaves[node] = leaves[node.children[0]]
         else:

@@ -185,7 +185,7 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
         return (posterior[query, chosen] * numbers[chosen]).sum(1)
 
     rows = []
-    for variables in torch.arange(num_vars, device=pc.device).split(max(1, queries_per_pass(pc) // batch_size)):
+    for variables in torch.arange(num_vars, device=pc.device).split(max(1, queries_per_pass(pc) // max(1, batch_size))):
         repeated = factors.repeat(len(variables), 1, 1)
         slopes = gradient_of(functools.partial(means_of, variables=variables), repeated, weights)
         row = (slopes * numbers).sum(2)

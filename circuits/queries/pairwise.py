@@ -93,12 +93,12 @@ def _joints(
         at_variable = torch.arange(num_vars, device=factors.device) == variable
         ruled_out = other_values.unsqueeze(1) & at_variable.unsqueeze(1)  # (C_i, D, C)
         parts = []
-        for values in torch.arange(count).split(max(1, queries_per_pass(pc) // batch_size)):
+        for values in torch.arange(count).split(max(1, queries_per_pass(pc) // max(1, batch_size))):
             conditioned = factors.unsqueeze(1).masked_fill(ruled_out[values], -torch.inf).flatten(0, 1)
             copies = torch.arange(batch_size, device=factors.device).repeat_interleave(len(values))
             question = Question(pc, given.rows(copies).with_factors(conditioned), weights)
-            log_joint = question.log_z.unflatten(0, (batch_size, -1)) - log_z.unsqueeze(1)
-            posterior = question.gradients(allow_impossible=True).unflatten(0, (batch_size, -1))
+            log_joint = question.log_z.unflatten(0, (batch_size, len(values))) - log_z.unsqueeze(1)
+            posterior = question.gradients(allow_impossible=True).unflatten(0, (batch_size, len(values)))
             parts.append(log_joint.exp()[..., None, None] * posterior)  # (B, C_i, D, C)
         joint = torch.nn.functional.pad(torch.cat(parts, 1), (0, 0, 0, 0, 0, num_values - count))
         yield variable, joint.transpose(1, 2)

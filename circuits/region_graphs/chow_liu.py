@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count
+from circuits.arguments import check_stored, checked_count
 from circuits.errors import ArgumentError
 from circuits.precision import own_precision
 
@@ -143,6 +143,7 @@ def known_values(data: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor 
     if not isinstance(data, Tensor) or data.is_complex():
         got = f"{data.dtype}" if isinstance(data, Tensor) else type(data).__name__
         raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}; convert it with torch.as_tensor(data)")
+    check_stored("data", data)
     if observed is not None:
         if not isinstance(observed, Tensor) or observed.dtype != torch.bool or observed.shape != data.shape:
             got = f"{observed.dtype} {tuple(observed.shape)}" if isinstance(observed, Tensor) else f"{type(observed)}"
@@ -187,6 +188,7 @@ def checked_categories(data: Tensor, num_categories: int | Sequence[int] | None)
     if not isinstance(data, Tensor) or data.dim() != 2 or data.is_floating_point() or data.dtype == torch.bool:
         got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
         raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}")
+    check_stored("data", data)
     if 0 in data.shape:
         raise ArgumentError(f"data: expected at least one row and one variable, got shape {tuple(data.shape)}")
     largest = data.amax(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits.arguments import check_stored
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError
 
@@ -22,6 +23,7 @@ def check_question(
     """
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ArgumentError(f"tokens: expected int64 (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    check_stored("tokens", tokens)
     length = tokens.shape[1]
     if length > spec.max_length:
         raise ArgumentError(

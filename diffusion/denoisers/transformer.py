@@ -184,6 +184,11 @@ class TransformerDenoiser(nn.Module):
             ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
         start, stop = check_question(self.spec, tokens, valid, window)
+        if self.output_bias.dtype in (torch.bfloat16, torch.float16):
+            raise ArgumentError(
+                f"model: expected weights in float32, got {self.output_bias.dtype}; call model.float(), and "
+                "torch.autocast for products in half precision"
+            )
         first = min(start, max(0, stop - self.config.span)) if window is not None else 0
         tokens = tokens[:, first:stop]
         valid = valid[:, first:stop] if valid is not None else None

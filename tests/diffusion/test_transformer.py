@@ -124,7 +124,11 @@ def test_saved_is_loaded(model: TransformerDenoiser, tmp_path: Path) -> None:
     tokens = some_tokens(2, 10)
     assert loaded.config == model.config
     assert torch.equal(loaded.logits(tokens), model.logits(tokens))
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
 
 
 def damaged_config(**changes: object):
@@ -187,3 +191,13 @@ def test_damaged_folder_is_a_checkpoint_error(model: TransformerDenoiser, tmp_pa
 def test_bad_arguments_are_named(model: TransformerDenoiser, call, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call(model)
+
+
+def test_half_precision_and_tensors_without_numbers_are_refused_in_words() -> None:
+    tokens = some_tokens(2, 4)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ArgumentError, match=r"model: expected weights in float32.*call model\.float\(\)"):
+            TransformerDenoiser(CONFIG).to(dtype).logits(tokens)
+    for bad in (tokens.to("meta"), tokens.to_sparse()):
+        with pytest.raises(ArgumentError, match="tokens: expected a"):
+            TransformerDenoiser(CONFIG).logits(bad)
