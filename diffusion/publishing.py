@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from circuits.io.hub import Published, local_folder
+from circuits.store import MANIFEST
 from diffusion.errors import ArgumentError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FILES = ("circuit/structure.json", "circuit/weights.safetensors", "head.safetensors")
+FILES = (
+    "circuit/structure.json",
+    "circuit/weights.safetensors",
+    f"circuit/{MANIFEST}",
+    "head.safetensors",
+    MANIFEST,
+)
 TAGS = ("probabilistic-circuit", "masked-diffusion", "coupled-head")
 CARD = """---
 {{ card_data }}

@@ -15,9 +15,11 @@ import torch
 
 from circuits.engine.compile import CompiledCircuit, check_compiled
 from circuits.errors import CheckpointError
+from circuits.files import replace_file
 from circuits.io import STRUCTURE_FILE, WEIGHTS_FILE, load, save
+from circuits.store import MANIFEST
 
-_FILES = (STRUCTURE_FILE, WEIGHTS_FILE)
+_FILES = (STRUCTURE_FILE, WEIGHTS_FILE, MANIFEST)
 _TAGS = ("probabilistic-circuit",)
 _CARD = """---
 {{ card_data }}
@@ -96,7 +98,8 @@ class Published:
 
     Attributes:
         write: writes the files into a new folder that does not exist yet.
-        files: their names; "a/b" is a file b in a folder a.
+        files: their names; "a/b" is a file b in a folder a. The manifest comes last: until it is there, who reads the
+            folder is told that it is not whole.
         card: the model card, a Jinja template; ``{{ card_data }}`` is what the hub reads, between lines of "---".
         facts: what fills in the rest of the template.
         tags: of the repository.
@@ -169,7 +172,7 @@ def _hub_class(card: str, tags: tuple[str, ...]) -> Any:
                 saved = Path(temporary) / "saved"
                 self.published.write(saved)
                 for name in self.published.files:
-                    (save_directory / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(saved / name, save_directory / name)
+                    with replace_file(save_directory / name) as new:
+                        shutil.copyfile(saved / name, new)
 
     return OnHub

@@ -60,3 +60,14 @@ def test_importing_circuits_does_not_import_the_hub():
     code = "import sys, circuits; print({'huggingface_hub', 'sklearn', 'pyjuice'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_folder_that_held_another_circuit_is_whole_afterwards(tmp_path):
+    circuits = [ct.compile(ct.structures.hmm(3, 2, 2), seed=seed) for seed in (0, 1, 2)]
+    ct.save(circuits[0], tmp_path / "folder")
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    for pc in circuits[1:]:
+        ct.hub.save_pretrained(pc, tmp_path / "folder")
+        loaded = ct.hub.from_pretrained(tmp_path / "folder")
+        assert all(torch.equal(loaded.bank[name], pc.bank[name]) for name in pc.bank)
+    assert (tmp_path / "folder" / "notes.txt").read_text() == "mine"
