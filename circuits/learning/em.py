@@ -60,9 +60,10 @@ def em_step(
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
     check_em_options(step_size, pseudocount, entropy)
-    _check_flows(pc, flows)
-    held = frozen_parameters(pc, frozen, by_em=True)
-    for name, weights in pc.own_weights().items():
+    own = pc.own_weights()
+    _check_flows(pc, flows, own)
+    held = {} if frozen is None else frozen_parameters(pc, frozen, by_em=True)
+    for name, weights in own.items():
         _move(pc, name, weights, flows[name], (step_size, pseudocount, entropy), held.get(name))
 
 
@@ -118,12 +119,13 @@ def anemone_step(
         ArgumentError: an argument is out of range, or the flows are not this circuit's.
     """
     check_em_options(step_size, pseudocount, entropy, momentum)
-    _check_flows(pc, flows)
+    own = pc.own_weights()
+    _check_flows(pc, flows, own)
     if not math.isfinite(mass):
         raise ArgumentError(f"mass: expected a finite number, got {mass!r}")
     state = state or AnemoneState({name: torch.zeros_like(flow) for name, flow in flows.items()}, 0.0)
     _check_state(state, flows)
-    held = frozen_parameters(pc, frozen, by_em=True)
+    held = {} if frozen is None else frozen_parameters(pc, frozen, by_em=True)
     if mass <= 0:
         return state
     state = AnemoneState(
@@ -131,7 +133,7 @@ def anemone_step(
         momentum * state.mass + (1 - momentum) * mass,
     )
     own_flows = top_down_flows(pc) if own_flows is None else own_flows
-    for name, weights in pc.own_weights().items():
+    for name, weights in own.items():
         rescaled = (1 - step_size) * own_flows[name] + (step_size / state.mass) * state.flows[name]
         _move(pc, name, weights, rescaled, (1.0, pseudocount, entropy), held.get(name))
     return state
@@ -187,12 +189,12 @@ def _axis(bank: str) -> int:
     return -1 if bank.startswith("sum") else -2
 
 
-def _check_flows(pc: CompiledCircuit, flows: BankFlows) -> None:
+def _check_flows(pc: CompiledCircuit, flows: BankFlows, own: Mapping[str, Weights]) -> None:
     if not isinstance(flows, Mapping):
         raise ArgumentError(
             f"flows: expected tensors by bank, such as expected_flows(pc, ...).flows, got {type(flows).__name__}"
         )
-    shapes = flow_shapes(pc)
+    shapes = flow_shapes(pc, own)
     given = {name: tuple(flow.shape) for name, flow in flows.items()}
     if given != shapes:
         raise ArgumentError(

@@ -72,7 +72,7 @@ class _ByFlows(Optimizer):
 
     def _parts(self, pc: CompiledCircuit) -> tuple[CompiledCircuit, Processes, str, dict[str, Any]]:
         """Return what all learners of the family are made of."""
-        held = frozen_parameters(pc, self.frozen, by_em=True)
+        held = {} if self.frozen is None else frozen_parameters(pc, self.frozen, by_em=True)
         description = f"{self.name} {sorted(self._numbers().items())}{_described(held)}"
         return pc, self.processes, description, self._numbers() | {"frozen": self.frozen}
 

@@ -186,6 +186,8 @@ def _checked_weights(given: Any, num_samples: int) -> Tensor | None:
 
 
 def _checked_labels(pc: CompiledCircuit, name: str, given: Any, num_samples: int) -> Tensor | None:
+    if given is None and pc.circuit.num_classes is None:
+        return None
     argument = name.replace("data", "labels")
     return checked_labels(pc, argument, None if given is None else as_tensor(argument, given), num_samples)
 

@@ -9,7 +9,7 @@ value, for finite families; the expected T(x), for other exponential families, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -190,10 +190,10 @@ def _patterns(pc: CompiledCircuit, evidence: Evidence | None, sample_weights: Te
     return observed, shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
 
 
-def flow_shapes(pc: CompiledCircuit) -> dict[str, tuple[int, ...]]:
-    """Return the shape of the flows of every bank."""
+def flow_shapes(pc: CompiledCircuit, own: Mapping[str, Weights] | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the flows of every bank; ``own`` are the circuit's weights, where the caller has them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, weights in pc.weights().own.items():
+    for name, weights in (pc.own_weights() if own is None else own).items():
         rows, second, third = weights.log.shape
         family = pc.families.get(name)
         shapes[name] = (rows, second if family is None else family.num_statistics, third)
