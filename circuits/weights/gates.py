@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,8 @@ class Gates(Form):
     Args:
         gates: log g, (T,) or (B, T); a log-softmax makes them sum to 1.
         tables: log W_t, (T, K, I); a log-softmax makes their rows sum to 1.
-        relative: whether the tables are offsets of the node's own log-weights, ``log W_t = log W + tables[t]``. Where
-            they are all 0, W_b is the node's own table to the last bit, whatever the gates are.
+        relative: whether the tables are offsets of the node's own log-weights, ``log W_t = log W + tables[t]``.
+            Where they are all 0, W_b is the node's own table, whatever the gates are.
     """
 
     gates: Tensor
@@ -58,7 +57,7 @@ class Gates(Form):
         key = (Gates, id(self.tables), normalize, *((own.bank, own.rows) if self.relative else ()))
         if key not in shared:
             log_tables = self._tables(own, normalize)
-            shared[key] = log_tables, log_tables.exp()
+            shared[key] = log_tables, _side_by_side(log_tables)
         log_tables, tables = shared[key]
         log_gates = stacked([form.gates.to(own.log) for form in forms], 1)
         check_log("gates", log_gates, -1, need_one=normalize)
@@ -72,20 +71,15 @@ class Gates(Form):
         log_scale = log_sum(log_gates)
         log_scale = log_scale.masked_fill(log_scale == -torch.inf, 0.0).unsqueeze(2)
         log_gates = log_gates - log_scale
-        return JoinedGates(log_gates.exp(), log_gates, log_tables.exp(), log_tables, log_scale)
+        return JoinedGates(log_gates.exp(), log_gates, _side_by_side(log_tables), log_tables, log_scale)
 
     def _tables(self, own: Own, normalize: bool) -> Tensor:
-        tables = self.tables.to(own.log)
-        if not self.relative:
-            check_log("tables", tables, -1, need_one=normalize)
-            return (log_normalized(tables, -1) if normalize else tables).unsqueeze(0)
-        log_own = own.table().unsqueeze(1)
-        tables = log_own + tables  # (1 or n, T, K, I)
+        """Return log W_t, (1 or n, T, K, I)."""
+        tables = self.tables.to(own.log).unsqueeze(0)
+        if self.relative:
+            tables = own.table().unsqueeze(1) + tables
         check_log("tables", tables, -1, need_one=normalize)
-        if not normalize:
-            return tables
-        # own weights sum to 1 but for rounding; so offsets of 0 change no bit
-        return tables - (torch.logsumexp(tables, -1, keepdim=True) - torch.logsumexp(log_own, -1, keepdim=True))
+        return log_normalized(tables, -1) if normalize else tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,46 +90,40 @@ class JoinedGates(ImplicitWeights):
     """(n, B, T)."""
     log_gates: Tensor
     tables: Tensor
-    """(1 or n, T, K, I)."""
+    """(1 or n, K, T, I)."""
     log_tables: Tensor
+    """(1 or n, T, K, I)."""
     log_scale: Tensor | None
     per_query = ("gates", "log_gates", "log_scale")
 
     @property
     def num_units(self) -> int:  # type: ignore[override]
         """K."""
-        return self.tables.shape[2]
+        return self.tables.shape[1]
 
     def support(self) -> JoinedGates:
         """Return weights that are positive where these are."""
-        gates, tables = ((t > -torch.inf).to(t.dtype) for t in (self.log_gates, self.log_tables))
+        gates, tables = ((t > -torch.inf).to(t.dtype) for t in (self.log_gates, self.log_tables.transpose(1, 2)))
         return dataclasses.replace(self, gates=gates, tables=tables)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply by all tables at once, and mix.
-
-        The mixture is taken relative to its greatest term and divided by the sum of the gates: where all terms are the
-        same number, it is that number.
-        """
-        num_tables, num_units = self.tables.shape[1:3]
-        stacked = self.tables.flatten(1, 2).expand(len(x), -1, -1)  # (n, T * K, I)
-        terms = product(stacked, x.flatten(2)).reshape(len(x), num_tables, num_units, *x.shape[2:])
-        if num_tables == 1:
-            return terms.squeeze(1)
-        gates = self.gates.transpose(1, 2)[:, :, None, :, None]  # (n, T, 1, B, 1)
-        peak = terms.detach().amax(1)
-        peak = torch.where(peak > 0, peak, 1.0)
-        total = functools.reduce(torch.add, gates.unbind(1)).clamp_min(torch.finfo(x.dtype).tiny)
-        mixed = functools.reduce(torch.add, (terms / peak.unsqueeze(1) * gates).unbind(1))
-        return mixed / total * peak
+        """Multiply the tables side by side by the gated vectors below each other: one product mixes too."""
+        gated = x.unsqueeze(1) * self.gates.transpose(1, 2)[:, :, None, :, None]  # (n, T, I, B, E)
+        tables = self.tables.flatten(2).expand(len(x), -1, -1)  # (n, K, T * I)
+        return product(tables, gated.flatten(1, 2).flatten(2)).unflatten(2, x.shape[2:])
 
     @property
     def numbers_per_row(self) -> int:  # type: ignore[override]
         """T * I."""
-        return self.tables.shape[1] * self.tables.shape[3]
+        return self.tables.shape[2] * self.tables.shape[3]
 
     def rows_at(self, slot: Tensor, query: Tensor, unit: Tensor) -> Tensor:
         """Mix the rows of all tables."""
         log_tables = self.log_tables[at(self.log_tables, 0, slot), :, unit]  # (m, T, I)
         log_gates = self.log_gates[slot, at(self.log_gates, 1, query)]  # (m, T)
         return log_sum((log_tables + log_gates.unsqueeze(2)).transpose(1, 2))
+
+
+def _side_by_side(log_tables: Tensor) -> Tensor:
+    """Return the tables W_t, (n, K, T, I), of their logarithms, (n, T, K, I)."""
+    return log_tables.transpose(1, 2).exp().contiguous()

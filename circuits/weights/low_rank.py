@@ -21,7 +21,7 @@ class LowRank(Form):
     """The node's own table W, moved by a rank R: ``W_b[k, i] = (W[k, i] + sum_r v[k, r] u_b[i, r]) / (1 + ...)``.
 
     The denominator is the row's sum, so W_b is normalised. Factors are numbers >= 0, not logarithms: where one side is
-    0, W_b is W to the last bit, and has a gradient in it.
+    0, W_b is W, and has a gradient in it.
 
     Args:
         u: of the children, (I, R) or (B, I, R).

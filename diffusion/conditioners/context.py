@@ -70,6 +70,12 @@ def network(num_inputs: int, num_outputs: int, hidden: int | None, *, seed: int,
     return nn.Sequential(*first, nn.GELU(), last) if first else last
 
 
+def is_zero(made: nn.Module) -> bool:
+    """Return whether a :func:`network` is 0 whatever it reads, as it may be at first."""
+    last = made[-1] if isinstance(made, nn.Sequential) else made
+    return not any(bool(parameter.any()) for parameter in last.parameters())
+
+
 def read_context(
     places: Places,
     num_features: int,

@@ -6,7 +6,8 @@ The node n between the positions i and j uses the weights
 
 with W (K, I) the circuit's own weights, r the share of the block that is masked, and u_b (I, R), v (K, R). Column by
 column, u adds probability to the states that the context asks for, and v says where from. At A = c = 0, as at first,
-W_b is W, to the last bit. (Parameter-space conditioning of Li et al. 2026, arXiv 2603.00045, appendix E; the form is
+W_b is W. Until then, and but where gradients are asked for, no weights are given: a new head is the static one to the
+last bit. (Parameter-space conditioning of Li et al. 2026, arXiv 2603.00045, appendix E; the form is
 that of PyJuice's low-rank external weights.)
 """
 
@@ -25,6 +26,7 @@ from diffusion.conditioners.context import (
     check_counts,
     check_nodes,
     checked_places,
+    is_zero,
     network,
     read_context,
     transitions_of,
@@ -86,15 +88,17 @@ class LowRankTransitions(Conditioner):
         return made
 
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
-        """Return the prediction as it is, with a low-rank update of every node.
+        """Return the prediction as it is, with a low-rank update of every node, unless all are 0.
 
         Raises:
             ArgumentError: the prediction has no features, or of another number.
         """
         context = read_context(self.positions, self.num_features, prediction, masked, self.log_v)
-        factors = self.network(context).clamp_min(0.0).unflatten(2, (self.shape[1], -1)).unbind(1)  # (B, I, R) each
+        if not torch.is_grad_enabled() and is_zero(self.network):
+            return Conditioned(prediction)
+        u = self.network(context).clamp_min(0.0).unflatten(2, (self.shape[1], -1))  # (B, n, I, R)
         v = self.shape[0] * self.log_v.softmax(0)
-        forms = [ct.weights.LowRank(u, v) for u in factors]
+        forms = [ct.weights.LowRank(one, v) for one in u.unbind(1)]
         return Conditioned(prediction, weights=dict(zip(self.positions, forms, strict=True)))
 
     def feature_parameters(self) -> list[nn.Parameter]:

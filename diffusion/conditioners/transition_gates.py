@@ -7,8 +7,9 @@ and j uses the weights
     W_b = sum_t g_bt W_t,      g_b = softmax(A [h_i, h_j, r, i] + c),      log W_t = log W + D_t (normalised),
 
 with W the circuit's own weights, r the share of the block that is masked, and D_0 = 0. At first all D_t are 0, and so
-W_b is W, to the last bit; the gates are random, so that the tables part as soon as they are trained. (Parameter-space
-conditioning of Li et al. 2026, arXiv 2603.00045, appendix E.)
+W_b is W; the gates are random, so that the tables part as soon as they are trained. Until then, and but where gradients
+are asked for, no weights are given: the head is the static one to the last bit. (Parameter-space conditioning of Li et
+al. 2026, arXiv 2603.00045, appendix E.)
 """
 
 from __future__ import annotations
@@ -87,12 +88,14 @@ class TransitionGates(Conditioner):
         return made
 
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
-        """Return the prediction as it is, with gates over the same tables for every node.
+        """Return the prediction as it is, with gates over the same tables for every node, unless all are the same.
 
         Raises:
             ArgumentError: the prediction has no features, or of another number.
         """
         context = read_context(self.positions, self.num_features, prediction, masked, self.offsets)
+        if not torch.is_grad_enabled() and not bool(self.offsets.any()):
+            return Conditioned(prediction)
         tables = torch.cat([self.offsets.new_zeros(1, *self.offsets.shape[1:]), self.offsets])
         gates = self.network(context).unbind(1)
         forms = [ct.weights.Gates(one, tables, relative=True) for one in gates]
