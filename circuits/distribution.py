@@ -226,7 +226,7 @@ class CircuitDistribution(Distribution):
         """
         if not self.pc.circuit.is_deterministic and self.pc.circuit.num_vars > 1:
             raise PropertyError(
-                f"the entropy of {self.pc.circuit}, which mixes over several variables, is intractable in general; "
+                f"entropy: intractable in general for {self.pc.circuit}, which mixes over several variables; "
                 "estimate it with -dist.log_prob(dist.sample([1000])).mean(0)"
             )
         return torch.special.entr(self.marginal_probs).sum((-1, -2))

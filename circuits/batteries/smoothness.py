@@ -44,7 +44,7 @@ def roughness(
         raise ArgumentError(f"values: expected a slice of step 1, for instance slice(1, None), got {values!r}")
     names = [name for name, family in pc.families.items() if not isinstance(family, Direct)]
     if not names:
-        raise PropertyError("roughness needs inputs with finitely many values, and this circuit has none")
+        raise PropertyError("roughness: expected inputs with finitely many values, got a circuit without")
     own = (pc.weights() if weights is None else weights).own
     return torch.stack([_squared_steps(own[name].log[:, values]) for name in names]).sum()
 

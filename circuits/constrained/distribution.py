@@ -136,8 +136,8 @@ class ConstrainedDistribution(CircuitDistribution):
             PropertyError: always.
         """
         raise PropertyError(
-            f"{getattr(function, '__name__', function)} knows nothing of the automaton; a constrained distribution has "
-            "log_partition, log_prob, marginal_probs, sample, mode, sample_latents"
+            f"{getattr(function, '__name__', function)}: it knows nothing of the automaton; a constrained distribution "
+            "has log_partition, log_prob, marginal_probs, sample, mode, sample_latents"
         )
 
     @kept
@@ -241,7 +241,7 @@ class ConstrainedDistribution(CircuitDistribution):
             PropertyError: always; names an estimate.
         """
         raise PropertyError(
-            "the entropy under a constraint is intractable in general; estimate it with "
+            "entropy: under a constraint it is intractable in general; estimate it with "
             "-dist.log_prob(dist.sample([1000])).mean(0)"
         )
 

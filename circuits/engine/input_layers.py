@@ -231,7 +231,10 @@ class DirectLayer(InputLayer):
     ) -> Tensor:
         """Choose a value of n reached units, (n,), in the circuit's dtype."""
         if isinstance(generator, RowGenerators):
-            raise PropertyError(f"generators by row draw from finitely many values; {self.distribution} has more")
+            raise PropertyError(
+                f"generator: expected a torch.Generator for {self.distribution}; those by row draw from finitely many "
+                "values"
+            )
         parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
         return self._of_kinds(
             evidence.pick(query, self.variables[node]).factors,
@@ -243,7 +246,7 @@ class DirectLayer(InputLayer):
     def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
         """Refuse."""
         raise PropertyError(
-            f"this query needs variables with finitely many values; variable {int(self.variables[0])} is a "
+            f"variable {int(self.variables[0])}: expected finitely many values for this query, got a "
             f"{self.distribution}"
         )
 

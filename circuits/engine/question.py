@@ -348,7 +348,7 @@ def checked_possible(log_z: Tensor) -> Tensor:
     impossible = (is_impossible if log_z.dim() == 1 else is_impossible.any(1)).nonzero().flatten().tolist()
     if impossible:
         raise ImpossibleEvidenceError(
-            f"the evidence of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
+            f"evidence: that of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
             f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
         )
     return log_z
@@ -357,14 +357,14 @@ def checked_possible(log_z: Tensor) -> Tensor:
 def class_needed(pc: CompiledCircuit) -> PropertyError:
     """Return the error of a query that needs one distribution on a circuit that has one per class."""
     return PropertyError(
-        f"this query needs one distribution, and the root {pc.circuit.root} has one per class; say which with "
-        "evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
+        f"evidence: expected one that says the class, since the root {pc.circuit.root} has a distribution per class; "
+        "say which with evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
     )
 
 
 def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
     """Return the error of what takes circuits with one root unit only, for one that has a unit per class."""
     return PropertyError(
-        f"{who} needs a circuit with one root unit, and {circuit} has one per class; "
+        f"{who}: expected a circuit with one root unit, got {circuit} with one per class; "
         "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
     )

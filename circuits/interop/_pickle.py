@@ -236,7 +236,7 @@ class _Machine:
             state = self._pop(1)[0]
             self._top(Call).state = state
         else:
-            raise CheckpointError(f"the pickle uses {name}, which plain data does not need; it is not read")
+            raise CheckpointError(f"pickle: expected plain data, got {name}; it is not read")
 
     def _top(self, kind: type[T]) -> T:
         top = self.stack[-1]

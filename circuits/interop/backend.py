@@ -86,7 +86,7 @@ def compile_with_pyjuice(
     import_pyjuice()
     if not torch.cuda.is_available():
         raise ArgumentError(
-            "device: expected CUDA, which PyJuice's kernels need, and torch sees no such device; use ct.compile, which "
+            "device: expected CUDA for PyJuice's kernels, and torch sees no such device; use ct.compile, which "
             "runs everywhere"
         )
     if torch.device(device).type != "cuda":

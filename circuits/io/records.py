@@ -51,7 +51,7 @@ def circuit_of(records: Any, num_vars: Any, num_classes: Any = None) -> Circuit:
         raise CheckpointError(f"nodes: expected a list that is not empty, got {short(records)}")
     num_vars = _integer({"num_vars": num_vars}, "num_vars", 1, len(records))  # every variable has a node of its own
     if num_vars * len(records) // 8 > _MAX_SCOPE_BYTES:
-        raise CheckpointError(f"nodes: {len(records)} of them over {num_vars} variables would need too much memory")
+        raise CheckpointError(f"nodes: {len(records)} of them over {num_vars} variables ask for too much memory")
     nodes: list[Node] = []
     budget = _Budget()
     for position, record in enumerate(records):
@@ -90,7 +90,7 @@ class _Budget:
         self.num_edges += len(node.children)
         self.num_derived += _num_derived(node)
         if self.num_derived > _MAX_DERIVED:
-            return f"{node} and the nodes below would need too much memory"
+            return f"{node} and the nodes below ask for too much memory"
         if depth > _MAX_DEPTH:
             return f"expected at most {_MAX_DEPTH} nodes on one path, got more"
         if self.num_edges > _MAX_EDGES:

@@ -179,8 +179,8 @@ def reading_order(pc: CompiledCircuit, query: str) -> Sequence[int]:
     if chain_breaker(pc.circuit, forwards[::-1]) is None:
         return forwards[::-1]
     raise PropertyError(
-        f"{query} needs a chain circuit in the order of the variables, in which every product pairs the first (or the "
-        f"last) variable with the rest; {node} does not"
+        f"{query}: expected a chain circuit in the order of the variables, in which every product pairs the first (or "
+        f"the last) variable with the rest, got {node}"
     )
 
 

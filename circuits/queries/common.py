@@ -25,8 +25,9 @@ def require_finite_values(pc: CompiledCircuit, query: str = "this query") -> Non
     if has_infinite_values(pc):
         node = next(node for node in pc.circuit.inputs if not node.distribution.num_values)
         raise PropertyError(
-            f"{query} needs variables with finitely many values; {node} is a {node.distribution}; give evidence on its "
-            "variable and condition on it, or use families over 0 .. C - 1"
+            f"{query}: expected variables with finitely many values, got {node}, a {node.distribution}; condition on "
+            "its "
+            "variable, or use families over 0 .. C - 1"
         )
 
 
@@ -63,8 +64,8 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
     refuse_relative(evidence, query)
     if evidence is not None and evidence.latents:
         raise PropertyError(
-            f"{query} takes evidence on variables only, and this one is on latents too; leave that out, or fold it "
-            "into the circuit's weights"
+            f"{query}: expected evidence on variables only, got some on latents; leave that out, or fold it into the "
+            "circuit's weights"
         )
     return factors_of(dense_evidence(pc, evidence))
 
@@ -72,7 +73,7 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
 def refuse_relative(evidence: Evidence | None, query: str) -> None:
     """Raise PropertyError, for a query that has no use for it, if the evidence is relative to other evidence."""
     if evidence is not None and evidence.reference is not None:
-        raise PropertyError(f"{query} takes evidence that is relative to no other; leave relative_to out")
+        raise PropertyError(f"{query}: expected evidence that is relative to no other; leave relative_to out")
 
 
 def has_one_explanation(pc: CompiledCircuit, evidence: Evidence) -> bool:

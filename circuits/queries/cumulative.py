@@ -89,6 +89,7 @@ def _bounded(factors: Factors, upper: Tensor, dtype: torch.dtype) -> Factors:
             is_above = torch.arange(log_factors.shape[2], device=upper.device) > upper.unsqueeze(2)
             return Dense(log_factors.masked_fill(is_above, -torch.inf))
     raise PropertyError(
-        "log_cdf of variables with infinitely many values and Gaussian evidence needs a family that is closed under "
-        "products with normal densities and intervals at once, which none is; use hard or interval evidence"
+        "log_cdf: expected hard or interval evidence on variables with infinitely many values, got a normal density; "
+        "no "
+        "family has a closed form of its product with an interval and a normal density"
     )

@@ -32,8 +32,8 @@ def require_deterministic(pc: CompiledCircuit, query: str) -> None:
     node = _overlapping_sum(pc)
     if node is not None:
         raise PropertyError(
-            f"{query} needs a deterministic circuit, but the supports of the units that {node} mixes overlap, or could "
-            "not be shown to be disjoint"
+            f"{query}: expected a deterministic circuit, got one in which the supports of the units that {node} mixes "
+            "overlap, or could not be shown to be disjoint"
         )
 
 

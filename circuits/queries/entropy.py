@@ -74,7 +74,9 @@ def entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """
     require_deterministic(pc, "entropy")
     if evidence is not None and evidence.classes is not None and evidence.classes.dim() == 2:
-        raise PropertyError("entropy needs one class: a mixture of classes is not deterministic; see latent_entropy")
+        raise PropertyError(
+            "entropy: expected one class, got a mixture of classes, which is not deterministic; see latent_entropy"
+        )
     return latent_entropy(pc, evidence)
 
 

@@ -35,7 +35,7 @@ class Power:
         """Return the log-weights of a node, outputs first, and their power: sums (K, I), inputs (K, C)."""
         if isinstance(node, Input) and not node.distribution.num_values:
             raise PropertyError(
-                f"sums over products of circuits need variables with finitely many values; {node} is a "
+                f"sum over a product of circuits: expected variables with finitely many values, got {node}, a "
                 f"{node.distribution}"
             )
         log = self.pc.log_weights(node, self.weights)

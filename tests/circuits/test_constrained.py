@@ -396,7 +396,7 @@ def test_what_cannot_be_constrained():
     with pytest.raises(ct.ArgumentError, match="automaton: expected"):
         ct.ConstrainedDistribution(pc, evidence, torch.zeros(2, 2))
     dist = ct.ConstrainedDistribution(pc, evidence, automaton)
-    with pytest.raises(ct.PropertyError, match="knows nothing of the automaton"):
+    with pytest.raises(ct.PropertyError, match="it knows nothing of the automaton"):
         dist.query(ct.queries.mutual_information)
     with pytest.raises(ct.PropertyError, match="entropy"):
         dist.entropy()

@@ -272,7 +272,7 @@ def test_what_would_take_long_or_much_memory_is_refused_before_it_is_built(nodes
     monkeypatch.setattr(io, "CompiledCircuit", None)  # calling it would fail
     monkeypatch.setattr(records, "_MAX_DEPTH", 100)
     monkeypatch.setattr(records, "_MAX_EDGES", 250)
-    refused(folder, "would need too much memory|expected at most")
+    refused(folder, "ask for too much memory|expected at most")
 
 
 def test_what_would_not_be_loaded_is_not_saved(tmp_path, monkeypatch):

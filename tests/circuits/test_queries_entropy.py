@@ -73,7 +73,7 @@ def test_the_entropy_of_deterministic_circuits_is_exact(generator):
 
 def test_the_entropy_of_other_circuits_is_refused():
     pc = ct.compile(ct.structures.hmm(3, 2, 2), seed=0)
-    with pytest.raises(ct.PropertyError, match=r"entropy needs a deterministic circuit.*Sum\(num_units=2, scope=\{2\}"):
+    with pytest.raises(ct.PropertyError, match=r"entropy: expected a det.*Sum\(num_units=2, scope=\{2\}"):
         ct.queries.entropy(pc)
 
 

@@ -200,7 +200,7 @@ def test_the_distribution_is_the_coupled_one_on_what_is_accepted(has_circuit, is
     more = dist.given(torch.tensor([[0, 0, 1], [0, 0, 1]]), torch.tensor([[False, False, True]] * 2))
     x, log_p, _ = enumerated(pc, prediction, more.tokens, more.masked, automaton.accepts)
     torch.testing.assert_close(more.log_prob(every), log_p, **RELATIVE)
-    with pytest.raises(df.errors.UnfactorError, match="knows nothing of the automaton"):
+    with pytest.raises(df.errors.UnfactorError, match="it knows nothing of the automaton"):
         dist.query(ct.queries.mutual_information)
 
 
