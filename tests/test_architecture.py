@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import circuits.errors
+import diffusion.errors
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in ("circuits", "diffusion")}
 
@@ -63,6 +66,16 @@ MAX_LINES_OF_THE_CORE = 6200  # shrinks to 5,000
 BEHIND_A_SECOND_DOOR = ("batteries", "sklearn")
 MAX_MODULES_ON_THE_TOP_FLOOR = 12
 MAX_LINES_BEFORE_THE_FIRST_QUERY = 1500
+
+OUR_ERRORS = {
+    name
+    for errors in (circuits.errors, diffusion.errors)
+    for name, found in vars(errors).items()
+    if isinstance(found, type)
+}
+ABOUT_FILES = {"CheckpointError", "CorpusError", "StorageError", "Interrupted"}
+DIALECTS = re.compile(r"\b(must|should|has to|have to|needs?)\b")
+SUBJECT = re.compile(r"[^:;]{1,80}: |\{\}, got ")  # the name of what is wrong, or a sentence that begins with it
 
 # Private attributes of other libraries.
 THEIRS = {"_attn_implementation", "_params", "_replace", "_source_node", "_version"}
@@ -273,6 +286,30 @@ def test_functions_are_short_and_take_few_arguments():
     assert large == LARGER_FUNCTIONS
 
 
+def messages(path):
+    """Yield the messages of our errors that a file raises, what is put into them as {}: the error, and the text."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OUR_ERRORS and node.args:
+            yield node.func.id, text_of(node.args[0])
+
+
+def text_of(node):
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) for part in node.values)
+    return text_of(node.left) + text_of(node.right) if isinstance(node, ast.BinOp) else "{}"
+
+
+@pytest.mark.parametrize("package", ["circuits", "diffusion"])
+def test_errors_follow_one_grammar(package):
+    """``argument: expected X, got Y; way out``, and no other dialect."""
+    for path in FILES[package]:
+        for error, text in messages(path):
+            assert not DIALECTS.search(text), f"{named(path)}: {text}"
+            assert error in ABOUT_FILES or SUBJECT.match(text), f"{named(path)}: {text}: begin with what it is about"
+
+
 EXAMPLE = '''
 def f(self, a, *, b):
     """Doc."""
@@ -281,6 +318,8 @@ def f(self, a, *, b):
     from circuits.io.saving import save
     from circuits.queries._direct_moments import moments
     from diffusion.coupling import _sure
+    if not b:
+        raise ArgumentError(f"{b!r} must be true")
     return save(moments, _sure, self._own, a._hidden, b.__class__)
 '''
 
@@ -297,7 +336,7 @@ def example(tmp_path, monkeypatch):
 
 def test_the_checks_see_what_they_are_to_see(example):
     (function,) = tree(example).body
-    assert lines_of_code(example, function) == 4
+    assert lines_of_code(example, function) == 6
     assert num_parameters(function) == 2
     saved, moments, sure = (
         "circuits.io.saving.save",
@@ -309,6 +348,7 @@ def test_the_checks_see_what_they_are_to_see(example):
     assert [is_private(name) for name in (saved, moments, sure)] == [False, True, True]
     assert list(private_attributes(example)) == ["_hidden"]
     assert defined([example]) == {"f"}
+    assert list(messages(example)) == [("ArgumentError", "{} must be true")]
 
 
 RULES = (
@@ -318,6 +358,7 @@ RULES = (
     lambda: test_private_attributes_are_of_the_own_package("circuits"),
     lambda: test_every_wing_has_its_place("diffusion"),
     lambda: test_diffusion_imports_public_names_of_circuits_only(FILES["diffusion"][0]),
+    lambda: test_errors_follow_one_grammar("circuits"),
     test_the_core_is_read_in_one_sitting,
     test_the_top_floor_of_circuits_is_small,
     test_files_are_short,
