@@ -22,7 +22,7 @@ from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import CheckpointError
 from diffusion.head import CoupledHead
-from diffusion.text.corpus import Corpus, join_documents, load_corpus
+from diffusion.text.corpus import Corpus, join_documents, load_corpus, windows
 from diffusion.text.tokenizer import TextTokenizer
 
 HELD_OUT = "held_out.jsonl.gz"
@@ -172,11 +172,16 @@ class Folder:
         return self.claimed_corpus(recipe).held_out
 
     def held_out_prompts(self, recipe: Recipe, count: int) -> list[str]:
-        """Return the beginnings of some held-out documents, one context length each; the recipe's seed chooses."""
+        """Return the beginnings of some held-out documents, one context length each; the recipe's seed chooses.
+
+        Where all documents are shorter, some of them one after the other.
+        """
         tokenizer, length = self.tokenizer(), recipe.denoiser.context_length
-        documents = [document for document in self.held_out(recipe) if len(tokenizer.encode(document)) > length]
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-        return [tokenizer.decode(tokenizer.encode(documents[index])[:length]) for index in order[:count]]
+        encoded = map(tokenizer.encode, self.held_out(recipe))
+        beginnings = [tokens[:length] for tokens in encoded if len(tokens) > length]
+        beginnings = beginnings or windows(self.held_out_stream(recipe), length=max(1, length)).tolist()
+        order = torch.randperm(len(beginnings), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        return [tokenizer.decode(beginnings[index]) for index in order[:count]]
 
     def held_out_stream(self, recipe: Recipe) -> Tensor:
         """Return the tokens of :meth:`held_out`, with the end of each."""

@@ -139,6 +139,16 @@ def program(*arguments, stdout=subprocess.PIPE, **environment):
     )
 
 
+def test_short_documents_are_prompts_one_after_the_other(place, monkeypatch):
+    folder = workspace.Workspace(place / "models", progress=False)
+    recipe = folder.recipe()
+    documents = tuple(f"{i} apples." for i in range(100))
+    monkeypatch.setattr(type(folder), "held_out", lambda self, recipe: documents)
+    prompts = folder.held_out_prompts(recipe, 3)
+    assert len(set(prompts)) == 3
+    assert all(prompt in "".join(documents) for prompt in prompts)
+
+
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
