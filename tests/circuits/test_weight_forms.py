@@ -257,6 +257,41 @@ def test_no_tensor_holds_a_table_per_query(form, generator):
     assert largest.numbers < batch * states * states / 4
 
 
+def test_where_weights_do_not_add_up_a_few_tables_are_written_out_at_a_time(generator, monkeypatch):
+    states, batch = 64, 200
+    pc = ct.compile(ct.structures.hmm(3, states, 5), seed=0)
+    gates, tables = torch.randn(2, batch, 3, generator=generator), torch.randn(3, states, states, generator=generator)
+    evidence = ct.Evidence.soft(torch.randn(batch, 3, 5, generator=generator))
+    weights = pc.weights(external={f"transition{t}": Gates(gates[t], tables) for t in range(2)})
+    expected = ct.queries.mpe(pc, evidence, weights=weights)
+    monkeypatch.setattr("circuits.weights.implicit._NUMBERS_AT_ONCE", 1 << 14)
+    with torch.no_grad(), Largest() as largest:
+        found = ct.queries.mpe(pc, evidence, weights=weights)
+    assert largest.numbers < batch * states * states / 2
+    torch.testing.assert_close(found.log_score, expected.log_score)
+    assert torch.equal(found.assignment, expected.assignment)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_unnormalised_gates_scale_the_partition_function(relative, generator):
+    pc = ct.compile(tree(), dtype=DOUBLE, seed=0)
+    evidence = ct.Evidence.soft(torch.randn(2, 4, 3, dtype=DOUBLE, generator=generator))
+    gates, tables = random_gates(generator, 2, 2), random_gates(generator, 2, 2, 12)
+    gates[0] = -torch.inf
+    own = pc.log_weights(pc.sum_node("left")).detach() if relative else 0.0
+    table = torch.logsumexp(gates[:, :, None, None] + tables + own, 1)
+    for query in (ct.queries.log_partition, ct.learning.expected_flows):
+        found, expected = (
+            query(pc, evidence, weights=pc.weights(external={"left": form}, normalize=False))
+            for form in (Gates(gates, tables, relative=relative), table)
+        )
+        if query is ct.queries.log_partition:
+            assert found[0] == -torch.inf
+            close(found, expected)
+        else:
+            close(list(found.flows.values()), list(expected.flows.values()))
+
+
 def test_nodes_with_the_same_tables_are_one_product(generator):
     leaves = [ct.inputs(var, 8, ct.Categorical(3)) for var in range(6)]
     mixed = [ct.sum(leaf, num_units=8, name=f"mix{var}") for var, leaf in enumerate(leaves)]
