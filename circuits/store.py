@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from circuits.digests import digest
 from circuits.errors import ArgumentError, CheckpointError, StorageError
-from circuits.files import file_hash, hold, remove_litter, sync, system_errors, temporary_folder
+from circuits.files import file_hash, hold, is_temporary, remove_litter, sync, system_errors, temporary_folder
 from circuits.reading import read_json
 
 MANIFEST = "manifest.json"
@@ -83,11 +83,12 @@ def replace_folder(
             for name in kept:
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy2(folder / name, new / name)
-            for place, _, files in os.walk(new):
-                for item in (*files, "."):
-                    sync(Path(place, item))
+            is_final = not is_temporary(folder)
+            if is_final:
+                sync(new, *new.rglob("*"))
             _swap_in(new, folder)
-            sync(folder.parent)
+            if is_final:
+                sync(folder.parent)
 
 
 def remove_folder(path: Path) -> None:
