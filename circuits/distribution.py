@@ -182,9 +182,9 @@ class CircuitDistribution(Distribution):
     def marginal_probs(self) -> Tensor:
         """``p(x_i = v | e)``, (*batch_shape, D, C); rows sum to 1, values that a variable does not have are 0."""
         if self.evidence is not None:
-            return self.query(queries.marginals)
+            return self.query(queries.marginals, differentiable=True)
         nothing = Evidence.nothing(1, self.pc.circuit.num_vars, self.pc.device)
-        return queries.marginals(self.pc, nothing, weights=self.weights)[0]
+        return queries.marginals(self.pc, nothing, weights=self.weights, differentiable=True)[0]
 
     def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Put a query of :mod:`circuits.queries` about this distribution: with its circuit, evidence and weights.
@@ -203,12 +203,12 @@ class CircuitDistribution(Distribution):
     @property
     def mean(self) -> Tensor:
         """The mean of every variable's value, taken as a number: (*batch_shape, D)."""
-        return self.query(queries.mean).reshape(*self.batch_shape, *self.event_shape)
+        return self.query(queries.mean, differentiable=True).reshape(*self.batch_shape, *self.event_shape)
 
     @property
     def variance(self) -> Tensor:
         """The variance of every variable's value, taken as a number: (*batch_shape, D)."""
-        return self.query(queries.variance).reshape(*self.batch_shape, *self.event_shape)
+        return self.query(queries.variance, differentiable=True).reshape(*self.batch_shape, *self.event_shape)
 
     @property
     def mode(self) -> Tensor:

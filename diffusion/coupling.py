@@ -283,8 +283,8 @@ class CoupledDistribution(CircuitDistribution):
     def marginal_probs(self) -> Tensor:
         """``p_hat(x_i = v | observed tokens)`` of every position and token, (B, L, V); rows sum to 1."""
         if self.evidence.values is None:
-            return self.query(ct.queries.marginals)
-        probs = self.query(ct.queries.listed_marginals)
+            return self.query(ct.queries.marginals, differentiable=True)
+        probs = self.query(ct.queries.listed_marginals, differentiable=True)
         return probs.new_zeros(*probs.shape[:2], self.num_tokens).scatter_add(2, self.evidence.values, probs)
 
     def posterior(self) -> Prediction:
@@ -296,7 +296,7 @@ class CoupledDistribution(CircuitDistribution):
             return replace(self.prediction, log_q=log_q)
         if self.evidence.values is None:
             return replace(self.prediction, log_q=self.marginal_probs.log())
-        return replace(self.prediction, log_q=self.query(ct.queries.listed_marginals).log())
+        return replace(self.prediction, log_q=self.query(ct.queries.listed_marginals, differentiable=True).log())
 
     def posterior_at(self, query: Tensor, position: Tensor) -> Prediction:
         """Return the exact marginals of n single positions, as a prediction (n, 1); without gradients.

@@ -23,7 +23,7 @@ from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import has_one_explanation, require_finite_values
+from circuits.queries.common import detached, has_one_explanation, require_finite_values
 from circuits.randomness import RowGenerators, Source
 
 _MAX_REACHED = 1 << 25
@@ -131,17 +131,24 @@ def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWe
 
 
 @own_precision
-def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
+@detached
+def marginals(
+    pc: CompiledCircuit,
+    evidence: Evidence,
+    *,
+    weights: CircuitWeights | None = None,
+    differentiable: bool = False,
+) -> Tensor:
     """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
 
     Args:
         pc: the circuit.
         evidence: for B queries.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+        differentiable: whether the result is differentiable in evidence and weights, at more time and memory.
 
     Returns:
         (B, D, C) with C the largest number of categories; rows sum to 1, and values a variable does not have are 0.
-        Differentiable when gradients are enabled and evidence or weights require them.
 
     Raises:
         ImpossibleEvidenceError: log Z = -inf for some query.
@@ -154,16 +161,24 @@ def marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeight
 
 
 @own_precision
-def listed_marginals(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
+@detached
+def listed_marginals(
+    pc: CompiledCircuit,
+    evidence: Evidence,
+    *,
+    weights: CircuitWeights | None = None,
+    differentiable: bool = False,
+) -> Tensor:
     """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
 
     Args:
         pc: the circuit.
         evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`).
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+        differentiable: whether the result is differentiable in evidence and weights, at more time and memory.
 
     Returns:
-        (B, D, k), rows sum to 1, those of missing variables to 0. Differentiable like :func:`marginals`.
+        (B, D, k), rows sum to 1, those of missing variables to 0.
 
     Raises:
         ArgumentError: the evidence lists no values.

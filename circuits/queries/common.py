@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,8 +16,25 @@ from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
+
+
+def detached(query: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a query with a table as its result: it is detached unless called with ``differentiable=True``.
+
+    Tables are gradients of log Z themselves, so a differentiable one needs the passes recorded.
+    """
+
+    @functools.wraps(query)
+    def answer(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.nullcontext() if kwargs.get("differentiable") else torch.no_grad():
+            return query(*args, **kwargs)
+
+    return answer
 
 
 def has_infinite_values(pc: CompiledCircuit) -> bool:

@@ -110,7 +110,7 @@ def entropy_bounds(pc: CompiledCircuit, evidence: Evidence | None = None) -> Ent
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     factors = dense_factors(pc, evidence, "entropy_bounds")
-    posterior = marginals(pc, Evidence.soft(factors))
+    posterior = marginals(pc, Evidence.soft(factors), differentiable=True)
     root = mixture_bounds(pc, factors)
     independent = -xlogx(posterior).sum((1, 2))
     return EntropyBounds(root.lower[0], torch.minimum(root.upper[0], independent))

@@ -21,6 +21,7 @@ from circuits.queries._direct_moments import direct_covariance, direct_moments
 from circuits.queries.basic import marginals
 from circuits.queries.common import (
     dense_evidence,
+    detached,
     existing_values,
     factors_of,
     has_infinite_values,
@@ -31,20 +32,21 @@ from circuits.queries.common import (
 
 
 @own_precision
+@detached
 def expectation(
     pc: CompiledCircuit,
     functions: Tensor,
     evidence: Evidence | None = None,
     *,
     of: Literal["sum", "product"] = "sum",
+    differentiable: bool = False,
 ) -> Tensor:
     """Return the posterior expectation of a sum or of a product of univariate functions, exactly.
 
     ``E[sum_i f_i(x_i) | e]`` is linear in the posterior marginals, hence one upward and one downward pass for any
     number of functions: the first-order expectation semiring by way of its gradient (Eisner 2002; Li and Eisner 2009,
     section 4). ``E[prod_i f_i(x_i) | e]`` is one upward pass per function, in which positive and negative terms are
-    added up apart. Needs a smooth and decomposable circuit, which all circuits here are. Differentiable in functions,
-    evidence and weights.
+    added up apart. Needs a smooth and decomposable circuit, which all circuits here are.
 
     Args:
         pc: the circuit.
@@ -52,6 +54,7 @@ def expectation(
             values that a variable does not have are ignored.
         evidence: for B queries; None: no evidence, B = 1.
         of: "sum" or "product" over the variables.
+        differentiable: whether the result is differentiable in functions, evidence and weights.
 
     Returns:
         (B,), or (B, M).
@@ -64,7 +67,7 @@ def expectation(
     table = value_table(pc, "functions", functions, extra_dim=True)
     stacked = table if table.dim() == 3 else table.unsqueeze(2)
     if of == "sum":
-        result = torch.einsum("bdc,dcm->bm", marginals(pc, dense_evidence(pc, evidence)), stacked)
+        result = torch.einsum("bdc,dcm->bm", _posterior(pc, evidence, None, differentiable), stacked)
     elif of == "product":
         result = _expected_product(pc, stacked, dense_evidence(pc, evidence))
     else:
@@ -73,6 +76,7 @@ def expectation(
 
 
 @own_precision
+@detached
 def moments(
     pc: CompiledCircuit,
     order: int,
@@ -81,11 +85,12 @@ def moments(
     values: Tensor | None = None,
     about: Literal["zero", "mean"] = "zero",
     weights: CircuitWeights | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """Return a posterior moment of every variable: ``E[x_i^order | e]``, or ``E[(x_i - E[x_i | e])^order | e]``.
 
     Needs a smooth and decomposable circuit, which all circuits here are. Variables with infinitely many values have
-    closed forms of every order, from their moment generating function. Differentiable in values, evidence and weights.
+    closed forms of every order, from their moment generating function.
 
     Args:
         pc: the circuit.
@@ -95,6 +100,7 @@ def moments(
             infinitely many values always stand for themselves.
         about: "zero" for raw moments, "mean" for central ones.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own, where all values are finitely many.
+        differentiable: whether the result is differentiable in values, evidence and weights, at more time and memory.
 
     Returns:
         (B, D).
@@ -113,7 +119,7 @@ def moments(
             require_finite_values(pc, "moments with weights at run time")
         centre = None if about == "zero" else direct_moments(pc, 1, evidence, numbers, None)
         return direct_moments(pc, order, evidence, numbers, centre)
-    posterior = marginals(pc, dense_evidence(pc, evidence, weights), weights=weights)
+    posterior = _posterior(pc, evidence, weights, differentiable)
     if about == "zero":
         return (posterior * numbers**order).sum(2)
     centred = numbers - (posterior * numbers).sum(2, keepdim=True)
@@ -127,9 +133,10 @@ def mean(
     *,
     values: Tensor | None = None,
     weights: CircuitWeights | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """Return the posterior mean of every variable, ``E[x_i | e]``, (B, D): the first of :func:`moments`."""
-    return moments(pc, 1, evidence, values=values, weights=weights)
+    return moments(pc, 1, evidence, values=values, weights=weights, differentiable=differentiable)
 
 
 @own_precision
@@ -139,25 +146,33 @@ def variance(
     *,
     values: Tensor | None = None,
     weights: CircuitWeights | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """Return the posterior variance of every variable, (B, D): the second central one of :func:`moments`."""
-    return moments(pc, 2, evidence, values=values, about="mean", weights=weights)
+    return moments(pc, 2, evidence, values=values, about="mean", weights=weights, differentiable=differentiable)
 
 
 @own_precision
-def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None) -> Tensor:
+@detached
+def covariance(
+    pc: CompiledCircuit,
+    evidence: Evidence | None = None,
+    *,
+    values: Tensor | None = None,
+    differentiable: bool = False,
+) -> Tensor:
     """Return the posterior covariance matrix of the variables, ``Cov[x_i, x_j | e]``.
 
     Row i is the derivative of ``E[x_i | e]`` with respect to log-factors ``t_j x_j``: a second derivative of log Z,
     D of them in batches of bounded size (Li and Eisner 2009, the second-order expectation semiring by way of its
-    gradient). Needs a smooth and decomposable circuit, which all circuits here are. Differentiable in values, evidence
-    and weights.
+    gradient). Needs a smooth and decomposable circuit, which all circuits here are.
 
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
         values: the number that each value stands for, (D, C); None: v stands for the number v. Variables with
             infinitely many values always stand for themselves.
+        differentiable: whether the result is differentiable in values, evidence and weights, at more time and memory.
 
     Returns:
         (B, D, D), symmetric, the variances on the diagonal.
@@ -191,6 +206,14 @@ def covariance(pc: CompiledCircuit, evidence: Evidence | None = None, *, values:
         row = (slopes * numbers).sum(2)
         rows.append(row.unflatten(0, (len(variables), batch_size)))
     return torch.cat(rows).transpose(0, 1)
+
+
+def _posterior(
+    pc: CompiledCircuit, evidence: Evidence | None, weights: CircuitWeights | None, differentiable: bool
+) -> Tensor:
+    """Return the posterior marginals, (B, D, C)."""
+    given = dense_evidence(pc, evidence, weights)
+    return marginals(pc, given, weights=weights, differentiable=differentiable)
 
 
 def _expected_product(pc: CompiledCircuit, functions: Tensor, given: Evidence) -> Tensor:

@@ -16,18 +16,20 @@ from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import require_finite_values
+from circuits.queries.common import detached, require_finite_values
 from circuits.randomness import Source
 from circuits.symbolic import Sum
 
 
 @own_precision
+@detached
 def latent_marginals(
     pc: CompiledCircuit,
     evidence: Evidence,
     nodes: Sequence[Sum | str] | None = None,
     *,
     weights: CircuitWeights | None = None,
+    differentiable: bool = False,
 ) -> dict[Sum | str, Tensor]:
     """Return the posterior of latent variables: how probably each child unit of a sum node is used, given evidence.
 
@@ -39,11 +41,11 @@ def latent_marginals(
         evidence: for B queries.
         nodes: sum nodes, or their names; None: all sum nodes.
         weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+        differentiable: whether the result is differentiable in evidence and weights, at more time and memory.
 
     Returns:
         By node, or name where that was given: (B, I). Rows sum to the probability that the node is used at all: 1 in
-        chains and trees of latents, less where a sum above chooses among several nodes. Differentiable when gradients
-        are enabled and evidence or weights require them.
+        chains and trees of latents, less where a sum above chooses among several nodes.
 
     Raises:
         ArgumentError: a node that is no sum node of the circuit.

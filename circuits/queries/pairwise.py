@@ -12,21 +12,29 @@ from circuits.engine.question import Question, checked_possible
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import dense_evidence, factors_of, queries_per_pass
+from circuits.queries.common import dense_evidence, detached, factors_of, queries_per_pass
 
 
 @own_precision
-def pairwise_marginals(pc: CompiledCircuit, evidence: Evidence | None = None, pairs: Tensor | None = None) -> Tensor:
+@detached
+def pairwise_marginals(
+    pc: CompiledCircuit,
+    evidence: Evidence | None = None,
+    pairs: Tensor | None = None,
+    *,
+    differentiable: bool = False,
+) -> Tensor:
     """Return the posterior of pairs of variables, ``p(x_i = u, x_j = v | e)``.
 
     By the chain rule ``p(x_i = u | e) p(x_j = v | e, x_i = u)``: one upward and downward pass per conditioning value
     (i, u), many of them in one batch of bounded size. Needs a smooth and decomposable circuit, which all circuits here
-    are. Differentiable in evidence and weights; the passes are then recorded, and memory grows with their number.
+    are.
 
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
         pairs: int64 (P, 2), the variables i and j of each pair; None: all of them.
+        differentiable: whether the result is differentiable in evidence and weights; memory grows with the passes.
 
     Returns:
         (B, P, C, C), the value of i first; (B, D, D, C, C) for all pairs, where i = j is the diagonal matrix of
@@ -51,17 +59,20 @@ def pairwise_marginals(pc: CompiledCircuit, evidence: Evidence | None = None, pa
 
 
 @own_precision
-def mutual_information(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
+@detached
+def mutual_information(
+    pc: CompiledCircuit, evidence: Evidence | None = None, *, differentiable: bool = False
+) -> Tensor:
     """Return the mutual information of every two variables given the evidence, ``I(X_i; X_j | e)`` in nats.
 
     Exact: every pair's posterior table is computed, as in :func:`pairwise_marginals`, and reduced at once, so that the
     tables of one variable i are in memory at a time (Cover and Thomas 2006, equation 2.28). Needs a smooth and
-    decomposable circuit, which all circuits here are. Differentiable in evidence and weights; memory is bounded under
-    ``torch.no_grad()`` only.
+    decomposable circuit, which all circuits here are.
 
     Args:
         pc: the circuit.
         evidence: for B queries; None: no evidence, B = 1.
+        differentiable: whether the result is differentiable in evidence and weights; then memory is not bounded.
 
     Returns:
         (B, D, D), symmetric, >= 0 up to rounding; the diagonal is the entropy ``H(X_i | e)``.

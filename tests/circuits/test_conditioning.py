@@ -178,7 +178,7 @@ def test_gradients_reach_external_weights(name, generator):
         assert torch.autograd.gradcheck(log_z, (given,))
     assert torch.autograd.gradgradcheck(log_z, (given,))
     evidence = ct.Evidence.soft(torch.zeros(2, 4, 3, dtype=DOUBLE))
-    marginals = ct.queries.marginals(pc, evidence, weights=pc.weights(external={node: given}))
+    marginals = ct.queries.marginals(pc, evidence, weights=pc.weights(external={node: given}), differentiable=True)
     assert torch.autograd.grad(marginals[:, 0, 0].sum(), given)[0].isfinite().all()
 
 
@@ -355,7 +355,7 @@ def test_gradients_reach_latent_factors(generator):
     assert torch.autograd.gradcheck(log_z, given)
     assert torch.autograd.gradgradcheck(log_z, given)
     evidence = ct.Evidence.observe(x, torch.zeros_like(x, dtype=torch.bool)).with_latents({"left": given[0]})
-    posterior = ct.queries.latent_marginals(pc, evidence, ["right", "left"])
+    posterior = ct.queries.latent_marginals(pc, evidence, ["right", "left"], differentiable=True)
     assert torch.autograd.grad(posterior["left"][:, 0].sum(), given[0])[0].abs().sum() > 0
 
 

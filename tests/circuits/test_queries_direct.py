@@ -1,6 +1,7 @@
 """Queries on circuits with Gaussian and Poisson variables equal sums and integrals over them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -133,13 +134,15 @@ def test_moments_have_gradients():
 
         def value(*banks, query=query):
             return torch.func.functional_call(
-                _Query(pc, query), {f"pc.bank.{n}": b for n, b in zip(names, banks, strict=True)}, evidence
+                _Query(pc, partial(query, differentiable=True)),
+                {f"pc.bank.{n}": b for n, b in zip(names, banks, strict=True)},
+                evidence,
             )
 
         banks = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         assert torch.autograd.gradcheck(value, banks, atol=1e-6)
     with torch.no_grad():
-        assert not ct.queries.mean(pc, evidence).requires_grad
+        assert not ct.queries.mean(pc, evidence, differentiable=True).requires_grad
     with torch.inference_mode():
         assert ct.queries.covariance(pc, evidence).isfinite().all()
 

@@ -1,5 +1,7 @@
 """Expectations and moments equal enumeration."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -66,18 +68,18 @@ def test_gradients_of_expectations(generator):
     functions = torch.randn(3, 2, 2, dtype=torch.float64, generator=generator, requires_grad=True)
     for of in ("sum", "product"):
         assert torch.autograd.gradcheck(
-            lambda f, g, of=of: ct.queries.expectation(pc, f, ct.Evidence.soft(g), of=of),
+            lambda f, g, of=of: ct.queries.expectation(pc, f, ct.Evidence.soft(g), of=of, differentiable=True),
             (functions, factors),
             atol=1e-6,
         )
     for query in (ct.queries.mean, ct.queries.variance, ct.queries.covariance):
-        assert torch.autograd.gradcheck(soft_function(pc, query), factors, atol=1e-6)
+        assert torch.autograd.gradcheck(soft_function(pc, partial(query, differentiable=True)), factors, atol=1e-6)
 
 
 def test_products_of_zeros_have_finite_gradients():
     pc = ct.compile(ct.structures.hmm(3, 2, 2), dtype=torch.float64, seed=1)
     functions = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
-    result = ct.queries.expectation(pc, functions, of="product")
+    result = ct.queries.expectation(pc, functions, of="product", differentiable=True)
     assert result.item() == 0.0
     grads = torch.autograd.grad(result.sum(), [functions, *pc.parameters()], allow_unused=True)
     assert all(grad is None or grad.isfinite().all() for grad in grads)
