@@ -199,27 +199,48 @@ def test_gradients_reach_low_rank_factors_also_where_they_are_zero(generator):
 
 
 def test_tiny_sums_are_exact_in_single_precision(generator):
-    """A query whose children lie 200 nats apart, where a sum in linear space is 0."""
-    pc = ct.compile(ct.structures.hmm(3, 4, 2), seed=0)
+    """Half of the children lie 200 nats below the others, which some units cannot reach: e^-200 is 0 in float32."""
+    emission = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    reachable = torch.tensor([[False, False, True, True], [True] * 4, [False, False, True, True], [True] * 4])
+    transition = torch.rand(4, 4, generator=generator) * reachable
+    circuit = ct.structures.hmm(3, 4, 2, emission=emission, transition=transition / transition.sum(1, keepdim=True))
+    pc, double = ct.compile(circuit), ct.compile(circuit, dtype=DOUBLE)
     factors = torch.tensor([[[0.0, -200.0]], [[-200.0, 0.0]]]).expand(2, 3, 2)
-    tables = torch.randn(2, 4, 4, generator=generator) * 60
-    gates = torch.randn(2, 2, generator=generator) * 60
-    u = (torch.randn(2, 4, 2, generator=generator) * 30).exp()
-    v = (torch.randn(4, 2, generator=generator) * 10).exp()
-    double = ct.compile(pc.circuit, dtype=DOUBLE, seed=0)
-    double.load_state_dict(pc.state_dict())
+    tables = torch.randn(2, 4, 4, generator=generator).masked_fill(~reachable, -torch.inf)
+    gates = torch.randn(2, 2, generator=generator)
+    u = torch.rand(2, 4, 2, generator=generator) * torch.tensor([0.0, 0.0, 1.0, 1.0]).unsqueeze(1)
+    v = torch.rand(4, 2, generator=generator)
     for form, exact in (
         (Gates(gates, tables), Gates(gates.double(), tables.double())),
         (LowRank(u, v), LowRank(u.double(), v.double())),
     ):
-        given, node = {"transition0": form, "transition1": form}, double.sum_node("transition0")
-        table = written_out(double, exact, node)
+        given = {"transition0": form, "transition1": form}
+        table = written_out(double, exact, double.sum_node("transition0"))
         expected = double.weights(external={"transition0": table, "transition1": table})
         found = ct.queries.log_partition(pc, ct.Evidence.soft(factors), weights=pc.weights(external=given))
         exactly = ct.queries.log_partition(double, ct.Evidence.soft(factors.double()), weights=expected)
         torch.testing.assert_close(found.double(), exactly, rtol=1e-5, atol=1e-4)
+        best = ct.queries.marginals(pc, ct.Evidence.soft(factors), weights=pc.weights(external=given))
+        torch.testing.assert_close(
+            best.double(), ct.queries.marginals(double, ct.Evidence.soft(factors.double()), weights=expected),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
         impossible = ct.Evidence.soft(torch.full((2, 3, 2), -torch.inf))
         assert ct.queries.log_partition(pc, impossible, weights=pc.weights(external=given)).tolist() == [-torch.inf] * 2
+
+
+@pytest.mark.parametrize("name", ["gates", "low rank", "dense"])
+def test_the_posterior_of_some_queries_keeps_their_weights(name, generator):
+    pc = ct.compile(ct.structures.hmm(3, 3, 4), dtype=DOUBLE, seed=0)
+    form = {
+        "gates": Gates(random_gates(generator, 4, 2), random_gates(generator, 2, 3, 3)),
+        "low rank": LowRank(random_gates(generator, 4, 3, 1).exp(), random_gates(generator, 4, 3, 1).exp()),
+        "dense": random_gates(generator, 4, 3, 3),
+    }[name]
+    weights = pc.weights(external={"transition0": form, "transition1": form})
+    posterior = ct.queries.posterior(pc, ct.Evidence.soft(random_gates(generator, 4, 3, 4)), weights=weights)
+    some = torch.tensor([2, 1, 2])
+    close(posterior.rows(some).log_partition, posterior.log_partition[some])
 
 
 class Largest(TorchDispatchMode):
