@@ -203,7 +203,14 @@ def test_tiny_sums_are_exact_in_single_precision(generator):
     emission = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     reachable = torch.tensor([[False, False, True, True], [True] * 4, [False, False, True, True], [True] * 4])
     transition = torch.rand(4, 4, generator=generator) * reachable
-    circuit = ct.structures.hmm(3, 4, 2, emission=emission, transition=transition / transition.sum(1, keepdim=True))
+    circuit = ct.structures.hmm(
+        3,
+        4,
+        2,
+        initial=torch.full((4,), 0.25),
+        emission=emission,
+        transition=transition / transition.sum(1, keepdim=True),
+    )
     pc, double = ct.compile(circuit), ct.compile(circuit, dtype=DOUBLE)
     factors = torch.tensor([[[0.0, -200.0]], [[-200.0, 0.0]]]).expand(2, 3, 2)
     tables = torch.randn(2, 4, 4, generator=generator).masked_fill(~reachable, -torch.inf)
