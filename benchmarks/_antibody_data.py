@@ -34,6 +34,7 @@ AFTER_MOTIF = 7
 WHEELS = {
     "antiberty==0.1.3": "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
     "abstar==0.8.0": "c3c25dd4c0ebcd8173fdd4737539957dfd2f5ca25a0a71cc7a1f2643cdb898f4",
+    "olga==1.3.0": "8ede22a43da951923ab28e1e0566185252e0851401f4d4d1456b83f0c39a7408",
 }
 """The SHA-256 of each wheel, as the registry has it."""
 MODEL_MEMBERS = "antiberty/trained_models/AntiBERTy_md_smooth"

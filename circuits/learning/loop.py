@@ -50,7 +50,8 @@ class Plan:
         num_updates: of the whole run.
         entries: after which updates something is measured; after the last one always.
         checkpoint_every: updates between two checkpoints; the last one is always followed by one.
-        keeps_best: whether the model ends with the weights of the best entry in validation, which is the greatest.
+        keeps_best: whether the model ends with the weights of the best entry in validation.
+        lower_is_better: whether that is the least, as of losses, or the greatest, as of likelihoods.
         early_stopping: ends the run; None: it does not.
         tol: end when an entry of training is less than so much greater than the one before; None: never.
         title: of the progress bar.
@@ -60,6 +61,7 @@ class Plan:
     entries: Container[int]
     checkpoint_every: int
     keeps_best: bool = False
+    lower_is_better: bool = False
     early_stopping: EarlyStopping | None = None
     tol: float | None = None
     title: str = "learning"
@@ -209,7 +211,8 @@ def _with_entry(history: History, training: Training, sums: Tensor, plan: Plan) 
     train, heard = training.measured(sums), training.evaluate()
     validation = history.validation if heard is None else (*history.validation, heard)
     entry, least = len(history.steps), 0.0 if plan.early_stopping is None else plan.early_stopping.min_improvement
-    is_best = heard is None or entry == 0 or heard > history.validation[history.best] + least
+    sign = -1 if plan.lower_is_better else 1
+    is_best = heard is None or entry == 0 or sign * (heard - history.validation[history.best]) > least
     return History(
         step=history.step,
         steps=(*history.steps, history.step),

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.arguments import checked_count
 from circuits.digests import digest
 from circuits.learning.checkpoint import Checkpoint
-from circuits.learning.loop import ModuleTraining, Plan, run
+from circuits.learning.loop import EarlyStopping, ModuleTraining, Plan, run
 from circuits.precision import own_precision
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
@@ -41,6 +42,8 @@ class CircuitTraining:
         validate_every: updates between two held-out evaluations; the last update is always followed by one.
         checkpoint_every: updates between two checkpoints.
         seed: of the order of the examples.
+        patience: stop after so many held-out evaluations in a row without a better one, and end with the weights of the
+            best; None: do all updates, and end with the last weights.
     """
 
     steps: int = 800
@@ -51,11 +54,14 @@ class CircuitTraining:
     validate_every: int = 200
     checkpoint_every: int = 100
     seed: int = 0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if self.patience is not None:
+            EarlyStopping(self.patience)
         for name in ("learning_rate", "feature_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
@@ -84,7 +90,7 @@ def fit_coupled(
     Args:
         head: whose circuit and calibration are trained, with the head's normalisation.
         cache: predictions for training blocks.
-        held_out: predictions for held-out blocks, for the curve.
+        held_out: predictions for held-out blocks, for the curve and for early stopping.
         config: by default ``CircuitTraining()``.
         checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
         progress: draw a progress bar.
@@ -99,10 +105,13 @@ def fit_coupled(
     """
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
+    stops_early = config.patience is not None
+    if stops_early and held_out is None:
+        raise ArgumentError("patience: it looks at held-out predictions, and there are none; give held_out")
     checkpoint = Checkpoint(
         checkpoint_path,
         {
-            "configuration": json.dumps(asdict(config)),
+            "configuration": json.dumps(_described(config)),
             "head": _description(head),
             "cache": cache.digest,
             "held-out cache": "none" if held_out is None else held_out.digest,
@@ -112,6 +121,9 @@ def fit_coupled(
         num_updates=config.steps,
         entries=range(0, config.steps + 1, config.validate_every),
         checkpoint_every=config.checkpoint_every,
+        keeps_best=stops_early,
+        lower_is_better=True,
+        early_stopping=None if config.patience is None else EarlyStopping(config.patience),
         title="fitting the circuit",
     )
     history, _ = run(_Training(head, cache, held_out, config), plan, checkpoint, progress=progress)
@@ -177,6 +189,38 @@ def coupled_loss(
         total += float(losses.double().sum())
         num_blocks += len(losses)
     return total / num_blocks if num_blocks else math.nan
+
+
+@torch.no_grad()
+def losses_by_ratio(
+    head: CoupledHead, cache: LogitCache, *, num_bins: int = 4, batch_size: int = 256
+) -> tuple[float, ...]:
+    """Return the coupled loss per masked token apart by the share of a block that is masked: one number hides a head
+    that is good where much is masked and bad where little is.
+
+    Args:
+        head: whose circuit and conditioners are measured.
+        cache: predictions for noised blocks.
+        num_bins: bins of equal width, (0, 1/n], (1/n, 2/n], ...
+        batch_size: blocks at a time.
+
+    Returns:
+        Nats per masked token, each the mean over the blocks of a bin; NaN for a bin without blocks.
+    """
+    checked_count("num_bins", num_bins)
+    ratios = torch.from_numpy(np.array(cache.masked)).double().mean(1)
+    losses = [
+        _block_losses(head, cache.batch(slice(start, start + batch_size), head.pc.device), CircuitTraining())
+        for start in range(0, len(cache), batch_size)
+    ]
+    loss, ratios = torch.cat(losses).double().cpu(), ratios[ratios > 0]
+    bins = (ratios * num_bins).ceil().long() - 1
+    return tuple(float(loss[bins == number].mean()) for number in range(num_bins))
+
+
+def _described(config: CircuitTraining) -> dict[str, Any]:
+    """Return a configuration as files name it; one without early stopping as before there was any."""
+    return {name: value for name, value in asdict(config).items() if (name, value) != ("patience", None)}
 
 
 def _check_caches(head: CoupledHead, *caches: LogitCache | None) -> None:

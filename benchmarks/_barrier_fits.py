@@ -1,0 +1,162 @@
+"""What a bed needs fitted: the circuit of maximum likelihood, caches, and heads that start from it; all kept on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _bed import Bed
+
+import circuits as ct
+import diffusion as df
+from circuits.files import replace_file
+from diffusion.training.circuit import losses_by_ratio
+
+HEADS = ("plain", "calibrated", "potentials", "gates", "low rank", "all")
+"""Static ones first; the rest starts from ``calibrated``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        states: of the hidden Markov model.
+        epochs: of maximum likelihood at most, by mini-batch EM.
+        masks: noisy versions of every training window.
+        knots: noise levels of the calibration.
+        steps: updates of every fit on the coupled objective at most.
+        validate_every: updates between two looks at the validation windows.
+        patience: looks without a better one until a fit stops.
+        hidden: units between features and log-factors.
+    """
+
+    states: int = 128
+    epochs: int = 12
+    masks: int = 4
+    knots: int = 9
+    steps: int = 400
+    validate_every: int = 50
+    patience: int = 5
+    hidden: int = 128
+
+
+QUICK = Sizes(states=4, epochs=1, masks=1, knots=3, steps=2, validate_every=1, patience=1, hidden=4)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Everything that is fitted to one bed with one seed, in one folder; what is there is not fitted again."""
+
+    bed: Bed
+    folder: Path
+    sizes: Sizes
+    seed: int
+
+    def circuit(self) -> ct.CompiledCircuit:
+        """Return the circuit of maximum likelihood."""
+        path, bed = self.folder / "likeliest", self.bed
+        if not (path / "structure.json").is_file():
+            length, sizes = bed.block_length, self.sizes
+            pc = ct.compile(ct.structures.hmm(length, sizes.states, len(bed.vocabulary)), seed=self.seed)
+            ids = torch.tensor(bed.vocabulary)
+            text, validation = (torch.searchsorted(ids, part[:, -length:]) for part in (bed.text, bed.validation))
+            optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.seed)
+            result = ct.learning.fit(
+                pc,
+                text,
+                optimizer=optimizer,
+                num_epochs=sizes.epochs,
+                validation_data=validation,
+                patience=sizes.patience,
+                checkpoint_path=self.folder / "likeliest.safetensors",
+                progress=False,
+            )
+            likelihoods = [f"{value / length:.3f}" for value in result.validation_log_likelihood]
+            print("likelihood of validation windows by epoch, nats per token:", *likelihoods, flush=True)
+            ct.save(pc, path)
+        return ct.load(path)
+
+    def cache(self, denoiser: df.Denoiser, kind: str, name: str) -> df.LogitCache:
+        """Return the predictions for the windows of a kind, ``train`` or ``validation``."""
+        path, began = self.folder / f"logits-{kind}-{name}", time.process_time()
+        cache = df.cache_logits(
+            denoiser,
+            getattr(self.bed, kind),
+            path,
+            block_length=self.bed.block_length,
+            features=True,
+            masks_per_window=self.sizes.masks,
+            batch_size=32,
+            seed=self.seed,
+            progress=False,
+        )
+        if not path.with_suffix(".json").is_file():
+            _write(path.with_suffix(".json"), {"seconds": time.process_time() - began})
+        return cache
+
+    def head(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
+        """Return a head of :data:`HEADS` for a denoiser of some name."""
+        path = self.folder / f"{name}-{kind.replace(' ', '-')}"
+        if not path.is_dir():
+            caches = [self.cache(denoiser, part, name) for part in ("train", "validation")]
+            head, began = self._first(denoiser, kind, name), time.process_time()
+            sizes = self.sizes
+            config = df.CircuitTraining(
+                steps=sizes.steps,
+                batch_size=32,
+                validate_every=sizes.validate_every,
+                checkpoint_every=sizes.validate_every,
+                patience=sizes.patience,
+                seed=self.seed,
+            )
+            curve = df.fit_coupled(
+                head, *caches, config=config, checkpoint_path=path.with_suffix(".safetensors"), progress=False
+            )
+            head.save(path)
+            self._report(path, head, caches[1], curve.steps[-1], time.process_time() - began)
+        return df.CoupledHead.load(path)
+
+    def seconds(self) -> float:
+        """Return the processor time of predictions and fits behind the heads ``calibrated`` and ``potentials``."""
+        names = ("logits-train-shipped", "logits-validation-shipped", "shipped-calibrated", "shipped-potentials")
+        paths = [self.folder / f"{name}.json" for name in names]
+        return sum(json.loads(path.read_text("ascii"))["seconds"] for path in paths)
+
+    def _first(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
+        bed, hidden = self.bed, self.sizes.hidden
+        if kind in ("plain", "calibrated"):
+            pc = self.circuit()
+            ids = torch.tensor(bed.vocabulary)
+            counts = torch.bincount(
+                torch.searchsorted(ids, bed.train[:, -bed.block_length :]).flatten(), minlength=len(ids)
+            )
+            made = [df.NoiseCalibration.dividing_out(counts, num_knots=self.sizes.knots)] if kind != "plain" else []
+            return df.CoupledHead(pc, conditioners=made, vocabulary=bed.vocabulary)
+        static = self.head(denoiser, "calibrated", name)
+        options = {"hidden": hidden, "seed": self.seed}
+        of = {
+            "potentials": (df.LatentPotentials,),
+            "gates": (df.TransitionGates,),
+            "low rank": (df.LowRankTransitions,),
+            "all": (df.LatentPotentials, df.TransitionGates),
+        }[kind]
+        made = [one.for_hmm(static.pc, bed.num_features, **options) for one in of]
+        return df.CoupledHead(static.pc, conditioners=[*static.conditioners, *made], vocabulary=bed.vocabulary)
+
+    def _report(self, path: Path, head: df.CoupledHead, cache: df.LogitCache, steps: int, seconds: float) -> None:
+        bins = losses_by_ratio(head, cache)
+        print(
+            f"{path.name}: {steps} updates, {seconds:.0f} s; validation by quarter of the mask ratio, nats:",
+            *bins,
+            flush=True,
+        )
+        _write(path.with_suffix(".json"), {"steps": steps, "seconds": seconds, "validation": bins})
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="ascii")

@@ -1,0 +1,39 @@
+"""A test bed: a denoiser, blocks to fit a circuit and a head to, and held-out blocks to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+import diffusion as df
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bed:
+    """What ``barrier.py`` measures; windows are int64 (N, context length + L), and the last L tokens of one its block.
+
+    Attributes:
+        denoiser: the masked-token predictor, as it is.
+        num_features: H of its hidden states.
+        block_length: L.
+        vocabulary: its ids of the circuit's categories.
+        text: windows for maximum likelihood; ``train`` and more, where there is more of the same kind.
+        train: windows for the coupled objective.
+        validation: windows for early stopping, of no part of ``text`` or ``held_out``.
+        held_out: windows to measure on, by what they are.
+        fine_tune: returns the denoiser trained further on ``train`` for so many seconds of processor time, kept in a
+            folder; None: there is no such column.
+    """
+
+    denoiser: df.Denoiser
+    num_features: int
+    block_length: int
+    vocabulary: tuple[int, ...]
+    text: Tensor
+    train: Tensor
+    validation: Tensor
+    held_out: dict[str, Tensor]
+    fine_tune: Callable[[Path, float], df.Denoiser] | None = None

@@ -1,0 +1,180 @@
+"""Antibodies: AntiBERTy, a real pretrained masked model, on the last 100 residues of reads of heavy chains.
+
+``olga==1.3.0`` (GPL-3; Sethna et al. 2019, arXiv 1807.04425) draws rearrangements of germline genes. It is run as a
+program of its own; with the germline genes that it knows a drawn CDR3 becomes a whole chain without mutations, as many
+as a circuit asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from _antibody_data import LENGTH, RESIDUES, VOCABULARY, prepare, translated, wheel
+from _bed import Bed
+from safetensors.torch import load_file
+from torch import Tensor
+
+import diffusion as df
+from circuits.files import replace_file, write_safetensors
+
+GENES = "olga/default_models/human_B_heavy"
+SAME_CLUSTER = 80
+"""Residues of 100 in a common subsequence: no alignment finds more equal ones."""
+
+
+def antibody_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
+    """Prepare model, reads and germline chains in a folder, and divide the reads by a seed."""
+    model, chains = prepare(folder)
+    windows = sorted({chain[-LENGTH:] for chain in chains.read_text("ascii").split() if len(chain) >= LENGTH})
+    if is_quick:
+        windows = windows[::8]
+    split = split_reads(windows, seed=seed)
+    tail = Counter(read[read.rfind("VSS") + 3 :] for read in split["train"] if "VSS" in read).most_common(1)[0][0]
+    germline = [chain + tail for chain in germline_chains(folder, 200 if is_quick else 8000, seed=seed)]
+    train = ids_of(split["train"])
+    longest = ids_of([chain[-LENGTH:] for chain in germline if len(chain) >= LENGTH])
+    denoiser = df.load_denoiser(model)
+    assert isinstance(denoiser, df.MaskedLMDenoiser)
+    return Bed(
+        denoiser=denoiser,
+        num_features=denoiser.model.config.hidden_size,  # type: ignore[union-attr,arg-type]
+        block_length=LENGTH,
+        vocabulary=tuple(VOCABULARY.index(residue) for residue in RESIDUES),
+        text=torch.cat([longest, train.repeat(4, 1)]),
+        train=train,
+        validation=ids_of(split["validation"]),
+        held_out={name: ids_of(split[name]) for name in ("far", "random")},
+        fine_tune=lambda path, seconds: fine_tuned(denoiser, train, path, seconds=seconds, seed=seed),
+    )
+
+
+def ids_of(windows: list[str]) -> Tensor:
+    """Return the model's ids, int64 (N, 100)."""
+    return torch.tensor([[VOCABULARY.index(residue) for residue in window] for window in windows])
+
+
+def split_reads(windows: list[str], *, seed: int) -> dict[str, list[str]]:
+    """Divide reads into ``train``, ``validation``, ``far`` and ``random``.
+
+    ``far``: one read of each of some clusters that are held out as a whole; so no training read has 80 % of its
+    residues in common with it. ``validation``: the same, of other clusters. ``random``: reads whose relatives may be
+    among the training reads. Clusters of more than a twentieth of the reads are for training, and ``random``.
+    """
+    groups = clusters(windows)
+    generator = torch.Generator().manual_seed(seed)
+    order = [groups[number] for number in torch.randperm(len(groups), generator=generator).tolist()]
+    small = [group for group in order if 20 * len(group) <= len(windows)]
+    share = len(small) // 6
+    held_out = [one for group in small[: 2 * share] for one in group]
+    rest = sorted(set(range(len(windows))) - set(held_out))
+    rest = [rest[number] for number in torch.randperm(len(rest), generator=generator).tolist()]
+    taken = {"far": [group[0] for group in small[:share]], "random": rest[:share], "train": rest[share:]}
+    taken["validation"] = [group[0] for group in small[share : 2 * share]]
+    return {name: [windows[one] for one in numbers] for name, numbers in taken.items()}
+
+
+def clusters(windows: list[str]) -> list[list[int]]:
+    """Return groups of windows: two with a common subsequence of 80 residues are in one, and so are chains of such."""
+    places = [{residue: 0 for residue in RESIDUES} for _ in windows]
+    for place, window in zip(places, windows, strict=True):
+        for number, residue in enumerate(window):
+            place[residue] |= 1 << number
+    group = list(range(len(windows)))
+    for one, place in enumerate(places):
+        for other in range(one):
+            if group[one] != group[other] and common(place, windows[other]) >= SAME_CLUSTER:
+                old, new = group[one], group[other]
+                group = [new if number == old else number for number in group]
+    found: dict[int, list[int]] = {}
+    for one, number in enumerate(group):
+        found.setdefault(number, []).append(one)
+    return list(found.values())
+
+
+def common(places: dict[str, int], window: str) -> int:
+    """Return the length of the longest common subsequence (Hyyrö 2004), given one text's places by residue in bits."""
+    everything = (1 << LENGTH) - 1
+    state = everything
+    for residue in window:
+        equal = state & places[residue]
+        state = ((state + equal) | (state - equal)) & everything
+    return LENGTH - state.bit_count()
+
+
+def germline_chains(folder: Path, number: int, *, seed: int) -> list[str]:
+    """Return chains that rearrange germline genes without mutations: V, a drawn CDR3, and J; kept in the folder."""
+    path = folder / f"germline-{number}-{seed}.txt"
+    if not path.is_file():
+        program = folder / "olga-1.3.0"
+        if not (program / GENES).is_dir():
+            with zipfile.ZipFile(wheel(folder, "olga==1.3.0")) as archive:
+                archive.extractall(program)
+        with replace_file(path.with_suffix(".tsv")) as temporary:
+            command = [sys.executable, "-m", "olga.generate_sequences", "--humanIGH", "--time_updates_off"]
+            command += ["-n", str(number), f"--seed={seed}", "--delimiter=tab", "-o", str(temporary)]
+            subprocess.run(
+                command, check=True, env={**os.environ, "PYTHONPATH": str(program)}, stdout=subprocess.DEVNULL
+            )
+        before, after = germline_genes(program / GENES)
+        with open(path.with_suffix(".tsv"), encoding="ascii") as file:
+            drawn = [row[1:4] for row in csv.reader(file, delimiter="\t")]
+        found = sorted({before[v] + cdr3 + after[j] for cdr3, v, j in drawn if v in before and j in after})
+        with replace_file(path) as temporary:
+            temporary.write_text("\n".join(chain for chain in found if set(chain) <= set(RESIDUES)), encoding="ascii")
+    return path.read_text("ascii").split()
+
+
+def germline_genes(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the residues of V genes before the C that CDR3 begins with, and of J genes after its last; by gene."""
+    parameters = (folder / "model_params.txt").read_text("ascii")
+    bases = dict(re.findall(r"^%(IGH[VJ][^;]*);([ACGT]+);", parameters, re.MULTILINE))
+    parts: list[dict[str, str]] = []
+    for kind in "VJ":
+        genes: dict[str, str] = {}
+        with open(folder / f"{kind}_gene_CDR3_anchors.csv", encoding="ascii") as file:
+            for row in csv.DictReader(file):
+                gene, anchor = row["gene"], int(row["anchor_index"])
+                text = bases[gene][anchor % 3 : anchor] if kind == "V" else bases[gene][anchor + 3 :]
+                genes.setdefault(gene.partition("*")[0], translated(text))  # the first allele
+        parts.append(genes)
+    return parts[0], parts[1]
+
+
+def fine_tuned(
+    denoiser: df.MaskedLMDenoiser, windows: Tensor, path: Path, *, seconds: float, seed: int, batch_size: int = 16
+) -> df.MaskedLMDenoiser:
+    """Return the model trained further: AdamW, masks at t ~ U(0, 1), the mean loss of a block's masked residues."""
+    tuned = copy.deepcopy(denoiser)
+    if path.is_file():
+        tuned.model.load_state_dict(load_file(path))
+        return tuned
+    model, generator = tuned.model.train(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    began, updates = time.process_time(), 0
+    while (share := (time.process_time() - began) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = 1e-4 * min(1.0, (updates + 1) / 10) * (1 + math.cos(math.pi * share)) / 2
+        rows = windows[torch.randint(len(windows), (batch_size,), generator=generator)]
+        times = df.masking.sample_times(batch_size, generator=generator)
+        noisy, masked = df.masking.mask_tokens(rows, times, mask_id=tuned.spec.mask_id, generator=generator)
+        said = df.Prediction.ask(tuned, noisy)
+        loss = -said.log_prob_of(rows).masked_fill(~masked, 0.0).sum(1) / masked.sum(1).clamp_min(1)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        updates += 1
+    print(f"fine-tuned by {updates} updates of {batch_size} reads in {seconds:.0f} s of processor time")
+    model.eval()
+    with replace_file(path) as temporary:
+        write_safetensors(temporary, {name: weight.detach().clone() for name, weight in model.state_dict().items()})
+    return tuned

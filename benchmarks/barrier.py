@@ -1,0 +1,218 @@
+"""How much of the factorization barrier each kind of head removes, on a test bed.
+
+    python benchmarks/barrier.py --bed antibody            # prepares everything, fits, measures, prints the table
+    python benchmarks/barrier.py --bed antibody --quick    # the same, tiny, in a folder of its own
+    python benchmarks/barrier.py --bed antibody --columns one-step sequential   # these only: for two runs side by side
+
+Losses are nats per masked token. *one-step*: the denoiser, all masked tokens independently; *circuit alone*: the circuit
+of maximum likelihood; *plain*: their product, fitted; *calibrated*: with a calibration by noise; *potentials*, *gates*,
+*low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *sequential*: the denoiser,
+one token at a time; *tuned ...*: the same with the denoiser trained further on the same text, for as long as
+*calibrated* and *potentials* took. Every cell, a column on eight windows, is kept in a file of ``--folder``: an
+interrupted run goes on where it was, and one with more ``--windows`` or ``--seeds`` computes what is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from _barrier_fits import HEADS, QUICK, Fits, Sizes
+from _barrier_losses import Losses, circuit_losses, head_losses, one_step_losses, orders, sequential_losses
+from _bed import Bed
+from _bed_antibody import antibody_bed
+from torch import Tensor
+
+import diffusion as df
+from circuits.files import replace_file
+from diffusion.evaluation.gap import Estimate
+
+BEDS = {"antibody": antibody_bed}
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+TUNED = tuple(f"tuned {name}" for name in ("one-step", "calibrated", "potentials", "sequential"))
+COLUMNS = ("one-step", "circuit alone", *HEADS, "sequential", *TUNED)
+CHUNK = 8
+"""Windows of a cell."""
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    default = Path(os.environ.get("UNFACTOR_BARRIER", Path.home() / ".cache" / "unfactor" / "barrier"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bed", choices=BEDS, default="antibody")
+    parser.add_argument("--folder", type=Path, default=default, help="of what is prepared, fitted and measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of splits, masks and fits")
+    parser.add_argument("--windows", type=int, default=32, help="held-out windows of each kind and seed, at most")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="to measure in this run")
+    parser.add_argument(
+        "--held-out", nargs="+", help="kinds of held-out windows to measure in this run; all of the bed"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny sizes, the first seed")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
+    options = parsed(arguments)
+    torch.set_num_threads(options.threads)
+    sizes, seeds, windows = Sizes(), options.seeds, options.windows
+    if options.quick:
+        sizes, seeds, windows = QUICK, options.seeds[:1], 2
+    home = options.folder / options.bed
+    measures = []
+    for seed in seeds:
+        bed = BEDS[options.bed](home, seed=seed, is_quick=options.quick)
+        folder = home / f"{'quick' if options.quick else 'seed'}-{seed}"
+        measure = Measure(Fits(bed, folder, sizes, seed), folder / "cells", windows)
+        for kind in options.held_out or bed.held_out:
+            for column in options.columns:
+                measure.fill(kind, column)
+        measures.append(measure)
+    tables = {kind: rows_of(measures, kind) for kind in measures[0].bed.held_out}
+    for kind, rows in tables.items():
+        print(f"\n{kind}, nats per masked token, and shares of the gap of the denoiser that a column is about:\n")
+        print("\n".join(markdown(rows)))
+    with replace_file(home / "tables.json") as temporary:
+        temporary.write_text(json.dumps(tables, indent=1), encoding="ascii")
+    return tables
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The cells of one seed."""
+
+    fits: Fits
+    folder: Path
+    num_windows: int
+
+    @property
+    def bed(self) -> Bed:
+        """What is measured."""
+        return self.fits.bed
+
+    @cached_property
+    def tuned(self) -> df.Denoiser:
+        """The denoiser that was trained further."""
+        assert self.bed.fine_tune is not None
+        with torch.enable_grad():
+            return self.bed.fine_tune(self.fits.folder / "tuned.safetensors", self.fits.seconds())
+
+    def chunks(self, kind: str) -> list[slice]:
+        """Return the windows of each cell."""
+        total = min(self.num_windows, len(self.bed.held_out[kind]))
+        return [slice(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+
+    def path(self, kind: str, column: str, rows: slice) -> Path:
+        """Return the file of a cell."""
+        return self.folder / f"{kind}-{column.replace(' ', '-')}-{rows.start}-{rows.stop}.json"
+
+    @torch.no_grad()
+    def fill(self, kind: str, column: str) -> None:
+        """Compute the cells of a column that are not there."""
+        if column in TUNED and self.bed.fine_tune is None:
+            return
+        windows = self.bed.held_out[kind]
+        order = orders(len(windows), self.bed.block_length, seed=self.fits.seed)
+        for rows in self.chunks(kind):
+            path = self.path(kind, column, rows)
+            if not path.is_file():
+                losses = self.losses(column, windows[rows], order[rows])
+                with replace_file(path) as temporary:
+                    cell = {str(ratio): loss.tolist() for ratio, loss in losses.items()}
+                    temporary.write_text(json.dumps(cell), encoding="ascii")
+                print(kind, column, rows.stop, *(f"{float(loss.mean()):.3f}" for loss in losses.values()), flush=True)
+
+    def losses(self, column: str, windows: Tensor, order: Tensor) -> Losses:
+        """Return a column's losses on some windows."""
+        is_tuned = column in TUNED
+        denoiser = self.tuned if is_tuned else self.bed.denoiser
+        name, what = ("tuned", column.removeprefix("tuned ")) if is_tuned else ("shipped", column)
+        known = set(self.bed.vocabulary)
+        forbidden = tuple(id for id in range(denoiser.spec.vocab_size) if id not in known)
+        if what == "one-step":
+            return one_step_losses(denoiser, windows, order, RATIOS, forbidden)
+        if what == "sequential":
+            return sequential_losses(denoiser, windows, order, RATIOS, forbidden)
+        if what == "circuit alone":
+            block = windows[:, -order.shape[1] :].contiguous()
+            categories = torch.searchsorted(torch.tensor(self.bed.vocabulary), block)
+            return circuit_losses(self.fits.circuit(), categories, order, RATIOS)
+        with torch.enable_grad():
+            head = self.fits.head(denoiser, what, name)
+        return head_losses(head, denoiser, windows, order, RATIOS)
+
+    def read(self, kind: str, column: str) -> dict[float, np.ndarray] | None:
+        """Return a column's losses on all windows; None if a cell is not there."""
+        paths = [self.path(kind, column, rows) for rows in self.chunks(kind)]
+        if not all(path.is_file() for path in paths):
+            return None
+        cells = [json.loads(path.read_text("ascii")) for path in paths]
+        return {ratio: np.concatenate([cell[str(ratio)] for cell in cells]) for ratio in RATIOS}
+
+
+def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> list[dict[str, str]]:
+    """Return the table of one kind of windows: a row for each column, with losses and shares at each ratio.
+
+    The windows of all seeds are taken together, and resampled together in all columns: so intervals of shares are of
+    differences window by window.
+    """
+    found = {column: [measure.read(kind, column) for measure in measures] for column in COLUMNS}
+    whole = {column: parts for column, parts in found.items() if all(part is not None for part in parts)}
+    rows: list[dict[str, str]] = []
+    losses = {
+        column: {ratio: np.concatenate([part[ratio] for part in parts if part]) for ratio in RATIOS}
+        for column, parts in whole.items()
+    }
+    if not losses:
+        return rows
+    num_windows = len(next(iter(losses.values()))[RATIOS[0]])
+    resamples = np.random.default_rng(0).integers(num_windows, size=(num_bootstrap, num_windows))
+    for column, by_ratio in losses.items():
+        before = "tuned " if column in TUNED else ""
+        ends = [losses.get(f"{before}{end}") for end in ("one-step", "sequential")]
+        row = {"column": column, "windows": str(num_windows)}
+        for ratio, loss in by_ratio.items():
+            row[f"{ratio:.2f}"] = str(Decimals.of(loss.mean(), loss[resamples].mean(1)))
+            if ends[0] is not None and ends[1] is not None and not column.endswith(("one-step", "sequential")):
+                row[f"share {ratio:.2f}"] = share(ends[0][ratio], loss, ends[1][ratio], resamples)
+        rows.append(row)
+    return rows
+
+
+class Decimals(Estimate):
+    """An estimate that is written with three decimals."""
+
+    @classmethod
+    def of(cls, value: float, resampled: np.ndarray) -> Decimals:
+        """Return a value with the interval of its resamples."""
+        low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
+        return cls(float(value), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def share(one_step: np.ndarray, loss: np.ndarray, sequential: np.ndarray, resamples: np.ndarray) -> str:
+    """Return the share of the gap that is closed, or a dash where there is none: its interval reaches 0."""
+    gap = one_step - sequential
+    if np.quantile(gap[resamples].mean(1), 0.025) <= 0:
+        return "-"
+    closed = one_step - loss
+    value = Decimals.of(closed.mean() / gap.mean(), closed[resamples].mean(1) / gap[resamples].mean(1))
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    """Return a table's lines."""
+    titles = list(dict.fromkeys(name for row in rows for name in row if name != "windows"))
+    lines = [titles, ["---"] * len(titles), *([row.get(name, "") for name in titles] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    main()
