@@ -19,7 +19,7 @@ from _timing import Timed, measure
 from torch import Tensor
 
 import circuits as ct
-from circuits.engine import logspace
+from circuits.algebra import logspace
 
 
 def report(title: str, seconds: dict[str, list[float]], floor: str) -> None:

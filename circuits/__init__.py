@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from circuits import interop, learning, plot, properties, queries, structures, testing, transforms, weights
+from circuits.algebra import semirings
+from circuits.algebra.semirings import Semiring
 from circuits.constrained import ConstrainedDistribution
 from circuits.distribution import CircuitDistribution
-from circuits.engine import semirings
 from circuits.engine.compile import CompiledCircuit, compile
-from circuits.engine.semirings import Semiring
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import (
     ArgumentError,

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra import logspace
+from circuits.algebra.semirings import ChoosingSemiring, MaxSemiring, Semiring, TemperedSemiring
 from circuits.constrained.arcs import Arcs
-from circuits.engine import choices, logspace
+from circuits.engine import choices
 from circuits.engine.question import Question
-from circuits.engine.semirings import ChoosingSemiring, MaxSemiring, Semiring, TemperedSemiring
 from circuits.randomness import Source
 from circuits.symbolic import Input, Node, Product, Sum
 from circuits.symbolic.alignment import Part

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import Semiring
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
-from circuits.engine.semirings import Semiring
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.evidence import Dense, Evidence, Factors, Listed, Nothing, Where
 

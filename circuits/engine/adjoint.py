@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import LogSemiring
 from circuits.engine.chains import Scan
 from circuits.engine.layers import Gradients, ProductLayer, SumLayer
-from circuits.engine.semirings import LogSemiring
 from circuits.precision import own_precision
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 Sum t mixes the product of leaves e_t and sum t + 1, by weights that all share: ``y_t = W exp(e_t + log y_t+1)``. Layer
 by layer that is a few dozen calls a step. Here the states are kept in linear space, over one scale per step and column
 (Rabiner 1989, section V.A), so that a step is a GEMM, a maximum, a product and a division. Terms that underflow change
-nothing while every sum stays above the safe one of :mod:`circuits.engine.logspace`; where one does not, the chain is
+nothing while every sum stays above the safe one of :mod:`circuits.algebra.logspace`; where one does not, the chain is
 evaluated layer by layer. With few states and columns even one call a step is too much: then neighbouring steps'
 matrices are multiplied, all pairs at once, and the vectors between them follow (a parallel scan, Blelloch 1990).
 """
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.engine.folding import Folding
 from circuits.engine.layers import Gather, Gradients, LayerValues, ProductLayer, SumLayer
-from circuits.engine.logspace import column_peak, smallest_safe_sum
 from circuits.engine.weights import LatentFactors
 from circuits.symbolic import Node, Product, Sum, parameter_owner
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import ChoosingSemiring
 from circuits.engine.layers import ProductLayer, SumLayer, chunks
-from circuits.engine.semirings import ChoosingSemiring
 from circuits.randomness import DrawnNumbers, RowGenerators, Source
 
 if TYPE_CHECKING:

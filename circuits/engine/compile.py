@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from circuits.arguments import checked_device, checked_dtype, checked_seed
 from circuits.engine.chains import schedule_of
-from circuits.engine.external import ExternalWeights, checked_form, weights_by_layer
 from circuits.engine.folding import Folding, fold
 from circuits.engine.input_layers import DirectLayer, InputLayer, TableLayer
 from circuits.engine.layers import Address, ParameterRows, ProductLayer, SumLayer
 from circuits.engine.question import Question
-from circuits.engine.weight_forms import Form
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -38,6 +36,8 @@ from circuits.symbolic import (
     num_free_parameters,
     parameter_owner,
 )
+from circuits.weights.forms import Form, Own
+from circuits.weights.given import ExternalWeights, checked_form, joined_by_layer
 
 _ROWS = 4096
 """Of a table that is set: copies are made of so many at a time."""
@@ -264,7 +264,11 @@ class CompiledCircuit(nn.Module):
             if row in by_layer[layer]:
                 raise ArgumentError(f"external: {node} is given twice, by name and by node; give it once")
             by_layer[layer][row] = checked_form(given, node)
-        return weights_by_layer(self, by_layer, own, normalize=normalize)
+        of_layers = {}
+        for layer in by_layer:
+            rows = [self.bank_address(node) for node in self._folding.layers[layer] if isinstance(node, ParametricNode)]
+            of_layers[layer] = Own(rows[0][0], own[rows[0][0]].log, tuple(row for _, row in rows))
+        return joined_by_layer(by_layer, of_layers, len(self.input_layers), normalize=normalize)
 
     def _bank_weights(self, name: str, parameter: Tensor) -> Weights:
         if torch.compiler.is_compiling():

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from circuits.engine import logspace
+from circuits.algebra import logspace
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine.layers import ParameterRows
-from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine.weights import Weights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Normal, Nothing, Where

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from circuits.engine import logspace
-from circuits.engine.external import GivenSums
-from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.algebra import logspace
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine.weights import LatentFactors, Weights
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import ProductMode
+from circuits.weights.given import GivenSums
 
 if TYPE_CHECKING:
     from circuits.engine.adjoint import Flows

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice
 from circuits.engine.layers import ProductLayer
-from circuits.engine.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine.weights import CircuitWeights, LatentFactors, class_factors, latents_by_layer
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuits.engine.semirings import Semiring
+from circuits.algebra.semirings import Semiring
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:

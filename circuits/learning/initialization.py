@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import LogSemiring
 from circuits.arguments import checked_count, checked_number
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
-from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical

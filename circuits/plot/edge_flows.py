@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import LogSemiring
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
-from circuits.engine.semirings import LogSemiring
 from circuits.evidence import Evidence
 from circuits.symbolic import Product, Sum
 

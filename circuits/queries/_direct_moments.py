@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import LogSemiring
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.input_layers import DirectLayer
 from circuits.engine.question import Question, checked_possible
-from circuits.engine.semirings import LogSemiring
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.evidence import Evidence
 from circuits.queries.common import queries_per_pass, refuse_relative

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.engine import logspace
+from circuits.algebra import logspace
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError, PropertyError

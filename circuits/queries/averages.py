@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.engine import logspace
-from circuits.engine.semirings import Semiring
+from circuits.algebra import logspace
+from circuits.algebra.semirings import Semiring
 
 
 def log_matmul_average(

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import MaxSemiring, Semiring, choosing_semiring
 from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
-from circuits.engine.semirings import MaxSemiring, Semiring, choosing_semiring
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from circuits.algebra import logspace
+from circuits.algebra.semirings import LogSemiring, Semiring
 from circuits.arguments import checked_count
-from circuits.engine import logspace
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible, gradient_of
-from circuits.engine.semirings import LogSemiring, Semiring
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence

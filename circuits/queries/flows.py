@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import LogSemiring, MaxSemiring
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, class_needed, nodes_of
-from circuits.engine.semirings import LogSemiring, MaxSemiring
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import Semiring
 from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.layers import ProductLayer, SumLayer, chunks
 from circuits.engine.question import Question, checked_possible
-from circuits.engine.semirings import Semiring
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.precision import own_precision

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 from circuits.arguments import check_integers, check_range, checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
-from circuits.engine.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence

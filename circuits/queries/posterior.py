@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from circuits.algebra import logspace
+from circuits.algebra.semirings import LogSemiring
 from circuits.arguments import check_integers, check_mask
-from circuits.engine import logspace
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.input_layers import TableLayer
 from circuits.engine.question import Question, checked_possible, divided, nodes_of
-from circuits.engine.semirings import LogSemiring
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
@@ -259,7 +259,7 @@ def _mix_adjoint(
         table: exp(log_table).
         values: rows of the table, int64 (n, k); None: all V, in order.
         log_factors: (n, k); -inf leaves a row out.
-        log_mixed: what :func:`~circuits.engine.logspace.log_mix` made of them, or of more of them.
+        log_mixed: what :func:`~circuits.algebra.logspace.log_mix` made of them, or of more of them.
         grad: its gradient, 0 where it is -inf.
     """
     peak = log_factors.amax(1, keepdim=True)

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from circuits.algebra.semirings import LogSemiring
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
-from circuits.engine.semirings import LogSemiring
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence, Factors, Listed, Where
 from circuits.precision import own_precision

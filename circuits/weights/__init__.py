@@ -11,7 +11,7 @@ one such product and R vectors a query. Where weights do not simply add up (maxi
 few queries at a time are written out; a choice of children writes out the rows of the units that were reached.
 """
 
-from circuits.engine.weight_forms import Dense, Form
+from circuits.weights.forms import Dense, Form
 from circuits.weights.gates import Gates
 from circuits.weights.low_rank import LowRank
 

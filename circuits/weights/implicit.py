@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from circuits.engine.logspace import log_sum, smallest_differentiable_sum, smallest_safe_sum
-from circuits.engine.semirings import Semiring
-from circuits.engine.weight_forms import JoinedWeights
+from circuits.algebra.logspace import log_sum, smallest_differentiable_sum, smallest_safe_sum
+from circuits.algebra.semirings import Semiring
 from circuits.precision import own_precision
+from circuits.weights.forms import JoinedWeights
 
 _NUMBERS_AT_ONCE = 1 << 22
 """How many numbers of tables that are written out exist at a time."""
@@ -116,8 +116,8 @@ class _LogApply(torch.autograd.Function):
 def _applied(weights: ImplicitWeights, x: Tensor, smallest: Callable[[torch.dtype, int], float]) -> Tensor:
     """Return ``log W exp(x)``, (n, I, B, E) to (n, K, B, E): -inf exactly where no term is possible, never NaN.
 
-    As in :mod:`~circuits.engine.logspace` sums are taken in linear space, below the columns' maxima, and those that are
-    too small to trust once more in log space.
+    As in :mod:`~circuits.algebra.logspace` sums are taken in linear space, below the columns' maxima, and those that
+    are too small to trust once more in log space.
     """
     peak = x.detach().amax(1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.engine.logspace import log_sum, product
-from circuits.engine.weight_forms import Form, Own, refused, stacked
+from circuits.algebra.logspace import log_sum, product
 from circuits.errors import ArgumentError
+from circuits.weights.forms import Form, Own, refused, stacked
 from circuits.weights.implicit import ImplicitWeights, at
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.engine.semirings import LogSemiring, Semiring
+from circuits.algebra.semirings import LogSemiring, Semiring
 
 
 def hmm(length=5, states=3, categories=4, **options):

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.engine.semirings import LogSemiring, MaxSemiring
+from circuits.algebra.semirings import LogSemiring, MaxSemiring
 
 IS_THOROUGH = settings.default.max_examples >= 1000
 FEW = None if IS_THOROUGH else 8

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import circuits as ct
 from circuits import learning, precision
-from circuits.engine import logspace
+from circuits.algebra import logspace
+from circuits.algebra.semirings import LogSemiring, MaxSemiring
 from circuits.engine.question import Question
-from circuits.engine.semirings import LogSemiring, MaxSemiring
 from circuits.engine.weights import Weights
 from circuits.learning import em
 from circuits.testing.conformance import _learning, _numerics

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import circuits as ct
-from circuits.engine.semirings import LogSemiring, MaxSemiring, Semiring
+from circuits.algebra.semirings import LogSemiring, MaxSemiring, Semiring
 from circuits.queries.averages import EntropySemiring
 from circuits.queries.expectations import SignedSemiring
 

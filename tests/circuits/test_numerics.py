@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.engine import logspace
+from circuits.algebra import logspace
 
 EXTREME = st.sampled_from([0.0, -1.0, -50.0, -100.0, -800.0, -1e4, -torch.inf])
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.engine import logspace
+from circuits.algebra import logspace
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 
 DOUBLE = torch.float64

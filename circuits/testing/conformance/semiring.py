@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits import queries
-from circuits.engine.semirings import Semiring
+from circuits.algebra.semirings import Semiring
 from circuits.evidence import Evidence
 from circuits.evidence.kinds import tensor_code
 from circuits.testing import strategies

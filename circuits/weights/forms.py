@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from circuits.engine.semirings import Semiring
+from circuits.algebra.semirings import Semiring
 from circuits.errors import ArgumentError
 from circuits.families.base import log_normalized
 
@@ -136,6 +136,10 @@ class Own:
     """Of all rows of the bank, (P, K, I)."""
     rows: tuple[int, ...]
     """Those of the n nodes."""
+
+    def of(self, nodes: Sequence[int]) -> Own:
+        """Return those of some of the nodes."""
+        return Own(self.bank, self.log, tuple(self.rows[node] for node in nodes))
 
     def table(self) -> Tensor:
         """Return the nodes' log-weights, (n, K, I), or (1, K, I) where all are tied."""

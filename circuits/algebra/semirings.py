@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from circuits.algebra import logspace
 from circuits.arguments import checked_temperature
-from circuits.engine import logspace
 from circuits.randomness import RowGenerators, Source
 
 _MAX_CHUNK, _CACHED_CHUNK = 1 << 24, 1 << 18

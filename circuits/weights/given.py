@@ -6,22 +6,17 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.engine.semirings import Semiring
-from circuits.engine.weight_forms import Dense, Form, JoinedTables, JoinedWeights, Own, joined_tables
+from circuits.algebra.semirings import Semiring
 from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
 from circuits.families import Finite
 from circuits.symbolic import Input, Node, ParametricNode
-
-if TYPE_CHECKING:
-    from circuits.engine.compile import CompiledCircuit
-    from circuits.engine.layers import SumLayer
-    from circuits.engine.weights import Weights
-    from circuits.evidence import Evidence
+from circuits.weights.forms import Dense, Form, JoinedTables, JoinedWeights, Own, joined_tables
 
 
 class ExternalWeights(ABC):
@@ -220,60 +215,56 @@ def checked_form(given: Tensor | Form, node: Node) -> Form:
     return form
 
 
-def weights_by_layer(
-    pc: CompiledCircuit, given: Mapping[int, Mapping[int, Form]], own: Mapping[str, Weights], *, normalize: bool
+def joined_by_layer(
+    forms: Mapping[int, Mapping[int, Form]], own: Mapping[int, Own], num_input_layers: int, *, normalize: bool
 ) -> dict[int, ExternalWeights]:
     """Join the weights that nodes are given, by layer.
 
     Args:
-        pc: the circuit.
-        given: the weights by layer and row.
-        own: the circuit's weights.
+        forms: the weights by layer and row.
+        own: those of all nodes of these layers.
+        num_input_layers: how many layers, the first ones, are of inputs.
         normalize: whether weights are made to sum to 1.
 
     Raises:
         ArgumentError: batch sizes differ, a weight is NaN or +inf, or, with ``normalize``, a unit has no weight.
     """
-    batch_sizes = (form.batch_size for forms in given.values() for form in forms.values())
+    batch_sizes = (form.batch_size for of_layer in forms.values() for form in of_layer.values())
     sizes = {size for size in batch_sizes if size is not None and size > 1}
     if len(sizes) > 1:
         raise ArgumentError(f"external: expected one batch size, got {sorted(sizes)} along dimension 0")
     shared: dict[Hashable, Any] = {}
-    joined: dict[int, ExternalWeights] = {}
-    for position, forms in given.items():
-        num_nodes = pc.layer_sizes[position][0]
-        if position < len(pc.input_layers):
-            joined[position] = _given_inputs(forms, num_nodes, pc.device, pc.dtype, normalize)
-            continue
-        parameters = cast("SumLayer", pc.inner_layers[position - len(pc.input_layers)]).parameter_rows
-        groups: dict[Hashable, list[int]] = defaultdict(list)
-        for row in sorted(forms):
-            groups[forms[row].group()].append(row)
-        parts = []
-        for rows in groups.values():
-            of_nodes = Own(parameters.bank, own[parameters.bank].log, tuple(parameters.index[rows].tolist()))
-            of_group = [forms[row] for row in rows]
-            parts.append(of_group[0].joined(of_group, of_nodes, normalize=normalize, shared=shared))
-        index, part, slot = _places(list(groups.values()), num_nodes, pc.device)
-        joined[position] = GivenSums(tuple(zip(index, parts, strict=True)), part, slot)
-    return joined
+    return {
+        position: _given_inputs(of_layer, own[position], normalize)
+        if position < num_input_layers
+        else _given_sums(of_layer, own[position], normalize, shared)
+        for position, of_layer in forms.items()
+    }
 
 
-def _given_inputs(
-    forms: Mapping[int, Any], num_nodes: int, device: torch.device, dtype: torch.dtype, normalize: bool
-) -> GivenInputs:
+def _given_sums(forms: Mapping[int, Form], own: Own, normalize: bool, shared: dict[Hashable, Any]) -> GivenSums:
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for row in sorted(forms):
+        groups[forms[row].group()].append(row)
+    parts = []
+    for rows in groups.values():
+        of_group = [forms[row] for row in rows]
+        parts.append(of_group[0].joined(of_group, own.of(rows), normalize=normalize, shared=shared))
+    index, part, slot = _places(list(groups.values()), own)
+    return GivenSums(tuple(zip(index, parts, strict=True)), part, slot)
+
+
+def _given_inputs(forms: Mapping[int, Any], own: Own, normalize: bool) -> GivenInputs:
     rows = sorted(forms)
-    index, _, slot = _places([rows], num_nodes, device)
-    tables = [forms[row].log_weights.to(device, dtype) for row in rows]
+    index, _, slot = _places([rows], own)
+    tables = [forms[row].log_weights.to(own.log) for row in rows]
     return GivenInputs(index[0], slot, joined_tables(tables, -2, normalize=normalize))
 
 
-def _places(
-    groups: Sequence[Sequence[int]], num_nodes: int, device: torch.device
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _places(groups: Sequence[Sequence[int]], own: Own) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return the rows of every group, and by row its group and its place there, -1 where it has none."""
-    part = torch.full((num_nodes,), -1, device=device)
-    slot = torch.full((num_nodes,), -1, device=device)
+    device = own.log.device
+    part, slot = (torch.full((len(own.rows),), -1, device=device) for _ in range(2))
     index = [torch.tensor(rows, device=device) for rows in groups]
     for number, rows in enumerate(index):
         part[rows] = number
