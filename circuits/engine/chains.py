@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.logspace import column_peak, smallest_safe_sum
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
 from circuits.engine.folding import Folding
-from circuits.engine.layers import Gather, Gradients, LayerValues, ProductLayer, SumLayer
-from circuits.engine.weights import LatentFactors
+from circuits.engine.layers import Gather, Gradients, LayerValues, ProductLayer, SumLayer, chunks
+from circuits.engine.weights import LatentFactors, Weights
+from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Node, Product, Sum, parameter_owner
 
 MakeLayer = Callable[[int], ProductLayer | SumLayer]
@@ -75,17 +77,59 @@ class Chain:
             latents: factors on the children of sums, by layer.
             silent: which sums are the constant 1, bool (1, 1, B), by layer; below a silent one all are.
         """
-        first, *others = [gather(values) for gather in self.leaves]
-        for other in others:
-            first = first + other
-        leaves = torch.cat([first, self.last(values)])
-        for step, position in enumerate(self.positions if latents else ()):
-            if position in latents:
-                leaves[step] += latents[position].log[0]
+        leaves = self._factors(values, latents)
         evaluate = _by_halves if _is_small(weights, leaves) else _by_steps
         found = evaluate(weights, leaves, self._silent(silent))
         safe = smallest_safe_sum(weights.dtype, len(weights))
         return found if found.sums.numel() and bool(found.sums.min() >= safe) else None
+
+    def climb(
+        self,
+        semiring: ChoosingSemiring,
+        values: LayerValues,
+        weights: Weights,
+        latents: Mapping[int, LatentFactors],
+        silent: Mapping[int, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first sum, (1, K, B), and what all sums mix, (T, K, B), up to a constant per step and column."""
+        log, linear = weights.log[self.row : self.row + 1], weights.linear[self.row : self.row + 1]
+        found = self.scan(values, linear[0], latents, silent) if isinstance(semiring, LogSemiring) else None
+        if found is not None:
+            return found.sums[:1].log().add_(found.log_scale[:1]), found.states.log()
+        states = self._factors(values, latents)
+        for step in reversed(range(len(states))):
+            sums = semiring.contract(log, states[step : step + 1], weights=linear)
+            if silent:
+                sums = sums.masked_fill(silent[self.positions[step]], 0.0)
+            if step:
+                states[step - 1] += sums[0]
+        return sums, states
+
+    def choose(
+        self,
+        semiring: ChoosingSemiring,
+        log_weights: Tensor,  # shape: (K, K)
+        states: Tensor,  # shape: (T, K, B)
+        units: list[Tensor],
+        column: Tensor,  # shape: (n,)
+        query: Tensor,  # shape: (n,)
+        source_of: Callable[[int], Source],
+    ) -> None:
+        """Choose what every sum mixes in the columns where the first is reached; enter it and the leaves' units."""
+        reached = units[self.positions[0]][0]
+        chosen = reached.new_full((len(states), len(reached)), -1)
+        for part in chunks(len(column), len(log_weights)):
+            at, of = column[part], query[part]
+            state = reached[at]
+            for step, position in enumerate(self.positions):
+                source = source_of(position)
+                scores = log_weights[state].add_(states[step].t()[of])
+                state = semiring.choose(scores, source.rows(part) if isinstance(source, RowGenerators) else source)
+                chosen[step, at] = state
+        for gather, states in (*((gather, chosen[:-1]) for gather in self.leaves), (self.last, chosen[-1:])):
+            gather.reach(units, column, states[:, column])
+        for position, states in zip(self.positions, chosen.split(1), strict=True):
+            units[position] = states
 
     def silent_sums(
         self, silent: LayerValues, unless_heard: Callable[[int, Tensor], Tensor], touched: Collection[int]
@@ -97,10 +141,7 @@ class Chain:
             unless_heard: takes those nodes of a layer out that are not silent for another reason.
             touched: the layers for which it does something.
         """
-        first, *others = [gather(silent) for gather in self.leaves]
-        for other in others:
-            first = first & other
-        found = torch.cat([first, self.last(silent)])
+        found = self._gathered(silent, torch.logical_and)
         for step, position in enumerate(self.positions if touched else ()):
             if position in touched:
                 found[step] = unless_heard(position, found[step : step + 1])[0]
@@ -125,6 +166,18 @@ class Chain:
             scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, scan.states))
             flows[self.row].addmm_(scales, states.t())
         return grads
+
+    def _gathered(self, values: LayerValues, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        every = functools.reduce(times, [gather(values) for gather in self.leaves])
+        return torch.cat([every, self.last(values)])
+
+    def _factors(self, values: LayerValues, latents: Mapping[int, LatentFactors]) -> Tensor:
+        """Return the products of every step's leaves, (T, K, B), with the factors on what the sums mix."""
+        leaves = self._gathered(values, torch.add)
+        for step, position in enumerate(self.positions if latents else ()):
+            if position in latents:
+                leaves[step] += latents[position].log[0]
+        return leaves
 
     def _silent(self, silent: Mapping[int, Tensor]) -> Tensor | None:
         return torch.cat([silent[position] for position in self.positions]) if silent else None

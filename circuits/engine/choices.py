@@ -5,6 +5,7 @@ In the log semiring it is an exact sample, in the max semiring the most probable
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring
-from circuits.engine.layers import ProductLayer, SumLayer, chunks
+from circuits.engine.layers import ProductLayer, chunks
 from circuits.randomness import DrawnNumbers, RowGenerators, Source
 
 if TYPE_CHECKING:
@@ -29,42 +30,83 @@ class Choice(NamedTuple):
     """The chosen unit of every node of each input layer, int64 (F, S * B) each; -1 where a node was not reached."""
     query: Tensor
     """The query of each column, int64 (S * B,)."""
+    children: Sequence[Tensor] = ()
+    """By layer, which of all their children's units sum nodes chose, int64 (F, S * B); -1 where one was not reached."""
+
+
+class Climb(NamedTuple):
+    """The values of a pass upward that choices go back down along."""
+
+    values: dict[int, Tensor]
+    """Of layers by position, (F, K, B, *E); of a chain, that of its first sum."""
+    chains: dict[int, Tensor]
+    """What all sums of a chain mix, (T, K, B), by the position of the first; see :meth:`Chain.climb`."""
+    root: Tensor
+    """(1, R, B, *E)."""
+
+
+def climb(question: Question, semiring: ChoosingSemiring) -> Climb:
+    """Evaluate all layers, chains as one recurrence each."""
+    values: dict[int, Tensor] = dict(enumerate(question.inputs(semiring)))
+    chains: dict[int, Tensor] = {}
+    own, given, latents = question.weights.own, question.weights.given, question.latents
+    for step in question.pc.schedule:
+        if step.chain is not None and not given:
+            weights = own[step.chain.bank]
+            found = step.chain.climb(semiring, values, weights, latents, question.silent)
+            values[step.position], chains[step.position] = found
+            continue
+        for position, layer in step.layers:
+            values[position] = question.evaluated(semiring, position, layer, values)
+    return Climb(values, chains, values[len(question.pc.layer_sizes) - 1])
 
 
 def choose(
-    question: Question, semiring: ChoosingSemiring, values: Sequence[Tensor], num_samples: int, generator: Source
+    question: Question,
+    semiring: ChoosingSemiring,
+    found: Climb,
+    num_samples: int,
+    generator: Source,
 ) -> Choice:
     """Choose one child of every reached sum unit, from the root down; see :meth:`Question.choose`."""
-    pc, weights, num_inputs = question.pc, question.weights, len(question.pc.input_layers)
-    root = values[-1][0]  # (R, B, *E)
+    pc, weights = question.pc, question.weights
+    root = found.root[0]  # (R, B, *E)
     query = torch.arange(root.shape[1], device=root.device).repeat(num_samples)
     units = [torch.full((size[0], len(query)), -1, device=root.device) for size in pc.layer_sizes]
+    numbers = _numbers_of(pc, generator, num_samples) if isinstance(generator, RowGenerators) else {}
+
+    def source_of(position: int, node: Tensor, column: Tensor) -> Source:
+        if position in numbers:
+            return DrawnNumbers(column, first=numbers[position][node, column])
+        return source_at(generator, position, node, column)
+
     if question.class_factors is None:
         units[-1].zero_()
     else:
-        everywhere = torch.arange(len(query), device=query.device)
-        source = source_at(generator, len(pc.layer_sizes), torch.zeros_like(query), everywhere)
+        source = source_of(len(units), torch.zeros_like(query), torch.arange(len(query), device=query.device))
         units[-1][0] = semiring.choose((root + question.class_factors).t()[query], source)
-    is_by_row = isinstance(generator, RowGenerators)
-    numbers = _numbers_of(pc, generator, num_samples) if isinstance(generator, RowGenerators) else {}
-    for position in reversed(range(num_inputs, len(pc.layer_sizes))):
-        layer = pc.inner_layers[position - num_inputs]
-        node, column = (units[position] >= 0).nonzero(as_tuple=True)
-        unit = units[position][node, column]
-        if isinstance(layer, ProductLayer):
-            chosen = layer.child_choices(unit)
-        else:
-            source = generator
-            if position in numbers:
-                source = DrawnNumbers(column, first=numbers[position][node, column])
-            elif is_by_row:
-                source = source_at(generator, position, node, column)
-            own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
-            children = layer.gather(values, latents=question.latents.get(position))
-            chosen = layer.choose(semiring, children, own, given, (node, unit, query[column]), source)
-        layer.reach(units, node, column, chosen)
-        units[position] = units[position].new_empty(0)
-    return Choice(units[:num_inputs], query)
+    for step in reversed(pc.schedule):
+        if step.chain is not None and step.position in found.chains:
+            (column,) = (units[step.position][0] >= 0).nonzero(as_tuple=True)
+            sources = functools.partial(source_of, node=torch.zeros_like(column), column=column)
+            log_weights = weights.own[step.chain.bank].log[step.chain.row]
+            states = found.chains[step.position]
+            step.chain.choose(semiring, log_weights, states, units, column, query[column], sources)
+            continue
+        for position, layer in reversed(step.layers):
+            node, column = (units[position] >= 0).nonzero(as_tuple=True)
+            unit = units[position][node, column]
+            if isinstance(layer, ProductLayer):
+                layer.reach(units, node, column, layer.child_choices(unit))
+                units[position] = units[position].new_empty(0)
+            else:
+                own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
+                gathered = layer.gather(found.values, latents=question.latents.get(position))
+                source = source_of(position, node, column)
+                chosen = layer.choose(semiring, gathered, own, given, (node, unit, query[column]), source)
+                layer.reach(units, node, column, layer.per_child(chosen))
+                units[position][node, column] = chosen
+    return Choice(units[: len(pc.input_layers)], query, units)
 
 
 def values_of(question: Question, semiring: ChoosingSemiring, choice: Choice, generator: Source) -> Tensor:
@@ -100,8 +142,7 @@ def source_at(generator: Source, position: int, node: Tensor, column: Tensor) ->
 
 def _numbers_of(pc: CompiledCircuit, generator: RowGenerators, num_samples: int) -> dict[int, Tensor]:
     """Return the numbers that choose for the units of every sum layer, (F, S * B), drawn at once unless too many."""
-    layers = enumerate(pc.inner_layers, start=len(pc.input_layers))
-    sizes = {position: layer.num_nodes for position, layer in layers if isinstance(layer, SumLayer)}
+    sizes = {position: pc.layer_sizes[position][0] for position in sorted({pc.address(n)[0] for n in pc.circuit.sums})}
     if sum(sizes.values()) * num_samples * len(generator.seeds) > _MAX_NUMBERS:
         return {}
     device = generator.seeds.device

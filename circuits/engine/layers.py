@@ -109,6 +109,13 @@ class Gather:
         for (layer, at), part in zip(self.pieces, parts, strict=True):
             gradients.add(layer, at, part)
 
+    def reach(self, units: Sequence[Tensor], column: Tensor, chosen: Tensor) -> None:
+        """Record in ``units`` which unit of each node was chosen, from (n, m), in the columns (m,)."""
+        chosen = chosen if self.order is None else chosen.index_select(0, self.order)
+        for (layer, at), part in zip(self.pieces, chosen.split(self.lengths), strict=True):
+            rows = torch.arange(len(units[layer]), device=column.device)[at]
+            units[layer][rows.unsqueeze(1), column] = part
+
 
 class ParameterRows:
     """Selects the rows of a parameter bank (P, O, I) that F folded nodes use; tied nodes share rows."""
@@ -332,12 +339,8 @@ class SumLayer(_InnerLayer):
         given: GivenSums | None,
         reached: tuple[Tensor, Tensor, Tensor],
         generator: Source,
-    ) -> list[Tensor]:
-        """Choose a child unit for n reached sum units, given by node, unit and query, (n,) each.
-
-        Returns:
-            Per child the chosen unit, (n,), -1 where another child was chosen.
-        """
+    ) -> Tensor:
+        """Choose for n reached sum units, by node, unit and query, one of all children's units, by number: (n,)."""
         nodes, units, queries = reached
         chosen = torch.empty_like(units)
         for part in chunks(len(nodes), children.shape[1]):
@@ -347,7 +350,7 @@ class SumLayer(_InnerLayer):
                 scores = given.replaced(scores, node, unit, query)
             source = generator.rows(part) if isinstance(generator, RowGenerators) else generator
             chosen[part] = semiring.choose(scores.add_(children[node, :, query]), source)
-        return self.per_child(chosen)
+        return chosen
 
     def per_child(self, chosen: Tensor) -> list[Tensor]:
         """Return per child which of its units is chosen, (n,), -1 for the others, from numbers among all children's."""

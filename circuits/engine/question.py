@@ -15,8 +15,8 @@ from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine import adjoint, choices
-from circuits.engine.choices import Choice
-from circuits.engine.layers import ProductLayer
+from circuits.engine.choices import Choice, Climb
+from circuits.engine.layers import LayerValues, ProductLayer, SumLayer
 from circuits.engine.weights import CircuitWeights, LatentFactors, class_factors, latents_by_layer
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
@@ -144,11 +144,12 @@ class Question:
         self.require_one_root()
         return list(self._evaluated(semiring, self.inputs(semiring), keep=True).values())
 
-    def possible_values(self, semiring: Semiring) -> list[Tensor]:
-        """Return what :meth:`upward` does; raise ImpossibleEvidenceError where the root's value is -inf."""
-        values = self.upward(semiring)
-        checked_possible(self.mixed(semiring, values[-1]))
-        return values
+    def climb(self, semiring: ChoosingSemiring) -> Climb:
+        """Evaluate all layers for :meth:`choose`; raise ImpossibleEvidenceError where the root's value is -inf."""
+        self.require_one_root()
+        found = choices.climb(self, semiring)
+        checked_possible(self.mixed(semiring, found.root))
+        return found
 
     def root(self, semiring: Semiring) -> Tensor:
         """Return the root's value, (B, *E).
@@ -191,7 +192,7 @@ class Question:
         num_samples: int,
         generator: Source,
         *,
-        values: Sequence[Tensor] | None = None,
+        found: Climb | None = None,
     ) -> Choice:
         """Choose one child of every reached sum unit, for ``num_samples`` copies of the batch.
 
@@ -201,7 +202,7 @@ class Question:
             semiring: whose ``choose`` is used: a draw (log) or the best (max).
             num_samples: S, how many choices per query.
             generator: for draws.
-            values: of :meth:`upward` in that semiring, where there are already.
+            found: by :meth:`climb` in that semiring, where it is there already.
 
         Raises:
             ArgumentError: generators by row that are not one per query.
@@ -211,8 +212,8 @@ class Question:
             raise ArgumentError(
                 f"generator: expected {self.evidence.batch_size} seeds, one per query, got {len(generator.seeds)}"
             )
-        values = self.possible_values(semiring) if values is None else values
-        return choices.choose(self, semiring, values, num_samples, generator)
+        found = self.climb(semiring) if found is None else found
+        return choices.choose(self, semiring, found, num_samples, generator)
 
     def values_of(self, semiring: ChoosingSemiring, choice: Choice, generator: Source) -> Tensor:
         """Choose a value of every variable from the input units of a choice: (S * B, D), int64 if all are discrete."""
@@ -272,19 +273,24 @@ class Question:
 
     def _evaluated(self, semiring: Semiring, inputs: Sequence[Tensor], *, keep: bool = False) -> dict[int, Tensor]:
         """Return the values of the layers by position; unless ``keep``, only the root's."""
-        pc, weights = self.pc, self.weights
+        pc = self.pc
         values = dict(enumerate(inputs))
         for position, layer in enumerate(pc.inner_layers, start=len(pc.input_layers)):
-            if isinstance(layer, ProductLayer):
-                values[position] = layer(semiring, values)
-            else:
-                own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
-                out = layer(semiring, values, own, given, self.latents.get(position))
-                values[position] = self.with_silence(semiring, position, out) if self.silent else out
+            values[position] = self.evaluated(semiring, position, layer, values)
             if not keep:
                 for spent in pc.last_uses[position]:
                     del values[spent]
         return values
+
+    def evaluated(
+        self, semiring: Semiring, position: int, layer: ProductLayer | SumLayer, values: LayerValues
+    ) -> Tensor:
+        """Return the values of one layer, (F, K, B, *E), from those below."""
+        if isinstance(layer, ProductLayer):
+            return layer(semiring, values)
+        own, given = self.weights.own[layer.parameter_rows.bank], self.weights.given.get(position)
+        out = layer(semiring, values, own, given, self.latents.get(position))
+        return self.with_silence(semiring, position, out) if self.silent else out
 
     def with_silence(self, semiring: Semiring, position: int, values: Tensor) -> Tensor:
         """Put the constant 1 where sum nodes of a layer, (F, K, B, *E), are silent."""

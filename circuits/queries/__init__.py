@@ -2,8 +2,6 @@
 
 from circuits.queries.automata import Automaton, automaton_log_probability, order_log_probability
 from circuits.queries.basic import (
-    MAP,
-    MPE,
     evaluate,
     listed_marginals,
     log_conditional,
@@ -11,8 +9,6 @@ from circuits.queries.basic import (
     log_marginal,
     log_partition,
     marginals,
-    mpe,
-    sample,
 )
 from circuits.queries.cumulative import log_cdf
 from circuits.queries.deterministic import DeterministicAutomaton
@@ -25,10 +21,12 @@ from circuits.queries.divergences import (
 )
 from circuits.queries.entropy import EntropyBounds, entropy, entropy_bounds, latent_entropy
 from circuits.queries.expectations import covariance, expectation, mean, moments, variance
+from circuits.queries.explanations import MAP, MPE, mpe, sample
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
 from circuits.queries.latents import LatentChoice, best_latents, class_posterior, latent_marginals, sample_latents
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
 from circuits.queries.posterior import Posterior, posterior
+from circuits.queries.viterbi import Viterbi, viterbi
 from circuits.queries.without_replacement import DistinctSamples, sample_without_replacement
 
 __all__ = [
@@ -42,6 +40,7 @@ __all__ = [
     "KBestExplanations",
     "LatentChoice",
     "Posterior",
+    "Viterbi",
     "automaton_log_probability",
     "best_latents",
     "cauchy_schwarz_divergence",
@@ -76,4 +75,5 @@ __all__ = [
     "sample_latents",
     "sample_without_replacement",
     "variance",
+    "viterbi",
 ]

@@ -153,6 +153,9 @@ def best_latents(
 ) -> LatentChoice:
     """Return the most probable latents ``argmax_z p(z | e)``, with the variables summed out (the Viterbi path).
 
+    It is for what comes after: what the variables are, given the latents. The states by name, the path of an HMM and
+    the score are those of :func:`viterbi`; :func:`mpe` maximises over latents and values together.
+
     Args:
         pc: a circuit with finitely many values per variable.
         evidence: for B queries; None: no evidence, B = 1.

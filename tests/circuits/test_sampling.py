@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_samples():
 
 
 def test_samples_in_several_passes_are_all_there(monkeypatch):
-    monkeypatch.setattr(ct.queries.basic, "_MAX_REACHED", 100)
+    monkeypatch.setattr(ct.queries.explanations, "_MAX_REACHED", 100)
     pc = ct.compile(ct.structures.hmm(6, 3, 4), seed=0)
     evidence = ct.Evidence.observe(torch.zeros(2, 6, dtype=torch.int64), torch.eye(6, dtype=torch.bool)[:2])
     samples = ct.queries.sample(pc, 33, evidence)
