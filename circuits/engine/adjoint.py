@@ -63,28 +63,56 @@ class LogRoot(torch.autograd.Function):
         pc, own, latents = question.pc, question.weights.own, question.latents
         needed = ctx.needs_input_grad[1 + ctx.num_inputs :]
         flows = {name: Flows(own[name].log) for name, is_needed in zip(pc.sum_banks, needed, strict=False) if is_needed}
-        gradients = Gradients(pc.layer_sizes, grad.shape[1])
-        gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
-        latent_grads: dict[int, Tensor] = {}
-        for step in reversed(pc.schedule):
-            scan, chain = ctx.saved.get(step.position), step.chain
-            if not isinstance(scan, Scan) or chain is None:
-                for position, layer in reversed(step.layers):
-                    _send_down(ctx, position, layer, gradients, flows, latent_grads)
-                continue
-            incoming = gradients.pop(step.position)
-            if incoming is not None:
-                linear = own[chain.bank].linear[chain.row]
-                flow = flows[chain.bank].linear if chain.bank in flows else None
-                grads = chain.adjoint(incoming[0], scan, linear, question.silent, flow)
-                chain.send(grads, gradients)
-                latent_grads.update((at, grads[n].unsqueeze(0)) for n, at in enumerate(chain.positions) if latents)
+        gradients, latent_grads = _descend(question, ctx.saved, grad, flows)
         return (
             None,
             *(gradients.pop(position) for position in range(ctx.num_inputs)),
             *(flows[name].total(own[name].linear) if name in flows else None for name in pc.sum_banks),
             *(latent_grads.get(position) for position in latents),
         )
+
+
+def latent_gradients(question: Question) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the root's log-values, (R, B), and ``d log Z / d log f`` of factors f on what sum nodes mix.
+
+    Without gradients of the result, and without weights given at run time.
+
+    Returns:
+        By layer, for the nodes of ``question.latents``, (n, I, B), and for all sums of chains, (1, I, B).
+    """
+    values, saved = dict(enumerate(question.inputs(_LOG))), {}
+    evaluate(question, values, saved)
+    root = values[len(question.pc.layer_sizes) - 1][0]
+    mixed = root if question.class_factors is None else root + question.class_factors
+    return root, _descend(question, saved, mixed.softmax(0), {})[1]
+
+
+def _descend(
+    question: Question, saved: Mapping[int, Any], grad: Tensor, flows: Mapping[str, Flows]
+) -> tuple[Gradients, dict[int, Tensor]]:
+    """Send the root's gradient, (R, B), down through all layers; return those of inputs, and of latents by layer."""
+    pc = question.pc
+    gradients = Gradients(pc.layer_sizes, grad.shape[1])
+    gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
+    latent_grads: dict[int, Tensor] = {}
+    for step in reversed(pc.schedule):
+        scan, chain = saved.get(step.position), step.chain
+        if not isinstance(scan, Scan) or chain is None:
+            for position, layer in reversed(step.layers):
+                found = _send_down(question, saved, position, layer, gradients, flows)
+                if found is not None and position in question.latents:
+                    latent_grads[position] = found.index_select(0, question.latents[position].rows)
+                elif found is not None and chain is not None:
+                    latent_grads[position] = found
+            continue
+        incoming = gradients.pop(step.position)
+        if incoming is not None:
+            linear = question.weights.own[chain.bank].linear[chain.row]
+            flow = flows[chain.bank].linear if chain.bank in flows else None
+            grads = chain.adjoint(incoming[0], scan, linear, question.silent, flow)
+            chain.send(grads, gradients)
+            latent_grads.update(zip(chain.positions, grads.split(1), strict=True))
+    return gradients, latent_grads
 
 
 def evaluate(question: Question, values: dict[int, Tensor], saved: dict[int, Any] | None) -> None:
@@ -132,27 +160,24 @@ def _evaluate_layer(
 
 
 def _send_down(
-    ctx: Any,
+    question: Question,
+    saved: Mapping[int, Any],
     position: int,
     layer: ProductLayer | SumLayer,
     gradients: Gradients,
     flows: Mapping[str, Flows],
-    latent_grads: dict[int, Tensor],
-) -> None:
-    """Send the gradient of one layer's output to its children, its weights and its latents' factors."""
-    question: Question = ctx.question
+) -> Tensor | None:
+    """Send the gradient of one layer's output to its children and its weights; return that of what sums mix."""
     incoming = gradients.pop(position)
     if incoming is None:
-        return
+        return None
     if isinstance(layer, ProductLayer):
         layer.adjoint(incoming, gradients)
-        return
+        return None
     if position in question.silent:
         incoming = incoming.masked_fill(question.silent[position], 0.0)
     bank = layer.parameter_rows.bank
-    grad_x = layer.adjoint(incoming, ctx.saved[position], question.weights.own[bank], gradients, flows.get(bank))
-    if position in question.latents:
-        latent_grads[position] = grad_x.index_select(0, question.latents[position].rows)
+    return layer.adjoint(incoming, saved[position], question.weights.own[bank], gradients, flows.get(bank))
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -260,6 +260,25 @@ class Question:
 
         return gradient_of(log_z_of, factors, self.weights, also=others)
 
+    def latent_posteriors(self, nodes: Sequence[Sum]) -> list[Tensor]:
+        """Return what :meth:`gradients` does of latents, (B, I) each, detached; a chain's are one tensor."""
+        self.require_one_root()
+        pc, batch_size = self.pc, self.evidence.batch_size
+        in_chains = {position for step in pc.schedule if step.chain for position in step.chain.positions}
+        zero = torch.zeros((), dtype=pc.dtype, device=pc.device)
+        none = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in nodes}
+        others = {node: factors for node, factors in none.items() if pc.address(node)[0] not in in_chains}
+        question = self._with(latents=latents_by_layer(pc, self.evidence, others))
+        root, found = adjoint.latent_gradients(question)
+        checked_possible(self.mixed(_LOG, root.unsqueeze(0)))
+        rows = {layer: given.rows.tolist() for layer, given in question.latents.items()}
+        posteriors = []
+        for node in nodes:
+            layer, row = pc.address(node)
+            part = found.get(layer)
+            posteriors.append(none[node] if part is None else part[rows.get(layer, [0]).index(row)].t())
+        return posteriors
+
     def require_one_root(self) -> None:
         """Raise PropertyError if the root has a unit per class and the evidence does not name the class."""
         if self.pc.circuit.num_classes is not None and self.class_factors is None:

@@ -53,8 +53,11 @@ def latent_marginals(
     """
     wanted = list(pc.circuit.sums if nodes is None else nodes)
     targets = [pc.sum_node(key) for key in wanted]
-    posterior = Question(pc, evidence, weights).gradients(targets)
-    return dict(zip(wanted, posterior.split([node.parameter_shape[1] for node in targets], 1), strict=True))
+    question = Question(pc, evidence, weights)
+    if differentiable or question.weights.given:
+        sizes = [node.parameter_shape[1] for node in targets]
+        return dict(zip(wanted, question.gradients(targets).split(sizes, 1), strict=True))
+    return dict(zip(wanted, question.latent_posteriors(targets), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

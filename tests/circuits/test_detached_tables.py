@@ -52,3 +52,33 @@ def test_what_is_computed_upward_stays_differentiable():
     assert ct.queries.log_partition(pc, evidence).requires_grad
     assert ct.queries.latent_entropy(pc, evidence).requires_grad
     assert ct.CircuitDistribution(pc, evidence).marginal_probs.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "circuit",
+    [
+        ct.structures.hmm(9, 3, 2),
+        ct.structures.hmm(5, 2, 2, homogeneous=False),
+        ct.structures.hmm(6, 2, 2, num_classes=2),
+        ct.structures.block_sparse_hmm(4, [1, 2], 2, [[True, True], [True, False]]),
+        ct.structures.rat_spn(8, 2, 2, 3, ct.Categorical(2)),
+    ],
+    ids=["chain", "own tables", "classes", "groups", "regions"],
+)
+def test_posteriors_of_latents_are_the_derivatives_of_log_z(circuit, dtype):
+    """Of every sum node, with factors on some latents already, by the rule of differentiation itself."""
+    pc = ct.compile(circuit, seed=0, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    evidence = ct.Evidence.soft(torch.randn(3, circuit.num_vars, 2, generator=generator, dtype=dtype))
+    if circuit.num_classes:
+        evidence = evidence.with_class_prior(torch.tensor([0.3, 0.7]).log())
+    nodes = list(circuit.sums)
+    given = nodes[len(nodes) // 2]
+    extra = torch.randn(3, given.parameter_shape[1], generator=generator, dtype=dtype)
+    found = ct.queries.latent_marginals(pc, evidence.with_latents({given: extra}))
+    factors = {node: torch.zeros(3, node.parameter_shape[1], dtype=dtype) for node in nodes}
+    factors = {node: (f + extra if node is given else f).requires_grad_() for node, f in factors.items()}
+    expected = torch.autograd.grad(pc(evidence.with_latents(factors)).sum(), list(factors.values()))
+    for node, derivative in zip(nodes, expected, strict=True):
+        torch.testing.assert_close(found[node], derivative, rtol=1e-4, atol=1e-5)

@@ -45,7 +45,7 @@ def test_a_fit_ends_early_with_the_weights_that_were_best_on_held_out_blocks(cac
     best = int(np.argmin(curve.held_out))
     assert curve.steps[-1] < 60
     assert len(curve.steps) == best + 1 + 3
-    assert best > 0
+    assert 0 < best
     assert coupled_loss(head, caches[1]) == pytest.approx(curve.held_out[best], abs=1e-6)
     shorter = new_head()
     fit_coupled(shorter, *caches, config=settings(), progress=False)
