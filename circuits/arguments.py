@@ -109,7 +109,9 @@ def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor)
 def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """Check for a bool tensor of this shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != torch.Size(shape):
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        got = f"{type(mask).__name__}; wrap it in torch.as_tensor"
+        if isinstance(mask, Tensor):
+            got = f"{mask.dtype} {tuple(mask.shape)}"
         raise ArgumentError(f"{name}: expected a bool tensor of shape {tuple(shape)}, got {got}")
     check_stored(name, mask)
 

@@ -137,7 +137,8 @@ class CircuitDistribution(Distribution):
         """
         tail = self.batch_shape + self.event_shape
         if not isinstance(value, Tensor) or value.shape[-len(tail) :] != tail:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            is_tensor = isinstance(value, Tensor)
+            got = f"{tuple(value.shape)}" if is_tensor else f"{type(value).__name__}; wrap it in torch.as_tensor"
             raise ArgumentError(f"value: expected a tensor of shape (..., {', '.join(map(str, tail))}), got {got}")
         if value.is_floating_point() and bool(value.isnan().any()):
             raise ArgumentError("value: expected complete values, got NaN; ct.queries.log_marginal sums variables out")

@@ -80,7 +80,7 @@ def latent_gradients(question: Question) -> tuple[Tensor, dict[int, Tensor]]:
     Returns:
         By layer, for the nodes of ``question.latents``, (n, I, B), and for all sums of chains, (1, I, B).
     """
-    values, saved = dict(enumerate(question.inputs(_LOG))), {}
+    values, saved = dict(enumerate(question.inputs(_LOG))), dict[int, Any]()
     evaluate(question, values, saved)
     root = values[len(question.pc.layer_sizes) - 1][0]
     mixed = root if question.class_factors is None else root + question.class_factors

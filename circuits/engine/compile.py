@@ -184,6 +184,9 @@ class CompiledCircuit(nn.Module):
         """
         bank, row = self.bank_address(node)
         shape = self._owner_of(node).parameter_shape
+        if not isinstance(weights, Tensor):
+            got = type(weights).__name__
+            raise ArgumentError(f"weights: expected a tensor {shape}, got {got}; wrap it in torch.as_tensor")
         family = self.families.get(bank)
         if family is not None and not isinstance(family, Categorical):
             problem = family.problem(weights) if tuple(weights.shape) == shape else f"expected the shape {shape}"

@@ -45,12 +45,12 @@ class Evidence:
         """Hard evidence ``x``, (B, D), where ``observed``, bool (B, D), is True; everywhere when it is None.
 
         Args:
-            x: integers, or floating point, where NaN is a missing value. What is not observed may be anything.
-            observed: bool (B, D).
+            x: integers or bool, or floating point, where NaN is missing. What is not observed may be anything.
 
         Raises:
             ArgumentError: wrong shapes or dtypes.
         """
+        x = x.long() if isinstance(x, Tensor) and x.dtype == torch.bool else x
         is_real = isinstance(x, Tensor) and x.is_floating_point()
         (check_floats if is_real else check_integers)("x", x, "int64 or floating point (B, D)", dim=2)
         x, missing = (x, x.isnan()) if is_real else (x.long(), None)

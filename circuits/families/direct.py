@@ -147,8 +147,9 @@ class Gaussian(Direct):
     """A normal distribution over the real numbers. Parameters: mean and standard deviation, (2, K).
 
     Values of log p are densities. Initial means are drawn from N(0, 1), so standardise the data, or start with
-    :func:`~circuits.learning.initialize_inputs`. The pseudo-observations of EM have the unit's own mean and variance 1;
-    a learning step of size s < 1 interpolates the mean parameters E[x] and E[x^2].
+    :func:`~circuits.learning.initialize_inputs`. The pseudo-observations of EM have the unit's own mean, and the
+    variance of all that the units together explain; a learning step of size s < 1 interpolates the mean parameters
+    E[x] and E[x^2].
 
     EM gathers sums of x and x^2 in float64, and means are kept in the circuit's dtype. So spreads below 1e-7 of the
     mean, 1e-6 in float32, are lost: subtract an offset, such as that of points in time, from the data.
@@ -266,9 +267,11 @@ class Gaussian(Direct):
         return torch.cat([torch.ones_like(mean), mean, mean.square() + std.square()], -2)
 
     def prior_statistics(self, flows: Tensor) -> Tensor:
-        """Return those of observations with the mean of the flows and variance 1."""
+        """Return those of observations with the mean of each unit's flows and the variance of those of all units."""
         mean = flows[..., 1:2, :] / flows[..., :1, :]
-        return torch.cat([torch.ones_like(mean), mean, mean.square() + 1], -2)
+        _, centre, square = (flows.sum(-1, keepdim=True) / flows[..., :1, :].sum(-1, keepdim=True)).split(1, -2)
+        spread = (square - centre.square()).clamp_min(0)
+        return torch.cat([torch.ones_like(mean), mean, mean.square() + spread], -2)
 
     def hold(self, statistics: Tensor, read: Tensor, held: Tensor) -> Tensor:
         """Keep means, around which the mean square distance is the variance, or standard deviations."""

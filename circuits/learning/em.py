@@ -153,8 +153,8 @@ def _move(
     if isinstance(family, Direct):
         mass = flows[:, :1]
         is_reached = mass > 0
-        flows = torch.where(is_reached, flows, 1.0)
-        maximised = (flows + pseudocount * family.prior_statistics(flows)) / (flows[:, :1] + pseudocount)
+        maximised = (flows + pseudocount * family.prior_statistics(flows)) / (mass + pseudocount)
+        maximised = torch.where(is_reached, maximised, 1.0)
         mixed = torch.lerp(mean_statistics(family, weights), maximised, step_size)
         if held is not None:
             mixed = family.hold(mixed, weights.log.double(), held)

@@ -47,3 +47,21 @@ def test_as_many_pseudocounts_as_values_are_laplaces_rule(pseudocount, expected)
     learning.fit(pc, x, num_epochs=1, pseudocount=pseudocount, progress=False)
     assert pc(x[:1]).exp().item() == pytest.approx(expected)
     assert bool((pc(1 - x[:1]) > -torch.inf).all()) == (pseudocount > 0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_pseudo_observations_of_a_gaussian_have_the_spread_of_the_data(scale):
+    """(n_k v_k + a v) / (n_k + a), with v_k the variance of what a unit explains and v that of all the data."""
+    family = ct.Gaussian(min_std=1e-12)
+    pc = ct.compile(ct.structures.mixture(1, family, 2), dtype=torch.float64)
+    leaf = pc.circuit.inputs[0]
+    pc.set_weights(leaf, torch.tensor([[-5.0, 5.0], [1.0, 1.0]], dtype=torch.float64) * scale)
+    left, right = torch.tensor([-6.0, -4.5, -5.2]).double(), torch.tensor([4.0, 6.5]).double()
+    x = torch.cat([left, right])
+    learning.fit(pc, (x * scale).unsqueeze(1), optimizer="em", num_epochs=1, pseudocount=2.0, progress=False)
+    variances = [
+        (len(part) * part.var(correction=0) + 2 * x.var(correction=0)) / (len(part) + 2) for part in (left, right)
+    ]
+    torch.testing.assert_close(
+        pc.parameters_of(leaf)[1].detach() / scale, torch.stack(variances).sqrt(), rtol=1e-6, atol=0
+    )
