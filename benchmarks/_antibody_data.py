@@ -2,7 +2,7 @@
 
 ``antiberty==0.1.3`` (MIT; Ruffolo, Gray, Sulam 2021, arXiv 2112.07782) holds a BERT of 25.8 M parameters,
 ``abstar==0.8.0`` (MIT) 1,000 nucleotide reads of human antibodies. Both are wheels: nothing of them is installed or
-executed.
+executed. That of ``olga==1.3.0`` is unpacked and run as a program of its own, see ``_bed_antibody.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -28,8 +27,6 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = (*SPECIAL, *RESIDUES)
 LENGTH = 100
 """Residues of a window."""
-AFTER_MOTIF = 7
-"""Residues of a window that follow WGxG: TxVTVSS in most heavy chains. So windows are aligned at their end."""
 
 WHEELS = {
     "antiberty==0.1.3": "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
@@ -42,7 +39,6 @@ READS_MEMBER = "abstar/test_data/test_1k.fasta"
 
 _NOT_OURS = ("bert.pooler", "cls.species", "cls.chain", "cls.graft", "bert.embeddings.position_ids")
 """Weights of heads that a masked language model does not have."""
-_MOTIF = re.compile("WG[A-Z]G")
 _CHAIN = re.compile("C[A-Z]{4,40}WG[A-Z]G")
 
 
@@ -111,66 +107,3 @@ def translated(bases: str) -> str:
     codons = map("".join, itertools.product("TCAG", repeat=3))
     table = dict(zip(codons, "FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEEGGGG", strict=True))
     return "".join(table.get(bases[start : start + 3], "X") for start in range(0, len(bases) - 2, 3))
-
-
-def window_of(chain: str) -> str | None:
-    """Return the 100 residues that end seven behind the last WGxG; None of a chain that has fewer."""
-    end = max(match.end() for match in _MOTIF.finditer(chain)) + AFTER_MOTIF
-    return chain[end - LENGTH : end] if end >= LENGTH and end <= len(chain) else None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Windows of chains, ids int64 (N, 100): none of one part is a near duplicate of one of another.
-
-    Attributes:
-        train: to fit on.
-        held_out: to measure on.
-        num_clusters: groups of near duplicates, which are never divided.
-    """
-
-    train: torch.Tensor
-    held_out: torch.Tensor
-    num_clusters: int
-
-
-def split_windows(chains: list[str], *, held_out: float = 0.25, seed: int = 0) -> Split:
-    """Divide windows into training and held-out ones, whole clusters at a time; a cluster held out gives one window.
-
-    Two windows are near duplicates, and so are chains of such pairs, if at most five of their 100 residues differ, or
-    if the third loops (CDR3, from the C before it to the W behind it) are equally long and at least 80 % alike, by
-    which reads are usually taken for one clone. Relatives by the same germline genes are in both parts: they are what
-    there is to learn.
-    """
-    windows = sorted({window for window in map(window_of, chains) if window is not None})
-    ids = torch.tensor([[VOCABULARY.index(residue) for residue in window] for window in windows])
-    cluster = list(range(len(windows)))
-
-    def root(one: int) -> int:
-        while cluster[one] != one:
-            one = cluster[one]
-        return one
-
-    loops = [window[cdr3_start(window) : LENGTH - AFTER_MOTIF - 3] for window in windows]
-    differ = (ids.unsqueeze(1) != ids).sum(-1)
-    for one, other in itertools.combinations(range(len(windows)), 2):
-        if int(differ[one, other]) <= 5 or alike(loops[one], loops[other]) >= 0.8:
-            cluster[root(one)] = root(other)
-    members: dict[int, list[int]] = {}
-    for one in range(len(windows)):
-        members.setdefault(root(one), []).append(one)
-    groups = list(members.values())
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    num_held_out = round(held_out * len(groups))
-    train = [one for group in order[num_held_out:] for one in groups[group]]
-    return Split(ids[train], ids[[groups[group][0] for group in order[:num_held_out]]], len(groups))
-
-
-def cdr3_start(window: str) -> int:
-    """Return where the last C before the motif stands."""
-    return window.rindex("C", 0, LENGTH - AFTER_MOTIF - 4)
-
-
-def alike(one: str, other: str) -> float:
-    """Return the share of equal residues of two loops; 0 if one is longer."""
-    return sum(map(str.__eq__, one, other)) / len(one) if len(one) == len(other) else 0.0

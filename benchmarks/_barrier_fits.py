@@ -1,4 +1,4 @@
-"""What a bed needs fitted: the circuit of maximum likelihood, caches, and heads that start from it; all kept on disk."""
+"""What a bed needs fitted: the circuit of maximum likelihood, caches, and heads that start from it; kept on disk."""
 
 from __future__ import annotations
 

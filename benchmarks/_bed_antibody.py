@@ -86,7 +86,7 @@ def split_reads(windows: list[str], *, seed: int) -> dict[str, list[str]]:
 
 def clusters(windows: list[str]) -> list[list[int]]:
     """Return groups of windows: two with a common subsequence of 80 residues are in one, and so are chains of such."""
-    places = [{residue: 0 for residue in RESIDUES} for _ in windows]
+    places = [dict.fromkeys(RESIDUES, 0) for _ in windows]
     for place, window in zip(places, windows, strict=True):
         for number, residue in enumerate(window):
             place[residue] |= 1 << number

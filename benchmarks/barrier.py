@@ -4,10 +4,10 @@
     python benchmarks/barrier.py --bed antibody --quick    # the same, tiny, in a folder of its own
     python benchmarks/barrier.py --bed antibody --columns one-step sequential   # these only: for two runs side by side
 
-Losses are nats per masked token. *one-step*: the denoiser, all masked tokens independently; *circuit alone*: the circuit
-of maximum likelihood; *plain*: their product, fitted; *calibrated*: with a calibration by noise; *potentials*, *gates*,
-*low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *sequential*: the denoiser,
-one token at a time; *tuned ...*: the same with the denoiser trained further on the same text, for as long as
+Losses are nats per masked token. *one-step*: the denoiser, all masked tokens independently; *circuit alone*: the
+circuit of maximum likelihood; *plain*: their product, fitted; *calibrated*: with a calibration by noise; *potentials*,
+*gates*, *low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *sequential*: the
+denoiser, one token at a time; *tuned ...*: the same with the denoiser trained further on the same text, for as long as
 *calibrated* and *potentials* took. Every cell, a column on eight windows, is kept in a file of ``--folder``: an
 interrupted run goes on where it was, and one with more ``--windows`` or ``--seeds`` computes what is new.
 """

@@ -45,7 +45,7 @@ def test_a_fit_ends_early_with_the_weights_that_were_best_on_held_out_blocks(cac
     best = int(np.argmin(curve.held_out))
     assert curve.steps[-1] < 60
     assert len(curve.steps) == best + 1 + 3
-    assert 0 < best
+    assert best > 0
     assert coupled_loss(head, caches[1]) == pytest.approx(curve.held_out[best], abs=1e-6)
     shorter = new_head()
     fit_coupled(shorter, *caches, config=settings(), progress=False)
@@ -65,9 +65,9 @@ def test_early_stopping_is_the_same_after_an_interruption(caches, tmp_path):
 
 
 def test_early_stopping_needs_held_out_blocks(caches):
-    with pytest.raises(ArgumentError, match="^patience: .*give held_out"):
+    with pytest.raises(ArgumentError, match=r"^patience: .*give held_out"):
         fit_coupled(new_head(), caches[0], config=settings(patience=3), progress=False)
-    with pytest.raises(ArgumentError, match="^patience: expected"):
+    with pytest.raises(ArgumentError, match=r"^patience: expected"):
         settings(patience=0)
 
 

@@ -1,4 +1,4 @@
-"""AntiBERTy's real weights decode, score and are evaluated with a head, where they are; see benchmarks/antibody.py."""
+"""AntiBERTy's real weights decode, score and are evaluated with a head, where they are; see benchmarks/barrier.py."""
 
 import os
 import sys
@@ -14,10 +14,10 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))  # scripts, that 
 
 import _antibody_data as antibody
 
-FOLDER = Path(os.environ.get("UNFACTOR_ANTIBODY", Path.home() / ".cache" / "unfactor" / "antibody"))
+FOLDER = Path(os.environ.get("UNFACTOR_BARRIER", Path.home() / ".cache" / "unfactor" / "barrier")) / "antibody"
 pytestmark = pytest.mark.skipif(
     not (FOLDER / "model" / "config.json").is_file() and not any(FOLDER.glob("antiberty-*.whl")),
-    reason=f"AntiBERTy is not in {FOLDER}: run benchmarks/antibody.py, or name its folder in UNFACTOR_ANTIBODY",
+    reason=f"AntiBERTy is not in {FOLDER}: run benchmarks/barrier.py --bed antibody, or set UNFACTOR_BARRIER",
 )
 CHAINS = (
     "ASVKVSCKASGGTFSSYTFSWVRQAPGQGLEWVGRIIPILDIVRYPQKFQGRVTITADESTSTVYMDLSSLRSEDAAVYYCASGRYWSGYRPVPFDYWGQGTLVTVSS",

@@ -1,0 +1,185 @@
+"""The benchmark of the factorization barrier: its losses, the split of antibodies, a run on wheels of a tiny model."""
+
+import itertools
+import json
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion as df
+from circuits.files import file_hash
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that import what lies beside them
+
+import _antibody_data as antibody
+import _barrier_losses as losses
+import _bed_antibody as bed
+import barrier
+
+pytest.importorskip("transformers", reason="AntiBERTy runs on the BERT classes of transformers")
+
+BASES = "GCTTGTGATGAATTTGGTCATATTAAACTTATGAATCCTCAACGTAGCACTGTTTGGTAT"
+CODONS = {residue: BASES[3 * place : 3 * place + 3] for place, residue in enumerate("ACDEFGHIKLMNPQRSTVWY")}
+"""A codon of every residue."""
+
+
+def chain(loop, seed=0):
+    """Return a chain of 107 residues with this third loop; its frame is drawn."""
+    drawn = torch.randint(18, (107 - 14 - len(loop),), generator=torch.Generator().manual_seed(seed))
+    frame = "".join("ADEFGHIKLMNPQRSTVY"[index] for index in drawn)
+    return f"{frame}C{loop}WGQGTLVTVSSA"
+
+
+def read(chain, *, frame=0, reverse=False):
+    bases = "A" * frame + "".join(CODONS[residue] for residue in chain)
+    return bases.translate(str.maketrans("ACGT", "TGCA"))[::-1] if reverse else bases
+
+
+def test_reads_are_translated_in_all_six_frames():
+    one, two, three = chain("ARDYYG", 1), chain("AKGSFDYV", 2), chain("AWWWWW", 3)
+    fasta = f">a\n{read(one)}\n>b\n{read(two, frame=2).lower()}\n>c\n{read(three, frame=1, reverse=True)}\n>d\nACGT\n"
+    found = antibody.chains_of(fasta)
+    for expected in (one, two, three):
+        assert any(expected in chain for chain in found)
+    assert antibody.translated("ATGTGATTTNNNTGG") == "M*FXW"
+
+
+def longest_common(one, other):
+    """Return the length of the longest common subsequence, by the table of Wagner and Fischer."""
+    table = np.zeros((len(one) + 1, len(other) + 1), dtype=int)
+    for i, j in itertools.product(range(len(one)), range(len(other))):
+        equal = table[i, j] + 1 if one[i] == other[j] else 0
+        table[i + 1, j + 1] = max(equal, table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
+def related_reads():
+    """Return forty windows, twelve of which have a relative; one of these is moved by two places."""
+    windows = [chain("ARDV", number)[-100:] for number in range(40)]
+    return windows + [one[:20] + "WWWWW" + one[25:] for one in windows[:11]] + ["WW" + windows[11][:-2]]
+
+
+def test_reads_far_from_training_share_less_than_80_residues_with_every_one():
+    split = bed.split_reads(related_reads(), seed=1)
+    assert all(len(split[name]) >= 5 for name in ("train", "far", "random", "validation"))
+    for name in ("far", "validation"):
+        assert max(longest_common(one, other) for one in split[name] for other in split["train"]) < 80
+    assert not set(split["random"]) & {*split["train"], *split["far"], *split["validation"]}
+
+
+def test_relatives_are_in_one_cluster():
+    groups = bed.clusters(related_reads())
+    assert sorted(map(len, groups)) == [1] * 28 + [2] * 12
+    assert all(later == first + 40 for first, later in (group for group in groups if len(group) == 2))
+
+
+def random_denoiser(seed=0):
+    config = df.TransformerConfig(
+        vocab_size=6, mask_id=5, pad_id=4, eos_id=4, forbidden_ids=(4, 5), context_length=3, block_length=8, width=16,
+        num_layers=1, num_heads=2,
+    )  # fmt: skip
+    return df.TransformerDenoiser(config, seed=seed).eval()
+
+
+@torch.no_grad()
+def test_losses_of_nested_masks_are_those_of_the_gap():
+    """At one ratio at a time ``misspecification_gap`` measures the same, token by token too, with masks of its own."""
+    denoiser, ratios = random_denoiser(), (0.25, 0.75)
+    windows = torch.randint(0, 4, (5, 11), generator=torch.Generator().manual_seed(0))
+    order = losses.orders(5, 8, seed=0)
+    one_by_one = losses.sequential_losses(denoiser, windows, order, ratios, (4, 5))
+    at_once = losses.one_step_losses(denoiser, windows, order, ratios, (4, 5))
+    for row, ratio in itertools.product(range(5), ratios):
+        count = round(8 * ratio)
+        canvas = windows[row : row + 1].clone()
+        canvas[0, 3 + order[row, 8 - count :]] = 5
+        asked = torch.log_softmax(denoiser.logits(canvas)[0, :, :4], -1)
+        last = 3 + order[row, 8 - count :]
+        expected = -asked[last, windows[row, last]].mean()
+        torch.testing.assert_close(at_once[ratio][row], expected.double(), atol=1e-5, rtol=0)
+        total = 0.0
+        for place in last:
+            total -= float(torch.log_softmax(denoiser.logits(canvas)[0, place, :4], -1)[windows[row, place]])
+            canvas[0, place] = windows[row, place]
+        assert float(one_by_one[ratio][row]) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_a_share_is_of_the_gap_and_there_is_none_without_a_gap():
+    resamples = np.random.default_rng(0).integers(6, size=(100, 6))
+    one_step, noise = np.full(6, 2.0), np.linspace(-0.1, 0.1, 6)
+    assert barrier.share(one_step, one_step - 0.75, one_step - 1.0, resamples) == "0.75 [0.75, 0.75]"
+    assert barrier.share(one_step, one_step - 0.75, one_step + noise, resamples) == "-"
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """Write wheels with a tiny BERT, which has heads that are left out, and with reads."""
+    import transformers
+
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=25, max_position_embeddings=128, pad_token_id=0, **shape)
+    model = transformers.BertForMaskedLM(config)
+    weights = {**model.state_dict(), "cls.species.bias": torch.zeros(3), "bert.pooler.dense.bias": torch.zeros(8)}
+    pickled = BytesIO()
+    torch.save(weights, pickled)
+    with zipfile.ZipFile(tmp_path / "antiberty-0.1.3-py3-none-any.whl", "w") as archive:
+        described = config.to_dict() | {"architectures": ["AntiBERTy"]}
+        archive.writestr(f"{antibody.MODEL_MEMBERS}/config.json", json.dumps(described))
+        archive.writestr(f"{antibody.MODEL_MEMBERS}/pytorch_model.bin", pickled.getvalue())
+    reads = [read(chain("A" * (number % 9) + "RDYWG"[number % 5 :] + "KV", number)) for number in range(400)]
+    with zipfile.ZipFile(tmp_path / "abstar-0.8.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(antibody.READS_MEMBER, "".join(f">{number}\n{one}\n" for number, one in enumerate(reads)))
+    with zipfile.ZipFile(tmp_path / "olga-1.3.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("olga/__init__.py", "")
+        archive.writestr("olga/generate_sequences.py", PROGRAM)
+        for name, text in GENES.items():
+            archive.writestr(f"{bed.GENES}/{name}", text)
+    for requirement in antibody.WHEELS:
+        name, version = requirement.split("==")
+        digest = file_hash(tmp_path / f"{name}-{version}-py3-none-any.whl")
+        monkeypatch.setitem(antibody.WHEELS, requirement, digest)
+    return tmp_path
+
+
+GENES = {
+    "model_params.txt": "#GeneChoice;V_gene\n%IGHV1*01;AGCTTGTGATGT;0\n%IGHV1*02;TTT;1\n%IGHJ1*01;TTTGGGTAT;0\n",
+    "V_gene_CDR3_anchors.csv": "gene,anchor_index,function\nIGHV1*01,7,F\nIGHV1*02,0,F\n",
+    "J_gene_CDR3_anchors.csv": "gene,anchor_index,function\nIGHJ1*01,3,F\n",
+}
+PROGRAM = """
+import sys
+path = sys.argv[sys.argv.index("-o") + 1]
+with open(path, "w") as file:
+    for number in range(int(sys.argv[sys.argv.index("-n") + 1])):
+        file.write("TGT\\tC" + "AR" * (number % 60) + "W\\tIGHV1\\tIGHJ1\\n")
+    file.write("TGT\\tCARW\\tIGHV9\\tIGHJ1\\n")
+"""
+
+
+def test_germline_chains_are_v_gene_drawn_loop_and_j_gene(wheels):
+    """V: AGC TTG TGA TGT from base 7 % 3 on is GCT TGT; J: TTT GGG TAT behind GGG is TAT."""
+    assert sorted(bed.germline_chains(wheels, 3, seed=0), key=len) == ["ACCWY", "ACCARWY", "ACCARARWY"]
+
+
+def test_a_run_prepares_fits_and_prints_and_is_printed_again_without_measuring(wheels, capsys, monkeypatch):
+    home = wheels / "out" / "antibody"
+    home.parent.mkdir()
+    home.symlink_to(wheels)
+    options = ["--folder", str(wheels / "out"), "--quick", "--seeds", "0"]
+    tables = barrier.main(options)
+    assert [row["column"] for row in tables["far"]] == list(barrier.COLUMNS)
+    assert "| calibrated |" in capsys.readouterr().out
+    assert json.loads((home / "tables.json").read_text()) == tables
+    monkeypatch.setattr(barrier.Measure, "losses", None)
+    assert barrier.main(options) == tables
+
+
+def test_another_wheel_is_refused(wheels, monkeypatch):
+    monkeypatch.setitem(antibody.WHEELS, "abstar==0.8.0", "0" * 64)
+    with pytest.raises(SystemExit, match="SHA-256"):
+        antibody.prepare(wheels)
