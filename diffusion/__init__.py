@@ -32,6 +32,7 @@ from diffusion.text.hub_tokenizer import HubTokenizer, load_tokenizer
 from diffusion.training import masking
 from diffusion.training.circuit import CircuitTraining, fit_coupled
 from diffusion.training.denoiser import DenoiserTraining, train_denoiser
+from diffusion.training.joint import JointTraining, fit_jointly
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Generation",
     "HubTokenizer",
     "JointHead",
+    "JointTraining",
     "LatentPotentials",
     "LogitCache",
     "LowRankTransitions",
@@ -69,6 +71,7 @@ __all__ = [
     "controls",
     "evaluation",
     "fit_coupled",
+    "fit_jointly",
     "generate",
     "infill",
     "load_denoiser",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,17 +15,21 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_device
+from circuits.digests import digest
 from circuits.files import is_litter, remove_litter, replace_file
-from circuits.store import LOCK, is_whole, locked
+from circuits.store import LOCK, is_whole, locked, made_from
 from diffusion.app.models import Models
 from diffusion.app.recipe import Recipe, read_recipe, write_recipe
 from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import CheckpointError
+from diffusion.head import FORMAT as HEAD
 from diffusion.head import CoupledHead
 from diffusion.text.corpus import Corpus, join_documents, load_corpus, windows
 from diffusion.text.tokenizer import TextTokenizer
 
+JOINT = "joint"
+"""What folders of denoisers that were trained together with a head begin with."""
 HELD_OUT = "held_out.jsonl.gz"
 """The held-out documents of a folder that was packed; its texts are called "text"."""
 _LEARNT = ("denoiser", "likelihood", "head", "circuit.json", "checkpoints", "cache")
@@ -99,7 +104,20 @@ class Folder:
         return read_recipe(path)
 
     def denoiser(self) -> TransformerDenoiser:
-        """Load the denoiser; raises CheckpointError if it is not there."""
+        """Load the denoiser, the one that the head was trained together with where it was.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        joint = list(self.path.glob(f"{JOINT}-*"))  # others than the head's are of fits that were interrupted
+        if joint:
+            own = self.path / joint_name(made_from(self.path / "head", HEAD)) if (self.path / "head").exists() else None
+            if own in joint:
+                return TransformerDenoiser.load(own, device=self.device).eval()
+        return self.base_denoiser()
+
+    def base_denoiser(self) -> TransformerDenoiser:
+        """Load the denoiser as `unfactor train` left it; raises CheckpointError if it is not there."""
         self.recipe()
         if not (self.path / "denoiser").exists():
             raise CheckpointError(f"{self.path} holds no denoiser yet; run `unfactor train --out {self.path}`")
@@ -201,6 +219,11 @@ class Folder:
     def checkpoint(self, name: str) -> Path:
         """Return the file of a run that may be interrupted."""
         return self.path / "checkpoints" / f"{name}.safetensors"
+
+
+def joint_name(settings: Any) -> str:
+    """Return the name of the folder of a denoiser that was trained together with a head of these settings."""
+    return f"{JOINT}-{digest(json.dumps(settings, sort_keys=True))[:8]}"
 
 
 def check_unused(folder: Path) -> None:

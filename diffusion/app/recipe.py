@@ -17,6 +17,7 @@ from diffusion.errors import CheckpointError
 from diffusion.text.tokenizer import TokenizerKind
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
+from diffusion.training.joint import JointTraining
 
 FORMAT_VERSION = 1
 _WAY_OUT = "delete the folder and start again"
@@ -81,6 +82,7 @@ class CircuitRecipe:
         rank: R of the update.
         hidden_units: of a hidden layer in the networks that read hidden states; None: they are linear.
         training: the coupled fit.
+        joint: the training of denoiser and head together after it; None: the denoiser stays as it is.
     """
 
     num_states: Size = 128
@@ -94,6 +96,7 @@ class CircuitRecipe:
     rank: Size = 4
     hidden_units: Size | None = None
     training: CircuitTraining = field(default_factory=CircuitTraining)
+    joint: JointTraining | None = None
 
     @property
     def needs_features(self) -> bool:

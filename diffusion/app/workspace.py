@@ -5,6 +5,7 @@
     denoiser/           the masked-token predictor
     likelihood/         the circuit fitted by maximum likelihood
     head/               the output layer: circuit and conditioners, fitted on the coupled objective
+    joint-*/            the denoiser that the head was trained together with, if it was
     checkpoints/        of runs that were interrupted
     cache/              the denoiser's predictions that the circuit trains on
     results/            tables and pictures
@@ -31,7 +32,7 @@ from circuits.files import file_hash
 from circuits.io.saving import FORMAT as CIRCUIT
 from circuits.store import made_from, remove_folder
 from diffusion.app.fitting import STAMP, initial_denoiser, initial_head, origin, was_fitted
-from diffusion.app.folder import HELD_OUT, Folder, stage
+from diffusion.app.folder import HELD_OUT, JOINT, Folder, joint_name, stage
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.transformer import TransformerDenoiser
@@ -46,6 +47,7 @@ from diffusion.text.corpus import Corpus, check_arithmetic, random_windows, wind
 from diffusion.text.tokenizer import train_tokenizer
 from diffusion.training.circuit import fit_coupled
 from diffusion.training.denoiser import train_denoiser
+from diffusion.training.joint import JointTraining, fit_jointly
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -71,7 +73,7 @@ class Workspace(Folder):
             StorageError: another process works in the folder, or it cannot be written.
         """
         corpus = self.claim(recipe)
-        denoiser = self.finished("denoiser", self.denoiser)
+        denoiser = self.finished("denoiser", self.base_denoiser)
         if denoiser is not None:
             self.record(recipe, corpus=corpus.digest)
             return denoiser
@@ -97,7 +99,7 @@ class Workspace(Folder):
     @stage
     def cache(self, recipe: Recipe) -> tuple[LogitCache, LogitCache]:
         """Cache the denoiser's predictions on training blocks and on held-out blocks; continued if interrupted."""
-        denoiser, corpus = self.denoiser(), self.claimed_corpus(recipe)
+        denoiser, corpus = self.base_denoiser(), self.claimed_corpus(recipe)
         span, shape = denoiser.config.span, recipe.denoiser
         generator = torch.Generator().manual_seed(recipe.seed)
         train = random_windows(
@@ -125,12 +127,13 @@ class Workspace(Folder):
     def fit(self, recipe: Recipe) -> CoupledHead:
         """Fit the circuit: maximum likelihood on blocks, then the coupled objective on cached predictions.
 
+        After that denoiser and head are trained together, where the recipe says so; the denoiser that was there stays.
         A circuit of other settings that is there stays until the new one is done.
         """
         corpus = self.claim(recipe)
         self.record(recipe, corpus=corpus.digest)
         settings = origin(recipe)
-        names = [f"{name}-{digest(json.dumps(settings))[:8]}" for name in ("likelihood", "head")]
+        names = [f"{name}-{digest(json.dumps(settings))[:8]}" for name in ("likelihood", "head", JOINT)]
         head = self.finished("head", lambda: self.head() if was_fitted(self.path, recipe) else None)
         if head is None:
             pc = self._fit_likelihood(recipe, corpus, self.checkpoint(names[0]))
@@ -144,14 +147,33 @@ class Workspace(Folder):
                 checkpoint_path=self.checkpoint(names[1]),
                 progress=self.progress,
             )
+            if recipe.circuit.joint is not None:
+                joint = self._fit_jointly(recipe, corpus, head, recipe.circuit.joint, self.checkpoint(names[2]))
+                joint.save(self.path / joint_name(settings))
             ct.save(pc, self.path / "likelihood", made_from=settings)
             head.save(self.path / "head", made_from=settings)
             (self.path / STAMP).unlink(missing_ok=True)
         remove_folder(self.path / "cache")
+        for place in self.path.glob(f"{JOINT}-*"):
+            if place.name != joint_name(settings):
+                remove_folder(place)
         for place in (self.path / "checkpoints").glob("*.safetensors"):  # of other settings
-            if place.stem.startswith(("likelihood", "head")) and place.stem not in names:
+            if place.stem.startswith(("likelihood", "head", JOINT)) and place.stem not in names:
                 place.unlink()
         return head
+
+    def _fit_jointly(
+        self, recipe: Recipe, corpus: Corpus, head: CoupledHead, config: JointTraining, checkpoint: Path
+    ) -> TransformerDenoiser:
+        """Train a copy of the denoiser together with the head, and return it."""
+        denoiser = self.base_denoiser()
+        span, generator = denoiser.config.span, torch.Generator().manual_seed(recipe.seed)
+        train = random_windows(
+            self.stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
+        )
+        held_out = windows(self.stream(corpus.held_out), length=span, max_windows=256)
+        fit_jointly(denoiser, head, train, held_out, config=config, checkpoint_path=checkpoint, progress=self.progress)
+        return denoiser
 
     def _fit_likelihood(self, recipe: Recipe, corpus: Corpus, checkpoint: Path) -> CompiledCircuit:
         settings, length = recipe.circuit, recipe.denoiser.block_length

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuits.arguments import checked_count
 from circuits.digests import digest
@@ -105,48 +107,74 @@ def fit_coupled(
     """
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
-    stops_early = config.patience is not None
-    if stops_early and held_out is None:
-        raise ArgumentError("patience: it looks at held-out predictions, and there are none; give held_out")
+    plan = plan_of(config, held_out, title="fitting the circuit")
     checkpoint = Checkpoint(
         checkpoint_path,
         {
-            "configuration": json.dumps(_described(config)),
-            "head": _description(head),
+            "configuration": json.dumps(settings_of(config)),
+            "head": described(head),
             "cache": cache.digest,
             "held-out cache": "none" if held_out is None else held_out.digest,
         },
-    )
-    plan = Plan(
-        num_updates=config.steps,
-        entries=range(0, config.steps + 1, config.validate_every),
-        checkpoint_every=config.checkpoint_every,
-        keeps_best=stops_early,
-        lower_is_better=True,
-        early_stopping=None if config.patience is None else EarlyStopping(config.patience),
-        title="fitting the circuit",
     )
     history, _ = run(_Training(head, cache, held_out, config), plan, checkpoint, progress=progress)
     head.tokenizer_fingerprint = head.tokenizer_fingerprint or cache.tokenizer_fingerprint
     return TrainingCurve.of(history)
 
 
-class _Training(ModuleTraining):
-    """Updates of a head on the examples of a cache."""
+def plan_of(config: CircuitTraining, held_out: object | None, *, title: str) -> Plan:
+    """Return when a run of this configuration measures, keeps, and ends; ArgumentError if it cannot stop early."""
+    stops_early = config.patience is not None
+    if stops_early and held_out is None:
+        raise ArgumentError("patience: it looks at held-out text, and there is none; give held_out")
+    return Plan(
+        num_updates=config.steps,
+        entries=range(0, config.steps + 1, config.validate_every),
+        checkpoint_every=config.checkpoint_every,
+        keeps_best=stops_early,
+        lower_is_better=True,
+        early_stopping=None if config.patience is None else EarlyStopping(config.patience),
+        title=title,
+    )
+
+
+class HeadTraining(ModuleTraining, ABC):
+    """Updates of a head, and of what else is given, on the coupled objective.
+
+    Args:
+        head: that is trained.
+        config: how.
+        model: whose weights the run keeps, the head's among them; None: the head.
+        groups: of further parameters, with their learning rates at the peak.
+    """
 
     def __init__(
-        self, head: CoupledHead, cache: LogitCache, held_out: LogitCache | None, config: CircuitTraining
+        self,
+        head: CoupledHead,
+        config: CircuitTraining,
+        *,
+        model: nn.Module | None = None,
+        groups: Sequence[dict[str, Any]] = (),
     ) -> None:
-        super().__init__(head, torch.optim.Adam(_parameter_groups(head, config), betas=(0.9, 0.95)))
-        self.head, self._cache, self._held_out, self._config = head, cache, held_out, config
+        parameters = [*_parameter_groups(head, config), *groups]
+        super().__init__(model or head, torch.optim.Adam(parameters, betas=(0.9, 0.95)))
+        self.head, self.config = head, config
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
 
+    @abstractmethod
+    def batch(self, step: int) -> CachedBatch:
+        """Return the batch of one step, a function of the seed and the step alone."""
+
+    def clip(self) -> None:
+        """Bound the gradients before they move anything."""
+
     def update(self, step: int) -> Tensor:
-        """Do one update of the head's parameters: (loss, 1)."""
-        config = self._config
+        """Do one update of the parameters: (loss, 1)."""
+        config = self.config
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * (1 + math.cos(math.pi * step / config.steps)) / 2
-        loss = _loss(self.head, _training_batch(self._cache, self.head, config, step), config)
+        losses = _block_losses(self.head, self.batch(step), config)
+        loss = losses.sum() / max(1, len(losses))
         self.optimizer.zero_grad()
         loss.backward()
         value = float(loss.detach())
@@ -155,14 +183,29 @@ class _Training(ModuleTraining):
                 f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of {value} at "
                 f"step {step}; lower it"
             )
+        self.clip()
         self.optimizer.step()
         return torch.tensor([value, 1.0], dtype=torch.float64)
+
+
+class _Training(HeadTraining):
+    """Updates of a head on the examples of a cache."""
+
+    def __init__(
+        self, head: CoupledHead, cache: LogitCache, held_out: LogitCache | None, config: CircuitTraining
+    ) -> None:
+        super().__init__(head, config)
+        self._cache, self._held_out = cache, held_out
+
+    def batch(self, step: int) -> CachedBatch:
+        """Read the batch of one step."""
+        return _training_batch(self._cache, self.head, self.config, step)
 
     def evaluate(self) -> float | None:
         """Return the loss of the held-out examples."""
         if self._held_out is None:
             return None
-        return coupled_loss(self.head, self._held_out, weighting=self._config.weighting)
+        return coupled_loss(self.head, self._held_out, weighting=self.config.weighting)
 
 
 @torch.no_grad()
@@ -183,9 +226,16 @@ def coupled_loss(
         batch_size: blocks at a time.
     """
     config = CircuitTraining(weighting=weighting)
+    starts = range(0, len(cache), batch_size)
+    return mean_loss(head, (cache.batch(slice(at, at + batch_size), head.pc.device) for at in starts), config)
+
+
+@torch.no_grad()
+def mean_loss(head: CoupledHead, batches: Iterable[CachedBatch], config: CircuitTraining) -> float:
+    """Return the mean coupled loss of all blocks that have one; NaN if none has."""
     total, num_blocks = 0.0, 0
-    for start in range(0, len(cache), batch_size):
-        losses = _block_losses(head, cache.batch(slice(start, start + batch_size), head.pc.device), config)
+    for batch in batches:
+        losses = _block_losses(head, batch, config)
         total += float(losses.double().sum())
         num_blocks += len(losses)
     return total / num_blocks if num_blocks else math.nan
@@ -218,7 +268,7 @@ def losses_by_ratio(
     return tuple(float(loss[bins == number].mean()) for number in range(num_bins))
 
 
-def _described(config: CircuitTraining) -> dict[str, Any]:
+def settings_of(config: CircuitTraining) -> dict[str, Any]:
     """Return a configuration as files name it; one without early stopping as before there was any."""
     return {name: value for name, value in asdict(config).items() if (name, value) != ("patience", None)}
 
@@ -240,7 +290,7 @@ def _check_caches(head: CoupledHead, *caches: LogitCache | None) -> None:
             )
 
 
-def _description(head: CoupledHead) -> str:
+def described(head: CoupledHead) -> str:
     """Return a hash of what a head is but for its weights: structure, what the fit depends on, and what it moves."""
     conditioners = [(type(made).__qualname__, made.settings()) for made in head.conditioners]
     moved = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in head.named_parameters()]
@@ -256,11 +306,6 @@ def _parameter_groups(head: CoupledHead, config: CircuitTraining) -> list[dict[s
         {"params": featured, "lr": config.feature_learning_rate},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _loss(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:
-    losses = _block_losses(head, batch, config)
-    return losses.sum() / max(1, len(losses))
 
 
 def _block_losses(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from diffusion.app import terminal, workspace
 from diffusion.app.options import OPTIONS, described
@@ -13,6 +14,7 @@ from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, Estimate, GapRow, GapTable
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
+from diffusion.training.joint import JointTraining
 
 SMALLEST = workspace.Recipe(
     denoiser=workspace.DenoiserRecipe(
@@ -76,6 +78,31 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     (potentials,) = workspace.Workspace(out).head().conditioners
     assert isinstance(potentials, LatentPotentials)
     assert 0 < potentials.linear.weight.abs().max() <= 3 * 1e-3 + 1e-6  # three updates of Adam
+
+
+def test_denoiser_and_circuit_are_trained_together_beside_the_denoiser_that_was(run, corpus, tmp_path, monkeypatch):
+    out = tmp_path / "models"
+    assert run("train", "--corpus", corpus, "--out", out, "--preset", "tiny", "--quiet")[0] == 0
+    before = weights_of(workspace.Workspace(out).denoiser())
+    monkeypatch.setattr(JointTraining.__init__, "__kwdefaults__", JointTraining.__init__.__kwdefaults__ | {"steps": 2})
+    code, _, error = run("fit", "--out", out, "--joint", "--quiet")
+    assert code == 0, error
+    made = workspace.Workspace(out)
+    assert made.recipe().circuit.joint == JointTraining(steps=2)
+    assert weights_of(made.base_denoiser()).equal(before)
+    joint = weights_of(made.denoiser())
+    assert 0 < (joint - before).abs().max() <= 2 * 1e-4 + 1e-6  # two updates of Adam
+    assert run("fit", "--out", out, "--quiet")[0] == 0  # done already, and kept
+    assert weights_of(made.denoiser()).equal(joint)
+    code, _, error = run("generate", "--out", out, "--prompt", "The 3th", "--length", 32, "--logits-eos-inf")
+    assert code == 0, error
+    assert run("fit", "--out", out, "--no-joint", "--quiet")[0] == 0
+    assert weights_of(made.denoiser()).equal(before)
+    assert not list(out.glob("joint-*"))
+
+
+def weights_of(denoiser):
+    return torch.cat([parameter.detach().flatten() for parameter in denoiser.parameters()])
 
 
 def check_what_is_written(run, out, options, first):

@@ -102,6 +102,14 @@ def fit(
         int | None,
         typer.Option(min=1, max=1 << 16, help="Units of a hidden layer that reads the denoiser's hidden states."),
     ] = None,
+    joint: Annotated[
+        bool | None,
+        typer.Option(
+            "--joint/--no-joint",
+            help="Train denoiser and circuit together after that.",
+            show_default="the preset's",
+        ),
+    ] = None,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -119,6 +127,11 @@ def fit(
     chosen = {"has_potentials": potentials, "transitions": transitions, "hidden_units": hidden}
     given = {name: value for name, value in chosen.items() if value is not None}
     recipe = replace(recipe, circuit=replace(recipe.circuit, **given))
+    if joint is not None:
+        from diffusion.training.joint import JointTraining
+
+        config = (recipe.circuit.joint or JointTraining()) if joint else None
+        recipe = replace(recipe, circuit=replace(recipe.circuit, joint=config))
     head = workspace.fit(recipe)
     say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 

@@ -1,0 +1,181 @@
+"""Joint training: the gradient of the coupled objective through the circuit and the denoiser at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from circuits.digests import digest
+from circuits.learning.checkpoint import Checkpoint
+from circuits.learning.loop import mixed_seed, run
+from circuits.precision import own_precision
+from diffusion.denoisers.base import Denoiser
+from diffusion.errors import ArgumentError
+from diffusion.head import CoupledHead
+from diffusion.prediction import Prediction, check_token_ids
+from diffusion.training.cached import CachedBatch
+from diffusion.training.circuit import CircuitTraining, HeadTraining, described, mean_loss, plan_of, settings_of
+from diffusion.training.curve import TrainingCurve
+from diffusion.training.masking import mask_tokens, sample_times
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointTraining(CircuitTraining):
+    """How denoiser and head are trained together.
+
+    Attributes:
+        steps: optimizer updates.
+        batch_size: windows an update.
+        learning_rate: of Adam on the head's parameters, at the peak, see :class:`CircuitTraining`.
+        denoiser_learning_rate: of Adam on those of the denoiser that require gradients, at the peak; all fall to 0
+            along a cosine.
+        gradient_clip: the largest norm of the denoiser's gradient.
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 0.003
+    denoiser_learning_rate: float = 1e-4
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("denoiser_learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+
+
+@own_precision
+def fit_jointly(
+    denoiser: Denoiser,
+    head: CoupledHead,
+    windows: Tensor,  # shape: (N, context length + L)
+    held_out: Tensor | None = None,  # shape: (M, context length + L)
+    *,
+    config: JointTraining | None = None,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> TrainingCurve:
+    """Raise ``E[w(t) CLL]`` over the parameters of a denoiser and its head together, in place.
+
+    Every update masks the last block of some windows anew, asks the denoiser, and moves both down the gradient of
+    ``-log p_hat`` of the true tokens, which reaches the denoiser through the prediction that the circuit is coupled to
+    (Li et al. 2026, arXiv 2603.00045, section 4). Begin with a trained denoiser and a head that is fitted to it.
+
+    An interrupted run that is repeated from the same weights with the same arguments continues, and ends like one that
+    was not interrupted.
+
+    Args:
+        denoiser: a module whose logits are differentiable; parameters that require no gradient stay as they are.
+        head: over its last L positions, on the same device.
+        windows: int64 tokens, (N, context length + L); the context is always visible.
+        held_out: windows for the curve and for early stopping, masked in the same way at every entry.
+        config: by default ``JointTraining()``.
+        checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
+        progress: draw a progress bar.
+
+    Returns:
+        The learning curve: loss in nats per masked token (``masked_mean``) or per block.
+
+    Raises:
+        ArgumentError: the denoiser is no module, or no gradient reaches it; windows that do not fit; or the loss is not
+            finite.
+        CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
+    """
+    config = config or JointTraining()
+    for name, data in (("windows", windows), ("held_out", held_out)):
+        if data is not None:
+            _check_windows(name, data, denoiser, head)
+    training = _Training(denoiser, head, windows, held_out, config)
+    moved = [(name, tuple(one.shape), one.requires_grad) for name, one in training.model.named_parameters()]
+    checkpoint = Checkpoint(
+        checkpoint_path,
+        {
+            "configuration": json.dumps(settings_of(config)),
+            "head": described(head),
+            "denoiser": digest(repr(moved), repr(denoiser.spec)),
+            "windows": digest(windows),
+            "held-out windows": digest(held_out),
+        },
+    )
+    plan = plan_of(config, held_out, title="training denoiser and circuit")
+    return TrainingCurve.of(run(training, plan, checkpoint, progress=progress)[0])
+
+
+class _Training(HeadTraining):
+    """Updates of a denoiser and its head on windows that are masked anew."""
+
+    def __init__(
+        self, denoiser: Denoiser, head: CoupledHead, windows: Tensor, held_out: Tensor | None, config: JointTraining
+    ) -> None:
+        moved = [one for one in denoiser.parameters() if one.requires_grad] if isinstance(denoiser, nn.Module) else []
+        if not moved:
+            raise ArgumentError(
+                f"denoiser: expected a torch module with parameters that require gradients, got "
+                f"{type(denoiser).__name__}; fit the head alone, fit_coupled"
+            )
+        both = nn.ModuleDict({"denoiser": denoiser, "head": head})  # type: ignore[dict-item]
+        super().__init__(head, config, model=both, groups=[{"params": moved, "lr": config.denoiser_learning_rate}])
+        self._denoiser, self._windows, self._held_out = denoiser, windows, held_out
+        self._moved, self._clip = moved, config.gradient_clip
+
+    def batch(self, step: int) -> CachedBatch:
+        """Draw windows of one step, mask them, and ask the denoiser."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, step) >> 1)
+        index = torch.randint(len(self._windows), (self.config.batch_size,), generator=generator)
+        batch = self._asked(self._windows[index.to(self._windows.device)], generator)
+        if not batch.log_q.requires_grad:
+            raise ArgumentError(
+                f"denoiser: expected logits with gradients, got none from {type(self._denoiser).__name__}; it may work "
+                "under torch.no_grad: fit the head alone, fit_coupled"
+            )
+        return batch
+
+    def clip(self) -> None:
+        """Bound the denoiser's gradient."""
+        torch.nn.utils.clip_grad_norm_(self._moved, self._clip)
+
+    def evaluate(self) -> float | None:
+        """Return the loss of the held-out windows."""
+        return None if self._held_out is None else mean_loss(self.head, self._held_out_batches(), self.config)
+
+    def _held_out_batches(self) -> Iterator[CachedBatch]:
+        assert self._held_out is not None
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for windows in self._held_out.split(self.config.batch_size):
+            yield self._asked(windows, generator)
+
+    def _asked(self, windows: Tensor, generator: torch.Generator) -> CachedBatch:
+        device, length = self.head.pc.device, self.head.block_length
+        context, block = windows.cpu().split([windows.shape[1] - length, length], 1)
+        t = sample_times(len(block), generator=generator)
+        noisy, masked = mask_tokens(block, t, mask_id=self._denoiser.spec.mask_id, generator=generator)
+        canvas = torch.cat([context, noisy], 1).to(device)
+        window = (context.shape[1], canvas.shape[1])
+        said = Prediction.ask(self._denoiser, canvas, window=window, features=self.head.needs_features)
+        return CachedBatch(block.to(device), masked.to(device), said.log_q, said.values, said.vocab_size, said.features)
+
+
+def _check_windows(name: str, windows: Tensor, denoiser: Denoiser, head: CoupledHead) -> None:
+    is_tensor = isinstance(windows, Tensor) and windows.dim() == 2
+    if not is_tensor or not len(windows) or windows.shape[1] < head.block_length:
+        got = tuple(windows.shape) if isinstance(windows, Tensor) else type(windows).__name__
+        raise ArgumentError(
+            f"{name}: expected int64 (N >= 1, at least the head's block of {head.block_length}), got {got}"
+        )
+    check_token_ids(name, windows, windows.shape, denoiser.spec.vocab_size)
+    block = windows[:, -head.block_length :]
+    unknown = head.unknown_ids(denoiser.spec.vocab_size, denoiser.spec.forbidden_ids)
+    found = block[torch.isin(block, torch.tensor(unknown, dtype=torch.int64, device=block.device))]
+    if len(found):
+        raise ArgumentError(
+            f"{name}: expected tokens of the circuit's vocabulary in the blocks, got {int(found[0])}; leave such texts "
+            "out, or fit a circuit that has this token"
+        )
+    head.check_tokenizer(getattr(denoiser, "tokenizer_fingerprint", None))
