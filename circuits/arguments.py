@@ -69,7 +69,7 @@ def check_stored(name: str, value: Tensor) -> None:
     """Check that a tensor has all of its numbers: none on the device "meta", none of a sparse layout."""
     if value.layout != torch.strided:
         raise ArgumentError(f"{name}: expected a dense tensor, got one of {value.layout}; give {name}.to_dense()")
-    if value.is_meta:
+    if value.is_meta and type(value) in (Tensor, torch.nn.Parameter):  # a subclass may have its numbers elsewhere
         raise ArgumentError(f"{name}: expected a tensor with numbers, got one on the device meta; make it elsewhere")
 
 

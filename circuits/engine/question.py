@@ -38,7 +38,7 @@ class Question:
         weights: of ``pc.weights(...)``; None: the circuit's own, as they are now.
 
     Raises:
-        ArgumentError: the evidence does not fit the circuit, or batch sizes differ.
+        ArgumentError: an argument of another kind, evidence that does not fit the circuit, or batch sizes that differ.
 
     Attributes:
         pc: the circuit.
@@ -52,6 +52,8 @@ class Question:
     def __init__(
         self, pc: CompiledCircuit, evidence: Evidence | None = None, weights: CircuitWeights | None = None
     ) -> None:
+        check_compiled("pc", pc)
+        check_kinds(evidence, weights)
         self.pc = pc
         self.weights = CircuitWeights(pc.own_weights()) if weights is None else weights
         batch_size = self.weights.batch_size if self.weights.given else 1
@@ -393,3 +395,19 @@ def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
         f"{who}: expected a circuit with one root unit, got {circuit} with one per class; "
         "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
     )
+
+
+def check_compiled(name: str, value: object) -> None:
+    """Raise ArgumentError unless an argument is a compiled circuit."""
+    if not hasattr(value, "own_weights"):
+        way_out = "; ct.compile(circuit) makes one" if isinstance(value, Circuit) else ""
+        raise ArgumentError(f"{name}: expected a compiled circuit, got {type(value).__name__}{way_out}")
+
+
+def check_kinds(evidence: object, weights: object) -> None:
+    """Raise ArgumentError unless evidence and weights are such, or None."""
+    if not isinstance(evidence, Evidence | None):
+        way_out = "ct.Evidence.observe(x) is that of assignments x (B, D)"
+        raise ArgumentError(f"evidence: expected a ct.Evidence, got {type(evidence).__name__}; {way_out}")
+    if not isinstance(weights, CircuitWeights | None):
+        raise ArgumentError(f"weights: expected what pc.weights(...) returns, got {type(weights).__name__}")

@@ -213,8 +213,10 @@ def optimizer_of(given: OptimizerLike, options: dict[str, Any]) -> Optimizer:
         if given not in _BY_NAME:
             raise ArgumentError(f"optimizer: expected {', '.join(_BY_NAME)}, or one of torch.optim, got {given!r}")
         optimizer: Optimizer = _BY_NAME[given]()
+    elif isinstance(given, type) and issubclass(given, Optimizer):
+        raise ArgumentError(f"optimizer: expected an object, got the class {given.__name__}; call it first")
     else:
-        optimizer = given if isinstance(given, Optimizer) else GradientDescent(build=given)
+        optimizer = given if isinstance(given, Optimizer) else GradientDescent(build=given)  # type: ignore[arg-type]
     name = given if isinstance(given, str) else type(optimizer).__name__
     known = {f.name for f in fields(optimizer)} - {"build"}
     for option in sorted(options.keys() - known):

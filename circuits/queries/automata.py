@@ -17,8 +17,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import dense_factors
+from circuits.queries.common import dense_factors, query
 from circuits.symbolic import Input, Node, Product, Sum
 from circuits.symbolic.alignment import Part
 from circuits.symbolic.properties import chain_breaker, front_to_back, rank_of_scopes
@@ -84,7 +83,7 @@ class Automaton:
         return Automaton(self.log_transition.transpose(0, 2), self.log_accept, self.log_start)
 
 
-@own_precision
+@query
 def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidence: Evidence | None = None) -> Tensor:
     """Return the log-probability that x_0, x_1, ..., x_D-1 is accepted, ``log P(accepted | e)``.
 
@@ -106,6 +105,8 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
         PropertyError: the circuit is not a chain in this order; names the product.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
+    if not isinstance(automaton, Automaton):
+        raise ArgumentError(f"automaton: expected a ct.queries.Automaton, got {type(automaton).__name__}")
     num_values = max(pc.circuit.num_categories)
     if automaton.log_transition.shape[1] < num_values:
         raise ArgumentError(
@@ -131,7 +132,7 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
     return _log_sum_exp(states[0] + start.unsqueeze(1), 0) - log_z
 
 
-@own_precision
+@query
 def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None, *, strict: bool = False) -> Tensor:
     """Return ``log P(x_0 <= x_1 <= ... <= x_D-1 | e)``, or with < in place of <=.
 

@@ -12,58 +12,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from circuits.algebra.semirings import Semiring
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import detached, require_finite_values
+from circuits.queries.common import detached, query, require_finite_values
 
 
-@own_precision
-def evaluate(
-    pc: CompiledCircuit,
-    semiring: Semiring,
-    evidence: Evidence | None = None,
-    *,
-    weights: CircuitWeights | None = None,
-) -> Tensor:
-    """Return a circuit's value in any semiring: the sum over explanations of the products of what they use.
-
-    An explanation is one choice of a child per reached sum unit and one value per reached input unit. In
-    ``ct.semirings.LogSemiring()`` the value is log Z, in ``ct.semirings.MaxSemiring()`` the log-score of the best
-    explanation; a semiring of your own is one subclass of ``ct.semirings.Semiring`` (Goodman 1999, "Semiring Parsing").
-
-    Args:
-        pc: the circuit.
-        semiring: what plus and times mean.
-        evidence: for B queries; None: no evidence, B = 1.
-        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
-
-    Returns:
-        (B, *E), with the trailing dimensions E of the semiring's values.
-
-    Raises:
-        ArgumentError: ``semiring`` is none, or the evidence does not fit the circuit.
-        PropertyError: the circuit has a distribution per class, and the evidence does not say which.
-    """
-    if not isinstance(semiring, Semiring):
-        raise ArgumentError(f"semiring: expected a ct.semirings.Semiring, got {type(semiring).__name__}")
-    return Question(pc, evidence, weights).root(semiring)
-
-
-@own_precision
+@query
 def log_likelihood(pc: CompiledCircuit, x: Tensor, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``log p(x)`` of complete assignments, (B, D): shape (B,), in nats; -inf where impossible.
 
     With real variables it is a density. NaN in a floating-point ``x`` is a missing value, as everywhere.
     """
-    return pc.log_partition(Evidence.observe(x), weights)
+    return Question(pc, Evidence.observe(x), weights).log_z
 
 
-@own_precision
+@query
 def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``log p(x_O)``, summing out what is not observed.
 
@@ -76,10 +42,10 @@ def log_marginal(pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: C
     Returns:
         (B,), in nats.
     """
-    return pc.log_partition(Evidence.observe(x, observed), weights)
+    return Question(pc, Evidence.observe(x, observed), weights).log_z
 
 
-@own_precision
+@query
 def log_conditional(
     pc: CompiledCircuit, x: Tensor, observed: Tensor, *, weights: CircuitWeights | None = None
 ) -> Tensor:
@@ -101,13 +67,13 @@ def log_conditional(
     return log_likelihood(pc, x, weights=weights) - log_evidence
 
 
-@own_precision
+@query
 def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
     """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
-    return pc.log_partition(evidence, weights)
+    return Question(pc, evidence, weights).log_z
 
 
-@own_precision
+@query
 @detached
 def marginals(
     pc: CompiledCircuit,
@@ -137,7 +103,7 @@ def marginals(
     return Question(pc, evidence.with_factors(factors), weights).gradients()
 
 
-@own_precision
+@query
 @detached
 def listed_marginals(
     pc: CompiledCircuit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -11,16 +12,45 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, one_root_needed
+from circuits.engine.question import Question, check_compiled, check_kinds, one_root_needed
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
+from circuits.precision import own_precision
+from circuits.randomness import Source
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
+
+
+def query(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a query: it computes in the circuit's own precision, and its arguments are of their kinds.
+
+    A circuit is an argument ``pc``, ``p`` or ``q``; of the others it looks at ``evidence``, ``weights`` and
+    ``generator``.
+    """
+    parameters = inspect.signature(function).parameters
+    run = own_precision(function)
+
+    @functools.wraps(function)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            for name in ("pc", "p", "q"):
+                if name in given:
+                    check_compiled(name, given[name])
+            check_kinds(given.get("evidence"), given.get("weights"))
+            if "evidence" in given and given["evidence"] is None and parameters["evidence"].default is not None:
+                raise ArgumentError("evidence: expected a ct.Evidence, got None; Evidence.nothing(1, D) says nothing")
+            generator = given.get("generator")
+            if not isinstance(generator, Source):
+                raise ArgumentError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        return run(*args, **kwargs)
+
+    return ask
 
 
 def detached(query: Callable[P, R]) -> Callable[P, R]:

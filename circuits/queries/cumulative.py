@@ -12,11 +12,10 @@ from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Nothing, Where
-from circuits.precision import own_precision
-from circuits.queries.common import dense_evidence, has_infinite_values
+from circuits.queries.common import dense_evidence, has_infinite_values, query
 
 
-@own_precision
+@query
 def log_cdf(
     pc: CompiledCircuit, x: Tensor, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
 ) -> Tensor:

@@ -13,8 +13,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import dense_factors
+from circuits.queries.common import dense_factors, query
 from circuits.queries.determinism import is_deterministic, require_deterministic
 from circuits.queries.entropy import latent_entropy
 from circuits.queries.power_sums import Power, log_sum_of_powers
@@ -23,7 +22,7 @@ from circuits.symbolic.properties import require_compatible
 _ROUNDING = 64.0
 
 
-@own_precision
+@query
 def log_inner_product(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return ``log sum_x p(x) q(x) prod_i e_i(x_i)``: the log-probability that two draws agree.
 
@@ -45,7 +44,7 @@ def log_inner_product(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence
     return log_sum_of_powers([_power(p), _power(q)], _factors(p, q, evidence, "log_inner_product"))[0]
 
 
-@own_precision
+@query
 def cauchy_schwarz_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return ``-log(sum_x p q / sqrt(sum_x p^2 sum_x q^2))``, at least 0, and 0 exactly where p = q (Jenssen 2006).
 
@@ -74,7 +73,7 @@ def cauchy_schwarz_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: 
     return 0.5 * (own_p + own_q) - cross
 
 
-@own_precision
+@query
 def cross_entropy(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return the cross-entropy ``-sum_x p(x | e) log q(x | e)``.
 
@@ -98,7 +97,7 @@ def cross_entropy(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | N
     return _cross_entropy(p, q, evidence, "cross_entropy")
 
 
-@own_precision
+@query
 def kl_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return the Kullback-Leibler divergence ``sum_x p(x | e) log(p(x | e) / q(x | e))``.
 
@@ -122,7 +121,7 @@ def kl_divergence(p: CompiledCircuit, q: CompiledCircuit, evidence: Evidence | N
     return _cross_entropy(p, q, evidence, "kl_divergence") - latent_entropy(p, evidence)
 
 
-@own_precision
+@query
 def renyi_divergence(p: CompiledCircuit, q: CompiledCircuit, alpha: float, evidence: Evidence | None = None) -> Tensor:
     """Return Renyi's divergence ``log(sum_x p(x | e)^alpha q(x | e)^(1 - alpha)) / (alpha - 1)`` (Renyi 1961).
 

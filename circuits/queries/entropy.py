@@ -12,11 +12,10 @@ from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
 from circuits.queries._mixture_bounds import mixture_bounds, xlogx
 from circuits.queries.averages import EntropySemiring
 from circuits.queries.basic import marginals
-from circuits.queries.common import dense_evidence, dense_factors
+from circuits.queries.common import dense_evidence, dense_factors, query
 from circuits.queries.determinism import require_deterministic
 
 
@@ -29,7 +28,7 @@ class EntropyBounds(NamedTuple):
     """(B,), in nats."""
 
 
-@own_precision
+@query
 def latent_entropy(
     pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
 ) -> Tensor:
@@ -54,7 +53,7 @@ def latent_entropy(
     return root[:, 1]
 
 
-@own_precision
+@query
 def entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     """Return the entropy ``H(X | e)`` of the posterior over assignments.
 
@@ -80,7 +79,7 @@ def entropy(pc: CompiledCircuit, evidence: Evidence | None = None) -> Tensor:
     return latent_entropy(pc, evidence)
 
 
-@own_precision
+@query
 def entropy_bounds(pc: CompiledCircuit, evidence: Evidence | None = None) -> EntropyBounds:
     """Return numbers that ``H(X | e)`` lies between, for circuits in which it is intractable.
 

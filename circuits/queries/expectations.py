@@ -16,7 +16,6 @@ from circuits.engine.question import Question, checked_possible, gradient_of
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
 from circuits.queries._direct_moments import direct_covariance, direct_moments
 from circuits.queries.basic import marginals
 from circuits.queries.common import (
@@ -26,12 +25,13 @@ from circuits.queries.common import (
     factors_of,
     has_infinite_values,
     queries_per_pass,
+    query,
     require_finite_values,
     value_table,
 )
 
 
-@own_precision
+@query
 @detached
 def expectation(
     pc: CompiledCircuit,
@@ -75,7 +75,7 @@ def expectation(
     return result if table.dim() == 3 else result.squeeze(1)
 
 
-@own_precision
+@query
 @detached
 def moments(
     pc: CompiledCircuit,
@@ -126,7 +126,7 @@ def moments(
     return (posterior * centred**order).sum(2)
 
 
-@own_precision
+@query
 def mean(
     pc: CompiledCircuit,
     evidence: Evidence | None = None,
@@ -139,7 +139,7 @@ def mean(
     return moments(pc, 1, evidence, values=values, weights=weights, differentiable=differentiable)
 
 
-@own_precision
+@query
 def variance(
     pc: CompiledCircuit,
     evidence: Evidence | None = None,
@@ -152,7 +152,7 @@ def variance(
     return moments(pc, 2, evidence, values=values, about="mean", weights=weights, differentiable=differentiable)
 
 
-@own_precision
+@query
 @detached
 def covariance(
     pc: CompiledCircuit,

@@ -16,8 +16,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import has_one_explanation, require_finite_values
+from circuits.queries.common import has_one_explanation, query, require_finite_values
 from circuits.randomness import RowGenerators, Source
 
 _MAX_REACHED = 1 << 25
@@ -39,7 +38,7 @@ class MAP(MPE):
     """The most probable assignment: an :class:`MPE` of a deterministic circuit, where it also maximises p(x | e)."""
 
 
-@own_precision
+@query
 @torch.no_grad()
 def sample(
     pc: CompiledCircuit,
@@ -90,7 +89,7 @@ def sample(
     return samples.squeeze(1) if evidence is None and question.weights.batch_size == 1 else samples
 
 
-@own_precision
+@query
 @torch.no_grad()
 def mpe(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None) -> MPE:
     """Return the most probable explanation: max-product upward, then the best child of every reached sum downward.

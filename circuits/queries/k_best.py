@@ -15,8 +15,7 @@ from circuits.engine.layers import ProductLayer, SumLayer, chunks
 from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import MAX_NUMBERS, dense_evidence, has_one_explanation
+from circuits.queries.common import MAX_NUMBERS, dense_evidence, has_one_explanation, query
 
 
 class KBestExplanations(NamedTuple):
@@ -80,7 +79,7 @@ class _Choices(NamedTuple):
     rank: Tensor
 
 
-@own_precision
+@query
 @torch.no_grad()
 def k_best(
     pc: CompiledCircuit, k: int, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,12 @@ from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import detached, require_finite_values
+from circuits.queries.common import detached, query, require_finite_values
 from circuits.randomness import Source
 from circuits.symbolic import Sum
 
 
-@own_precision
+@query
 @detached
 def latent_marginals(
     pc: CompiledCircuit,
@@ -51,6 +50,8 @@ def latent_marginals(
         ArgumentError: a node that is no sum node of the circuit.
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
+    if not isinstance(nodes, Iterable | None) or isinstance(nodes, str):
+        raise ArgumentError(f"nodes: expected sum nodes or their names in a list, got {type(nodes).__name__}")
     wanted = list(pc.circuit.sums if nodes is None else nodes)
     targets = [pc.sum_node(key) for key in wanted]
     question = Question(pc, evidence, weights)
@@ -115,7 +116,7 @@ class LatentChoice:
         return result
 
 
-@own_precision
+@query
 @torch.no_grad()
 def sample_latents(
     pc: CompiledCircuit,
@@ -149,7 +150,7 @@ def sample_latents(
     return _chosen(pc, choosing_semiring(temperature), num_samples, evidence, generator, weights)
 
 
-@own_precision
+@query
 @torch.no_grad()
 def best_latents(
     pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
@@ -191,7 +192,7 @@ def _chosen(
     return LatentChoice(pc, choice.units, choice.query, question.weights)
 
 
-@own_precision
+@query
 def class_posterior(
     pc: CompiledCircuit, evidence: Evidence, log_prior: Tensor | None = None, *, weights: CircuitWeights | None = None
 ) -> Tensor:

@@ -11,11 +11,10 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import dense_evidence, detached, factors_of, queries_per_pass
+from circuits.queries.common import dense_evidence, detached, factors_of, queries_per_pass, query
 
 
-@own_precision
+@query
 @detached
 def pairwise_marginals(
     pc: CompiledCircuit,
@@ -58,7 +57,7 @@ def pairwise_marginals(
     return tables
 
 
-@own_precision
+@query
 @detached
 def mutual_information(
     pc: CompiledCircuit, evidence: Evidence | None = None, *, differentiable: bool = False

@@ -19,6 +19,7 @@ from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
+from circuits.queries.common import query
 
 _LOG = LogSemiring()
 _MAX_NUMBERS, _ROWS_AT_ONCE = 1 << 22, 1 << 20
@@ -154,7 +155,7 @@ class Posterior:
         return total
 
 
-@own_precision
+@query
 @torch.no_grad()
 def posterior(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Posterior:
     """Return the posterior of single variables, to be asked in part; without gradients, see :func:`marginals` for them.

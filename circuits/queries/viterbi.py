@@ -12,7 +12,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
+from circuits.queries.common import query
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Viterbi:
     path: Tensor | None
 
 
-@own_precision
+@query
 @torch.no_grad()
 def viterbi(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None) -> Viterbi:
     """Return the most probable latents ``argmax_z p(z, e)``, with the variables summed out (Viterbi 1967).

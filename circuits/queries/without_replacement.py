@@ -11,8 +11,7 @@ from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import checked_possible
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
-from circuits.queries.common import dense_evidence, factors_of, queries_per_pass
+from circuits.queries.common import dense_evidence, factors_of, queries_per_pass, query
 
 
 class DistinctSamples(NamedTuple):
@@ -26,7 +25,7 @@ class DistinctSamples(NamedTuple):
     """(B, k): log p(x | e) plus Gumbel noise, descending; the last one is the threshold of Kool et al.'s estimators."""
 
 
-@own_precision
+@query
 @torch.no_grad()
 def sample_without_replacement(
     pc: CompiledCircuit,

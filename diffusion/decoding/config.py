@@ -96,7 +96,7 @@ class DecodingConfig:
     remask: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.decode not in MODES:
+        if self.decode not in tuple(MODES):  # what cannot be hashed is no mode either
             raise ArgumentError(f"decode: expected one of {', '.join(MODES)}, got {self.decode!r}")
         if self.strategy is not None and self.strategy not in get_args(Strategy):
             raise ArgumentError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")

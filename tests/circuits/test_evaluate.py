@@ -93,6 +93,55 @@ def test_what_is_no_semiring_is_refused():
         ct.evaluate(ct.compile(ct.structures.hmm(2, 2, 2)), "log")
 
 
+class OneUnit(Counting):
+    """Counts with the units of sums added up, which would be broadcast over those of the leaves."""
+
+    def contract(self, log_weights, x, *, weights=None):
+        out = super().contract(log_weights, x)
+        return out.sum(1, keepdim=True) if log_weights.shape[1:] == (2, 2) else out
+
+
+def test_values_of_a_wrong_shape_are_refused_in_place_of_a_wrong_number():
+    pc = ct.compile(ct.structures.hmm(3, 2, 3), seed=0)
+    x = ct.Evidence.observe(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ct.ArgumentError, match=r"semiring: expected OneUnit.contract to return .* \(1, 2, 1, \*E\)"):
+        ct.evaluate(pc, OneUnit(), x)
+
+
+PC = ct.compile(ct.structures.hmm(2, 2, 2), seed=0)
+X = torch.zeros(1, 2, dtype=torch.int64)
+WRONG = {
+    "assignments as evidence": (lambda: ct.queries.marginals(PC, X), r"evidence: .* got Tensor; ct\.Evidence\.observe"),
+    "no evidence where there must be some": (lambda: ct.queries.marginals(PC, None), "evidence: .* got None"),
+    "evidence of a distance": (lambda: ct.queries.cross_entropy(PC, PC, X), "evidence: .* got Tensor"),
+    "evidence of a method": (lambda: PC.log_partition(X), "evidence: .* got Tensor"),
+    "a structure": (lambda: ct.queries.mpe(PC.circuit), r"pc: .* got Circuit; ct\.compile\(circuit\) makes one"),
+    "a structure, by name": (lambda: ct.queries.mpe(pc=PC.circuit), "pc: .* got Circuit"),
+    "the second structure": (lambda: ct.queries.kl_divergence(PC, PC.circuit), "q: .* got Circuit"),
+    "weights": (lambda: ct.queries.mpe(PC, weights=3), r"weights: .* pc\.weights\(\.\.\.\) returns, got int"),
+    "a seed as generator": (
+        lambda: ct.queries.sample(PC, 1, generator=0),
+        "generator: .* got int",
+    ),
+    "no automaton": (lambda: ct.queries.automaton_log_probability(PC, X), "automaton: .* got Tensor"),
+    "a number of nodes": (
+        lambda: ct.queries.latent_marginals(PC, ct.Evidence.observe(X), nodes=3),
+        "nodes: expected .* got int",
+    ),
+    "a class of optimizers": (
+        lambda: ct.learning.fit(PC, X, optimizer=ct.learning.EM, progress=False),
+        "optimizer: expected an object, got the class EM",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_arguments_of_another_kind_are_named(case):
+    call, said = WRONG[case]
+    with pytest.raises(ct.ArgumentError, match=said):
+        call()
+
+
 def test_the_example_counts_what_enumeration_counts(capsys):
     found = runpy.run_path(str(EXAMPLE))["found"]
     assert found == [1792.0, 192.0]

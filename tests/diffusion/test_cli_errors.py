@@ -22,6 +22,18 @@ from diffusion.app.signals import exit_code, stopped_by_signals
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def heeded_signals():
+    """Signals as a terminal gives them to a program: what started the tests may ignore some, as nohup does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with models, and files that are no corpora."""
