@@ -56,33 +56,30 @@ def test_states_of_shorter_sequences_are_those_of_the_padded_rows():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("row", range(len(LENGTHS)))
-def test_the_viterbi_score_of_a_shorter_sequence_is_that_of_the_circuit_cut_to_its_length(row):
-    length = LENGTHS[row]
-    sequence = ROWS[row : row + 1, :length]
-    expected, _ = peer_of().decode(column(sequence))
-    cut = [hmm(length)] + ([ct.transforms.marginalize(hmm(), range(length, L))] if length < L else [hmm()])
-    for pc in cut:
-        assert float(ct.queries.mpe(pc, ct.Evidence.observe(sequence)).log_score) == pytest.approx(expected, rel=1e-10)
-    padded = ct.Evidence.observe(ROWS[row : row + 1], OBSERVED[row : row + 1])
-    score = float(ct.queries.mpe(hmm(), padded).log_score)  # of the missing symbols and their states too
-    assert score == pytest.approx(expected, rel=1e-10) if length == L else score < expected - 0.1
+def test_paths_of_padded_rows_are_those_of_the_sequences_alone():
+    """`decode` gives score and path of each; behind the end of a sequence the path is -1."""
+    found = ct.queries.viterbi(hmm(), ct.Evidence.observe(ROWS, OBSERVED))
+    for row, length in enumerate(LENGTHS):
+        sequence = ROWS[row, :length]
+        score, path = peer_of().decode(column(sequence))
+        assert found.log_score[row].item() == pytest.approx(score, rel=1e-10)
+        assert found.path[row].tolist() == [*path, *[-1] * (L - length)]
+        complete = ct.queries.mpe(hmm(length), ct.Evidence.observe(sequence.unsqueeze(0)))
+        assert complete.log_score.item() == pytest.approx(score, rel=1e-10)
 
 
-def test_the_example_on_the_page_has_its_score():
-    tables = {
-        "initial": torch.tensor([0.6, 0.4], dtype=torch.float64),
-        "transition": torch.tensor([[0.7, 0.3], [0.4, 0.6]], dtype=torch.float64),
-        "emission": torch.tensor([[0.1, 0.4, 0.5], [0.6, 0.3, 0.1]], dtype=torch.float64),
-    }
-    pc = ct.compile(ct.structures.hmm(5, 2, 3, **tables), dtype=torch.float64)
-    model = hmmlearn_hmm.CategoricalHMM(n_components=2)
-    model.startprob_, model.transmat_, model.emissionprob_ = (table.numpy() for table in tables.values())
-    sequence = torch.tensor([[0, 1, 2]])
-    short = ct.transforms.marginalize(pc, range(3, 5))
-    found = float(ct.queries.mpe(short, ct.Evidence.observe(sequence)).log_score)
-    assert found == pytest.approx(model.decode(column(sequence))[0], rel=1e-10)
-    assert found == pytest.approx(-4.3095, abs=1e-4)
+def test_the_posterior_and_the_path_of_a_long_series_agree():
+    pc = ct.compile(ct.structures.hmm(1000, N, C, **TABLES), dtype=torch.float64)
+    series = torch.randint(C, (1, 1000), generator=torch.Generator().manual_seed(5))
+    evidence = ct.Evidence.observe(series)
+    names = ["initial", *(f"transition{t}" for t in range(999))]
+    states = ct.queries.latent_marginals(pc, evidence, names)
+    expected = torch.from_numpy(peer_of().predict_proba(column(series)))
+    torch.testing.assert_close(torch.cat([states[name] for name in names]), expected, rtol=1e-8, atol=1e-8)
+    score, path = peer_of().decode(column(series))
+    best = ct.queries.viterbi(pc, evidence)
+    assert best.log_score.item() == pytest.approx(score, rel=1e-10)
+    assert best.path[0].tolist() == path.tolist()
 
 
 def learnt(pseudocount, num_epochs):
