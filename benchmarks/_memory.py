@@ -1,9 +1,10 @@
-"""What glibc does with freed memory, for benchmarks that make large tensors on a CPU."""
+"""The memory of a process: its peak, and what glibc does with what is freed."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -14,3 +15,8 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_MMAP_MAX, 0)
+
+
+def peak_resident_kb() -> int:
+    """Return this process's peak resident memory; ``resource`` would count that of the process that started it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

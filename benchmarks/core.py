@@ -10,8 +10,13 @@ machine's speed reaches all of them. Ratios are medians of the rounds' ratios.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +124,69 @@ def benchmark_hmm(num_states: int, batch_size: int, length: int, num_categories:
     report(f"HMM gradients of all weights, {size}", seconds, floor)
 
 
+def hmmlearn_of(pc: ct.CompiledCircuit) -> Any:
+    """The same model in hmmlearn, in linear space with scales, its fastest; a fit is one step of EM from here."""
+    from hmmlearn.hmm import CategoricalHMM
+
+    initial, transition, emission = hmm_tables(pc)
+    peer = CategoricalHMM(len(initial), implementation="scaling", n_iter=1, init_params="")
+    named = {"startprob_": initial, "transmat_": transition, "emissionprob_": emission}
+    for name, table in named.items():
+        values = table.exp().double().numpy()
+        setattr(peer, name, values / values.sum(-1, keepdims=True))
+    peer.n_features = emission.shape[1]
+    return peer
+
+
+def benchmark_long_chains(num_states: int, batch_size: int, length: int, num_categories: int, rounds: int) -> None:
+    circuit = ct.structures.hmm(length, num_states, num_categories)
+    pc = ct.compile(circuit, seed=0)
+    learnt = ct.compile(circuit, seed=0)
+    x = torch.randint(0, num_categories, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    evidence = ct.Evidence.observe(x)
+    flat, lengths = x.reshape(-1, 1).numpy(), [length] * batch_size
+    peer = hmmlearn_of(pc)
+    learner = hmmlearn_of(pc)
+    with torch.no_grad():
+        np.testing.assert_allclose(peer.score(flat, lengths), float(pc(x).double().sum()), rtol=1e-4)
+    pairs: dict[str, tuple[Timed, Timed]] = {
+        "log-likelihood": (lambda: pc(x).detach(), lambda: peer.score(flat, lengths)),
+        "posteriors of all states": (
+            lambda: ct.queries.latent_marginals(pc, evidence),
+            lambda: peer.predict_proba(flat, lengths),
+        ),
+        "best path": (lambda: ct.queries.viterbi(pc, evidence), lambda: peer.decode(flat, lengths)),
+        "one epoch of EM": (
+            lambda: ct.learning.fit(learnt, x, optimizer="em", num_epochs=1, progress=False),
+            lambda: learner.fit(flat, lengths),
+        ),
+    }
+    for name, (ours, theirs) in pairs.items():
+        title = f"{name}, N={num_states}, B={batch_size}, L={length}"
+        report(title, measure({"hmmlearn": theirs, "unfactor": ours}, rounds), "hmmlearn")
+
+
+def benchmark_memory_of_chains(num_states: int, batch_size: int) -> None:
+    """By how many MB a process's peak grows with posteriors and an E-step; a process for each length."""
+    print(f"\npeak memory of posteriors and one epoch of EM, N={num_states}, B={batch_size}")
+    for length in (1000, 2000, 4000, 8000):
+        code = (
+            "import torch, circuits as ct\nfrom _memory import peak_resident_kb\n"
+            "small = ct.compile(ct.structures.hmm(8, 2, 5))\n"
+            "ct.learning.fit(small, torch.zeros(1, 8).long(), num_epochs=1, progress=False)\n"
+            f"pc = ct.compile(ct.structures.hmm({length}, {num_states}, 5), seed=0)\n"
+            f"x = torch.randint(5, ({batch_size}, {length}))\n"
+            "before = peak_resident_kb()\n"
+            "ct.queries.latent_marginals(pc, ct.Evidence.observe(x))\n"
+            "ct.learning.fit(pc, x, optimizer='em', num_epochs=1, progress=False)\n"
+            "print((peak_resident_kb() - before) / 1024)"
+        )
+        places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        print(f"  {length:>5} steps {float(done.stdout):10.1f} MB")
+
+
 def benchmark_peers(num_states: int, batch_size: int, length: int, num_categories: int, rounds: int) -> None:
     pc = ct.compile(ct.structures.hmm(length, num_states, num_categories), seed=0)
     x = torch.randint(0, num_categories, (batch_size, length), generator=torch.Generator().manual_seed(0))
@@ -148,15 +216,7 @@ def benchmark_peers(num_states: int, batch_size: int, length: int, num_categorie
     except ImportError as error:
         print(f"\n(pomegranate is not here: {error})")
     try:
-        from hmmlearn.hmm import CategoricalHMM
-
-        peer = CategoricalHMM(num_states, implementation="scaling")
-        for name, table in zip(
-            ("startprob_", "transmat_", "emissionprob_"), (initial, transition, emission), strict=True
-        ):
-            values = table.double().numpy()
-            setattr(peer, name, values / values.sum(-1, keepdims=True))
-        peer.n_features = num_categories
+        peer = hmmlearn_of(pc)
         flat, lengths = x.reshape(-1, 1).numpy(), [length] * batch_size
         np.testing.assert_allclose(peer.score(flat, lengths), float(reference.double().sum()), rtol=1e-4)
         candidates["hmmlearn, score"] = lambda: peer.score(flat, lengths)
@@ -197,6 +257,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, a smoke test")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--long-chains", action="store_true", help="only HMMs of 2,000 steps beside hmmlearn")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
@@ -204,6 +265,12 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, float32, medians of {arguments.rounds} rounds"
     )
     scale = 8 if arguments.quick else 1
+    if arguments.long_chains or arguments.quick:
+        for num_states, batch_size in ((3, 1), (3, 64 // scale), (64, 1), (64, 64 // scale)):
+            benchmark_long_chains(num_states, batch_size, 2000 // scale, 5, arguments.rounds)
+        benchmark_memory_of_chains(16, 8)
+    if arguments.long_chains:
+        return
     benchmark_hmm(1024 // scale, 64, 32, 112, arguments.rounds)
     benchmark_peers(256 // scale, 64, 32, 112, arguments.rounds)
     benchmark_emission(1024 // scale, 256, 112, 32, arguments.rounds)

@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import peak_resident_kb
 from _timing import measure
 from torch import Tensor, nn
 
@@ -174,11 +174,6 @@ def probe(case: str, name: str, batch_size: int, quick: bool) -> None:
     for _ in range(2):
         forward_backward(model, x)
     print((peak_resident_kb() - before) / 1024)
-
-
-def peak_resident_kb() -> int:
-    """Return this process's peak resident memory; ``resource`` would count that of the process that started it."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:

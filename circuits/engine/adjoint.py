@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import LogSemiring
-from circuits.engine.chains import Scan
-from circuits.engine.layers import Gradients, ProductLayer, SumLayer
+from circuits.engine.chains import Chain, Scan
+from circuits.engine.layers import Address, Gradients, ProductLayer, SumLayer
 from circuits.precision import own_precision
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ class LogRoot(torch.autograd.Function):
         pc, own, latents = question.pc, question.weights.own, question.latents
         needed = ctx.needs_input_grad[1 + ctx.num_inputs :]
         flows = {name: Flows(own[name].log) for name, is_needed in zip(pc.sum_banks, needed, strict=False) if is_needed}
-        gradients, latent_grads = _descend(question, ctx.saved, grad, flows)
+        descent = _descend(question, ctx.saved, grad, flows)
+        gradients, latent_grads = descent.inputs, descent.layers
+        for chain, grads in descent.chains if latents else ():
+            latent_grads.update(zip(chain.positions, grads.split(1), strict=True))
         return (
             None,
             *(gradients.pop(position) for position in range(ctx.num_inputs)),
@@ -72,47 +75,59 @@ class LogRoot(torch.autograd.Function):
         )
 
 
-def latent_gradients(question: Question) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the root's log-values, (R, B), and ``d log Z / d log f`` of factors f on what sum nodes mix.
+def latent_gradients(question: Question) -> tuple[Tensor, dict[Address, Tensor]]:
+    """Return the root's log-values, (R, B), and ``d log Z / d log f`` of factors f on what sum nodes mix, (B, I) each.
 
-    Without gradients of the result, and without weights given at run time.
-
-    Returns:
-        By layer, for the nodes of ``question.latents``, (n, I, B), and for all sums of chains, (1, I, B).
+    They are those of the nodes of ``question.latents`` and of chains, as far as they are used; without gradients of
+    theirs, and without weights given at run time.
     """
     values, saved = dict(enumerate(question.inputs(_LOG))), dict[int, Any]()
     evaluate(question, values, saved)
     root = values[len(question.pc.layer_sizes) - 1][0]
     mixed = root if question.class_factors is None else root + question.class_factors
-    return root, _descend(question, saved, mixed.softmax(0), {})[1]
+    descent = _descend(question, saved, mixed.softmax(0), {})
+    found: dict[Address, Tensor] = {}
+    for position, grads in descent.layers.items():
+        rows = question.latents[position].rows.tolist() if position in question.latents else [0]
+        found.update(zip(((position, row) for row in rows), grads.mT.unbind(), strict=True))
+    for chain, grads in descent.chains:
+        found.update(zip(((position, 0) for position in chain.positions), grads.mT.unbind(), strict=True))
+    return root, found
 
 
-def _descend(
-    question: Question, saved: Mapping[int, Any], grad: Tensor, flows: Mapping[str, Flows]
-) -> tuple[Gradients, dict[int, Tensor]]:
-    """Send the root's gradient, (R, B), down through all layers; return those of inputs, and of latents by layer."""
+class _Descent(NamedTuple):
+    """Gradients at the end of a pass down."""
+
+    inputs: Gradients
+    layers: dict[int, Tensor]
+    """Of factors on what sums mix, by layer: nodes of ``question.latents``, (n, I, B); sums of chains, (1, I, B)."""
+    chains: list[tuple[Chain, Tensor]]
+    """Those of chains that were evaluated as one, (T, K, B)."""
+
+
+def _descend(question: Question, saved: Mapping[int, Any], grad: Tensor, flows: Mapping[str, Flows]) -> _Descent:
+    """Send the root's gradient, (R, B), down through all layers."""
     pc = question.pc
-    gradients = Gradients(pc.layer_sizes, grad.shape[1])
-    gradients.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
-    latent_grads: dict[int, Tensor] = {}
+    found = _Descent(Gradients(pc.layer_sizes, grad.shape[1]), {}, [])
+    found.inputs.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
     for step in reversed(pc.schedule):
         scan, chain = saved.get(step.position), step.chain
         if not isinstance(scan, Scan) or chain is None:
             for position, layer in reversed(step.layers):
-                found = _send_down(question, saved, position, layer, gradients, flows)
-                if found is not None and position in question.latents:
-                    latent_grads[position] = found.index_select(0, question.latents[position].rows)
-                elif found is not None and chain is not None:
-                    latent_grads[position] = found
+                grads = _send_down(question, saved, position, layer, found.inputs, flows)
+                if grads is not None and position in question.latents:
+                    found.layers[position] = grads.index_select(0, question.latents[position].rows)
+                elif grads is not None and chain is not None:
+                    found.layers[position] = grads
             continue
-        incoming = gradients.pop(step.position)
+        incoming = found.inputs.pop(step.position)
         if incoming is not None:
             linear = question.weights.own[chain.bank].linear[chain.row]
             flow = flows[chain.bank].linear if chain.bank in flows else None
             grads = chain.adjoint(incoming[0], scan, linear, question.silent, flow)
-            chain.send(grads, gradients)
-            latent_grads.update(zip(chain.positions, grads.split(1), strict=True))
-    return gradients, latent_grads
+            chain.send(grads, found.inputs)
+            found.chains.append((chain, grads))
+    return found
 
 
 def evaluate(question: Question, values: dict[int, Tensor], saved: dict[int, Any] | None) -> None:

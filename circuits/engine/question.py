@@ -267,19 +267,17 @@ class Question:
         self.require_one_root()
         pc, batch_size = self.pc, self.evidence.batch_size
         in_chains = {position for step in pc.schedule if step.chain for position in step.chain.positions}
+        others = [node for node in nodes if pc.address(node)[0] not in in_chains]
         zero = torch.zeros((), dtype=pc.dtype, device=pc.device)
-        none = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in nodes}
-        others = {node: factors for node, factors in none.items() if pc.address(node)[0] not in in_chains}
-        question = self._with(latents=latents_by_layer(pc, self.evidence, others))
+        factors = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in others}
+        question = self._with(latents=latents_by_layer(pc, self.evidence, factors))
         root, found = adjoint.latent_gradients(question)
         checked_possible(self.mixed(_LOG, root.unsqueeze(0)))
-        rows = {layer: given.rows.tolist() for layer, given in question.latents.items()}
-        posteriors = []
-        for node in nodes:
-            layer, row = pc.address(node)
-            part = found.get(layer)
-            posteriors.append(none[node] if part is None else part[rows.get(layer, [0]).index(row)].t())
-        return posteriors
+        posteriors = [found.get(pc.address(node)) for node in nodes]
+        return [
+            zero.expand(batch_size, node.parameter_shape[1]) if posterior is None else posterior
+            for node, posterior in zip(nodes, posteriors, strict=True)
+        ]
 
     def require_one_root(self) -> None:
         """Raise PropertyError if the root has a unit per class and the evidence does not name the class."""
