@@ -48,6 +48,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=default, help="of what is prepared, fitted and measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of splits, masks and fits")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows of each kind and seed, at most")
+    parser.add_argument("--masks", type=int, default=Sizes.masks, help="noisy versions of every training window")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="to measure in this run")
     parser.add_argument(
         "--held-out", nargs="+", help="kinds of held-out windows to measure in this run; all of the bed"
@@ -60,14 +61,14 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
     options = parsed(arguments)
     torch.set_num_threads(options.threads)
-    sizes, seeds, windows = Sizes(), options.seeds, options.windows
+    sizes, seeds, windows = Sizes(masks=options.masks), options.seeds, options.windows
     if options.quick:
         sizes, seeds, windows = QUICK, options.seeds[:1], 2
     home = options.folder / options.bed
     measures = []
     for seed in seeds:
         bed = BEDS[options.bed](home, seed=seed, is_quick=options.quick)
-        folder = home / f"{'quick' if options.quick else 'seed'}-{seed}"
+        folder = home / f"{'quick' if options.quick else 'seed'}-{seed}-masks-{sizes.masks}"
         measure = Measure(Fits(bed, folder, sizes, seed), folder / "cells", windows)
         for kind in options.held_out or bed.held_out:
             for column in options.columns:
