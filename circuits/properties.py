@@ -1,7 +1,7 @@
 """Structural properties of circuits: what each is, whether a circuit has it, and which node breaks it."""
 
 from circuits.queries.determinism import is_deterministic
-from circuits.symbolic.properties import (
+from circuits.queries.structural import (
     chain_order,
     compatible,
     is_chain,

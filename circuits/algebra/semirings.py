@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from circuits.algebra import logspace
-from circuits.arguments import checked_temperature
 from circuits.randomness import RowGenerators, Source
 
 _MAX_CHUNK, _CACHED_CHUNK = 1 << 24, 1 << 18
@@ -76,8 +75,8 @@ class Semiring(ABC):
         return torch.cat(pieces)
 
 
-class _LogValues(Semiring):
-    """Log-probabilities: times is addition."""
+class ChoosingSemiring(Semiring):
+    """Log-probabilities, whose upward pass can be followed by a choice of one child per reached sum unit."""
 
     times = staticmethod(torch.add)  # type: ignore[assignment]  # its names of arguments differ
 
@@ -85,8 +84,12 @@ class _LogValues(Semiring):
         """Add the logarithms along dimension 1."""
         return factors.sum(1)
 
+    @abstractmethod
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
+        """Choose one index per row of ``scores``, (n, I) to (n,)."""
 
-class LogSemiring(_LogValues):
+
+class LogSemiring(ChoosingSemiring):
     """Log-probabilities with log-sum-exp as plus: partition functions."""
 
     is_linear = True
@@ -110,7 +113,7 @@ class LogSemiring(_LogValues):
         return (scores - waiting.clamp_min_(torch.finfo(scores.dtype).tiny).log_()).argmax(-1)
 
 
-class MaxSemiring(_LogValues):
+class MaxSemiring(ChoosingSemiring):
     """Log-probabilities with the maximum as plus: the most probable explanation of latents and leaves."""
 
     adds_up = False
@@ -127,50 +130,3 @@ class MaxSemiring(_LogValues):
     def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Return the index of the largest score of each row, (n, I) to (n,)."""
         return scores.argmax(-1)
-
-
-class BestSemiring(MaxSemiring):
-    """The maximum over what is asked about: a missing variable is summed out, as the constant 1."""
-
-    adds_up = True
-
-
-class TemperedSemiring(_LogValues):
-    """Explanations at a temperature: plus is ``tau log sum exp(. / tau)``, between the log and the max semiring.
-
-    An explanation, latents and leaves together, is a product of weights, and so its power 1 / tau is one of theirs:
-    explanations are drawn exactly from ``p(x, z | e)^(1 / tau)``. What is missing is summed out as it is.
-
-    Args:
-        temperature: tau > 0; 1 is the log semiring, towards 0 it becomes the max semiring.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-
-    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        """Tempered log-sum-exp over i, as one batched GEMM."""
-        return logspace.log_matmul(log_weights / self.temperature, x / self.temperature) * self.temperature
-
-    def mix(self, log_table: Tensor, values: Tensor, log_factors: Tensor, *, table: Tensor | None = None) -> Tensor:
-        """Tempered log-sum-exp over the listed rows."""
-        tau = self.temperature
-        listed, index = torch.unique(values, return_inverse=True)
-        return logspace.log_mix(log_table[listed] / tau, index, log_factors / tau) * tau
-
-    def choose(self, scores: Tensor, generator: Source) -> Tensor:
-        """Draw one index per row of ``scores`` (n, I) with probability proportional to exp(score / tau): (n,)."""
-        peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-        return LogSemiring().choose((scores - peak) / self.temperature, generator)
-
-
-ChoosingSemiring = LogSemiring | MaxSemiring | TemperedSemiring
-"""Semirings whose upward pass can be followed by a choice of one child per reached sum unit."""
-
-
-def choosing_semiring(temperature: float) -> ChoosingSemiring:
-    """Return the semiring whose choices are explanations at a temperature tau >= 0; 0: the best."""
-    checked_temperature(temperature)
-    if temperature == 1:
-        return LogSemiring()
-    return TemperedSemiring(temperature) if temperature > 0 else BestSemiring()

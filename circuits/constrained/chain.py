@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from circuits.algebra import logspace
-from circuits.algebra.semirings import ChoosingSemiring, MaxSemiring, Semiring, TemperedSemiring
+from circuits.algebra.semirings import ChoosingSemiring, MaxSemiring, Semiring
 from circuits.constrained.arcs import Arcs
 from circuits.engine import choices
 from circuits.engine.question import Question
+from circuits.queries.alignment import Part
+from circuits.queries.structural import front_to_back, rank_of_scopes
+from circuits.queries.temperature import TemperedSemiring
 from circuits.randomness import Source
 from circuits.symbolic import Input, Node, Product, Sum
-from circuits.symbolic.alignment import Part
-from circuits.symbolic.properties import front_to_back, rank_of_scopes
 
 
 @dataclass(frozen=True, eq=False)

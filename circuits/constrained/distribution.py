@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
 from circuits.arguments import checked_temperature
 from circuits.constrained.arcs import arcs_of, log_indicator
 from circuits.constrained.chain import Chain, Vectors, downward, temperature_of, upward
@@ -30,6 +30,7 @@ from circuits.precision import own_precision
 from circuits.queries.automata import Automaton, log_matmul, reading_order
 from circuits.queries.common import require_finite_values
 from circuits.queries.deterministic import DeterministicAutomaton
+from circuits.queries.temperature import choosing_semiring
 from circuits.randomness import RowGenerators, Source
 
 T = TypeVar("T")

@@ -2,7 +2,6 @@
 
 from circuits.queries.automata import Automaton, automaton_log_probability, order_log_probability
 from circuits.queries.basic import (
-    listed_marginals,
     log_conditional,
     log_likelihood,
     log_marginal,
@@ -24,7 +23,7 @@ from circuits.queries.explanations import MAP, MPE, mpe, sample
 from circuits.queries.k_best import KBestAssignments, KBestExplanations, k_best
 from circuits.queries.latents import LatentChoice, best_latents, class_posterior, latent_marginals, sample_latents
 from circuits.queries.pairwise import mutual_information, pairwise_marginals
-from circuits.queries.posterior import Posterior, posterior
+from circuits.queries.posterior import Posterior, listed_marginals, posterior
 from circuits.queries.semiring import evaluate
 from circuits.queries.viterbi import Viterbi, viterbi
 from circuits.queries.without_replacement import DistinctSamples, sample_without_replacement

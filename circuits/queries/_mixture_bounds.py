@@ -10,9 +10,9 @@ from torch import Tensor
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
+from circuits.queries.alignment import Part
 from circuits.queries.power_sums import Power, Tables, tables_of_powers
 from circuits.symbolic import Input, Node, Sum
-from circuits.symbolic.alignment import Part
 
 
 class UnitBounds(NamedTuple):

@@ -17,10 +17,10 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
+from circuits.queries.alignment import Part
 from circuits.queries.common import dense_factors, query
+from circuits.queries.structural import chain_breaker, front_to_back, rank_of_scopes
 from circuits.symbolic import Input, Node, Product, Sum
-from circuits.symbolic.alignment import Part
-from circuits.symbolic.properties import chain_breaker, front_to_back, rank_of_scopes
 
 StepFunction = Callable[[Tensor, Tensor], Tensor]
 """From a leaf's log-values (K, C, B) and what follows, (K, S, B), to the log-values before the leaf, (K, S, B)."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
-from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.queries.common import detached, query, require_finite_values
 
@@ -101,32 +100,3 @@ def marginals(
     evidence.check(pc.num_categories)
     factors = evidence.dense(max(pc.circuit.num_categories), pc.dtype)
     return Question(pc, evidence.with_factors(factors), weights).gradients()
-
-
-@query
-@detached
-def listed_marginals(
-    pc: CompiledCircuit,
-    evidence: Evidence,
-    *,
-    weights: CircuitWeights | None = None,
-    differentiable: bool = False,
-) -> Tensor:
-    """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
-
-    Args:
-        pc: the circuit.
-        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`).
-        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
-        differentiable: whether the result is differentiable in evidence and weights, at more time and memory.
-
-    Returns:
-        (B, D, k), rows sum to 1, those of missing variables to 0.
-
-    Raises:
-        ArgumentError: the evidence lists no values.
-        ImpossibleEvidenceError: log Z = -inf for some query.
-    """
-    if evidence.log_factors is None or evidence.values is None:
-        raise ArgumentError("evidence: expected listed values with factors; see marginals for other kinds")
-    return Question(pc, evidence, weights).gradients()

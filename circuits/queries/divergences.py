@@ -17,7 +17,7 @@ from circuits.queries.common import dense_factors, query
 from circuits.queries.determinism import is_deterministic, require_deterministic
 from circuits.queries.entropy import latent_entropy
 from circuits.queries.power_sums import Power, log_sum_of_powers
-from circuits.symbolic.properties import require_compatible
+from circuits.queries.structural import require_compatible
 
 _ROUNDING = 64.0
 

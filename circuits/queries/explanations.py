@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import MaxSemiring, choosing_semiring
+from circuits.algebra.semirings import MaxSemiring
 from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.queries.common import has_one_explanation, query, require_finite_values
+from circuits.queries.temperature import choosing_semiring
 from circuits.randomness import RowGenerators, Source
 
 _MAX_REACHED = 1 << 25

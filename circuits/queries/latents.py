@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, choosing_semiring
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
 from circuits.arguments import check_integers, check_range, checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
@@ -16,6 +16,7 @@ from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.queries.common import detached, query, require_finite_values
+from circuits.queries.temperature import choosing_semiring
 from circuits.randomness import Source
 from circuits.symbolic import Sum
 

@@ -16,10 +16,10 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.input_layers import TableLayer
 from circuits.engine.question import Question, checked_possible, divided, nodes_of
 from circuits.engine.weights import CircuitWeights, Weights
-from circuits.errors import PropertyError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
-from circuits.queries.common import query
+from circuits.queries.common import detached, query
 
 _LOG = LogSemiring()
 _MAX_NUMBERS, _ROWS_AT_ONCE = 1 << 22, 1 << 20
@@ -153,6 +153,35 @@ class Posterior:
         for layer, here, there in zip(self.pc.input_layers, self.flows, other.flows, strict=True):
             total.index_add_(1, layer.variables, (here - there).abs_().sum(1).t() / 2)
         return total
+
+
+@query
+@detached
+def listed_marginals(
+    pc: CompiledCircuit,
+    evidence: Evidence,
+    *,
+    weights: CircuitWeights | None = None,
+    differentiable: bool = False,
+) -> Tensor:
+    """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
+
+    Args:
+        pc: the circuit.
+        evidence: for B queries, with listed values and factors of them (:meth:`Evidence.sparse`).
+        weights: of ``pc.weights(external=...)``, in place of the circuit's own.
+        differentiable: whether the result is differentiable in evidence and weights, at more time and memory.
+
+    Returns:
+        (B, D, k), rows sum to 1, those of missing variables to 0.
+
+    Raises:
+        ArgumentError: the evidence lists no values.
+        ImpossibleEvidenceError: log Z = -inf for some query.
+    """
+    if evidence.log_factors is None or evidence.values is None:
+        raise ArgumentError("evidence: expected listed values with factors; see marginals for other kinds")
+    return Question(pc, evidence, weights).gradients()
 
 
 @query

@@ -1,6 +1,6 @@
 """Sums over all assignments of products of powers of circuits, and expectations of a circuit's logarithm under them.
 
-One joint recursion over the nodes that meet (see :mod:`circuits.symbolic.alignment`): n nodes with K_1, ..., K_n units
+One joint recursion over the nodes that meet (see :mod:`circuits.queries.alignment`): n nodes with K_1, ..., K_n units
 make a table (K_1, ..., K_n, B). Vergari et al. 2021 build the product of circuits; here only its integral is computed.
 """
 
@@ -16,9 +16,9 @@ from circuits.algebra import logspace
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
+from circuits.queries.alignment import LeafStep, Meeting, Part, ProductStep, SumStep, align
 from circuits.queries.averages import log_matmul_average
 from circuits.symbolic import Input, ParametricNode
-from circuits.symbolic.alignment import LeafStep, Meeting, Part, ProductStep, SumStep, align
 
 Tables = dict[Meeting, tuple[Tensor, Tensor | None]]
 

@@ -1,4 +1,4 @@
-"""Symbolic circuits: nodes, what is below one root, scopes, structural properties, and how circuits align."""
+"""Symbolic circuits: nodes, what is below one root, and scopes."""
 
 from circuits.symbolic.circuit import Circuit
 from circuits.symbolic.nodes import (

@@ -16,7 +16,6 @@ from operator import attrgetter
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.symbolic.alignment import can_align
 from circuits.symbolic.flat import below_first, copied
 from circuits.symbolic.nodes import Input, Node, ParametricNode, Product, Sum, num_free_parameters, parameter_owner
 from circuits.symbolic.scopes import format_scope, variables_of
@@ -127,8 +126,17 @@ class Circuit:
 
     @cached_property
     def is_structured_decomposable(self) -> bool:
-        """Whether products over the same scope decompose it in the same way, see :mod:`circuits.properties`."""
-        return can_align(self.root, self.root)
+        """Whether products over the same scope decompose it in the same way, see :mod:`circuits.properties`.
+
+        That is so exactly if no two scopes cross: of two that overlap one holds the other.
+        """
+        largest: list[int] = []  # disjoint scopes, of those seen so far
+        for bits in sorted({node.scope_bits for node in self.nodes}, key=int.bit_count):
+            inside = [other for other in largest if other & bits]
+            if any(other & ~bits for other in inside):
+                return False
+            largest = [*(other for other in largest if not other & bits), bits]
+        return True
 
     def node(self, name: str) -> Node:
         """Return the node of that name; raises ArgumentError, with the nearest names, if there is none."""

@@ -14,7 +14,7 @@ from circuits.evidence import Evidence
 from circuits.queries.automata import Automaton
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.queries.divergences import log_inner_product
-from circuits.symbolic.properties import require_compatible
+from circuits.queries.structural import require_compatible
 from circuits.transforms.multiply import NormalizedProduct, multiply
 
 

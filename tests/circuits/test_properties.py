@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import circuits as ct
-from circuits.symbolic.properties import chain_breaker
+from circuits.queries.alignment import can_align
+from circuits.queries.structural import chain_breaker
 
 
 def block(*variables, num_units=2):
@@ -27,6 +28,21 @@ def test_compatible_circuits_split_alike():
     assert not ct.properties.compatible(first, ct.structures.mixture(4, 3, 3))
     both = ct.Circuit(ct.sum(first.root, second.root, num_units=1))
     assert not both.is_structured_decomposable
+
+
+@given(st.data())
+def test_a_circuit_aligns_with_itself_exactly_if_no_scopes_cross(data):
+    """Mixtures of nested partitions of the same variables, walked pair by pair on the other side."""
+
+    def split(variables):
+        if len(variables) == 1:
+            return ct.inputs(variables[0], 1, ct.Bernoulli())
+        at = data.draw(st.integers(1, len(variables) - 1))
+        return ct.sum(ct.product(split(variables[:at]), split(variables[at:])), num_units=1)
+
+    orders = [data.draw(st.permutations(range(4))) if data.draw(st.booleans()) else range(4) for _ in range(2)]
+    circuit = ct.Circuit(ct.sum(*map(split, orders), num_units=1))
+    assert circuit.is_structured_decomposable == can_align(circuit.root, circuit.root)
 
 
 def test_chains_have_an_order():

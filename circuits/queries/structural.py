@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from circuits.errors import PropertyError
-from circuits.symbolic.alignment import Part, align, can_align
-from circuits.symbolic.circuit import Circuit
-from circuits.symbolic.nodes import Node, Product
+from circuits.queries.alignment import Part, align, can_align
+from circuits.symbolic import Circuit, Node, Product
 
 
 def is_smooth(circuit: Circuit) -> bool:
@@ -26,7 +25,7 @@ def is_decomposable(circuit: Circuit) -> bool:
 
 def is_structured_decomposable(circuit: Circuit) -> bool:
     """Return whether the circuit is compatible with itself: products over the same scope decompose it alike."""
-    return compatible(circuit, circuit)
+    return circuit.is_structured_decomposable
 
 
 def compatible(p: Circuit, q: Circuit) -> bool:

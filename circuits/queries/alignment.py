@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from circuits.errors import PropertyError
-from circuits.symbolic.nodes import Input, Node, Product, Sum
+from circuits.symbolic import Input, Node, Product, Sum
 
 
 class Part(NamedTuple):
