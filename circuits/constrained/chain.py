@@ -18,13 +18,14 @@ from torch import Tensor
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, MaxSemiring, Semiring
 from circuits.constrained.arcs import Arcs
-from circuits.engine import choices
+from circuits.engine.choices import source_at
 from circuits.engine.question import Question
 from circuits.queries.alignment import Part
 from circuits.queries.structural import front_to_back, rank_of_scopes
 from circuits.queries.temperature import TemperedSemiring
 from circuits.randomness import Source
 from circuits.symbolic import Input, Node, Product, Sum
+from circuits.weights.given import Reached
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,14 +232,14 @@ def downward(chain: Chain, values: Values, num_samples: int, generator: Source) 
     num_columns = len(query)
     everywhere = torch.arange(num_columns, device=query.device)
     place = len(pc.layer_sizes)
-    first = semiring.choose(scores[query], choices.source_at(generator, place, everywhere * 0, everywhere))
+    first = semiring.choose(scores[query], source_at(generator, place, everywhere * 0, everywhere))
     reached, root = _Reached(), pc.circuit.root
     states = first % chain.arcs.num_states
     labels = torch.zeros(num_columns, pc.circuit.num_vars, dtype=torch.int64, device=query.device)
     if root in values.leaves:
         follows = chain.log_accept.unsqueeze(0)
         unit = first // chain.arcs.num_states
-        source = choices.source_at(generator, place, everywhere * 0 + 1, everywhere)
+        source = source_at(generator, place, everywhere * 0 + 1, everywhere)
         arc = _choose_arc(chain, values, (values.leaves[root], unit), (follows, unit * 0), states, query, source)
         states = chain.arcs.label[arc]
     reached.add(root, everywhere, first // chain.arcs.num_states, states, num_columns)
@@ -279,12 +280,12 @@ def _choose_child(
     scores = chain.question.pc.log_weights(node, chain.question.weights)[unit].clone()  # (n, I)
     external = chain.question.weights.given.get(layer)
     if external is not None:
-        scores = external.replaced(scores, rows, unit, of_query)
+        scores = external.replaced(scores, Reached(rows, unit, of_query))
     latents = chain.question.latents.get(layer)
     if latents is not None:
         scores = latents.added(scores, rows, of_query)
     scores = scores + torch.cat([table[child][:, of_query, mark] for child in node.children]).t()
-    chosen = values.semiring.choose(scores, choices.source_at(generator, layer, rows, column))
+    chosen = values.semiring.choose(scores, source_at(generator, layer, rows, column))
     for child in node.children:
         is_here = (chosen >= 0) & (chosen < child.num_units)
         reached.add(child, column[is_here], chosen[is_here], mark[is_here], len(query))
@@ -311,7 +312,7 @@ def _choose_arcs(
         follows = next(after)
         rest = (follows, unit if len(follows) > 1 else torch.zeros_like(unit))
         layer, row = chain.question.pc.address(child)
-        source = choices.source_at(generator, layer, torch.full_like(column, row), column)
+        source = source_at(generator, layer, torch.full_like(column, row), column)
         arc = _choose_arc(chain, values, (values.leaves[child], own), rest, state, query[column], source)
         reached.add(child, column, own, chain.arcs.label[arc], len(query))
         state = chain.arcs.target[arc]

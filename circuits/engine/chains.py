@@ -24,9 +24,10 @@ from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
 from circuits.engine.folding import Folding
 from circuits.engine.layers import Gather, Gradients, LayerValues, ProductLayer, SumLayer, chunks
-from circuits.engine.weights import LatentFactors, Weights
+from circuits.engine.weights import Weights
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Node, Product, Sum, parameter_owner
+from circuits.weights.latents import LatentFactors
 
 MakeLayer = Callable[[int], ProductLayer | SumLayer]
 """Makes the layer at a position."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits.algebra.semirings import ChoosingSemiring
 from circuits.engine.layers import ProductLayer, chunks
 from circuits.randomness import DrawnNumbers, RowGenerators, Source
+from circuits.weights.given import Reached
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
@@ -103,7 +104,7 @@ def choose(
                 own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
                 gathered = layer.gather(found.values, latents=question.latents.get(position))
                 source = source_of(position, node, column)
-                chosen = layer.choose(semiring, gathered, own, given, (node, unit, query[column]), source)
+                chosen = layer.choose(semiring, gathered, own, given, Reached(node, unit, query[column]), source)
                 layer.reach(units, node, column, layer.per_child(chosen))
                 units[position][node, column] = chosen
     return Choice(units[: len(pc.input_layers)], query, units)
@@ -119,14 +120,13 @@ def values_of(question: Question, semiring: ChoosingSemiring, choice: Choice, ge
         nodes, columns = (reached >= 0).nonzero(as_tuple=True)
         for part in chunks(len(nodes), weights.log.shape[1]):
             node, column = nodes[part], columns[part]
-            unit, query = reached[node, column], choice.query[column]
+            units = Reached(node, reached[node, column], choice.query[column])
             source = source_at(generator, position, node, column)
             if given is None:
-                chosen = layer.choose(semiring, evidence, weights, node, unit, query, source)
+                chosen = layer.choose(semiring, evidence, weights, units, source)
             else:
-                scores = layer.scores(evidence, weights, node, unit, query)
-                scores = given.scores(scores, evidence, layer.variables, node, unit, query)
-                chosen = semiring.choose(scores, source)
+                scores = layer.scores(evidence, weights, units)
+                chosen = semiring.choose(given.scores(scores, evidence, layer.variables, units), source)
             values[column, layer.variables[node]] = chosen.to(dtype)
     return values
 

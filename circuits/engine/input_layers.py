@@ -20,6 +20,7 @@ from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Normal, Nothing, Where
 from circuits.families import Direct
 from circuits.randomness import RowGenerators, Source
+from circuits.weights.given import Reached
 
 
 class InputLayer(nn.Module, ABC):
@@ -50,22 +51,15 @@ class InputLayer(nn.Module, ABC):
 
     @abstractmethod
     def choose(
-        self,
-        semiring: ChoosingSemiring,
-        evidence: Evidence,
-        weights: Weights,
-        node: Tensor,
-        unit: Tensor,
-        query: Tensor,
-        generator: Source,
+        self, semiring: ChoosingSemiring, evidence: Evidence, weights: Weights, reached: Reached, generator: Source
     ) -> Tensor:
-        """Choose a value of n reached units, given by ``node``, ``unit`` and ``query`` (n,): shape (n,).
+        """Choose a value of n reached units: shape (n,).
 
         It is drawn from ``e(v) p(v)`` in the log semiring, and the best in the max semiring.
         """
 
     @abstractmethod
-    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+    def scores(self, evidence: Evidence, weights: Weights, reached: Reached) -> Tensor:
         """Return ``log e(v) + log p(v)`` of all values v of n reached units, (n, C).
 
         Raises:
@@ -150,26 +144,21 @@ class TableLayer(InputLayer):
         return self.parameter_rows.select(weights.log).amax(1).unsqueeze(-1)
 
     def choose(
-        self,
-        semiring: ChoosingSemiring,
-        evidence: Evidence,
-        weights: Weights,
-        node: Tensor,
-        unit: Tensor,
-        query: Tensor,
-        generator: Source,
+        self, semiring: ChoosingSemiring, evidence: Evidence, weights: Weights, reached: Reached, generator: Source
     ) -> Tensor:
         """Choose a value of n reached units, int64 (n,); among listed ones without looking at the others."""
+        node, unit, query = reached
         listed = evidence.factors
         if not isinstance(listed, Listed) or listed.log_factors is None:
-            return semiring.choose(self.scores(evidence, weights, node, unit, query), generator)
+            return semiring.choose(self.scores(evidence, weights, reached), generator)
         values = listed.values[query, self.variables[node]].long()  # (n, k)
         scores = weights.log[self.parameter_rows.index[node].unsqueeze(1), values, unit.unsqueeze(1)]
         scores = scores + listed.log_factors[query, self.variables[node]].to(scores.dtype)
         return values.gather(1, semiring.choose(scores, generator).unsqueeze(1)).squeeze(1)
 
-    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
-        """Return ``log e(v) + log w(v)`` of n reached units, (n, C); ``node``, ``unit`` and ``query`` are (n,)."""
+    def scores(self, evidence: Evidence, weights: Weights, reached: Reached) -> Tensor:
+        """Return ``log e(v) + log w(v)`` of n reached units, (n, C)."""
+        node, unit, query = reached
         scores = weights.log[self.parameter_rows.index[node], :, unit]
         factors = evidence.pick(query, self.variables[node]).dense(scores.shape[1], scores.dtype)
         return scores + factors[:, 0, : scores.shape[1]]
@@ -220,14 +209,7 @@ class DirectLayer(InputLayer):
         self.register_buffer("zero", torch.zeros((), dtype=dtype), persistent=False)
 
     def choose(
-        self,
-        semiring: ChoosingSemiring,
-        evidence: Evidence,
-        weights: Weights,
-        node: Tensor,
-        unit: Tensor,
-        query: Tensor,
-        generator: Source,
+        self, semiring: ChoosingSemiring, evidence: Evidence, weights: Weights, reached: Reached, generator: Source
     ) -> Tensor:
         """Choose a value of n reached units, (n,), in the circuit's dtype."""
         if isinstance(generator, RowGenerators):
@@ -235,6 +217,7 @@ class DirectLayer(InputLayer):
                 f"generator: expected a torch.Generator for {self.distribution}; those by row draw from finitely many "
                 "values"
             )
+        node, unit, query = reached
         parameters = weights.log[self.parameter_rows.index[node], :, unit].unbind(1)  # S of (n,)
         return self._of_kinds(
             evidence.pick(query, self.variables[node]).factors,
@@ -243,37 +226,21 @@ class DirectLayer(InputLayer):
             lambda condition: condition[:, 0],
         )
 
-    def scores(self, evidence: Evidence, weights: Weights, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+    def scores(self, evidence: Evidence, weights: Weights, reached: Reached) -> Tensor:
         """Refuse."""
         raise PropertyError(
             f"variable {int(self.variables[0])}: expected finitely many values for this query, got a "
             f"{self.distribution}"
         )
 
-    def tilted(self, evidence: Evidence, weights: Weights, slopes: Tensor, centre: Tensor) -> Tensor:
-        """Return the log-values of all units with the further factor ``exp(slope (v - centre))``, (F, K, B).
-
-        Args:
-            evidence: for B queries.
-            weights: of the layer's bank.
-            slopes, centre: broadcastable with (F, K, B).
-        """
-        read = self.parameter_rows.select(weights.log).double().transpose(1, 2).unsqueeze(2)  # (F, K, 1, S)
-        slopes, centre = slopes.double().unsqueeze(-1), centre.double().unsqueeze(-1)
-        coefficients = torch.cat([-slopes * centre, slopes], -1)
-        coefficients = torch.nn.functional.pad(coefficients, (0, self.distribution.num_statistics - 2))
-        sizes = torch.broadcast_shapes(read.shape[:3], coefficients.shape[:3])
-        moved, log_constant = self.distribution.tilt(
-            read.expand(*sizes, -1).unsqueeze(-1), coefficients.expand(*sizes, -1).unsqueeze(-1)
-        )
-        parameters = moved.squeeze(-1).unbind(-1)  # S of (F, K, B): each query has units of its own
-        out = self._of_kinds(
+    def of_units(self, evidence: Evidence, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the log-values of units with S parameters of their own per query, (F, K, B) each: (F, K, B)."""
+        return self._of_kinds(
             evidence.factors,
             lambda factors: self._of_units(LogSemiring(), factors, parameters),
             lambda: torch.zeros_like(parameters[0]),
             lambda condition: self._of_variables(condition).t().unsqueeze(1),
         )
-        return (out + log_constant[..., 0, 0]).to(self.zero.dtype)
 
     def columns(self, tensor: Tensor) -> Tensor:
         """Select this layer's variables: (B, D, ...) to (F, 1, B, ...), in the circuit's dtype."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
-from circuits.engine.weights import LatentFactors, Weights
+from circuits.engine.weights import Weights
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import ProductMode
-from circuits.weights.given import GivenSums
+from circuits.weights.given import GivenSums, Reached
+from circuits.weights.latents import LatentFactors
 
 if TYPE_CHECKING:
     from circuits.engine.adjoint import Flows
@@ -337,17 +338,17 @@ class SumLayer(_InnerLayer):
         children: Tensor,
         weights: Weights,
         given: GivenSums | None,
-        reached: tuple[Tensor, Tensor, Tensor],
+        reached: Reached,
         generator: Source,
     ) -> Tensor:
-        """Choose for n reached sum units, by node, unit and query, one of all children's units, by number: (n,)."""
+        """Choose for n reached sum units one of all children's units, by number: (n,)."""
         nodes, units, queries = reached
         chosen = torch.empty_like(units)
         for part in chunks(len(nodes), children.shape[1]):
             node, unit, query = nodes[part], units[part], queries[part]
             scores = weights.log[self.parameter_rows.index[node], unit]
             if given is not None:
-                scores = given.replaced(scores, node, unit, query)
+                scores = given.replaced(scores, Reached(node, unit, query))
             source = generator.rows(part) if isinstance(generator, RowGenerators) else generator
             chosen[part] = semiring.choose(scores.add_(children[node, :, query]), source)
         return chosen

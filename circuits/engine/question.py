@@ -17,11 +17,12 @@ from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice, Climb
 from circuits.engine.layers import LayerValues, ProductLayer, SumLayer
-from circuits.engine.weights import CircuitWeights, LatentFactors, class_factors, latents_by_layer
+from circuits.engine.weights import CircuitWeights, class_factors
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Circuit, Sum
+from circuits.weights.latents import LatentFactors, latents_by_layer
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
@@ -67,7 +68,7 @@ class Question:
                 "repeat the evidence or give weights without a batch dimension"
             )
         self.evidence = evidence
-        self.latents: Mapping[int, LatentFactors] = latents_by_layer(pc, evidence) if evidence.latents else {}
+        self.latents: Mapping[int, LatentFactors] = self._latents_with({}) if evidence.latents else {}
         self.class_factors = None if evidence.classes is None else class_factors(pc, evidence.classes)
         self.silent: Mapping[int, Tensor] = {}
         self._inputs: Sequence[Tensor] | None = None
@@ -254,7 +255,7 @@ class Question:
 
             def question_of(factors: Tensor) -> Question:
                 parts = dict(zip(latents, factors.split(sizes, 1), strict=True))
-                return self._with(latents=latents_by_layer(self.pc, evidence, parts))
+                return self._with(latents=self._latents_with(parts))
 
         def log_z_of(factors: Tensor, weights: CircuitWeights) -> Tensor:
             log_z = question_of(factors)._with(weights=weights).log_z
@@ -270,7 +271,7 @@ class Question:
         others = [node for node in nodes if pc.address(node)[0] not in in_chains]
         zero = torch.zeros((), dtype=pc.dtype, device=pc.device)
         factors = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in others}
-        question = self._with(latents=latents_by_layer(pc, self.evidence, factors))
+        question = self._with(latents=self._latents_with(factors))
         root, found = adjoint.latent_gradients(question)
         checked_possible(self.mixed(_LOG, root.unsqueeze(0)))
         posteriors = [found.get(pc.address(node)) for node in nodes]
@@ -316,6 +317,14 @@ class Question:
         silent = self.silent[position]
         one = semiring.lift(torch.zeros(1, 1, 1, dtype=values.dtype, device=values.device))
         return torch.where(silent.reshape(silent.shape + (1,) * (values.dim() - 3)), one, values)
+
+    def _latents_with(self, further: Mapping[Sum, Tensor]) -> dict[int, LatentFactors]:
+        """Return the evidence's factors on latents, times ``further`` ones, by layer."""
+        pc, given = self.pc, [(self.pc.sum_node(key), log) for key, log in (self.evidence.latents or {}).items()]
+        given = [(node, log.to(pc.device, pc.dtype) + further.get(node, 0.0)) for node, log in given]
+        given += [(node, log) for node, log in further.items() if node not in dict(given)]
+        places = [(node, pc.address(node), log) for node, log in given]
+        return latents_by_layer(places, self.evidence.batch_size, next(iter(pc.bank.values())))
 
     def _with(self, **attributes: Any) -> Question:
         changed = copy.copy(self)
@@ -384,14 +393,6 @@ def class_needed(pc: CompiledCircuit) -> PropertyError:
     return PropertyError(
         f"evidence: expected one that says the class, since the root {pc.circuit.root} has a distribution per class; "
         "say which with evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
-    )
-
-
-def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
-    """Return the error of what takes circuits with one root unit only, for one that has a unit per class."""
-    return PropertyError(
-        f"{who}: expected a circuit with one root unit, got {circuit} with one per class; "
-        "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
     )
 
 

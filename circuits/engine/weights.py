@@ -1,8 +1,7 @@
-"""The weights that a pass over a circuit uses, factors on the latents that they choose, and gradients."""
+"""The weights that a pass over a circuit uses, and factors on its classes."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -10,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import Semiring
 from circuits.errors import ArgumentError
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
-    from circuits.evidence import Evidence
-    from circuits.symbolic import Sum
 
 
 class Weights:
@@ -80,57 +76,6 @@ class CircuitWeights:
     def with_own(self, own: Mapping[str, Weights]) -> CircuitWeights:
         """Return the same weights with those of some banks replaced."""
         return replace(self, own={**self.own, **own})
-
-
-@dataclass(frozen=True, eq=False)
-class LatentFactors:
-    """Log-factors on the children of n of the F sum nodes of one layer: evidence on what chooses among them."""
-
-    rows: Tensor
-    """Which nodes of the layer, int64 (n,)."""
-    log: Tensor
-    """Log-factors, (n, I, B)."""
-
-    def applied(self, semiring: Semiring, x: Tensor) -> Tensor:
-        """Multiply the layer's children, (F, I, B, *E), by the factors."""
-        factors = semiring.lift(self.log)
-        if len(self.rows) == len(x):
-            order = self.rows.argsort()
-            return semiring.times(x, factors.index_select(0, order))
-        return x.index_copy(0, self.rows, semiring.times(x.index_select(0, self.rows), factors))
-
-    def added(self, log_weights: Tensor, node: Tensor, query: Tensor) -> Tensor:
-        """Add the factors to the log-weights, (m, I), of m reached sum units, in place; node, query: (m,)."""
-        matches = node.unsqueeze(1) == self.rows  # (m, n)
-        given, slot = matches.nonzero(as_tuple=True)
-        log_weights[given] += self.log[slot, :, query[given]]
-        return log_weights
-
-
-def latents_by_layer(
-    pc: CompiledCircuit, evidence: Evidence, further: Mapping[Sum, Tensor] | None = None
-) -> dict[int, LatentFactors]:
-    """Return the evidence's log-factors on latents, and ``further`` ones times them, (B, I) each, by layer."""
-    by_layer: dict[int, dict[int, Tensor]] = defaultdict(dict)
-    for key, factors in (evidence.latents or {}).items():
-        node = pc.sum_node(key)
-        if factors.shape != (evidence.batch_size, node.parameter_shape[1]):
-            raise ArgumentError(
-                f"latents: expected log-factors ({evidence.batch_size}, {node.parameter_shape[1]}) for the child "
-                f"units of {node}, got {tuple(factors.shape)}"
-            )
-        layer, row = pc.address(node)
-        if row in by_layer[layer]:
-            raise ArgumentError(f"latents: {node} is given twice, by name and by node; give it once")
-        by_layer[layer][row] = factors.to(pc.device, pc.dtype).t()
-    for node, factors in (further or {}).items():
-        layer, row = pc.address(node)
-        given = by_layer[layer].get(row)
-        by_layer[layer][row] = factors.t() if given is None else given + factors.t()
-    return {
-        layer: LatentFactors(torch.tensor(list(rows), device=pc.device), torch.stack(list(rows.values())))
-        for layer, rows in by_layer.items()
-    }
 
 
 def class_factors(pc: CompiledCircuit, classes: Tensor) -> Tensor:

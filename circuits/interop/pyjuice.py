@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit, check_compiled
-from circuits.engine.question import one_root_needed
 from circuits.errors import ArgumentError, PropertyError
 from circuits.families import Bernoulli, Categorical, Distribution
 from circuits.interop._build import build_circuit
 from circuits.interop._nodes import JuiceNode, list_nodes
+from circuits.queries.common import one_root_needed
 from circuits.symbolic import Circuit
 from circuits.transforms.rebuild import check_is_table
 

@@ -114,10 +114,31 @@ def _tilted_log_z(
     for layer in pc.input_layers:
         own = weights.own[layer.parameter_rows.bank]
         if isinstance(layer, DirectLayer):
-            leaves.append(layer.tilted(evidence, own, layer.columns(slopes), layer.columns(centre)))
+            leaves.append(_tilted(layer, evidence, own, layer.columns(slopes), layer.columns(centre)))
         else:
             leaves.append(layer(LogSemiring(), joined, own))
     return Question(pc, evidence, weights).with_inputs(leaves).log_z
+
+
+def _tilted(layer: DirectLayer, evidence: Evidence, weights: Weights, slopes: Tensor, centre: Tensor) -> Tensor:
+    """Return the log-values of all units of a layer with the further factor ``exp(slope (v - centre))``, (F, K, B).
+
+    Args:
+        layer: whose units.
+        evidence: for B queries.
+        weights: of the layer's bank.
+        slopes, centre: broadcastable with (F, K, B).
+    """
+    read = layer.parameter_rows.select(weights.log).double().transpose(1, 2).unsqueeze(2)  # (F, K, 1, S)
+    slopes, centre = slopes.double().unsqueeze(-1), centre.double().unsqueeze(-1)
+    coefficients = torch.cat([-slopes * centre, slopes], -1)
+    coefficients = torch.nn.functional.pad(coefficients, (0, layer.distribution.num_statistics - 2))
+    sizes = torch.broadcast_shapes(read.shape[:3], coefficients.shape[:3])
+    moved, log_constant = layer.distribution.tilt(
+        read.expand(*sizes, -1).unsqueeze(-1), coefficients.expand(*sizes, -1).unsqueeze(-1)
+    )
+    out = layer.of_units(evidence, moved.squeeze(-1).unbind(-1))
+    return (out + log_constant[..., 0, 0]).to(layer.zero.dtype)
 
 
 def _of_units(
@@ -125,8 +146,8 @@ def _of_units(
 ) -> Tensor:
     """Return ``E[(x - c)^order | e]`` of every unit of a layer, (F, K, B); 0 where the evidence is impossible."""
     slopes = centre.new_zeros(shape).requires_grad_()
-    at_zero = layer.tilted(evidence, weights, torch.zeros_like(slopes), layer.columns(centre))
-    log_ratio = layer.tilted(evidence, weights, slopes, layer.columns(centre))
+    at_zero = _tilted(layer, evidence, weights, torch.zeros_like(slopes), layer.columns(centre))
+    log_ratio = _tilted(layer, evidence, weights, slopes, layer.columns(centre))
     possible = at_zero > -torch.inf
     derivative = (torch.where(possible, log_ratio, 0.0) - torch.where(possible, at_zero, 0.0)).exp()
     for _ in range(order):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, check_compiled, check_kinds, one_root_needed
+from circuits.engine.question import Question, check_compiled, check_kinds
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
 from circuits.randomness import Source
+from circuits.symbolic import Circuit
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,6 +121,14 @@ def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) ->
             "circuit's weights"
         )
     return factors_of(dense_evidence(pc, evidence))
+
+
+def one_root_needed(who: str, circuit: Circuit) -> PropertyError:
+    """Return the error of what takes circuits with one root unit only, for one that has a unit per class."""
+    return PropertyError(
+        f"{who}: expected a circuit with one root unit, got {circuit} with one per class; "
+        "ct.transforms.condition(pc, evidence.with_class(label)) is that of one class"
+    )
 
 
 def refuse_relative(evidence: Evidence | None, query: str) -> None:

@@ -16,6 +16,7 @@ from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.queries.common import MAX_NUMBERS, dense_evidence, has_one_explanation, query
+from circuits.weights.given import Reached
 
 
 class KBestExplanations(NamedTuple):
@@ -138,7 +139,7 @@ def _descend(
         width = semiring.k * (len(semiring.left_ranks) if isinstance(layer, ProductLayer) else sum(layer.child_units))
         for part in chunks(len(nodes), width):
             node, column = nodes[part], columns[part]
-            at = node, units[node, column], query[column]
+            at = Reached(node, units[node, column], query[column])
             if isinstance(layer, ProductLayer):
                 choices = _split_product(layer, semiring, values, at, ranks[node, column])
             else:
@@ -149,16 +150,14 @@ def _descend(
     return _values(question, reached[:num_inputs], query)
 
 
-def _log_weights(question: Question, position: int, layer: SumLayer, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _log_weights(question: Question, position: int, layer: SumLayer, at: Reached) -> Tensor:
     """Return the log-weights of n reached sum units, times the factors on their children, (n, I)."""
-    node, unit, query = at
-    rows = layer.parameter_rows
-    log_weights = question.weights.own[rows.bank].log[rows.index[node], unit]
-    if position in question.weights.given:
-        log_weights = question.weights.given[position].replaced(log_weights, node, unit, query)
-    if position in question.latents:
-        log_weights = question.latents[position].added(log_weights, node, query)
-    return log_weights
+    own, given = question.weights.own[layer.parameter_rows.bank], question.weights.given.get(position)
+    log_weights = own.log[layer.parameter_rows.index[at.node], at.unit]
+    if given is not None:
+        log_weights = given.replaced(log_weights, at)
+    latents = question.latents.get(position)
+    return log_weights if latents is None else latents.added(log_weights, at.node, at.query)
 
 
 def _values(question: Question, reached: Sequence[_Choices], query: Tensor) -> Tensor:
@@ -169,10 +168,10 @@ def _values(question: Question, reached: Sequence[_Choices], query: Tensor) -> T
         nodes, columns = (units >= 0).nonzero(as_tuple=True)
         for part in chunks(len(nodes), max(pc.circuit.num_categories)):
             node, column = nodes[part], columns[part]
-            at = node, units[node, column], query[column]
-            scores = layer.scores(evidence, question.weights.own[layer.parameter_rows.bank], *at)
+            at = Reached(node, units[node, column], query[column])
+            scores = layer.scores(evidence, question.weights.own[layer.parameter_rows.bank], at)
             if position in question.weights.given:
-                scores = question.weights.given[position].scores(scores, evidence, layer.variables, *at)
+                scores = question.weights.given[position].scores(scores, evidence, layer.variables, at)
             values[column, layer.variables[node]] = _ranked(scores, ranks[node, column])
     return values
 
@@ -191,7 +190,7 @@ def _choose_child(
     semiring: KBestSemiring,
     values: Sequence[Tensor],
     log_weights: Tensor,  # shape: (n, I)
-    at: tuple[Tensor, Tensor, Tensor],
+    at: Reached,
     rank: Tensor,
 ) -> list[_Choices]:
     """Return per child which unit and rank each of n reached sum units takes; unit -1 for the other children."""
@@ -210,7 +209,7 @@ def _split_product(
     layer: ProductLayer,
     semiring: KBestSemiring,
     values: Sequence[Tensor],
-    at: tuple[Tensor, Tensor, Tensor],
+    at: Reached,
     rank: Tensor,
 ) -> list[_Choices]:
     """Return which unit and rank of every child each of n reached product units multiplies."""

@@ -19,6 +19,7 @@ from circuits.queries.common import detached, query, require_finite_values
 from circuits.queries.temperature import choosing_semiring
 from circuits.randomness import Source
 from circuits.symbolic import Sum
+from circuits.weights.given import Reached
 
 
 @query
@@ -109,7 +110,7 @@ class LatentChoice:
             rows = bank[layer.parameter_rows.index[node].unsqueeze(1), wanted, unit.unsqueeze(1)]
             if position in self.weights.given:
                 given = self.weights.given[position]
-                rows = given.replaced(rows, wanted, node, unit, self.query[column])
+                rows = given.replaced(rows, wanted, Reached(node, unit, self.query[column]))
             if values is None:
                 result[column, variable, : rows.shape[1]] = rows
             else:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from circuits.evidence import Evidence
 from circuits.families import Finite
 from circuits.symbolic import Input, Node, ParametricNode
 from circuits.weights.forms import Dense, Form, JoinedTables, JoinedWeights, Own, joined_tables
+
+
+class Reached(NamedTuple):
+    """m units of a layer that a choice has reached, int64 (m,) each."""
+
+    node: Tensor
+    """Which node of the layer."""
+    unit: Tensor
+    """Which unit of the node."""
+    query: Tensor
+    """For which query."""
 
 
 class ExternalWeights(ABC):
@@ -103,15 +114,9 @@ class GivenSums(ExternalWeights):
         part = int(self.part[row])
         return None if part < 0 else self.parts[part][1].of_node(int(self.slot[row]))
 
-    def replaced(self, log_weights: Tensor, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
-        """Put the given log-weights over the own ones, (m, I), of m reached sum units, in place.
-
-        Args:
-            log_weights: the units' own.
-            node: row of each unit's node in the layer, like the rest (m,).
-            unit: which unit of the node.
-            query: whose weights.
-        """
+    def replaced(self, log_weights: Tensor, reached: Reached) -> Tensor:
+        """Put the given log-weights over the own ones, (m, I), of m reached sum units, in place."""
+        node, unit, query = reached
         for number, (_, weights) in enumerate(self.parts):
             given = (self.part[node] == number).nonzero().flatten()
             if len(given):
@@ -162,20 +167,19 @@ class GivenInputs(ExternalWeights):
         given = self.tables.contract_inputs(semiring, x)
         return given.contiguous() if own is None else own.index_copy(0, self.rows, given)
 
-    def scores(
-        self, scores: Tensor, evidence: Evidence, variables: Tensor, node: Tensor, unit: Tensor, query: Tensor
-    ) -> Tensor:
+    def scores(self, scores: Tensor, evidence: Evidence, variables: Tensor, reached: Reached) -> Tensor:
         """Put ``log e(v) + log w(v)`` of the given weights over that of the own ones, (m, C), in place."""
+        node, unit, query = reached
         given, slot, owner = self._given(node, query)
         num_categories = scores.shape[1]
         factors = evidence.pick(query[given], variables[node[given]]).dense(num_categories, scores.dtype)
         scores[given] = self.tables.log[slot, owner, :, unit[given]] + factors[:, 0, :num_categories]
         return scores
 
-    def replaced(self, log_weights: Tensor, values: Tensor, node: Tensor, unit: Tensor, query: Tensor) -> Tensor:
+    def replaced(self, log_weights: Tensor, values: Tensor, reached: Reached) -> Tensor:
         """Put the given log-weights of some values over the own ones, both (m, k), of m input units, in place."""
-        given, slot, owner = self._given(node, query)
-        at = slot.unsqueeze(1), owner.unsqueeze(1), values[given], unit[given].unsqueeze(1)
+        given, slot, owner = self._given(reached.node, reached.query)
+        at = slot.unsqueeze(1), owner.unsqueeze(1), values[given], reached.unit[given].unsqueeze(1)
         log_weights[given] = self.tables.log[at]
         return log_weights
 
