@@ -99,7 +99,7 @@ class Split:
         for owner, name, part in (
             (InputLayer, "forward", "emission"),
             (sys.modules[ct.queries.Posterior.__module__], "_shares", "emission"),
-            (Question, "_evaluated", "recursion"),
+            (Question, "evaluated", "recursion"),
             (LogRoot, "apply", "recursion"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name), part))

@@ -130,3 +130,14 @@ class MaxSemiring(ChoosingSemiring):
     def choose(self, scores: Tensor, generator: Source) -> Tensor:
         """Return the index of the largest score of each row, (n, I) to (n,)."""
         return scores.argmax(-1)
+
+
+def divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
+    """Divide values of input units, (F, K, B, *E), by exp(log_divisor), (F, K, B or less); by 1 where that is 0.
+
+    Copies of a batch that follow each other share its divisors.
+    """
+    log_divisor = log_divisor.masked_fill(log_divisor == -torch.inf, 0.0)
+    if log_divisor.shape[2] < value.shape[2]:
+        log_divisor = log_divisor.repeat(1, 1, value.shape[2] // log_divisor.shape[2])
+    return semiring.times(value, semiring.lift(-log_divisor))

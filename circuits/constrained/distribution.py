@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, divided
 from circuits.arguments import checked_temperature
 from circuits.constrained.arcs import arcs_of, log_indicator
 from circuits.constrained.chain import Chain, Vectors, downward, temperature_of, upward
@@ -22,7 +22,7 @@ from circuits.constrained.latents import ConstrainedLatentChoice
 from circuits.distribution import CircuitDistribution, kept, without_kept
 from circuits.engine.choices import Choice
 from circuits.engine.compile import CompiledCircuit, check_compiled
-from circuits.engine.question import Question, divided, gradient_of
+from circuits.engine.question import Question, gradient_of
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence

@@ -48,8 +48,7 @@ class LogRoot(torch.autograd.Function):
         pc = question.pc
         ctx.question, ctx.saved, ctx.num_inputs = question, {}, len(pc.input_layers)
         ctx.save_for_backward(*tensors)
-        values = dict(enumerate(tensors[: ctx.num_inputs]))
-        evaluate(question, values, ctx.saved)
+        values = question.evaluated(_LOG, tensors[: ctx.num_inputs], scans=True, saved=ctx.saved)
         root = values[len(pc.layer_sizes) - 1][0]
         return root.clone() if len(pc.layer_sizes) == 1 else root
 
@@ -69,7 +68,7 @@ class LogRoot(torch.autograd.Function):
             latent_grads.update(zip(chain.positions, grads.split(1), strict=True))
         return (
             None,
-            *(gradients.pop(position) for position in range(ctx.num_inputs)),
+            *gradients.of_first(ctx.num_inputs),
             *(flows[name].total(own[name].linear) if name in flows else None for name in pc.sum_banks),
             *(latent_grads.get(position) for position in latents),
         )
@@ -81,8 +80,8 @@ def latent_gradients(question: Question) -> tuple[Tensor, dict[Address, Tensor]]
     They are those of the nodes of ``question.latents`` and of chains, as far as they are used; without gradients of
     theirs, and without weights given at run time.
     """
-    values, saved = dict(enumerate(question.inputs(_LOG))), dict[int, Any]()
-    evaluate(question, values, saved)
+    saved = dict[int, Any]()
+    values = question.evaluated(_LOG, question.inputs(_LOG), scans=True, saved=saved)
     root = values[len(question.pc.layer_sizes) - 1][0]
     mixed = root if question.class_factors is None else root + question.class_factors
     descent = _descend(question, saved, mixed.softmax(0), {})
@@ -128,50 +127,6 @@ def _descend(question: Question, saved: Mapping[int, Any], grad: Tensor, flows: 
             chain.send(grads, found.inputs)
             found.chains.append((chain, grads))
     return found
-
-
-def evaluate(question: Question, values: dict[int, Tensor], saved: dict[int, Any] | None) -> None:
-    """Add the log-values of the inner layers to ``values``, but for what nobody needs any more.
-
-    Args:
-        question: without weights given at run time.
-        values: of the input layers.
-        saved: where what adjoints need is kept, by layer; None: nowhere.
-    """
-    for step in question.pc.schedule:
-        position, chain, scan = step.position, step.chain, None
-        if chain is not None:
-            linear = question.weights.own[chain.bank].linear[chain.row]
-            scan = chain.scan(values, linear, question.latents, question.silent)
-        if scan is None:
-            for at, layer in step.layers:
-                _evaluate_layer(question, at, layer, values, saved)
-            for at in () if chain is None else chain.inside:
-                del values[at]
-        else:
-            values[position] = scan.sums[:1].log().add_(scan.log_scale[:1])
-            if saved is not None:
-                saved[position] = scan
-        for at in step.spent:
-            del values[at]
-
-
-def _evaluate_layer(
-    question: Question,
-    position: int,
-    layer: ProductLayer | SumLayer,
-    values: dict[int, Tensor],
-    saved: dict[int, Any] | None,
-) -> None:
-    if isinstance(layer, ProductLayer):
-        values[position] = layer(_LOG, values)
-        return
-    weights, latents = question.weights.own[layer.parameter_rows.bank], question.latents.get(position)
-    if saved is None:
-        out = layer(_LOG, values, weights, None, latents)
-    else:
-        out, saved[position] = layer.forward_recorded(values, weights, latents)
-    values[position] = question.with_silence(_LOG, position, out) if question.silent else out
 
 
 def _send_down(

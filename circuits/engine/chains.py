@@ -23,7 +23,7 @@ from torch import Tensor
 from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
 from circuits.engine.folding import Folding
-from circuits.engine.layers import Gather, Gradients, LayerValues, ProductLayer, SumLayer, chunks
+from circuits.engine.layers import Gather, Gradients, LayerValues, Part, ProductLayer, SumLayer, chunks
 from circuits.engine.weights import Weights
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Node, Product, Sum, parameter_owner
@@ -48,7 +48,7 @@ class Scan(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Chain:
+class Chain(Part):
     """T sums, one in each of their layers, that share their weights, and the products between them."""
 
     positions: Sequence[int]
@@ -183,11 +183,6 @@ class Chain:
     def _silent(self, silent: Mapping[int, Tensor]) -> Tensor | None:
         return torch.cat([silent[position] for position in self.positions]) if silent else None
 
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        for gather in (*self.leaves, self.last):
-            gather.move(function)
-
     def send(self, grads: Tensor, gradients: Gradients) -> None:
         """Send the gradient of the steps' states, (T, K, B), to the leaves."""
         for gather in self.leaves:
@@ -217,7 +212,7 @@ class Step:
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply what ``nn.Module.to`` applies to the tensors of a module."""
         self._device = function(torch.empty(0, dtype=torch.int64, device=self._device)).device
-        parts: list[Chain | ProductLayer | SumLayer] = [layer for _, layer in vars(self).get("layers", ())]
+        parts: list[Part] = [layer for _, layer in vars(self).get("layers", ())]
         for part in [*parts, self.chain] if self.chain else parts:
             part.move(function)
 

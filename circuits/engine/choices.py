@@ -58,7 +58,7 @@ def climb(question: Question, semiring: ChoosingSemiring) -> Climb:
             values[step.position], chains[step.position] = found
             continue
         for position, layer in step.layers:
-            values[position] = question.evaluated(semiring, position, layer, values)
+            values[position] = question.layer_value(semiring, position, layer, values)
     return Climb(values, chains, values[len(question.pc.layer_sizes) - 1])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class Gradients:
         """Return the gradient of a layer's output and forget it; None if nothing was added."""
         return self._values.pop(layer, None)
 
+    def of_first(self, num_layers: int) -> list[Tensor | None]:
+        """Return the gradients of the first layers' outputs."""
+        return [self._values.get(layer) for layer in range(num_layers)]
+
     def add(self, layer: int, nodes: slice | Tensor, grad: Tensor) -> None:
         """Add ``grad`` to that of some nodes of a layer."""
         current = self._values.get(layer)
@@ -70,7 +74,15 @@ class Gradients:
             current.index_add_(0, nodes, grad)
 
 
-class Gather:
+class Part:
+    """What holds tensors, or other parts that do, as attributes or in lists."""
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        vars(self).update({name: _moved(value, function) for name, value in vars(self).items()})
+
+
+class Gather(Part):
     """Gathers the values of n nodes of earlier layers: as slices where they are evenly spaced, else by index."""
 
     def __init__(self, addresses: Sequence[Address]) -> None:
@@ -86,12 +98,6 @@ class Gather:
         self.pieces: list[tuple[int, slice | Tensor]] = [
             (layer, _as_slice(nodes) or torch.tensor(nodes)) for layer, nodes in pieces
         ]
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        self.order = None if self.order is None else function(self.order)
-        self.inverse = None if self.inverse is None else function(self.inverse)
-        self.pieces = [(layer, at if isinstance(at, slice) else function(at)) for layer, at in self.pieces]
 
     def __call__(self, values: LayerValues) -> Tensor:
         """Return the values of the nodes, (n, K, B, *E)."""
@@ -118,7 +124,7 @@ class Gather:
             units[layer][rows.unsqueeze(1), column] = part
 
 
-class ParameterRows:
+class ParameterRows(Part):
     """Selects the rows of a parameter bank (P, O, I) that F folded nodes use; tied nodes share rows."""
 
     def __init__(self, bank: str, rows: Sequence[int]) -> None:
@@ -127,10 +133,6 @@ class ParameterRows:
         self.is_tied = len(set(rows)) == 1
         self.slice = slice(rows[0], rows[0] + 1, 1) if self.is_tied else _as_slice(rows)
         self.index = torch.tensor(rows)
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        self.index = function(self.index)
 
     def select(self, bank: Tensor, *, expand: bool = True) -> Tensor:
         """Return the rows of ``bank`` for each node, (F, O, I); (1, O, I) for tied nodes unless ``expand``."""
@@ -157,7 +159,7 @@ class ParameterRows:
         self.add(bank, torch.bmm(left, right).reshape(self.num_nodes, *bank.shape[1:]))
 
 
-class _InnerLayer:
+class _InnerLayer(Part):
     """F nodes with equally many children, whose units are ``child_units``."""
 
     slots: list[Gather]
@@ -174,8 +176,7 @@ class _InnerLayer:
 
     def all_of(self, values: LayerValues) -> Tensor:
         """Return of which nodes all children are True, (F, 1, B), from bool (F', 1, B) of the layers below."""
-        gathered = [slot(values) for slot in self.slots]
-        children = functools.reduce(torch.logical_and, gathered)
+        children = functools.reduce(torch.logical_and, [slot(values) for slot in self.slots])
         if len(children) > self.num_nodes:  # all children of a node in one slot
             return children.unflatten(0, (self.num_nodes, -1)).all(1)
         return children.repeat_interleave(self.num_nodes // len(children), 0)  # siblings share theirs
@@ -196,12 +197,6 @@ class _InnerLayer:
                 here = layers == layer
                 reached[layer][nodes[here], at_column[here]] = unit[here]
 
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        self.addresses = function(self.addresses)
-        for slot in self.slots:
-            slot.move(function)
-
 
 class ProductLayer(_InnerLayer):
     """Product units of F nodes with equally many children."""
@@ -211,10 +206,7 @@ class ProductLayer(_InnerLayer):
         self.mode = mode
         self.num_children = len(child_units)
         self.is_stacked = mode == "elementwise" and self.num_children > _MAX_SLOTS
-        if self.is_stacked:
-            slots = [[address for addresses in children for address in addresses]]
-        else:
-            slots = [[addresses[slot] for addresses in children] for slot in range(self.num_children)]
+        slots = [tuple(itertools.chain(*children))] if self.is_stacked else zip(*children, strict=True)
         self.slots = [Gather(slot) for slot in slots]
 
     def __call__(self, semiring: Semiring, values: LayerValues) -> Tensor:
@@ -265,13 +257,7 @@ class SumLayer(_InnerLayer):
         super().__init__(children, child_units)
         self.parameter_rows = parameters
         self.num_siblings = num_siblings
-        slots = ([addresses[slot] for addresses in children[::num_siblings]] for slot in range(len(child_units)))
-        self.slots = [Gather(slot) for slot in slots]
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        super().move(function)
-        self.parameter_rows.move(function)
+        self.slots = [Gather(slot) for slot in zip(*children[::num_siblings], strict=True)]
 
     def gather(self, values: LayerValues, semiring: Semiring = _LOG, latents: LatentFactors | None = None) -> Tensor:
         """Return the children's units side by side, times the factors of latent evidence, shape (F, I, B, *E)."""
@@ -377,6 +363,14 @@ class SumLayer(_InnerLayer):
             return stacks
         per_node = stacks.shape[0] * stacks.shape[1] // self.num_nodes  # not -1: B may be 0
         return stacks.reshape(self.num_nodes, per_node, *stacks.shape[2:])
+
+
+def _moved(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Part):
+        value.move(function)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(part, function) for part in value)
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def chunks(length: int, width: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring, divided
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice, Climb
 from circuits.engine.layers import LayerValues, ProductLayer, SumLayer
@@ -68,10 +68,12 @@ class Question:
                 "repeat the evidence or give weights without a batch dimension"
             )
         self.evidence = evidence
-        self.latents: Mapping[int, LatentFactors] = self._latents_with({}) if evidence.latents else {}
+        self.latents: Mapping[int, LatentFactors] = {}
         self.class_factors = None if evidence.classes is None else class_factors(pc, evidence.classes)
         self.silent: Mapping[int, Tensor] = {}
         self._inputs: Sequence[Tensor] | None = None
+        if evidence.latents:
+            self.latents = self.with_latents({}).latents
 
     def inputs(self, semiring: Semiring) -> Sequence[Tensor]:
         """Return the values of all input units under the evidence: per input layer (F, K, B, *E)."""
@@ -93,6 +95,14 @@ class Question:
     def with_inputs(self, values: Sequence[Tensor]) -> Question:
         """Return the question with given values of the input units, per input layer (F, K, B, *E)."""
         return self._with(_inputs=list(values))
+
+    def with_latents(self, further: Mapping[Sum, Tensor]) -> Question:
+        """Return the question with the evidence's factors on latents, times ``further`` ones, (B, I) each."""
+        pc, given = self.pc, [(self.pc.sum_node(key), log) for key, log in (self.evidence.latents or {}).items()]
+        given = [(node, log.to(pc.device, pc.dtype) + further.get(node, 0.0)) for node, log in given]
+        given += [(node, log) for node, log in further.items() if node not in dict(given)]
+        places = [(node, pc.address(node), log) for node, log in given]
+        return self._with(latents=latents_by_layer(places, self.evidence.batch_size, next(iter(pc.bank.values()))))
 
     def silenced(self, silent_inputs: Sequence[Tensor] | None = None) -> Question:
         """Return the question with sum nodes on whose whole scope nothing is known as the constant 1.
@@ -145,7 +155,8 @@ class Question:
             PropertyError: the root has a unit per class, and the evidence does not name the class.
         """
         self.require_one_root()
-        return list(self._evaluated(semiring, self.inputs(semiring), keep=True).values())
+        values = self.evaluated(semiring, self.inputs(semiring), keep=True)
+        return [values[position] for position in range(len(values))]
 
     def climb(self, semiring: ChoosingSemiring) -> Climb:
         """Evaluate all layers for :meth:`choose`; raise ImpossibleEvidenceError where the root's value is -inf."""
@@ -161,7 +172,8 @@ class Question:
             PropertyError: the root has a unit per class, and the evidence does not name the class.
         """
         self.require_one_root()
-        return self.mixed(semiring, self._evaluated(semiring, self.inputs(semiring))[len(self.pc.layer_sizes) - 1])
+        values = self.evaluated(semiring, self.inputs(semiring))
+        return self.mixed(semiring, values[len(self.pc.layer_sizes) - 1])
 
     def mixed(self, semiring: Semiring, root: Tensor) -> Tensor:
         """Return the value of the root's units, (1, R, B, *E), added up over the classes: (B, *E)."""
@@ -177,25 +189,17 @@ class Question:
         tensors = (*inputs, *(self.weights.own[name].log for name in self.pc.sum_banks))
         tensors = (*tensors, *(factors.log for factors in self.latents.values()))
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if torch.compiler.is_compiling() or self.weights.given:
-            root = self._evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
-        elif not needs_grad:
-            values = dict(enumerate(inputs))
-            adjoint.evaluate(self, values, None)
-            root = values[len(self.pc.layer_sizes) - 1]
-        else:
+        is_plain = not (torch.compiler.is_compiling() or self.weights.given)
+        if is_plain and needs_grad:
             root = adjoint.LogRoot.apply(self, *tensors).unsqueeze(0)
+        else:
+            root = self.evaluated(_LOG, inputs, scans=is_plain)[len(self.pc.layer_sizes) - 1]
         if self.class_factors is None and self.pc.circuit.num_classes:
             return root[0].t()
         return self.mixed(_LOG, root)
 
     def choose(
-        self,
-        semiring: ChoosingSemiring,
-        num_samples: int,
-        generator: Source,
-        *,
-        found: Climb | None = None,
+        self, semiring: ChoosingSemiring, num_samples: int, generator: Source, *, found: Climb | None = None
     ) -> Choice:
         """Choose one child of every reached sum unit, for ``num_samples`` copies of the batch.
 
@@ -255,30 +259,13 @@ class Question:
 
             def question_of(factors: Tensor) -> Question:
                 parts = dict(zip(latents, factors.split(sizes, 1), strict=True))
-                return self._with(latents=self._latents_with(parts))
+                return self.with_latents(parts)
 
         def log_z_of(factors: Tensor, weights: CircuitWeights) -> Tensor:
             log_z = question_of(factors)._with(weights=weights).log_z
             return log_z if allow_impossible else checked_possible(log_z)
 
         return gradient_of(log_z_of, factors, self.weights, also=others)
-
-    def latent_posteriors(self, nodes: Sequence[Sum]) -> list[Tensor]:
-        """Return what :meth:`gradients` does of latents, (B, I) each, detached; a chain's are one tensor."""
-        self.require_one_root()
-        pc, batch_size = self.pc, self.evidence.batch_size
-        in_chains = {position for step in pc.schedule if step.chain for position in step.chain.positions}
-        others = [node for node in nodes if pc.address(node)[0] not in in_chains]
-        zero = torch.zeros((), dtype=pc.dtype, device=pc.device)
-        factors = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in others}
-        question = self._with(latents=self._latents_with(factors))
-        root, found = adjoint.latent_gradients(question)
-        checked_possible(self.mixed(_LOG, root.unsqueeze(0)))
-        posteriors = [found.get(pc.address(node)) for node in nodes]
-        return [
-            zero.expand(batch_size, node.parameter_shape[1]) if posterior is None else posterior
-            for node, posterior in zip(nodes, posteriors, strict=True)
-        ]
 
     def require_one_root(self) -> None:
         """Raise PropertyError if the root has a unit per class and the evidence does not name the class."""
@@ -289,27 +276,61 @@ class Question:
         self, inputs: Sequence[Tensor], weights: CircuitWeights, latents: Mapping[int, LatentFactors]
     ) -> Tensor:
         """Return the log-values of the root's units, (1, R, B), by operations that autograd can follow."""
-        return self._with(weights=weights, latents=latents)._evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
-
-    def _evaluated(self, semiring: Semiring, inputs: Sequence[Tensor], *, keep: bool = False) -> dict[int, Tensor]:
-        """Return the values of the layers by position; unless ``keep``, only the root's."""
-        pc = self.pc
-        values = dict(enumerate(inputs))
-        for position, layer in enumerate(pc.inner_layers, start=len(pc.input_layers)):
-            values[position] = self.evaluated(semiring, position, layer, values)
-            if not keep:
-                for spent in pc.last_uses[position]:
-                    del values[spent]
-        return values
+        question = self._with(weights=weights, latents=latents)
+        return question.evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
 
     def evaluated(
-        self, semiring: Semiring, position: int, layer: ProductLayer | SumLayer, values: LayerValues
+        self,
+        semiring: Semiring,
+        inputs: Sequence[Tensor],
+        *,
+        keep: bool = False,
+        scans: bool = False,
+        saved: dict[int, Any] | None = None,
+    ) -> dict[int, Tensor]:
+        """Return the values of the layers by position; unless ``keep``, only the root's.
+
+        Args:
+            semiring: what plus and times mean.
+            inputs: the values of the input layers.
+            keep: whether the values of all layers are.
+            scans: whether a chain is evaluated at once: log semiring, own weights, no gradients by autograd.
+            saved: where what :mod:`~circuits.engine.adjoint` needs is kept, by layer, with ``scans``; None: nowhere.
+        """
+        values = dict(enumerate(inputs))
+        for step in self.pc.schedule:
+            chain, scan = step.chain, None
+            if scans and chain is not None:
+                linear = self.weights.own[chain.bank].linear[chain.row]
+                scan = chain.scan(values, linear, self.latents, self.silent)
+            if scan is not None:
+                values[step.position] = scan.sums[:1].log().add_(scan.log_scale[:1])
+                if saved is not None:
+                    saved[step.position] = scan
+            for position, layer in step.layers if scan is None else ():
+                values[position] = self.layer_value(semiring, position, layer, values, saved)
+                for spent in () if keep else self.pc.last_uses[position]:
+                    del values[spent]
+            for spent in step.spent if scan is not None else ():
+                del values[spent]
+        return values
+
+    def layer_value(
+        self,
+        semiring: Semiring,
+        position: int,
+        layer: ProductLayer | SumLayer,
+        values: LayerValues,
+        saved: dict[int, Any] | None = None,
     ) -> Tensor:
-        """Return the values of one layer, (F, K, B, *E), from those below."""
+        """Return the values of one layer, (F, K, B, *E), from those below; see :meth:`evaluated` for ``saved``."""
         if isinstance(layer, ProductLayer):
             return layer(semiring, values)
-        own, given = self.weights.own[layer.parameter_rows.bank], self.weights.given.get(position)
-        out = layer(semiring, values, own, given, self.latents.get(position))
+        own, latents = self.weights.own[layer.parameter_rows.bank], self.latents.get(position)
+        if saved is None:
+            out = layer(semiring, values, own, self.weights.given.get(position), latents)
+        else:
+            out, saved[position] = layer.forward_recorded(values, own, latents)
         return self.with_silence(semiring, position, out) if self.silent else out
 
     def with_silence(self, semiring: Semiring, position: int, values: Tensor) -> Tensor:
@@ -317,14 +338,6 @@ class Question:
         silent = self.silent[position]
         one = semiring.lift(torch.zeros(1, 1, 1, dtype=values.dtype, device=values.device))
         return torch.where(silent.reshape(silent.shape + (1,) * (values.dim() - 3)), one, values)
-
-    def _latents_with(self, further: Mapping[Sum, Tensor]) -> dict[int, LatentFactors]:
-        """Return the evidence's factors on latents, times ``further`` ones, by layer."""
-        pc, given = self.pc, [(self.pc.sum_node(key), log) for key, log in (self.evidence.latents or {}).items()]
-        given = [(node, log.to(pc.device, pc.dtype) + further.get(node, 0.0)) for node, log in given]
-        given += [(node, log) for node, log in further.items() if node not in dict(given)]
-        places = [(node, pc.address(node), log) for node, log in given]
-        return latents_by_layer(places, self.evidence.batch_size, next(iter(pc.bank.values())))
 
     def _with(self, **attributes: Any) -> Question:
         changed = copy.copy(self)
@@ -358,17 +371,6 @@ def gradient_of(
             factors, weights = factors.detach().clone().requires_grad_(), weights.detached()
         (gradient,) = torch.autograd.grad(log_z_of(factors, weights).sum(), factors, create_graph=differentiable)
     return gradient
-
-
-def divided(semiring: Semiring, value: Tensor, log_divisor: Tensor) -> Tensor:
-    """Divide values of input units, (F, K, B, *E), by exp(log_divisor), (F, K, B or less); by 1 where that is 0.
-
-    Copies of a batch that follow each other share its divisors.
-    """
-    log_divisor = log_divisor.masked_fill(log_divisor == -torch.inf, 0.0)
-    if log_divisor.shape[2] < value.shape[2]:
-        log_divisor = log_divisor.repeat(1, 1, value.shape[2] // log_divisor.shape[2])
-    return semiring.times(value, semiring.lift(-log_divisor))
 
 
 def nodes_of(pc: CompiledCircuit, of_variables: Tensor) -> list[Tensor]:

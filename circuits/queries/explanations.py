@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.algebra.semirings import MaxSemiring
+from circuits.algebra.semirings import LogSemiring, MaxSemiring
 from circuits.arguments import checked_count
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
@@ -71,7 +71,7 @@ def sample(
         ImpossibleEvidenceError: log Z = -inf for some query.
     """
     checked_count("num_samples", num_samples)
-    semiring = choosing_semiring(temperature)
+    semiring = LogSemiring() if temperature == 1.0 else choosing_semiring(temperature)
     question = Question(pc, evidence, weights)
     if temperature != 1:
         require_finite_values(pc, "a temperature other than 1")

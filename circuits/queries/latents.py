@@ -10,6 +10,7 @@ from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
 from circuits.arguments import check_integers, check_range, checked_count
+from circuits.engine.adjoint import latent_gradients
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
@@ -60,7 +61,7 @@ def latent_marginals(
     if differentiable or question.weights.given:
         sizes = [node.parameter_shape[1] for node in targets]
         return dict(zip(wanted, question.gradients(targets).split(sizes, 1), strict=True))
-    return dict(zip(wanted, question.latent_posteriors(targets), strict=True))
+    return dict(zip(wanted, _posteriors(question, targets), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,19 @@ def best_latents(
         PropertyError: a variable has infinitely many values.
     """
     return _chosen(pc, MaxSemiring(), 1, evidence, None, weights)
+
+
+def _posteriors(question: Question, nodes: Sequence[Sum]) -> list[Tensor]:
+    """Return what :meth:`Question.gradients` does of latents, (B, I) each, detached; a chain's are one tensor."""
+    question.require_one_root()
+    pc, batch_size = question.pc, question.evidence.batch_size
+    in_chains = {position for step in pc.schedule if step.chain for position in step.chain.positions}
+    zero = torch.zeros((), dtype=pc.dtype, device=pc.device)
+    none = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in nodes}
+    asked = question.with_latents({node: log for node, log in none.items() if pc.address(node)[0] not in in_chains})
+    root, found = latent_gradients(asked)
+    checked_possible(asked.mixed(LogSemiring(), root.unsqueeze(0)))
+    return [found.get(pc.address(node), none[node]) for node in nodes]
 
 
 def _chosen(
