@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from circuits import queries
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import class_needed
-from circuits.engine.weights import CircuitWeights
+from circuits.engine.weights import CircuitWeights, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.families import Distribution as InputFamily

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.engine.compile import CompiledCircuit, check_compiled
-from circuits.engine.weights import CircuitWeights
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import CircuitWeights, check_compiled
 from circuits.errors import ArgumentError, PropertyError
 from circuits.families import Direct
 from circuits.precision import own_precision

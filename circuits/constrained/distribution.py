@@ -21,9 +21,9 @@ from circuits.constrained.class_leaves import class_leaves, explicit
 from circuits.constrained.latents import ConstrainedLatentChoice
 from circuits.distribution import CircuitDistribution, kept, without_kept
 from circuits.engine.choices import Choice
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, gradient_of
-from circuits.engine.weights import CircuitWeights
+from circuits.engine.weights import CircuitWeights, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision

@@ -372,9 +372,3 @@ def compile(
     pc = CompiledCircuit(circuit, dtype=dtype)
     pc.randomize(seed=seed, generator=generator)
     return pc if target == pc.device else pc.to(target)
-
-
-def check_compiled(pc: CompiledCircuit, argument: str = "pc") -> None:
-    """Raise ArgumentError unless ``pc`` is a compiled circuit."""
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"{argument}: expected ct.compile(circuit), got {type(pc).__name__}")

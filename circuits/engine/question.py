@@ -17,11 +17,11 @@ from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring, 
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice, Climb
 from circuits.engine.layers import LayerValues, ProductLayer, SumLayer
-from circuits.engine.weights import CircuitWeights, class_factors
+from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds, class_factors
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.randomness import RowGenerators, Source
-from circuits.symbolic import Circuit, Sum
+from circuits.symbolic import Sum
 from circuits.weights.latents import LatentFactors, latents_by_layer
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Question:
     def __init__(
         self, pc: CompiledCircuit, evidence: Evidence | None = None, weights: CircuitWeights | None = None
     ) -> None:
-        check_compiled("pc", pc)
+        check_compiled(pc)
         check_kinds(evidence, weights)
         self.pc = pc
         self.weights = CircuitWeights(pc.own_weights()) if weights is None else weights
@@ -396,19 +396,3 @@ def class_needed(pc: CompiledCircuit) -> PropertyError:
         f"evidence: expected one that says the class, since the root {pc.circuit.root} has a distribution per class; "
         "say which with evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
     )
-
-
-def check_compiled(name: str, value: object) -> None:
-    """Raise ArgumentError unless an argument is a compiled circuit."""
-    if not hasattr(value, "own_weights"):
-        way_out = "; ct.compile(circuit) makes one" if isinstance(value, Circuit) else ""
-        raise ArgumentError(f"{name}: expected a compiled circuit, got {type(value).__name__}{way_out}")
-
-
-def check_kinds(evidence: object, weights: object) -> None:
-    """Raise ArgumentError unless evidence and weights are such, or None."""
-    if not isinstance(evidence, Evidence | None):
-        way_out = "ct.Evidence.observe(x) is that of assignments x (B, D)"
-        raise ArgumentError(f"evidence: expected a ct.Evidence, got {type(evidence).__name__}; {way_out}")
-    if not isinstance(weights, CircuitWeights | None):
-        raise ArgumentError(f"weights: expected what pc.weights(...) returns, got {type(weights).__name__}")

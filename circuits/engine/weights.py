@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from circuits.errors import ArgumentError
+from circuits.evidence import Evidence
+from circuits.symbolic import Circuit
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
@@ -95,3 +97,19 @@ def class_factors(pc: CompiledCircuit, classes: Tensor) -> Tensor:
     if classes.shape[1] != num_classes:
         raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
     return classes.to(pc.dtype).t()
+
+
+def check_compiled(pc: object, argument: str = "pc") -> None:
+    """Raise ArgumentError unless an argument is a compiled circuit."""
+    if not hasattr(pc, "own_weights"):
+        way_out = "; ct.compile(circuit) makes one" if isinstance(pc, Circuit) else ""
+        raise ArgumentError(f"{argument}: expected a compiled circuit, got {type(pc).__name__}{way_out}")
+
+
+def check_kinds(evidence: object, weights: object) -> None:
+    """Raise ArgumentError unless evidence and weights are such, or None."""
+    if not isinstance(evidence, Evidence | None):
+        way_out = "ct.Evidence.observe(x) is that of assignments x (B, D)"
+        raise ArgumentError(f"evidence: expected a ct.Evidence, got {type(evidence).__name__}; {way_out}")
+    if not isinstance(weights, CircuitWeights | None):
+        raise ArgumentError(f"weights: expected what pc.weights(...) returns, got {type(weights).__name__}")

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import CheckpointError
 from circuits.files import replace_file
 from circuits.io import STRUCTURE_FILE, WEIGHTS_FILE, load, save

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_device
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError, CheckpointError
 from circuits.files import file_hash, write_safetensors
 from circuits.io.records import circuit_of, records_of, too_large

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count, checked_number
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.learning.checkpoint import Checkpoint, Start
 from circuits.learning.distributed import Processes

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError
 from circuits.families import Bernoulli, Categorical
 from circuits.learning.clusters import kmeans

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from circuits.digests import digest, parts
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Distribution

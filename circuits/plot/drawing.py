@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError, UnfactorError
 from circuits.files import replace_file
 from circuits.learning.samples import Samples, checked_samples

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, check_compiled, check_kinds
-from circuits.engine.weights import CircuitWeights
+from circuits.engine.question import Question
+from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
@@ -42,7 +42,7 @@ def query(function: Callable[P, R]) -> Callable[P, R]:
             given = dict(zip(parameters, args, strict=False)) | kwargs
             for name in ("pc", "p", "q"):
                 if name in given:
-                    check_compiled(name, given[name])
+                    check_compiled(given[name], name)
             check_kinds(given.get("evidence"), given.get("weights"))
             if "evidence" in given and given["evidence"] is None and parameters["evidence"].default is not None:
                 raise ArgumentError("evidence: expected a ct.Evidence, got None; Evidence.nothing(1, D) says nothing")

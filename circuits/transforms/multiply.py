@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.families import Gaussian
 from circuits.precision import own_precision

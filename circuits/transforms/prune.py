@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import checked_count, is_number
-from circuits.engine.compile import CompiledCircuit, check_compiled, compile
+from circuits.engine.compile import CompiledCircuit, compile
 from circuits.engine.question import Question
-from circuits.engine.weights import Weights
+from circuits.engine.weights import Weights, check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from circuits.engine.compile import CompiledCircuit, check_compiled, compile
+from circuits.engine.compile import CompiledCircuit, compile
+from circuits.engine.weights import check_compiled
 from circuits.errors import PropertyError
 from circuits.families import Bernoulli, Categorical, Distribution, Finite
 from circuits.symbolic import Circuit, Input, Node, ParametricNode, Sum, inputs, parameter_owner, sum

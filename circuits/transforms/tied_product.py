@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from circuits.constrained import ConstrainedDistribution
-from circuits.engine.compile import CompiledCircuit, check_compiled
+from circuits.engine.compile import CompiledCircuit
+from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
 from circuits.queries.automata import Automaton
