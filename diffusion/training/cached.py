@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from circuits import CircuitWeights
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 from diffusion.vocabulary import Coupled
@@ -39,6 +40,6 @@ class CachedBatch:
             return Prediction.from_logits(self.log_q, features=self.features)
         return Prediction(log_q=self.log_q, vocab_size=vocab_size, values=self.values, features=self.features)
 
-    def distribution(self, head: CoupledHead) -> Coupled:
+    def distribution(self, head: CoupledHead, *, weights: CircuitWeights | None = None) -> Coupled:
         """Couple a head's circuit to the cached predictions, as :meth:`CoupledHead.distribution` couples any."""
-        return head.distribution(self.prediction, self.tokens, self.masked, include=self.tokens)
+        return head.distribution(self.prediction, self.tokens, self.masked, include=self.tokens, weights=weights)

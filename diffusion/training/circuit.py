@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import circuits as ct
 from circuits.arguments import checked_count
 from circuits.digests import digest
 from circuits.learning.checkpoint import Checkpoint
@@ -22,10 +23,12 @@ from circuits.precision import own_precision
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.training.cached import CachedBatch
+from diffusion.training.coupled_em import CoupledAnemone
 from diffusion.training.curve import TrainingCurve
 from diffusion.training.logit_cache import LogitCache
 
 Weighting = Literal["masked_mean", "uniform"]
+OptimizerName = Literal["adam", "anemone"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,10 @@ class CircuitTraining:
         seed: of the order of the examples.
         patience: stop after so many held-out evaluations in a row without a better one, and end with the weights of the
             best; None: do all updates, and end with the last weights.
+        optimizer: of the circuit's weights: "adam", down the gradient; or "anemone", steps by flows, see
+            :mod:`~diffusion.training.coupled_em`, whatever the learning rate is. Conditioners are always Adam's.
+        step_size: s of "anemone" at the start, 0 < s <= 1; it falls to 0 along a cosine.
+        momentum: mu of "anemone", 0 <= mu < 1.
     """
 
     steps: int = 800
@@ -57,6 +64,9 @@ class CircuitTraining:
     checkpoint_every: int = 100
     seed: int = 0
     patience: int | None = None
+    optimizer: OptimizerName = "adam"
+    step_size: float = 0.4
+    momentum: float = 0.9
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
@@ -64,6 +74,9 @@ class CircuitTraining:
                 raise ArgumentError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         if self.patience is not None:
             EarlyStopping(self.patience)
+        if self.optimizer not in get_args(OptimizerName):
+            raise ArgumentError(f"optimizer: expected {' or '.join(get_args(OptimizerName))}, got {self.optimizer!r}")
+        ct.learning.Anemone(step_size=self.step_size, momentum=self.momentum)  # which refuses what is out of range
         for name in ("learning_rate", "feature_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
@@ -160,6 +173,8 @@ class HeadTraining(ModuleTraining, ABC):
         super().__init__(model or head, torch.optim.Adam(parameters, betas=(0.9, 0.95)))
         self.head, self.config = head, config
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        is_by_flows = config.optimizer == "anemone"  # then Adam finds no gradients of the circuit's parameters
+        self._flows = CoupledAnemone(head.pc, momentum=config.momentum) if is_by_flows else None
 
     @abstractmethod
     def batch(self, step: int) -> CachedBatch:
@@ -170,11 +185,16 @@ class HeadTraining(ModuleTraining, ABC):
 
     def update(self, step: int) -> Tensor:
         """Do one update of the parameters: (loss, 1)."""
-        config = self.config
+        config, flows, batch = self.config, self._flows, self.batch(step)
+        decay = (1 + math.cos(math.pi * step / config.steps)) / 2
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * (1 + math.cos(math.pi * step / config.steps)) / 2
-        losses = _block_losses(self.head, self.batch(step), config)
-        loss = losses.sum() / max(1, len(losses))
+            group["lr"] = peak * decay
+        dist = batch.distribution(self.head, weights=None if flows is None else flows.weights())
+        losses = _per_block(-dist.log_prob(batch.tokens), batch.masked, config)
+        num_losses = max(1, len(losses))
+        loss = losses.sum() / num_losses
+        if flows is not None:
+            flows.count(_per_block(dist.log_partition, batch.masked, config).sum())
         self.optimizer.zero_grad()
         loss.backward()
         value = float(loss.detach())
@@ -185,7 +205,21 @@ class HeadTraining(ModuleTraining, ABC):
             )
         self.clip()
         self.optimizer.step()
+        if flows is not None:
+            mass = float(_per_block(torch.ones(len(batch.masked)), batch.masked.cpu(), config).sum())
+            flows.step(mass, scale=num_losses, step_size=config.step_size * decay)
         return torch.tensor([value, 1.0], dtype=torch.float64)
+
+    def state(self) -> Any:
+        """Return that of Adam, with the moving averages of flows beside it."""
+        return super().state() if self._flows is None else {"adam": super().state(), "flows": self._flows.state()}
+
+    def restore(self, state: Any) -> None:
+        """Go on from such a state."""
+        if self._flows is None:
+            return super().restore(state)
+        super().restore(state["adam"])
+        self._flows.restore(state["flows"])
 
 
 class _Training(HeadTraining):
@@ -269,8 +303,11 @@ def losses_by_ratio(
 
 
 def settings_of(config: CircuitTraining) -> dict[str, Any]:
-    """Return a configuration as files name it; one without early stopping as before there was any."""
-    return {name: value for name, value in asdict(config).items() if (name, value) != ("patience", None)}
+    """Return a configuration as files name it: options that files of before do not have only where they are chosen."""
+    later = {"patience": None}
+    if config.optimizer == "adam":
+        later |= {name: getattr(config, name) for name in ("optimizer", "step_size", "momentum")}
+    return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
 
 
 def _check_caches(head: CoupledHead, *caches: LogitCache | None) -> None:
@@ -310,12 +347,16 @@ def _parameter_groups(head: CoupledHead, config: CircuitTraining) -> list[dict[s
 
 def _block_losses(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:
     """Return the loss of every block that has one: (B,), or fewer, for a block without a mask has none per token."""
-    loss = -batch.distribution(head).log_prob(batch.tokens)
+    return _per_block(-batch.distribution(head).log_prob(batch.tokens), batch.masked, config)
+
+
+def _per_block(nats: Tensor, masked: Tensor, config: CircuitTraining) -> Tensor:
+    """Return what each block counts of its nats, (B,), in the objective; those without a mask may count nothing."""
     if config.weighting == "uniform":
-        return loss
-    num_masked = batch.masked.sum(-1)
+        return nats
+    num_masked = masked.sum(-1)
     has_mask = num_masked > 0
-    return loss[has_mask] / num_masked[has_mask]
+    return nats[has_mask] / num_masked[has_mask]
 
 
 def _training_batch(cache: LogitCache, head: CoupledHead, config: CircuitTraining, step: int) -> CachedBatch:

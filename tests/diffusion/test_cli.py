@@ -85,9 +85,10 @@ def test_denoiser_and_circuit_are_trained_together_beside_the_denoiser_that_was(
     assert run("train", "--corpus", corpus, "--out", out, "--preset", "tiny", "--quiet")[0] == 0
     before = weights_of(workspace.Workspace(out).denoiser())
     monkeypatch.setattr(JointTraining.__init__, "__kwdefaults__", JointTraining.__init__.__kwdefaults__ | {"steps": 2})
-    code, _, error = run("fit", "--out", out, "--joint", "--quiet")
+    code, _, error = run("fit", "--out", out, "--joint", "--optimizer", "anemone", "--quiet")
     assert code == 0, error
     made = workspace.Workspace(out)
+    assert made.recipe().circuit.training.optimizer == "anemone"
     assert made.recipe().circuit.joint == JointTraining(steps=2)
     assert weights_of(made.base_denoiser()).equal(before)
     joint = weights_of(made.denoiser())

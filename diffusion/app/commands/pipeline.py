@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import typer
 
@@ -22,9 +23,12 @@ from diffusion.app.commands.common import (
     preset_recipe,
 )
 from diffusion.app.models import DEFAULT_OUT
-from diffusion.app.recipe import Transitions
+from diffusion.app.option_groups import OptionGroup, with_options
+from diffusion.app.recipe import CircuitRecipe, Transitions
 from diffusion.app.terminal import say
 from diffusion.denoisers.transformer import Attention
+from diffusion.training.circuit import OptimizerName
+from diffusion.training.joint import JointTraining
 
 
 @app.command()
@@ -73,66 +77,84 @@ def cache_logits(
     say(f"{len(train_cache):,} training and {len(held_out):,} held-out blocks are in {out}/cache")
 
 
+class FitOptions(OptionGroup):
+    """What a head is fitted as; what is not named is the preset's."""
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {
+        "states": Annotated[int | None, typer.Option(min=1, max=1 << 16, help="States of the hidden Markov model.")],
+        "steps": Annotated[
+            int | None, typer.Option(min=1, max=1 << 31, help="Updates of the circuit on the coupled objective.")
+        ],
+        "optimizer": Annotated[
+            str | None,
+            typer.Option(
+                help="Of the circuit's weights on that objective: adam, or anemone, steps by flows.",
+                show_default="the preset's",
+            ),
+        ],
+        "calibration": Annotated[
+            bool, typer.Option("--calibration/--no-calibration", help="Calibrate the prediction by the noise level.")
+        ],
+        "potentials": Annotated[
+            bool | None,
+            typer.Option(
+                "--potentials/--no-potentials",
+                help="Read potentials on the latents from the denoiser's hidden states.",
+                show_default="the preset's",
+            ),
+        ],
+        "transitions": Annotated[
+            str | None,
+            typer.Option(
+                help="What the denoiser's hidden states make of transitions: static, gates or low_rank.",
+                show_default="the preset's",
+            ),
+        ],
+        "hidden": Annotated[
+            int | None,
+            typer.Option(min=1, max=1 << 16, help="Units of a hidden layer that reads the denoiser's hidden states."),
+        ],
+        "joint": Annotated[
+            bool | None,
+            typer.Option(
+                "--joint/--no-joint",
+                help="Train denoiser and circuit together after that.",
+                show_default="the preset's",
+            ),
+        ],
+    }
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"calibration": True}
+
+    def changed(self, circuit: CircuitRecipe) -> CircuitRecipe:
+        """Return a recipe with what is named; raises ArgumentError for a name that is not known."""
+        for name, known in (("transitions", Transitions), ("optimizer", OptimizerName)):
+            if self.given[name] is not None:
+                one_of(name, self.given[name], get_args(known))
+        training = {"steps": self.steps, "optimizer": self.optimizer}
+        chosen = {
+            "num_states": self.states,
+            "is_calibrated": self.calibration,
+            "has_potentials": self.potentials,
+            "transitions": self.transitions,
+            "hidden_units": self.hidden,
+            "training": replace(circuit.training, **_named(training)),
+        }
+        if self.joint is not None:
+            circuit = replace(circuit, joint=(circuit.joint or JointTraining()) if self.joint else None)
+        return replace(circuit, **_named(chosen))
+
+
+def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 @app.command()
-def fit(
-    out: Out = DEFAULT_OUT,
-    states: Annotated[int | None, typer.Option(min=1, max=1 << 16, help="States of the hidden Markov model.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=1 << 31, help="Updates of the circuit on the coupled objective.")
-    ] = None,
-    calibration: Annotated[
-        bool, typer.Option("--calibration/--no-calibration", help="Calibrate the prediction by the noise level.")
-    ] = True,
-    potentials: Annotated[
-        bool | None,
-        typer.Option(
-            "--potentials/--no-potentials",
-            help="Read potentials on the latents from the denoiser's hidden states.",
-            show_default="the preset's",
-        ),
-    ] = None,
-    transitions: Annotated[
-        str | None,
-        typer.Option(
-            help="What the denoiser's hidden states make of transitions: static, gates or low_rank.",
-            show_default="the preset's",
-        ),
-    ] = None,
-    hidden: Annotated[
-        int | None,
-        typer.Option(min=1, max=1 << 16, help="Units of a hidden layer that reads the denoiser's hidden states."),
-    ] = None,
-    joint: Annotated[
-        bool | None,
-        typer.Option(
-            "--joint/--no-joint",
-            help="Train denoiser and circuit together after that.",
-            show_default="the preset's",
-        ),
-    ] = None,
-    device: DeviceName = "auto",
-    quiet: Quiet = False,
-) -> None:
+@with_options
+def fit(how: FitOptions, out: Out = DEFAULT_OUT, device: DeviceName = "auto", quiet: Quiet = False) -> None:
     """Fit a circuit to the denoiser of a folder."""
-    if transitions is not None:
-        one_of("transitions", transitions, get_args(Transitions))
     workspace = open_workspace(out, device, quiet)
     recipe = workspace.recipe()
-    if states is not None:
-        recipe = replace(recipe, circuit=replace(recipe.circuit, num_states=states))
-    if steps is not None:
-        training = replace(recipe.circuit.training, steps=steps)
-        recipe = replace(recipe, circuit=replace(recipe.circuit, training=training))
-    recipe = replace(recipe, circuit=replace(recipe.circuit, is_calibrated=calibration))
-    chosen = {"has_potentials": potentials, "transitions": transitions, "hidden_units": hidden}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    recipe = replace(recipe, circuit=replace(recipe.circuit, **given))
-    if joint is not None:
-        from diffusion.training.joint import JointTraining
-
-        config = (recipe.circuit.joint or JointTraining()) if joint else None
-        recipe = replace(recipe, circuit=replace(recipe.circuit, joint=config))
-    head = workspace.fit(recipe)
+    head = workspace.fit(replace(recipe, circuit=how.changed(recipe.circuit)))
     say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 
 
