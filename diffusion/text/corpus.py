@@ -60,8 +60,8 @@ def load_corpus(
         source: ``"embedded"``, the language reference that comes with Python (``pydoc_data.topics``, a document per
             topic); ``"arithmetic"``, generated sums (``arithmetic_documents``); ``"gsm8k"``, its worked answers, which
             are downloaded once (:mod:`~diffusion.text.gsm8k`); or the path of a ``.txt`` file, whose documents are
-            separated by blank lines, or of a ``.jsonl`` file with a document per line. Either file may be compressed,
-            with ``.gz`` appended to its name.
+            separated by blank lines, of a ``.jsonl`` file with a document per line, or of a ``.fasta`` or ``.fa`` file,
+            whose documents are its sequences. The file may be compressed, with ``.gz`` appended to its name.
         field: the key that holds the text in each line of a ``.jsonl`` file.
         held_out_fraction: share of the documents that is held out, in [0, 1).
         seed: chooses which documents are held out, and generates the arithmetic.
@@ -87,12 +87,15 @@ def load_corpus(
         if field is None:
             raise ArgumentError(f"field: expected the key that holds the text in each line of {name}, got none")
         documents = _documents_of_jsonl(name, field)
+    elif name.removesuffix(".gz").endswith((".fasta", ".fa")):
+        documents = _sequences_of_fasta(name)
     elif name.removesuffix(".gz").endswith(".txt"):
         documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
     else:
         raise CorpusError(
             f"{name}: its format is not known; "
-            "expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .txt.gz or .jsonl.gz"
+            "expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .fasta or .fa, or one of "
+            "these and .gz"
         )
     return _corpus(name, documents, held_out_fraction, seed)
 
@@ -143,6 +146,14 @@ def _decompressed(content: bytes, name: str) -> bytes:
     if len(text) > most:
         raise CorpusError(f"{name}: expected at most {most} bytes of text in {len(content)} bytes, got more")
     return text
+
+
+def _sequences_of_fasta(name: str) -> list[str]:
+    """Return the sequences, each of whose lines are one after the other; headers begin with >."""
+    header, *records = re.split(r"^>.*$", _read_text(name), flags=re.MULTILINE)
+    if header.strip():
+        raise CorpusError(f"{name}: not FASTA: expected a line that begins with > first, got {header.strip()[:40]!r}")
+    return ["".join(record.split()) for record in records]
 
 
 def _documents_of_jsonl(name: str, field: str) -> list[str]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.arguments import checked_count
+from circuits.digests import digest
 from circuits.progress import progress_bar
 from circuits.store import locked
 from diffusion._json import write_json
@@ -28,6 +29,7 @@ from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction
 from diffusion.training.cache_files import FORMAT_VERSION, continue_or_create, extended, read_meta, verified_arrays
+from diffusion.training.cache_shards import Joined, shard_folder, shards_of
 from diffusion.training.cached import CachedBatch
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
 
@@ -74,10 +76,15 @@ class LogitCache:
     def open(cls, path: str | os.PathLike[str]) -> LogitCache:
         """Open a complete cache; its arrays are read once, to compare them with the digest.
 
+        A folder of shards is read as one cache, one shard after the other.
+
         Raises:
             CheckpointError: the folder is missing, not a cache, of another format version, damaged, or not complete.
         """
         folder = Path(path)
+        shards = [] if (folder / "meta.json").exists() else shards_of(folder)
+        if shards:
+            return cls._joined(folder, [cls.open(shard) for shard in shards])
         meta = read_meta(folder)
         if meta["done"] < meta["num_examples"]:
             raise CheckpointError(
@@ -95,6 +102,31 @@ class LogitCache:
             arrays.get("features"),
             tuple(meta.get("forbidden_ids", ())),
             meta.get("tokenizer"),
+        )
+
+    @classmethod
+    def _joined(cls, folder: Path, shards: list[LogitCache]) -> LogitCache:
+        first = shards[0]
+        forms = {
+            (one.block_length, one.vocab_size, one.log_q.shape[2], one.forbidden_ids, one.tokenizer_fingerprint)
+            for one in shards
+        }
+        if len(forms) > 1 or len({None if one.features is None else one.features.shape[2] for one in shards}) > 1:
+            raise CheckpointError(f"{folder}: its shards are not of one cache; delete them and cache again")
+
+        def joined(name: str) -> Any:
+            return None if getattr(first, name) is None else Joined([getattr(one, name) for one in shards])
+
+        return cls(
+            np.concatenate([one.tokens for one in shards]),
+            np.concatenate([one.masked for one in shards]),
+            joined("log_q"),
+            joined("values"),
+            first.vocab_size,
+            digest(*(one.digest for one in shards)),
+            joined("features"),
+            first.forbidden_ids,
+            first.tokenizer_fingerprint,
         )
 
     def batch(self, index: NDArray[np.int64] | slice, device: torch.device | str = "cpu") -> CachedBatch:
@@ -120,6 +152,9 @@ def cache_logits(
     path: str | os.PathLike[str],
     *,
     block_length: int,
+    valid: Tensor | None = None,  # shape: (N, context length + L)
+    suffix_length: int = 0,
+    shard: tuple[int, int] | None = None,
     top_k: int | None = None,
     features: bool = False,
     masks_per_window: int = 1,
@@ -139,6 +174,12 @@ def cache_logits(
         windows: int64 tokens, (N, context length + L); the context is always visible.
         path: the folder; created, or continued.
         block_length: L.
+        valid: bool, False at padding, which stands at the left of shorter contexts; None: there is none. See
+            :func:`~diffusion.training.answers.answer_windows`.
+        suffix_length: mask tokens after the block, all of which the denoiser sees: what block decoding shows it of the
+            blocks that are to come.
+        shard: (index, count): this process caches every count-th window, from index on, in a folder of its own within
+            ``path``; :meth:`LogitCache.open` reads all of them as one. None: all windows.
         top_k: keep the k most probable tokens of every position and the true one, k + 1 in all; None: all V.
         features: keep the denoiser's last hidden states too, for conditioners that look at them, in float16.
         masks_per_window: how many noisy versions of every window, each with its own noise level.
@@ -148,8 +189,12 @@ def cache_logits(
         progress: draw a progress bar.
         device: of the denoiser; by default that of ``windows``.
 
+    Returns:
+        The cache, or this process's shard of it.
+
     Raises:
-        ArgumentError: no windows, windows shorter than a block, or a denoiser without the features asked for.
+        ArgumentError: no windows, windows shorter than a block, ``valid`` that does not fit them or pads a block, or a
+            denoiser without the features asked for.
         CheckpointError: the folder holds something else, or a cache made with other arguments, or what was written
             before is damaged.
         StorageError: there is no room for it, the folder cannot be written, or another process caches there.
@@ -158,7 +203,14 @@ def cache_logits(
         raise ArgumentError(
             f"windows: expected int64 (N >= 1, at least block_length={block_length}), got {tuple(windows.shape)}"
         )
-    vocab_size = denoiser.spec.vocab_size
+    vocab_size, folder = denoiser.spec.vocab_size, Path(path)
+    checked_count("suffix_length", suffix_length, 0)
+    valid = _checked_valid(valid, windows, block_length)
+    if shard is not None:
+        folder = shard_folder(folder, shard)
+        windows, valid = windows[shard[0] :: shard[1]], None if valid is None else valid[shard[0] :: shard[1]]
+        if not len(windows):
+            raise ArgumentError(f"shard: expected at most as many as there are windows, got {shard[1]}; take fewer")
     if top_k is not None:
         checked_count("top_k", top_k)
     listed = vocab_size if top_k is None or top_k + 1 >= vocab_size else top_k + 1
@@ -182,14 +234,21 @@ def cache_logits(
     tokenizer = getattr(denoiser, "tokenizer_fingerprint", None)
     if tokenizer is not None:
         meta["tokenizer"] = tokenizer
-    folder, windows = Path(path), windows.repeat(masks_per_window, 1)
+    if valid is not None:
+        meta["valid"] = hashlib.sha256(valid.cpu().contiguous().numpy().tobytes()).hexdigest()
+    meta |= {"suffix_length": suffix_length} if suffix_length else {}
+    meta |= {"shard": list(shard)} if shard is not None else {}
+    windows = windows.repeat(masks_per_window, 1)
+    valid = None if valid is None else valid.repeat(masks_per_window, 1)
     with locked(folder):
         meta = continue_or_create(folder, meta)
         arrays = verified_arrays(folder, meta, mode="r+") if meta["done"] < meta["num_examples"] else {}
 
         def fill(rows: slice) -> None:
-            generator = torch.Generator().manual_seed(_seed_of(seed, rows.start))
-            _fill(arrays, rows, denoiser, windows[rows], block_length, schedule_name, generator, device)
+            generator = torch.Generator().manual_seed(_seed_of(seed, rows.start, *(shard or ())))
+            padded = None if valid is None else valid[rows]
+            noise = schedule_name, generator
+            _fill(arrays, rows, denoiser, (windows[rows], padded), block_length, suffix_length, noise, device)
 
         _complete(folder, meta, arrays, fill, progress=progress)
     return LogitCache.open(folder)
@@ -227,23 +286,29 @@ def _fill(
     arrays: dict[str, np.memmap],
     rows: slice,
     denoiser: Denoiser,
-    windows: Tensor,
+    padded: tuple[Tensor, Tensor | None],
     block_length: int,
-    schedule_name: ScheduleName,
-    generator: torch.Generator,
+    suffix_length: int,
+    noise: tuple[ScheduleName, torch.Generator],
     device: torch.device | str | None,
 ) -> None:
+    (windows, valid), (schedule_name, generator) = padded, noise
     block = windows[:, -block_length:].cpu()
     t = sample_times(len(windows), generator=generator)
     noisy, masked = mask_tokens(
         block, t, mask_id=denoiser.spec.mask_id, schedule=schedule(schedule_name), generator=generator
     )
-    canvas = torch.cat([windows[:, :-block_length].cpu(), noisy], 1).to(device or windows.device)
+    suffix = noisy.new_full((len(noisy), suffix_length), denoiser.spec.mask_id)
+    canvas = torch.cat([windows[:, :-block_length].cpu(), noisy, suffix], 1).to(device or windows.device)
+    if valid is not None:
+        valid = torch.cat([valid.cpu(), torch.ones_like(suffix, dtype=torch.bool)], 1).to(canvas.device)
+    stop = windows.shape[1]
     num_listed = arrays["values"].shape[-1] if "values" in arrays else None
     prediction = Prediction.ask(
         denoiser,
         canvas,
-        window=(canvas.shape[1] - block_length, canvas.shape[1]),
+        valid=valid,
+        window=(stop - block_length, stop),
         top_k=num_listed,
         include=None if num_listed is None else block.to(canvas.device),
         features="features" in arrays,
@@ -251,7 +316,8 @@ def _fill(
     if num_listed is not None:
         prediction = _true_first(prediction, block.to(canvas.device))
     written: dict[str, Any] = {"tokens": block, "masked": masked, "log_q": prediction.log_q.clamp_min(_LOWEST_LOG_Q)}
-    written |= {"values": prediction.values, "features": prediction.features}
+    features = None if prediction.features is None else prediction.features.float()  # numpy has no bfloat16
+    written |= {"values": prediction.values, "features": features}
     for name, array in arrays.items():
         array[rows] = written[name].cpu().numpy()
 
@@ -267,8 +333,23 @@ def _true_first(prediction: Prediction, true: Tensor) -> Prediction:
     return replace(prediction, values=values, log_q=log_q)
 
 
-def _seed_of(seed: int, start: int) -> int:
-    return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
+def _checked_valid(valid: Tensor | None, windows: Tensor, block_length: int) -> Tensor | None:
+    """Return which tokens of the windows are no padding, bool, or None; raise ArgumentError unless they are."""
+    if valid is None:
+        return None
+    if not isinstance(valid, Tensor) or valid.shape != windows.shape or valid.dtype != torch.bool:
+        got = f"{valid.dtype} {tuple(valid.shape)}" if isinstance(valid, Tensor) else type(valid).__name__
+        raise ArgumentError(f"valid: expected bool of the windows' shape {tuple(windows.shape)}, got {got}")
+    if not bool(valid[:, -block_length:].all()) or bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        raise ArgumentError(
+            "valid: expected padding at the left of contexts alone, got some within or after the text; fill blocks up "
+            "with the token that ends a text"
+        )
+    return valid
+
+
+def _seed_of(seed: int, *parts: int) -> int:
+    return int(np.random.SeedSequence([seed, *parts]).generate_state(1)[0])
 
 
 def _fingerprint(
@@ -280,9 +361,9 @@ def _fingerprint(
     window = (canvas.shape[1] - block_length, canvas.shape[1])
     digests = []
 
-    def digest(logits: Tensor) -> Tensor:
+    def keep_digest(logits: Tensor) -> Tensor:
         digests.append(hashlib.sha256(logits.float().cpu().numpy().round(3).tobytes()).hexdigest())
         return logits
 
-    said = Prediction.ask(denoiser, canvas, window=window, logits_hook=digest, features=features)
+    said = Prediction.ask(denoiser, canvas, window=window, logits_hook=keep_digest, features=features)
     return digests[0], 0 if said.features is None else said.features.shape[2]

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from diffusion import TransformerDenoiser
+from diffusion import LogitCache, TransformerDenoiser
 from diffusion.app import workspace
 from diffusion.denoisers.layers import PrefixCache
+from diffusion.errors import CorpusError
+from diffusion.text.corpus import load_corpus
 from diffusion.training.denoiser import DenoiserTraining
 
 SMALL = workspace.Recipe(
@@ -99,3 +101,32 @@ def test_a_denoiser_without_a_cache_is_named(run, tmp_path, monkeypatch):
         )
         assert "Traceback" not in error
         assert run(*command, *options)[0] == 0
+
+
+def test_predictions_of_texts_with_prompts_are_cached_in_shards(run, tmp_path, monkeypatch):
+    out, texts, to = trained(run, tmp_path), tmp_path / "pairs.jsonl", tmp_path / "cache"
+    records = [{"prompt": f"The {i}th text ", "text": f"says that {i} and more."[: 6 + i]} for i in range(6)]
+    texts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ("cache-logits", "--out", out, "--text", texts, "--to", to, "--context", 12, "--suffix", 8, "--quiet")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        code, _, error = run(*command)
+        assert code == 0, error
+    cache = LogitCache.open(to)
+    assert len(cache) == sum(-(-len(record["text"]) // 8) for record in records)
+    tokenizer = workspace.Workspace(out).tokenizer()
+    found = sorted(tokenizer.decode([t for t in row if t != tokenizer.eos_id]) for row in cache.tokens.tolist())
+    expected = sorted(record["text"][at : at + 8] for record in records for at in range(0, len(record["text"]), 8))
+    assert found == expected
+    assert run("cache-logits", "--out", out, "--text", texts)[0] == 2
+    assert "to: expected a folder" in run("cache-logits", "--out", out, "--text", texts)[2]
+
+
+def test_sequences_of_fasta_are_documents(tmp_path):
+    path = tmp_path / "chains.fasta"
+    path.write_text(">one heavy\nEVQL\nVESG\n>two\nQVQLQ\n")
+    assert load_corpus(path, held_out_fraction=0.0).train == ("EVQLVESG", "QVQLQ")
+    path.write_text("EVQL\n>one\nEVQL\n")
+    with pytest.raises(CorpusError, match="not FASTA"):
+        load_corpus(path)

@@ -22,11 +22,12 @@ from diffusion.app.commands.common import (
     open_workspace,
     preset_recipe,
 )
-from diffusion.app.models import DEFAULT_OUT
-from diffusion.app.option_groups import OptionGroup, with_options
+from diffusion.app.models import DEFAULT_OUT, ModelOptions
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, with_options
 from diffusion.app.recipe import CircuitRecipe, Transitions
 from diffusion.app.terminal import say
 from diffusion.denoisers.transformer import Attention
+from diffusion.errors import ArgumentError
 from diffusion.training.circuit import OptimizerName
 from diffusion.training.joint import JointTraining
 
@@ -61,15 +62,57 @@ def train(
     say(f"A denoiser of {model.num_parameters:,} parameters is in {out}/denoiser; next: unfactor fit --out {out}")
 
 
+class TextOptions(OptionGroup):
+    """Which texts a denoiser's predictions are cached of, and how."""
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {
+        "text": Annotated[
+            Path | None,
+            typer.Option(
+                help="Texts of yours: .jsonl with the key text, and prompt if need be, .txt, .fasta or .fa, also .gz. "
+                "By default the folder's own.",
+                show_default=False,
+            ),
+        ],
+        "to": Annotated[
+            Path | None, typer.Option(help="The cache's folder, with --text; torchrun's processes write shards of it.")
+        ],
+        "context": Annotated[int, typer.Option(min=0, max=MOST, help="Tokens before a block, with --text.")],
+        "block": Annotated[
+            int | None,
+            typer.Option(min=1, max=MOST, help="Tokens of a block, with --text.", show_default="the model's"),
+        ],
+        "suffix": Annotated[
+            int, typer.Option(min=0, max=MOST, help="Mask tokens after a block, as block decoding shows them.")
+        ],
+        "top_k": Annotated[
+            int | None, typer.Option(min=1, max=MOST, help="Keep so many tokens of each position and the true one.")
+        ],
+        "features": Annotated[bool, typer.Option("--features", help="Keep the denoiser's hidden states too.")],
+        "seed": Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Of noise levels and masks.")],
+    }
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"context": 512, "suffix": 0, "features": False, "seed": 0}
+
+
 @app.command("cache-logits")
+@with_options
 def cache_logits(
-    out: Out = DEFAULT_OUT,
+    models: ModelOptions,
+    texts: TextOptions,
     blocks: Annotated[int | None, typer.Option(min=1, max=1 << 31, help="Noised training blocks.")] = None,
-    device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Cache the denoiser's predictions on disk; `unfactor fit` does it too where they are not there."""
-    workspace = open_workspace(out, device, quiet)
+    if texts.text is not None:
+        from diffusion.app.caching import cache_texts
+
+        cache = cache_texts(models.open(use_circuit=False), texts, num_blocks=blocks, progress=not quiet)
+        say(f"{len(cache):,} blocks are in {texts.to}; read them with df.LogitCache.open")
+        return
+    if models.is_named:
+        raise ArgumentError("text: expected a file with --model, got none; name it with --text")
+    out = models.out or DEFAULT_OUT
+    workspace = open_workspace(out, models.device, quiet)
     recipe = workspace.recipe()
     if blocks is not None:
         recipe = replace(recipe, circuit=replace(recipe.circuit, cached_blocks=blocks))
