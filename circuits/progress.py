@@ -5,13 +5,44 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from circuits.errors import Interrupted
+
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int, *, enabled: bool, completed: int = 0) -> Iterator[Callable[..., None]]:
-    """Yield ``advance(n=1, note="")``; draws on standard error, and nothing at all when not ``enabled``."""
-    if not enabled:
-        yield lambda n=1, note="": None
-        return
+def progress_bar(
+    description: str, total: int, *, enabled: bool, completed: int = 0, way_on: str | None = None
+) -> Iterator[Callable[..., None]]:
+    """Yield ``advance(n=1, note="")``, to be called after every part of some long work.
+
+    Args:
+        description: of the work, which messages begin with.
+        total: how many parts it has.
+        enabled: whether it is drawn on standard error.
+        completed: how many parts are done already.
+        way_on: how the work goes on after it was stopped, for the message: while the block runs, :func:`check_stop`
+            ends it. None: it does not.
+    """
+    done = completed
+
+    def message(reason: str) -> str:
+        return f"{description}: {reason} after {done} of {total} parts; {way_on}"
+
+    with contextlib.ExitStack() as stack:
+        if way_on is not None:
+            stack.enter_context(stoppable(message))
+        drawn = stack.enter_context(_drawn(description, total, completed)) if enabled else None
+
+        def advance(n: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += n
+            if drawn is not None:
+                drawn(n, note)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _drawn(description: str, total: int, completed: int) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -32,17 +63,18 @@ def progress_bar(description: str, total: int, *, enabled: bool, completed: int 
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total, completed=completed, note="")
-        yield lambda n=1, note="": progress.update(task, advance=n, note=note)
+        yield lambda n, note: progress.update(task, advance=n, note=note)
 
 
 _stop_reason: str | None = None
-_num_stoppable = 0
+_messages: list[Callable[[str], str] | None] = []
+"""Of the pieces of work that look whether they are to stop, the innermost last."""
 
 
 def request_stop(reason: str = "asked to stop") -> None:
-    """Ask long work to end at its next update; safe in a signal handler.
+    """Ask long work to end at its next update or batch; safe in a signal handler.
 
-    A run of learning then writes its checkpoint and raises :class:`~circuits.errors.Interrupted`.
+    It then writes down how far it came and raises :class:`~circuits.errors.Interrupted`.
 
     Args:
         reason: why, for the message; for instance the name of a signal.
@@ -63,16 +95,26 @@ def forget_stop() -> None:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """While the block runs, :func:`stop_requested` is looked at again and again; elsewhere nobody would notice it."""
-    global _num_stoppable
-    _num_stoppable += 1
+def stoppable(message: Callable[[str], str] | None = None) -> Iterator[None]:
+    """While the block runs, :func:`stop_requested` is looked at again and again; elsewhere nobody would notice it.
+
+    Args:
+        message: what :func:`check_stop` says, by reason; None: it lets the work go on, which looks itself.
+    """
+    _messages.append(message)
     try:
         yield
     finally:
-        _num_stoppable -= 1
+        _messages.pop()
+
+
+def check_stop() -> None:
+    """Raise Interrupted if the work that runs is to end and says how it goes on; called before whatever takes long."""
+    message = _messages[-1] if _messages else None
+    if _stop_reason is not None and message is not None:
+        raise Interrupted(message(_stop_reason))
 
 
 def is_stoppable() -> bool:
     """Return whether somebody looks at :func:`stop_requested` now."""
-    return _num_stoppable > 0
+    return bool(_messages)

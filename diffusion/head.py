@@ -305,7 +305,7 @@ class CoupledHead(OnHub, nn.Module):
         with replace_folder(path, ("circuit", _FILE), kind="a saved head") as folder:
             ct.save(self.pc, folder / "circuit")
             metadata = {
-                "settings": json.dumps({name: getattr(self, name) for name in _SETTINGS}),
+                "settings": json.dumps({name: getattr(self, name) for name in SETTINGS}),
                 "conditioners": json.dumps([_described(conditioner) for conditioner in self.conditioners]),
                 "circuit_sha256": circuit_hash(folder),
             }
@@ -386,7 +386,7 @@ def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditi
     return made
 
 
-_SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k", "tokenizer_fingerprint", "decoding")
+SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k", "tokenizer_fingerprint", "decoding")
 
 
 def circuit_hash(folder: Path) -> str:

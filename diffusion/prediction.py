@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.progress import check_stop
 from diffusion.denoisers.base import Denoiser, FeatureDenoiser
 from diffusion.errors import ArgumentError
 
@@ -94,7 +95,9 @@ class Prediction:
         Raises:
             ArgumentError: the logits have a wrong shape or dtype, or at a masked position NaN, +inf or no token above
                 -inf; or ``top_k`` or ``include`` do not fit, or the denoiser has no features.
+            Interrupted: the work that asks was told to stop, see :func:`circuits.progress.request_stop`.
         """
+        check_stop()
         who = type(denoiser).__name__
         given = {"valid": valid, "t": t, "window": window, "cache": cache}
         given = {name: value for name, value in given.items() if value is not None}

@@ -216,6 +216,7 @@ class Workspace(Folder):
             data.to(self.device),
             circuit_alone=ct.load(self.path / "likelihood", device=self.device),
             seed=recipe.seed,
+            folder=self.path / "checkpoints" / "gap",
             progress=self.progress,
         )
         self.keep(table, "gap")
@@ -290,6 +291,7 @@ class Workspace(Folder):
             strategy=strategy,
             temperature=temperature,
             seed=recipe.seed,
+            folder=self.path / "checkpoints" / "arithmetic",
             progress=self.progress,
         )
         self.keep(table, "arithmetic")

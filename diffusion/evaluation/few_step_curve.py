@@ -144,6 +144,7 @@ def few_step_curve(
 
     Raises:
         ArgumentError: data, reference or steps do not fit.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     settings = _settings(_checked(head, data, reference, steps), decode)
     judge = _Judge(denoiser, data[:, : -head.block_length], reference, batch_size, seed)
@@ -217,7 +218,8 @@ def _measured(
         return CurvePoint(curve, num_steps, num_calls, judge.quality(texts))
 
     points = []
-    with progress_bar("measuring the few-step curve", len(settings) + 1, enabled=progress) as advance:
+    title, total = "measuring the few-step curve", len(settings) + 1
+    with progress_bar(title, total, enabled=progress, way_on=kept.way_on) as advance:
         true_text = _quality_of(kept.get(TRUE_TEXT, "", lambda: asdict(judge.quality(data[:, -length:]))))
         advance()
         for setting in settings:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.gap import Estimate
 from diffusion.evaluation.intervals import wilson
+from diffusion.evaluation.kept_points import KeptPoints, identity_of
 from diffusion.head import CoupledHead
 
 Judge = Callable[[Tensor, Tensor], bool]
@@ -75,6 +78,7 @@ def few_step_quality(
     temperature: float = 1.0,
     batch_size: int = 128,
     seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> FewStepTable:
     """Generate one block after each prompt, without and with the circuit, at several numbers of denoiser calls.
@@ -91,37 +95,47 @@ def few_step_quality(
         temperature: of the tokens, with and without the circuit.
         batch_size: texts at a time.
         seed: of the draws.
+        folder: where each row is kept once it is measured, in a file of its own, and found again by a run that goes on;
+            rows of other models, prompts or options, or another criterion, are measured anew. None: nothing is kept.
         progress: draw a progress bar.
 
     Raises:
         ArgumentError: no prompts, or an argument that ``generate`` refuses.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     if prompts.dim() != 2 or not len(prompts):
         raise ArgumentError(f"prompts: expected int64 (N >= 1, P), got {tuple(prompts.shape)}")
+    depends_on = {} if folder is None else {**identity_of(denoiser, head, prompts), "criterion": criterion}
+    kept = KeptPoints(folder, depends_on)
+    options = f"{strategy} {decode} {temperature} {batch_size} {seed} 1"  # the number changes with what is measured
+
+    def share(num_steps: int, used: CoupledHead | None) -> dict[str, Any]:
+        generator = torch.Generator(device=prompts.device).manual_seed(seed)
+        num_good = 0
+        for part in prompts.split(batch_size):
+            out = generate(
+                denoiser,
+                part,
+                gen_length=head.block_length,
+                block_length=head.block_length,
+                num_steps=num_steps,
+                strategy=strategy,
+                head=used,
+                decode=decode,
+                temperature=temperature,
+                stop_at_eos=False,
+                generator=generator,
+            )
+            num_good += sum(judge(*pair) for pair in zip(part, out.generated, strict=True))
+        return asdict(wilson(num_good, len(prompts)))
+
     rows = []
-    num_batches = -(-len(prompts) // batch_size)
-    with progress_bar("generating", 2 * len(steps) * num_batches, enabled=progress) as advance:
+    with progress_bar("generating", 2 * len(steps), enabled=progress, way_on=kept.way_on) as advance:
         for num_steps in steps:
             shares = []
-            for used in (None, head):
-                generator = torch.Generator(device=prompts.device).manual_seed(seed)
-                num_good = 0
-                for part in prompts.split(batch_size):
-                    out = generate(
-                        denoiser,
-                        part,
-                        gen_length=head.block_length,
-                        block_length=head.block_length,
-                        num_steps=num_steps,
-                        strategy=strategy,
-                        head=used,
-                        decode=decode,
-                        temperature=temperature,
-                        stop_at_eos=False,
-                        generator=generator,
-                    )
-                    num_good += sum(judge(*pair) for pair in zip(part, out.generated, strict=True))
-                    advance()
-                shares.append(wilson(num_good, len(prompts)))
+            for name, used in (("without", None), ("with", head)):
+                point = kept.get(f"{num_steps} {name}", options, partial(share, num_steps, used))
+                shares.append(Estimate(**point))
+                advance()
             rows.append(FewStepRow(num_steps, *shares))
     return FewStepTable(tuple(rows), len(prompts), criterion, decode, temperature, seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from circuits.progress import progress_bar
 from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
+from diffusion.evaluation.kept_points import KeptPoints, circuit_digest, identity_of
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
 from diffusion.training.masking import count_masked, mask_fixed_ratio
@@ -150,6 +151,7 @@ def misspecification_gap(
     num_bootstrap: int = 1000,
     batch_size: int = 128,
     seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> GapTable:
     """Measure the four models' perplexities on the masked tokens of the last block of each window.
@@ -167,10 +169,13 @@ def misspecification_gap(
         num_bootstrap: resamples of the N windows behind every confidence interval, at least 1.
         batch_size: windows per call.
         seed: of masks, orders and the bootstrap.
+        folder: where each row is kept once it is measured, in a file of its own, and found again by a run that goes on;
+            rows of other models, data or options are measured anew. None: nothing is kept.
         progress: draw a progress bar.
 
     Raises:
         ArgumentError: shapes or ratios that do not fit.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     length = head.block_length
     if data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
@@ -184,17 +189,49 @@ def misspecification_gap(
     block = data[:, -length:]
     head.vocabulary_in(denoiser.spec.vocab_size).known("data", block, torch.ones_like(block, dtype=torch.bool))
     counts = [count_masked(length, ratio) for ratio in mask_ratios]
-    num_calls = math.ceil(len(data) / batch_size) * (sum(counts) + len(counts))
-    rows = []
-    with progress_bar("measuring the gap", num_calls, enabled=progress) as advance:
-        for ratio, count in zip(mask_ratios, counts, strict=True):
+    num_batches, models = math.ceil(len(data) / batch_size), (denoiser, head, circuit_alone or head.pc)
+    kept = _kept_rows(folder, models, data, seed)
+    num_calls = num_batches * (sum(counts) + len(counts))
+
+    def row(ratio: float, count: int, advance: Callable[..., None]) -> GapRow:
+        left = num_batches * (count + 1)
+
+        def called() -> None:
+            nonlocal left
+            left -= 1
+            advance()
+
+        def measured() -> dict[str, Any]:
             masks = (part.to(data.device) for part in _masks(len(data), length, ratio, seed))
             batches = zip(*(part.split(batch_size) for part in (data, *masks)), strict=True)
-            models = denoiser, head, circuit_alone or head.pc
-            losses = [_losses(*models, batch, advance, forbidden) for batch in batches]
+            losses = [_losses(*models, batch, called, forbidden) for batch in batches]
             per_token = {name: torch.cat([part[name] for part in losses]).cpu().numpy() / count for name in MODELS}
-            rows.append(_summarise(ratio, count, per_token, num_bootstrap, seed))
-    return GapTable(tuple(rows), len(data), seed)
+            return asdict(_summarise(ratio, count, per_token, num_bootstrap, seed))
+
+        found = _row_of(kept.get(f"{ratio}", f"{num_bootstrap}", measured))
+        advance(left)  # of a row that was kept
+        return found
+
+    with progress_bar("measuring the gap", num_calls, enabled=progress, way_on=kept.way_on) as advance:
+        rows = tuple(row(ratio, count, advance) for ratio, count in zip(mask_ratios, counts, strict=True))
+    return GapTable(rows, len(data), seed)
+
+
+def _kept_rows(
+    folder: str | os.PathLike[str] | None,
+    models: tuple[Denoiser, CoupledHead, CompiledCircuit],
+    data: Tensor,
+    seed: int,
+) -> KeptPoints:
+    if folder is None:
+        return KeptPoints(None, {})
+    denoiser, head, circuit_alone = models
+    depends_on = {"circuit_alone": circuit_digest(circuit_alone), "seed": str(seed), "measure": "1"}
+    return KeptPoints(folder, {**identity_of(denoiser, head, data), **depends_on})
+
+
+def _row_of(kept: dict[str, Any]) -> GapRow:
+    return GapRow(**{name: Estimate(**value) if isinstance(value, dict) else value for name, value in kept.items()})
 
 
 def _masks(num_windows: int, length: int, ratio: float, seed: int) -> tuple[Tensor, Tensor]:

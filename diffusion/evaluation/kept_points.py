@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuits import CompiledCircuit
 from circuits.digests import digest, named_digest
 from diffusion._json import read_json, write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import CheckpointError
-from diffusion.head import CoupledHead
+from diffusion.head import SETTINGS, CoupledHead
 from diffusion.prediction import raw_logits
 
 FORMAT = "unfactor-kept-point"
@@ -38,6 +39,11 @@ class KeptPoints:
     def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, str]) -> None:
         self.folder = None if folder is None else Path(folder)
         self.identity = dict(identity)
+
+    @property
+    def way_on(self) -> str | None:
+        """How a measurement goes on that was stopped, in words; None where nothing is kept."""
+        return None if self.folder is None else f"the same call goes on from what is kept in {self.folder}"
 
     def get(self, name: str, options: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the result of a setting as JSON has it: the one that is kept, or a new one, which is kept.
@@ -110,7 +116,13 @@ def _said(denoiser: Denoiser, data: Tensor) -> str:
     return digest(best.indices, (best.values * 10**_DECIMALS).round().to(torch.int64))
 
 
+def circuit_digest(pc: CompiledCircuit) -> str:
+    """Return a hash of a circuit, its structure and its weights."""
+    return digest(repr(pc.circuit), named_digest(pc.state_dict()))
+
+
 def _of_head(head: CoupledHead) -> str:
-    settings = (head.activation_threshold, head.temperature, head.normalization, head.top_k)
+    vocabulary = None if head.vocabulary is None else head.vocabulary.tolist()
+    settings = [getattr(head, name) for name in SETTINGS] + [vocabulary]
     conditioners = [(type(made).__qualname__, made.settings()) for made in head.conditioners]
     return digest(repr(head.pc.circuit), str(settings), str(conditioners), named_digest(head.state_dict()))

@@ -198,6 +198,7 @@ def cache_logits(
         CheckpointError: the folder holds something else, or a cache made with other arguments, or what was written
             before is damaged.
         StorageError: there is no room for it, the folder cannot be written, or another process caches there.
+        Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     if windows.dim() != 2 or not len(windows) or not 1 <= block_length <= windows.shape[1]:
         raise ArgumentError(
@@ -267,8 +268,9 @@ def _complete(
         write_json(folder / "meta.json", meta | {"done": state[0], "digest": state[1]})
 
     since = time.monotonic()
+    way_on = f"the same call goes on from {folder}"
     try:
-        with progress_bar("caching logits", total, enabled=progress, completed=state[0]) as advance:
+        with progress_bar("caching logits", total, enabled=progress, completed=state[0], way_on=way_on) as advance:
             for start in range(state[0], total, size):
                 rows = slice(start, min(start + size, total))
                 fill(rows)

@@ -187,8 +187,9 @@ def answer_task(
             "controls": [repr(control) for control in controls],
             "seed": seed,
         }
-    answers = {}
-    with progress_bar(task.name, len(settings) * len(prompts), enabled=options.progress) as advance:
+    answers: dict[Setting, list[Sample]] = {}
+    way_on = None if folder is None else f"the same call goes on from the answers in {folder}"
+    with progress_bar(task.name, len(settings) * len(prompts), enabled=options.progress, way_on=way_on) as advance:
         for setting in settings:
             made_with = None
             if described is not None:
