@@ -151,7 +151,7 @@ class CompiledCircuit(nn.Module):
                 NaN or +inf, or, with ``normalize``, a unit whose weights are all -inf.
         """
         own = self.own_weights()
-        return CircuitWeights(own, self._external_weights(external, own, normalize) if external else {})
+        return CircuitWeights(own, {} if external is None else self._external_weights(external, own, normalize))
 
     def own_weights(self) -> dict[str, Weights]:
         """Return the normalised weights of every bank, by name."""
@@ -260,6 +260,8 @@ class CompiledCircuit(nn.Module):
     def _external_weights(
         self, external: Mapping[ParametricNode | str, Tensor | Form], own: Mapping[str, Weights], normalize: bool
     ) -> dict[int, ExternalWeights]:
+        if not isinstance(external, Mapping):
+            raise ArgumentError(f"external: expected weights by node or name, got {type(external).__name__}")
         by_layer: dict[int, dict[int, Form]] = defaultdict(dict)
         for key, given in external.items():
             node = self._node_of("external", key)

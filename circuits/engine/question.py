@@ -62,7 +62,7 @@ class Question:
             evidence = Evidence.nothing(batch_size, pc.circuit.num_vars, pc.device)
         elif not torch.compiler.is_compiling():
             evidence.check(pc.num_categories)
-        if batch_size > 1 and batch_size != evidence.batch_size:
+        if batch_size not in (1, evidence.batch_size):
             raise ArgumentError(
                 f"weights: they are for a batch of {batch_size} queries, the evidence has {evidence.batch_size}; "
                 "repeat the evidence or give weights without a batch dimension"

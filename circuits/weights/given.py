@@ -234,7 +234,7 @@ def joined_by_layer(
         ArgumentError: batch sizes differ, a weight is NaN or +inf, or, with ``normalize``, a unit has no weight.
     """
     batch_sizes = (form.batch_size for of_layer in forms.values() for form in of_layer.values())
-    sizes = {size for size in batch_sizes if size is not None and size > 1}
+    sizes = {size for size in batch_sizes if size is not None and size != 1}
     if len(sizes) > 1:
         raise ArgumentError(f"external: expected one batch size, got {sorted(sizes)} along dimension 0")
     shared: dict[Hashable, Any] = {}

@@ -123,6 +123,11 @@ WRONG = {
         lambda: ct.queries.sample(PC, 1, generator=0),
         "generator: .* got int",
     ),
+    "a table for no node": (lambda: PC.weights(external=torch.zeros(2, 2)), "external: .* by node or name, got Tensor"),
+    "weights of no query": (
+        lambda: PC.log_partition(ct.Evidence.observe(X), PC.weights(external={"initial": torch.zeros(0, 1, 2)})),
+        "weights: they are for a batch of 0 queries, the evidence has 1",
+    ),
     "no automaton": (lambda: ct.queries.automaton_log_probability(PC, X), "automaton: .* got Tensor"),
     "a number of nodes": (
         lambda: ct.queries.latent_marginals(PC, ct.Evidence.observe(X), nodes=3),
