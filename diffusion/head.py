@@ -96,6 +96,8 @@ class CoupledHead(OnHub, nn.Module):
                 raise ArgumentError(
                     f"top_k: expected at most the circuit's {max(pc.circuit.num_categories)} categories, got {top_k}"
                 )
+        if not isinstance(conditioners, Sequence):
+            raise ArgumentError(f"conditioners: expected a list of them, got {type(conditioners).__name__}")
         chosen = [*([] if calibration is None else [calibration]), *conditioners]
         for conditioner in chosen:
             if not isinstance(conditioner, Conditioner):

@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from circuits.arguments import checked_count, checked_seed
 from circuits.engine.compile import CompiledCircuit, compile
-from circuits.errors import StructureError
+from circuits.errors import ArgumentError, StructureError
 from circuits.structures.blocks import block_mixture, checked_blocks, checked_categories
 from circuits.symbolic import Sum
 
@@ -174,7 +175,14 @@ def normal_points(num_points: int, dim: int, *, seed: int) -> Tensor:
     """Return quasi-random points whose distribution is the standard normal one, (num_points, dim).
 
     A scrambled Sobol sequence through the normal quantile function (Owen 1998; L'Ecuyer 2018).
+
+    Raises:
+        ArgumentError: an argument is no integer in its range; there are sequences of up to 21,201 dimensions.
     """
+    checked_count("num_points", num_points)
+    if checked_count("dim", dim) > torch.quasirandom.SobolEngine.MAXDIM:
+        raise ArgumentError(f"dim: expected at most {torch.quasirandom.SobolEngine.MAXDIM} dimensions, got {dim}")
+    checked_seed("seed", seed)
     return uniform_to_normal(torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num_points))
 
 

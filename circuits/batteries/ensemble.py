@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from circuits.arguments import checked_count, checked_number
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, StructureError
 from circuits.precision import own_precision
@@ -86,6 +87,8 @@ def convex_weights(
     Raises:
         ArgumentError: an argument has a wrong shape or value, or no sample is possible.
     """
+    checked_count("max_steps", max_steps)
+    checked_number("tolerance", tolerance)
     if not isinstance(log_likelihoods, Tensor):
         raise ArgumentError(f"log_likelihoods: expected a tensor (N, M), got {type(log_likelihoods).__name__}")
     scores = log_likelihoods.detach().double()

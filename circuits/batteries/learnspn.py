@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, checked_seed
 from circuits.errors import ArgumentError
 from circuits.families import Categorical
 from circuits.region_graphs.chow_liu import checked_categories, empirical_mutual_information
@@ -58,6 +58,7 @@ def learn_spn(
     for name, value, greatest in (("significance", significance, 1.0), ("smoothing", smoothing, float("inf"))):
         if not isinstance(value, (int, float)) or not 0 < value < greatest:
             raise ArgumentError(f"{name}: expected a number above 0 and below {greatest}, got {value!r}")
+    checked_seed("seed", seed)
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     learner = _Learner(data.long(), counts, num_clusters, min_rows, significance, smoothing, generator)

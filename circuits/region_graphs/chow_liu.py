@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -196,6 +196,8 @@ def checked_categories(data: Tensor, num_categories: int | Sequence[int] | None)
         counts = largest.long() + 1
     elif isinstance(num_categories, int):
         counts = torch.full_like(largest, checked_count("num_categories", num_categories), dtype=torch.int64)
+    elif not isinstance(num_categories, Iterable):
+        raise ArgumentError(f"num_categories: expected a number or one per variable, got {num_categories!r}")
     else:
         given = [checked_count("num_categories", count) for count in num_categories]
         if len(given) != data.shape[1]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits import CompiledCircuit
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, checked_seed
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -22,10 +22,13 @@ def checked_places(places: Places) -> dict[str, list[int]]:
     Raises:
         ArgumentError: there are none, a position is none, or nodes have different numbers of positions.
     """
-    if not places:
-        raise ArgumentError("positions: expected at least one named sum node, got none")
-    found = {name: list(positions) for name, positions in places.items()}
-    for name, positions in found.items():
+    if not isinstance(places, Mapping) or not places:
+        raise ArgumentError(f"positions: expected positions by the name of a sum node, got {places!r:.60}")
+    found = {}
+    for name, positions in places.items():
+        if not isinstance(name, str) or isinstance(positions, str) or not isinstance(positions, Sequence):
+            raise ArgumentError(f"positions: expected lists of positions by name, got {name!r}: {positions!r:.60}")
+        found[name] = list(positions)
         for position in positions:
             checked_count(f"positions[{name!r}]", position, 0)
     if len({len(positions) for positions in found.values()}) > 1 or not next(iter(found.values())):
@@ -33,15 +36,30 @@ def checked_places(places: Places) -> dict[str, list[int]]:
     return found
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise ArgumentError unless all are integers >= 1, or None."""
-    for name, value in counts.items():
-        if value is not None:
-            checked_count(name, value)
+def check_sizes(*, hidden: int | None, seed: int, **counts: int) -> None:
+    """Raise ArgumentError unless all are integers >= 1, ``hidden`` one or None, and ``seed`` a seed."""
+    for name, value in (counts if hidden is None else counts | {"hidden": hidden}).items():
+        checked_count(name, value)
+    if checked_seed("seed", seed) is None:
+        raise ArgumentError("seed: expected an integer, got None")
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape of a table, (units, children); raise ArgumentError otherwise."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 2:
+        raise ArgumentError(f"shape: expected (units, children) of the nodes, got {shape!r:.60}")
+    return checked_count("shape[0]", shape[0]), checked_count("shape[1]", shape[1])
+
+
+def check_circuit(pc: CompiledCircuit) -> None:
+    """Raise ArgumentError unless an argument is a compiled circuit."""
+    if not isinstance(pc, CompiledCircuit):
+        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
 def transitions_of(pc: CompiledCircuit) -> dict[str, list[int]]:
     """Return the places of the transitions of a circuit of :func:`circuits.structures.hmm`: ``t`` and ``t + 1``."""
+    check_circuit(pc)
     return {f"transition{step}": [step, step + 1] for step in range(pc.circuit.num_vars - 1)}
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count
 from diffusion.conditioners.base import Conditioned, Conditioner, register
-from diffusion.conditioners.context import check_counts, network, read_context
+from diffusion.conditioners.context import check_circuit, check_sizes, network, read_context
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -54,11 +54,11 @@ class LatentPotentials(Conditioner):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not positions:
-            raise ArgumentError("positions: expected at least one named sum node, got none")
+        if not isinstance(positions, Mapping) or not positions:
+            raise ArgumentError(f"positions: expected positions by the name of a sum node, got {positions!r:.60}")
         for name, position in positions.items():
             checked_count(f"positions[{name!r}]", position, 0)
-        check_counts(num_units=num_units, num_features=num_features, hidden=hidden)
+        check_sizes(num_units=num_units, num_features=num_features, hidden=hidden, seed=seed)
         self.positions = dict(positions)
         self.num_units, self.num_features, self.hidden, self.seed = num_units, num_features, hidden, seed
         self.linear = network(num_features + (1 if hidden is None else 2), num_units, hidden, seed=seed, is_zero=True)
@@ -77,6 +77,7 @@ class LatentPotentials(Conditioner):
         Raises:
             ArgumentError: the circuit has no nodes of these names.
         """
+        check_circuit(pc)
         steps = range(pc.circuit.num_vars - 1)
         positions = {"initial": 0, **{f"transition{step}": step + 1 for step in steps}}
         made = cls(positions, pc.sum_node("initial").parameter_shape[1], num_features, **options)

@@ -23,7 +23,8 @@ import circuits as ct
 from circuits import CompiledCircuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.context import (
-    check_counts,
+    check_sizes,
+    checked_shape,
     check_nodes,
     checked_places,
     is_zero,
@@ -65,7 +66,8 @@ class LowRankTransitions(Conditioner):
     ) -> None:
         super().__init__()
         self.positions = checked_places(positions)
-        check_counts(num_features=num_features, rank=rank, hidden=hidden)
+        check_sizes(num_features=num_features, rank=rank, hidden=hidden, seed=seed)
+        shape = checked_shape(shape)
         self.shape, self.num_features, self.hidden, self.seed = list(shape), num_features, hidden, seed
         num_inputs = len(next(iter(self.positions.values()))) * num_features + 2
         self.network = network(num_inputs, shape[1] * rank, hidden, seed=seed, is_zero=True)

@@ -24,7 +24,8 @@ import circuits as ct
 from circuits import CompiledCircuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.context import (
-    check_counts,
+    check_sizes,
+    checked_shape,
     check_nodes,
     checked_places,
     network,
@@ -65,7 +66,8 @@ class TransitionGates(Conditioner):
     ) -> None:
         super().__init__()
         self.positions = checked_places(positions)
-        check_counts(num_features=num_features, num_tables=num_tables, hidden=hidden)
+        check_sizes(num_features=num_features, num_tables=num_tables, hidden=hidden, seed=seed)
+        shape = checked_shape(shape)
         self.num_features, self.hidden, self.seed = num_features, hidden, seed
         num_inputs = len(next(iter(self.positions.values()))) * num_features + 2
         self.network = network(num_inputs, num_tables, hidden, seed=seed, is_zero=False)

@@ -498,7 +498,7 @@ def test_what_does_not_fit_contextual_transitions_is_named(pc, said, block):
         CoupledHead(pc, conditioners=[LowRankTransitions({"elsewhere": [0]}, (N, N), H)])
     with pytest.raises(ArgumentError, match="as many positions"):
         TransitionGates({"transition0": [0, 1], "transition1": [1]}, (N, N), H)
-    with pytest.raises(ArgumentError, match="at least one named sum node"):
+    with pytest.raises(ArgumentError, match="positions: expected positions by the name of a sum node"):
         TransitionGates({}, (N, N), H)
     with pytest.raises(ArgumentError, match="rank: expected an integer"):
         low_rank_for(pc, rank=0)
@@ -506,6 +506,26 @@ def test_what_does_not_fit_contextual_transitions_is_named(pc, said, block):
         CoupledHead(pc, conditioners=[gates_for(pc)])(replace(said, features=None), *block)
     with pytest.raises(ArgumentError, match="two of them give weights to 'transition0'"):
         CoupledHead(pc, conditioners=[gates_for(pc), low_rank_for(pc)])(said, *block)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TransitionGates(3, (N, N), H), "positions: expected positions by the name of a sum node, got 3"),
+        (lambda: TransitionGates({"transition0": 1}, (N, N), H), "positions: expected lists of positions by name"),
+        (lambda: TransitionGates({"transition0": [0]}, N, H), r"shape: expected \(units, children\) of the nodes, got"),
+        (lambda: LowRankTransitions({"transition0": [0]}, (), H), r"shape: expected \(units, children\) of the nodes"),
+        (lambda: LowRankTransitions({"transition0": [0]}, (N, N), None), "num_features: expected an integer"),
+        (lambda: LatentPotentials({"initial": 0}, N, H, seed="a"), "seed: expected an integer"),
+        (lambda: LatentPotentials(3, N, H), "positions: expected positions by the name of a sum node, got 3"),
+        (lambda: LatentPotentials.for_hmm(ct.structures.hmm(2, 2, 2), H), r"pc: expected ct\.compile\(circuit\), got Circ"),
+        (lambda: TransitionGates.for_hmm(None, H), "pc: .* got NoneType"),
+        (lambda: CoupledHead(ct.compile(ct.structures.hmm(2, 2, 2)), conditioners=3), "conditioners: .* got int"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(make, said):
+    with pytest.raises(ArgumentError, match=said):
+        make()
 
 
 IN_THE_FAMILY = {
