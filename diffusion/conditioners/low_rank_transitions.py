@@ -23,10 +23,10 @@ import circuits as ct
 from circuits import CompiledCircuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.context import (
-    check_sizes,
-    checked_shape,
     check_nodes,
+    check_sizes,
     checked_places,
+    checked_shape,
     is_zero,
     network,
     read_context,

@@ -231,7 +231,8 @@ def _kept_rows(
 
 
 def _row_of(kept: dict[str, Any]) -> GapRow:
-    return GapRow(**{name: Estimate(**value) if isinstance(value, dict) else value for name, value in kept.items()})
+    values: dict[str, Any] = {n: Estimate(**value) if isinstance(value, dict) else value for n, value in kept.items()}
+    return GapRow(**values)
 
 
 def _masks(num_windows: int, length: int, ratio: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,10 @@ WRONG = {
     "too many dimensions": (lambda: ct.batteries.normal_points(2, 10**5, seed=0), "dim: expected at most 21201"),
     "a seed of points": (lambda: ct.batteries.normal_points(2, 2, seed=1.5), "seed: expected an integer"),
     "no steps": (lambda: ct.batteries.convex_weights(SCORES, max_steps=0), "max_steps: expected an integer >= 1"),
-    "no tolerance": (lambda: ct.batteries.convex_weights(SCORES, tolerance=float("nan")), "tolerance: .* >= 0, got nan"),
+    "no tolerance": (
+        lambda: ct.batteries.convex_weights(SCORES, tolerance=float("nan")),
+        "tolerance: .* >= 0, got nan",
+    ),
 }
 
 
