@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_named(pc, said, block, potentials, tmp_path):
         CoupledHead(pc, conditioners=[LatentPotentials({"elsewhere": 0}, N, H)])
     with pytest.raises(ArgumentError, match=r"conditioners: expected df\.Conditioner modules, got Linear"):
         CoupledHead(pc, conditioners=[nn.Linear(2, 2)])
-    with pytest.raises(ArgumentError, match="positions: expected at least one"):
+    with pytest.raises(ArgumentError, match="positions: expected positions by the name"):
         LatentPotentials({}, N, H)
     with pytest.raises(ArgumentError, match="names Transitions already"):
         register("test_transitions")(Unregistered)
