@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from circuits.reading import regular_size
+from circuits.reading import parsed_json, regular_size
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.tasks.task import Example
 
@@ -39,7 +38,7 @@ def read_examples(
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parsed_json(line.encode())
             if not isinstance(record, dict):
                 raise TypeError(f"expected an object with keys, got {type(record).__name__}")
             found.append(reader(record))

@@ -7,12 +7,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from circuits.digests import digest
-from circuits.reading import regular_size
+from circuits.reading import parsed_json, record_of, regular_size, short
 from diffusion.errors import ArgumentError, CheckpointError
 
 _FORMAT, _VERSION = "unfactor samples", 1
@@ -45,12 +45,6 @@ class Sample:
     num_windows: int
     num_coupled: int
     seconds: float
-
-
-_TYPES: dict[str, Any] = {
-    "index": int, "example": str, "text": str, "answer": (str, type(None)), "is_right": bool, "num_tokens": int,
-    "num_calls": int, "num_windows": int, "num_coupled": int, "seconds": (int, float),
-}  # fmt: skip
 
 
 class SampleFile:
@@ -137,19 +131,20 @@ class SampleFile:
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            record = json.loads(line)
+            record = parsed_json(line)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.path}: damaged in line {number}: {error}; delete it and start again"
             ) from error
         if not isinstance(record, dict):
-            raise CheckpointError(f"{self.path}: damaged in line {number}: expected an object; delete it")
+            raise CheckpointError(
+                f"{self.path}: damaged in line {number}: expected an object, got {short(record)}; delete it"
+            )
         return record
 
     def _sample(self, line: bytes, number: int) -> Sample:
         record = self._parsed(line, number)
-        names = {field.name for field in fields(Sample)}
-        is_whole = record.keys() == names and all(isinstance(record[name], kind) for name, kind in _TYPES.items())
-        if not is_whole:
-            raise CheckpointError(f"{self.path}: damaged in line {number}: it is no sample; delete it")
-        return Sample(**record)
+        try:
+            return record_of(Sample, record, f"damaged in line {number}", optional=())
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}; delete it and start again") from error
