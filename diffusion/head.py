@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ from circuits.arguments import checked_count, checked_temperature
 from circuits.files import file_hash, not_finite, read_tensors, write_tensors
 from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
+from circuits.reading import Range, parsed_json, record_of, short
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
-from diffusion.conditioners.base import conditioner_class
+from diffusion.conditioners.base import built, described
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
@@ -308,7 +311,7 @@ class CoupledHead(OnHub, nn.Module):
             ct.save(self.pc, folder / "circuit")
             metadata = {
                 "settings": json.dumps({name: getattr(self, name) for name in SETTINGS}),
-                "conditioners": json.dumps([_described(conditioner) for conditioner in self.conditioners]),
+                "conditioners": json.dumps([described(conditioner) for conditioner in self.conditioners]),
                 "circuit_sha256": circuit_hash(folder),
             }
             write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
@@ -359,36 +362,31 @@ class CoupledHead(OnHub, nn.Module):
         if bad is not None:
             raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
         try:
-            settings = json.loads(metadata["settings"]) | {"vocabulary": tensors.pop("vocabulary", None)}
-            return cls(ct.load(folder / "circuit"), **settings, conditioners=_built(metadata, tensors))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
+            settings = parsed_json(metadata["settings"].encode())
+            decoding = settings.pop("decoding", None)
+            if not isinstance(decoding, (dict, NoneType)):
+                raise CheckpointError(f"decoding: expected an object with keys, got {short(decoding)}")
+            given = vars(record_of(_Settings, settings, "settings")) | {"decoding": decoding}
+            vocabulary, made = tensors.pop("vocabulary", None), built(metadata.get("conditioners"), tensors)
+            return cls(ct.load(folder / "circuit"), **given, vocabulary=vocabulary, conditioners=made)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError) and str(folder) in str(error):
                 raise
             raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
 
 
-def _described(conditioner: Conditioner) -> dict[str, Any]:
-    """Return the name and settings that build a conditioner again."""
-    conditioner_class(conditioner.name)
-    return {"name": conditioner.name, "settings": conditioner.settings()}
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a file says of a head beside tensors, conditioners and options of decoding; older ones lack some."""
+
+    activation_threshold: Annotated[float, Range(0.0, math.inf)] = 1.0
+    temperature: float = 1.0
+    normalization: Normalization = "global"
+    top_k: int | None = None
+    tokenizer_fingerprint: str | None = None
 
 
-def _built(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Conditioner]:
-    """Build the conditioners of a file; the first format knew a calibration only."""
-    if "conditioners" in metadata:
-        described = json.loads(metadata["conditioners"])
-    elif tensors:
-        num_knots, num_tokens = tensors["bias"].shape
-        described = [{"name": "noise_calibration", "settings": {"num_tokens": num_tokens, "num_knots": num_knots}}]
-        tensors = {f"0.{name}": tensor for name, tensor in tensors.items()}
-    else:
-        described = []
-    made = [conditioner_class(one["name"])(**one["settings"]) for one in described]
-    nn.ModuleList(made).load_state_dict(tensors)
-    return made
-
-
-SETTINGS = ("activation_threshold", "temperature", "normalization", "top_k", "tokenizer_fingerprint", "decoding")
+SETTINGS = (*(field.name for field in fields(_Settings)), "decoding")
 
 
 def circuit_hash(folder: Path) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
+from circuits.reading import parsed_json
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -110,3 +111,24 @@ def conditioner_class(name: str) -> type[Conditioner]:
             f"name: expected one of {', '.join(sorted(_registry))}, got {name!r}; import the module that registers it"
         )
     return _registry[name]
+
+
+def described(conditioner: Conditioner) -> dict[str, Any]:
+    """Return the name and settings that build a conditioner again."""
+    conditioner_class(conditioner.name)
+    return {"name": conditioner.name, "settings": conditioner.settings()}
+
+
+def built(text: str | None, tensors: dict[str, Tensor]) -> list[Conditioner]:
+    """Build conditioners of JSON and their tensors; None: of the first format, which knew a calibration only."""
+    if text is not None:
+        records = parsed_json(text.encode())
+    elif tensors:
+        num_knots, num_tokens = tensors["bias"].shape
+        records = [{"name": "noise_calibration", "settings": {"num_tokens": num_tokens, "num_knots": num_knots}}]
+        tensors = {f"0.{name}": tensor for name, tensor in tensors.items()}
+    else:
+        records = []
+    made = [conditioner_class(one["name"])(**one["settings"]) for one in records]
+    nn.ModuleList(made).load_state_dict(tensors)
+    return made

@@ -11,7 +11,7 @@ from scipy import stats
 
 import circuits as ct
 from diffusion import CoupledDistribution, CoupledHead, DecodingConfig, NoiseCalibration, Prediction
-from diffusion.errors import ArgumentError
+from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import circuit_hash
 from diffusion.training.logit_cache import CachedBatch
 
@@ -191,10 +191,12 @@ def test_the_circuit_is_used_at_every_ratio_unless_the_head_is_told_otherwise(pc
     assert CoupledHead(pc).activation_threshold == 1.0
 
 
-def old_file(folder, pc, calibration):
+SETTINGS = {"activation_threshold": 0.4, "temperature": 0.5, "normalization": "local", "top_k": 3}
+
+
+def old_file(folder, pc, calibration, settings=SETTINGS):
     """Write a head as it was written before heads had conditioners."""
     ct.save(pc, folder / "circuit")
-    settings = {"activation_threshold": 0.4, "temperature": 0.5, "normalization": "local", "top_k": 3}
     metadata = {
         "format": "unfactor-coupled-head",
         "format_version": "1",
@@ -203,6 +205,23 @@ def old_file(folder, pc, calibration):
     }
     tensors = {} if calibration is None else {k: v.contiguous() for k, v in calibration.state_dict().items()}
     save_file(tensors, folder / "head.safetensors", metadata)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"activation_threshold": True}, r"settings: activation_threshold: expected a number from 0 to inf, got True"),
+        ({"top_k": 3.0}, r"settings: top_k: expected an integer from .*, got 3\.0"),
+        ({"tokenizer_fingerprint": 7}, r"settings: tokenizer_fingerprint: expected str, got 7"),
+        ({"normalization": ["local"]}, r"settings: normalization: expected one of global, local, got a list of 1"),
+        ({"conditioners": []}, r"settings: unknown keys: 'conditioners'"),
+        ({"decoding": 7}, r"decoding: expected an object with keys, got 7"),
+    ],
+)
+def test_settings_in_a_file_are_of_their_types(changed, message, pc, tmp_path):
+    old_file(tmp_path, pc, None, SETTINGS | changed)
+    with pytest.raises(CheckpointError, match=rf"head\.safetensors is corrupt: {message}; save the head again"):
+        CoupledHead.load(tmp_path)
 
 
 @pytest.mark.parametrize("is_calibrated", [False, True])
