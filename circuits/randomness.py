@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from circuits.errors import ArgumentError
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed integer
+_MAX_NUMBERS = 1 << 20
 _FIRST, _SECOND = -4658895280553007687, -7723592293110705685
 
 
@@ -89,6 +91,35 @@ class DrawnNumbers(RowGenerators):
         """Return the number of each row, float64 (B, 1)."""
         assert num == 1
         return self.first.unsqueeze(1)
+
+
+def source_at(generator: Source, position: int, node: Tensor, column: Tensor) -> Source:
+    """Return what draws for n units of a layer, given by node and column: for generators by row, one for each unit."""
+    if not isinstance(generator, RowGenerators):
+        return generator
+    batch_size = len(generator.seeds)
+    # one number for sample, layer and node: none of them comes near its bound
+    return generator.rows(column % batch_size).at((column // batch_size << 48) + (position << 24) + node)
+
+
+def numbers_at(generator: Source, sizes: Mapping[int, int], num_samples: int) -> dict[int, Tensor]:
+    """Return the first numbers that :func:`source_at` draws for all nodes of some layers, (F, S * B), by layer.
+
+    Args:
+        generator: generators by row; others draw in turn, so that there is nothing to draw at once.
+        sizes: F of each layer.
+        num_samples: S. Nothing is drawn either where there would be too many numbers.
+    """
+    if not isinstance(generator, RowGenerators):
+        return {}
+    if sum(sizes.values()) * num_samples * len(generator.seeds) > _MAX_NUMBERS:
+        return {}
+    device = generator.seeds.device
+    places = [(position << 24) + torch.arange(size, device=device) for position, size in sizes.items()]
+    sample = torch.arange(num_samples, device=device).repeat_interleave(len(generator.seeds))
+    seeds = RowGenerators(generator.seeds.repeat(num_samples))
+    numbers = seeds.first_at(torch.cat(places).unsqueeze(1) + (sample << 48))
+    return dict(zip(sizes, numbers.split(list(sizes.values())), strict=True))
 
 
 def _numbers(bits: Tensor) -> Tensor:

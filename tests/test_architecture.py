@@ -29,6 +29,7 @@ CIRCUITS = (
     ("structures",),
     ("region_graphs",),
     ("engine",),
+    ("chains",),
     ("weights",),
     ("evidence",),
     ("symbolic",),
@@ -64,7 +65,7 @@ PRIVATE_ACROSS = {"diffusion._json.read_json", "diffusion._json.write_json"}
 
 # What a newcomer reads before anything of their own: its lines, and what is found behind a second door.
 CORE = ("algebra", "symbolic", "families", "evidence", "engine", "queries/basic.py")
-MAX_LINES_OF_THE_CORE = 5285  # shrinks to 5,000
+MAX_LINES_OF_THE_CORE = 5000
 BEHIND_A_SECOND_DOOR = ("batteries", "sklearn")
 MAX_MODULES_ON_THE_TOP_FLOOR = 12
 MAX_LINES_BEFORE_THE_FIRST_QUERY = 1500

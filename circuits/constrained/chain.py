@@ -18,12 +18,11 @@ from torch import Tensor
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, MaxSemiring, Semiring
 from circuits.constrained.arcs import Arcs
-from circuits.engine.choices import source_at
 from circuits.engine.question import Question
 from circuits.queries.alignment import Part
 from circuits.queries.structural import front_to_back, rank_of_scopes
 from circuits.queries.temperature import TemperedSemiring
-from circuits.randomness import Source
+from circuits.randomness import Source, source_at
 from circuits.symbolic import Input, Node, Product, Sum
 from circuits.weights.given import Reached
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import LogSemiring
-from circuits.engine.chains import Chain, Scan
+from circuits.chains import Chain, Scan
 from circuits.engine.layers import Address, Gradients, ProductLayer, SumLayer
 from circuits.precision import own_precision
 

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring
 from circuits.engine.layers import ProductLayer, chunks
-from circuits.randomness import DrawnNumbers, RowGenerators, Source
+from circuits.randomness import DrawnNumbers, RowGenerators, Source, numbers_at, source_at
 from circuits.weights.given import Reached
 
 if TYPE_CHECKING:
-    from circuits.engine.compile import CompiledCircuit
     from circuits.engine.question import Question
-
-_MAX_NUMBERS = 1 << 20
 
 
 class Choice(NamedTuple):
@@ -74,7 +71,8 @@ def choose(
     root = found.root[0]  # (R, B, *E)
     query = torch.arange(root.shape[1], device=root.device).repeat(num_samples)
     units = [torch.full((size[0], len(query)), -1, device=root.device) for size in pc.layer_sizes]
-    numbers = _numbers_of(pc, generator, num_samples) if isinstance(generator, RowGenerators) else {}
+    sums = sorted({pc.address(node)[0] for node in pc.circuit.sums}) if isinstance(generator, RowGenerators) else ()
+    numbers = numbers_at(generator, {position: pc.layer_sizes[position][0] for position in sums}, num_samples)
 
     def source_of(position: int, node: Tensor, column: Tensor) -> Source:
         if position in numbers:
@@ -129,25 +127,3 @@ def values_of(question: Question, semiring: ChoosingSemiring, choice: Choice, ge
                 chosen = semiring.choose(given.scores(scores, evidence, layer.variables, units), source)
             values[column, layer.variables[node]] = chosen.to(dtype)
     return values
-
-
-def source_at(generator: Source, position: int, node: Tensor, column: Tensor) -> Source:
-    """Return what draws for n units of a layer, given by node and column: for generators by row, one for each unit."""
-    if not isinstance(generator, RowGenerators):
-        return generator
-    batch_size = len(generator.seeds)
-    # one number for sample, layer and node: none of them comes near its bound
-    return generator.rows(column % batch_size).at((column // batch_size << 48) + (position << 24) + node)
-
-
-def _numbers_of(pc: CompiledCircuit, generator: RowGenerators, num_samples: int) -> dict[int, Tensor]:
-    """Return the numbers that choose for the units of every sum layer, (F, S * B), drawn at once unless too many."""
-    sizes = {position: pc.layer_sizes[position][0] for position in sorted({pc.address(n)[0] for n in pc.circuit.sums})}
-    if sum(sizes.values()) * num_samples * len(generator.seeds) > _MAX_NUMBERS:
-        return {}
-    device = generator.seeds.device
-    places = [(position << 24) + torch.arange(size, device=device) for position, size in sizes.items()]
-    sample = torch.arange(num_samples, device=device).repeat_interleave(len(generator.seeds))
-    seeds = RowGenerators(generator.seeds.repeat(num_samples))
-    numbers = seeds.first_at(torch.cat(places).unsqueeze(1) + (sample << 48))
-    return dict(zip(sizes, numbers.split(list(sizes.values())), strict=True))

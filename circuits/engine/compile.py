@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from circuits.arguments import checked_device, checked_dtype, checked_seed
-from circuits.engine.chains import schedule_of
 from circuits.engine.folding import Folding, fold
 from circuits.engine.input_layers import DirectLayer, InputLayer, TableLayer
 from circuits.engine.layers import Address, ParameterRows, ProductLayer, SumLayer
 from circuits.engine.question import Question
+from circuits.engine.schedule import schedule_of
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import circuits as ct
-from circuits.engine import chains
+from circuits.chains import chain as recurrence
+from circuits.engine import schedule as schedules
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -12,12 +13,12 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 @pytest.fixture(params=["steps", "halves"])
 def schedule(request, monkeypatch):
     """Both ways of evaluating a chain."""
-    monkeypatch.setattr(chains, "_FEW_PRODUCTS", 0 if request.param == "steps" else 1 << 30)
+    monkeypatch.setattr(recurrence, "_FEW_PRODUCTS", 0 if request.param == "steps" else 1 << 30)
 
 
 def compiled(circuit, monkeypatch, *, shortest=4, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(chains, "_SHORTEST", shortest)
+        patch.setattr(schedules, "_SHORTEST", shortest)
         pc = ct.compile(circuit, seed=1, **{"dtype": torch.float64, **options})
     assert any(step.chain for step in pc.schedule) == (shortest < 100)
     return pc

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import circuits as ct
-from circuits.engine import chains
+from circuits.engine import schedule as schedules
 
 START = torch.tensor([0.6, 0.4])
 TRANSITION = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
@@ -42,7 +42,7 @@ def test_a_padded_row_has_the_path_of_the_sequence_alone():
 @pytest.mark.parametrize("shortest", [4, 1000], ids=["recurrence", "layers"])
 @pytest.mark.parametrize(("length", "num_states", "batch_size"), [(1, 3, 2), (9, 2, 20), (60, 5, 3)])
 def test_paths_of_sequences_with_gaps_are_those_by_hand(monkeypatch, shortest, length, num_states, batch_size):
-    monkeypatch.setattr(chains, "_SHORTEST", shortest)
+    monkeypatch.setattr(schedules, "_SHORTEST", shortest)
     pc = ct.compile(ct.structures.hmm(length, num_states, 4), seed=1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(4, (batch_size, length), generator=generator)

@@ -1,39 +1,60 @@
 """Chains of equal steps, as in a homogeneous HMM: many sum layers evaluated as one recurrence.
 
-Sum t mixes the product of leaves e_t and sum t + 1, by weights that all share: ``y_t = W exp(e_t + log y_t+1)``. Layer
-by layer that is a few dozen calls a step. Here the states are kept in linear space, over one scale per step and column
-(Rabiner 1989, section V.A), so that a step is a GEMM, a maximum, a product and a division. Terms that underflow change
-nothing while every sum stays above the safe one of :mod:`circuits.algebra.logspace`; where one does not, the chain is
-evaluated layer by layer. With few states and columns even one call a step is too much: then neighbouring steps'
-matrices are multiplied, all pairs at once, and the vectors between them follow (a parallel scan, Blelloch 1990).
+Sum t mixes the product of leaves e_t and sum t + 1, by weights that all share. Layer by layer that is a few dozen calls
+a step. Here the states are kept in linear space, over one scale per step and column (Rabiner 1989, section V.A), so
+that a step is a GEMM, a maximum, a product and a division. With few states and columns even one call a step is too
+much: then neighbouring steps' matrices are multiplied, all pairs at once, and the vectors between them follow (a
+parallel scan, Blelloch 1990). Where sums are too small for linear space the chain is evaluated layer by layer.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
-from circuits.engine.folding import Folding
-from circuits.engine.layers import Gather, Gradients, LayerValues, Part, ProductLayer, SumLayer, chunks
-from circuits.engine.weights import Weights
 from circuits.randomness import RowGenerators, Source
-from circuits.symbolic import Node, Product, Sum, parameter_owner
 from circuits.weights.latents import LatentFactors
 
-MakeLayer = Callable[[int], ProductLayer | SumLayer]
-"""Makes the layer at a position."""
-
-_SHORTEST = 4
 _FEW_PRODUCTS = 1 << 12
+_MAX_SCORES = 1 << 24
+
+Values = Mapping[int, Tensor] | Sequence[Tensor]
+"""Values (F, K, B) of layers, by layer."""
+
+
+class Children(Protocol):
+    """What finds one child of every step among the values of the layers below."""
+
+    def __call__(self, values: Values, /) -> Tensor:
+        """Return the children's values, (T, K, B)."""
+
+    def adjoint(self, grad: Tensor, gradients: Any, /) -> None:
+        """Send their gradient back to where they came from."""
+
+    def reach(self, units: list[Tensor], columns: Tensor, chosen: Tensor, /) -> None:
+        """Enter which of their units are chosen in some columns, (T, n)."""
+
+    def move(self, function: Callable[[Tensor], Tensor], /) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+
+
+class Tables(Protocol):
+    """The weights of a bank, (P, K, K)."""
+
+    @property
+    def log(self) -> Tensor:
+        """Their logarithms."""
+
+    @property
+    def linear(self) -> Tensor:
+        """Themselves."""
 
 
 class Scan(NamedTuple):
@@ -48,16 +69,16 @@ class Scan(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Chain(Part):
+class Chain:
     """T sums, one in each of their layers, that share their weights, and the products between them."""
 
     positions: Sequence[int]
     """The layers of the sums, the first sum's first."""
     inside: Sequence[int]
     """The layers that nothing but the chain reads, in the order in which they are evaluated."""
-    leaves: Sequence[Gather]
+    leaves: Sequence[Children]
     """What gathers the leaves of all steps but the last, (T - 1, K, B), by their position in the products."""
-    last: Gather
+    last: Children
     """What gathers the child of the last sum, (1, K, B)."""
     bank: str
     row: int
@@ -65,7 +86,7 @@ class Chain(Part):
 
     def scan(
         self,
-        values: LayerValues,
+        values: Values,
         weights: Tensor,  # shape: (K, K)
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
@@ -78,17 +99,13 @@ class Chain(Part):
             latents: factors on the children of sums, by layer.
             silent: which sums are the constant 1, bool (1, 1, B), by layer; below a silent one all are.
         """
-        leaves = self._factors(values, latents)
-        evaluate = _by_halves if _is_small(weights, leaves) else _by_steps
-        found = evaluate(weights, leaves, self._silent(silent))
-        safe = smallest_safe_sum(weights.dtype, len(weights))
-        return found if found.sums.numel() and bool(found.sums.min() >= safe) else None
+        return scan(weights, self._factors(values, latents), self._silent(silent))
 
     def climb(
         self,
         semiring: ChoosingSemiring,
-        values: LayerValues,
-        weights: Weights,
+        values: Values,
+        weights: Tables,
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
@@ -119,8 +136,9 @@ class Chain(Part):
         """Choose what every sum mixes in the columns where the first is reached; enter it and the leaves' units."""
         reached = units[self.positions[0]][0]
         chosen = reached.new_full((len(states), len(reached)), -1)
-        for part in chunks(len(column), len(log_weights)):
-            at, of = column[part], query[part]
+        size = max(1, _MAX_SCORES // len(log_weights))
+        for number, (at, of) in enumerate(zip(column.split(size), query.split(size), strict=True)):
+            part = slice(number * size, number * size + len(at))
             state = reached[at]
             for step, position in enumerate(self.positions):
                 source = source_of(position)
@@ -133,7 +151,7 @@ class Chain(Part):
             units[position] = states
 
     def silent_sums(
-        self, silent: LayerValues, unless_heard: Callable[[int, Tensor], Tensor], touched: Collection[int]
+        self, silent: Values, unless_heard: Callable[[int, Tensor], Tensor], touched: Collection[int]
     ) -> dict[int, Tensor]:
         """Return which sums are the constant 1, bool (1, 1, B), by layer; below a silent one all are.
 
@@ -150,29 +168,28 @@ class Chain(Part):
         return dict(zip(self.positions, found.split(1), strict=True))
 
     def adjoint(
-        self, grad: Tensor, scan: Scan, weights: Tensor, silent: Mapping[int, Tensor], flows: Tensor | None
+        self, grad: Tensor, found: Scan, weights: Tensor, silent: Mapping[int, Tensor], flows: Tensor | None
     ) -> Tensor:
         """Return the gradient of all steps' ``e_t + log y_t+1``, (T, K, B), and add that of the weights to ``flows``.
 
         Args:
             grad: of the first sum's logarithm, (K, B).
-            scan: of :meth:`scan`.
+            found: of :meth:`scan`.
             weights: linear ones, (K, K).
             silent: of :meth:`scan`.
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
-        descend = _adjoint_by_halves if _is_small(weights, scan.states) else _adjoint_by_steps
-        scales, grads = descend(weights, scan, grad, self._silent(silent))
+        scales, grads = scan_adjoint(weights, found, grad, self._silent(silent))
         if flows is not None:
-            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, scan.states))
+            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, found.states))
             flows[self.row].addmm_(scales, states.t())
         return grads
 
-    def _gathered(self, values: LayerValues, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _gathered(self, values: Values, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         every = functools.reduce(times, [gather(values) for gather in self.leaves])
         return torch.cat([every, self.last(values)])
 
-    def _factors(self, values: LayerValues, latents: Mapping[int, LatentFactors]) -> Tensor:
+    def _factors(self, values: Values, latents: Mapping[int, LatentFactors]) -> Tensor:
         """Return the products of every step's leaves, (T, K, B), with the factors on what the sums mix."""
         leaves = self._gathered(values, torch.add)
         for step, position in enumerate(self.positions if latents else ()):
@@ -183,108 +200,55 @@ class Chain(Part):
     def _silent(self, silent: Mapping[int, Tensor]) -> Tensor | None:
         return torch.cat([silent[position] for position in self.positions]) if silent else None
 
-    def send(self, grads: Tensor, gradients: Gradients) -> None:
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
+        for part in (*self.leaves, self.last):
+            part.move(function)
+
+    def send(self, grads: Tensor, gradients: Any) -> None:
         """Send the gradient of the steps' states, (T, K, B), to the leaves."""
         for gather in self.leaves:
             gather.adjoint(grads[:-1], gradients)
         self.last.adjoint(grads[-1:], gradients)
 
 
-class Step:
-    """What is evaluated next: a layer, or the chain whose first sum is in this layer."""
+def scan(
+    weights: Tensor,  # shape: (K, K)
+    leaves: Tensor,  # shape: (T, K, B)
+    silent: Tensor | None,  # shape: (T, 1, B)
+) -> Scan | None:
+    """Evaluate all steps; None where some sum is so small that terms that underflow could count.
 
-    def __init__(self, position: int, chain: Chain | None, spent: Sequence[int], make: MakeLayer) -> None:
-        self.position = position
-        self.chain = chain
-        self.spent = spent
-        """The layers whose outputs nobody needs after it."""
-        self._make = make
-        self._device = torch.device("cpu")
-
-    @functools.cached_property
-    def layers(self) -> list[tuple[int, ProductLayer | SumLayer]]:
-        """The layers, in order, by position; those of a long chain are seldom asked for."""
-        made = [(at, self._make(at)) for at in (*(self.chain.inside if self.chain else ()), self.position)]
-        for _, layer in made:
-            layer.move(lambda tensor: tensor.to(self._device))
-        return made
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        self._device = function(torch.empty(0, dtype=torch.int64, device=self._device)).device
-        parts: list[Part] = [layer for _, layer in vars(self).get("layers", ())]
-        for part in [*parts, self.chain] if self.chain else parts:
-            part.move(function)
+    Args:
+        weights: linear ones.
+        leaves: e_t.
+        silent: at which steps y_t is the constant 1; then it is at all later ones too.
+    """
+    evaluate = _by_halves if _is_small(weights, leaves) else _by_steps
+    safe, peak = smallest_safe_sum(weights.dtype, len(weights)), column_peak(leaves)
+    found = evaluate(weights, torch.sub(leaves, peak).exp_(), peak, silent)
+    return found if found.sums.numel() and bool(found.sums.min() >= safe) else None
 
 
-def schedule_of(folding: Folding, num_inputs: int, make: MakeLayer) -> list[Step]:
-    """Return the steps that evaluate a folded circuit; the layers inside of a chain are none of their own."""
-    chains = {chain.positions[0]: chain for chain in _chains_of(folding)}
-    inside = {position for chain in chains.values() for position in chain.inside}
-    last_uses, schedule = folding.last_uses, []
-    for position in range(num_inputs, len(last_uses)):
-        if position not in inside:
-            chain = chains.get(position)
-            layers = (position,) if chain is None else (position, *chain.inside)
-            spent = [at for layer in layers for at in last_uses[layer] if at not in inside]
-            schedule.append(Step(position, chain, spent, make))
-    return schedule
+def scan_adjoint(weights: Tensor, found: Scan, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of all sums over these sums, and of the logarithms of all states, (T, K, B) each.
 
-
-def _chains_of(folding: Folding) -> list[Chain]:
-    """Return the chains of a folded circuit that are long enough to be worth a scan."""
-    num_parents = Counter(child for nodes in folding.layers for node in nodes for child in node.children)
-    alone = {nodes[0] for nodes in folding.layers if len(nodes) == 1}
-    follower: dict[Node, Sum] = {}
-    for node in alone:
-        found = _next_sum(node)
-        links = () if found is None else (found, node.children[0])
-        if found is not None and all(link in alone and num_parents[link] == 1 for link in links):
-            follower[node] = found
-    chains = []
-    for start in follower.keys() - set(follower.values()):
-        sums: list[Any] = [start]
-        while sums[-1] in follower:
-            sums.append(follower[sums[-1]])
-        if len(sums) >= _SHORTEST:
-            chains.append(_chain(folding, sums))
-    return chains
-
-
-def _next_sum(node: Node) -> Sum | None:
-    """Return the one sum with the same weights that a sum mixes the product of, with leaves of as many units."""
-    if not isinstance(node, Sum) or len(node.children) > 1 or not isinstance(node.children[0], Product):
-        return None
-    product = node.children[0]
-    owner = parameter_owner(node)
-    same = [child for child in product.children if isinstance(child, Sum) and parameter_owner(child) is owner]
-    is_chain = product.mode == "elementwise" and len(same) == 1 < len(product.children)
-    return same[0] if is_chain and node.num_units == product.num_units else None
-
-
-def _chain(folding: Folding, sums: Sequence[Sum]) -> Chain:
-    addresses = folding.addresses
-    leaves = [[child for child in a.children[0].children if child is not b] for a, b in itertools.pairwise(sums)]
-    bank, row = folding.bank_addresses[parameter_owner(sums[0])]
-    inner = [*sums[1:], *(node.children[0] for node in sums[:-1])]
-    return Chain(
-        [addresses[node][0] for node in sums],
-        sorted(addresses[node][0] for node in inner),
-        [Gather([addresses[child] for child in column]) for column in zip(*leaves, strict=True)],
-        Gather([addresses[sums[-1].children[0]]]),
-        bank,
-        row,
-    )
+    Args:
+        weights: of :func:`scan`.
+        found: what it returned.
+        grad: of log y_0, (K, B).
+        silent: of :func:`scan`.
+    """
+    descend = _adjoint_by_halves if _is_small(weights, found.states) else _adjoint_by_steps
+    return descend(weights, found, grad, silent)
 
 
 def _is_small(weights: Tensor, states: Tensor) -> bool:
     return weights.numel() * len(weights) * states.shape[2] <= _FEW_PRODUCTS
 
 
-def _by_steps(weights: Tensor, leaves: Tensor, silent: Tensor | None) -> Scan:
-    """Evaluate one step after the other, from the last to the first."""
-    peak = column_peak(leaves)
-    states = torch.sub(leaves, peak).exp_()
+def _by_steps(weights: Tensor, states: Tensor, peak: Tensor, silent: Tensor | None) -> Scan:
+    """Evaluate one step after the other, from the last to the first, in place of the leaves over their peaks."""
     sums, scale = torch.empty_like(states), torch.empty_like(peak)
     for step in reversed(range(len(states))):
         torch.mm(weights, states[step], out=sums[step])
@@ -309,10 +273,9 @@ def _adjoint_by_steps(weights: Tensor, scan: Scan, grad: Tensor, silent: Tensor 
     return scales, grads
 
 
-def _by_halves(weights: Tensor, leaves: Tensor, silent: Tensor | None) -> Scan:
-    """Evaluate all steps by products of neighbouring ones."""
-    peak = column_peak(leaves)
-    factors = torch.sub(leaves, peak).exp_().permute(0, 2, 1)  # (T, B, K)
+def _by_halves(weights: Tensor, leaves: Tensor, peak: Tensor, silent: Tensor | None) -> Scan:
+    """Evaluate all steps by products of neighbouring ones, from the leaves over their peaks."""
+    factors = leaves.permute(0, 2, 1)  # (T, B, K)
     start = factors.new_ones(factors.shape[1:])
     steps = weights * factors.unsqueeze(2)  # (T, B, K, K)
     if silent is not None:
