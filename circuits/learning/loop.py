@@ -68,7 +68,7 @@ class Plan:
 
     def reason_to_stop(self, history: History) -> StopReason | None:
         """Return why a run with this history is over, None if it is not."""
-        if history.is_at_entry:
+        if (self.early_stopping is not None or self.tol is not None) and history.is_at_entry:
             patience = None if self.early_stopping is None else self.early_stopping.patience
             if patience is not None and len(history.steps) - 1 - history.best >= patience:
                 return "early_stopping"
