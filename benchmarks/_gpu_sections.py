@@ -14,6 +14,7 @@ from torch import Tensor
 
 import circuits as ct
 import diffusion as df
+from circuits.evidence import Evidence, Listed
 
 LENGTH, NUM_STATES, TOP_K = 32, 1024, 1024
 MODELS = {"LLaDA": 126_464, "Dream": 152_064}
@@ -237,11 +238,11 @@ def evidence_to_answers(pc: ct.CompiledCircuit, logits: Tensor, top_k: int) -> t
         banks = pc.weights()
 
     def log_z() -> Tensor:
-        return pc.log_partition(ct.Evidence(factors, values, None), banks)
+        return pc.log_partition(Evidence(Listed(values, factors)), banks)
 
     def marginals() -> Tensor:
         traced_factors = factors.clone().requires_grad_()
-        log_z = pc.log_partition(ct.Evidence(traced_factors, values, None), banks)
+        log_z = pc.log_partition(Evidence(Listed(values, traced_factors)), banks)
         return torch.autograd.grad(log_z.sum(), traced_factors)[0]
 
     return log_z, marginals

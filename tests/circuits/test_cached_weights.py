@@ -196,4 +196,4 @@ def test_weights_given_at_run_time_are_normalised_as_well():
     soft = ct.Evidence.soft(torch.zeros(1, 2, 50_000))
     assert float(pc.log_partition(soft, banks).detach()) == pytest.approx(0.0, abs=4e-6)
     (given,) = banks.given.values()
-    torch.testing.assert_close(given.log[0, 0].double(), exact, rtol=0, atol=2e-6)
+    torch.testing.assert_close(given.tables.log[0, 0].double(), exact, rtol=0, atol=2e-6)

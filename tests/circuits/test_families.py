@@ -326,7 +326,7 @@ def test_no_sample_beats_the_most_probable_explanation(circuit, seed, data):
 
 
 def test_marginals_need_finitely_many_values():
-    with pytest.raises(ct.PropertyError, match=r"finitely many values; Input.*scope=\{6\}.* Poisson"):
+    with pytest.raises(ct.PropertyError, match=r"finitely many values, got Input.*scope=\{6\}.* Poisson"):
         ct.queries.marginals(mixed(), ct.Evidence.nothing(1, 10))
 
 
@@ -704,7 +704,7 @@ WRONG = {
     "no categories": (lambda: ct.DiscretizedLogistic(True), "num_categories"),
     "literal beyond": (lambda: ct.Literal(3, (3,)), "values: expected values from 0 to 2, got 3"),
     "literal of nothing": (lambda: ct.Literal(3, ()), "values"),
-    "literal units": (lambda: ct.inputs(0, 3, ct.Literal(3, (1,))), "num_units: 1 values need as many units"),
+    "literal units": (lambda: ct.inputs(0, 3, ct.Literal(3, (1,))), "num_units: expected 1, one per value"),
     "no variance": (lambda: ct.Gaussian(0.0), "min_std"),
     "negative std": (lambda: ct.inputs(0, 1, ct.Gaussian(), weights=torch.tensor([[0.0], [-1.0]])), "weights: .* >="),
     "negative rate": (lambda: ct.inputs(0, 1, ct.Poisson(), weights=torch.tensor([[-1.0]])), "rates > 0"),
@@ -753,7 +753,7 @@ def test_one_variable_has_one_kind_of_values():
         return lambda: ct.Circuit(ct.sum(ct.inputs(0, 1, one), ct.inputs(0, 1, other), num_units=1))
 
     for one, other in ((ct.Poisson(), ct.Gaussian()), (ct.Poisson(), ct.Categorical(3))):
-        with pytest.raises(ct.StructureError, match="variable 0 has"):
+        with pytest.raises(ct.StructureError, match="variable 0: expected one"):
             disagreeing(one, other)()
     assert disagreeing(ct.Binomial(2), ct.Categorical(3))().num_categories == (3,)
 

@@ -6,7 +6,7 @@ import torch
 import circuits as ct
 from circuits.engine.layers import SumLayer
 from circuits.engine.question import Question
-from circuits.queries import basic
+from circuits.queries import explanations
 
 
 def siblings(num_categories=3, weights=None):
@@ -109,7 +109,7 @@ def test_sampling_many_variables_takes_bounded_memory(monkeypatch):
         return choice
 
     monkeypatch.setattr(Question, "choose", recorded)
-    monkeypatch.setattr(basic, "_MAX_REACHED", 1 << 18)
+    monkeypatch.setattr(explanations, "_MAX_REACHED", 1 << 18)
     assert ct.queries.sample(pc, 24).shape == (24, 16_384)
     assert len(reached) > 1
     assert max(reached) <= 1 << 18

@@ -116,9 +116,9 @@ def test_the_state_of_anemone_is_that_of_the_same_circuit():
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (lambda pc: learning.initialize_inputs(pc.circuit, X), "pc: expected ct.compile"),
-        (lambda pc: learning.initialize_by_kmeans(pc.circuit, X), "pc: expected ct.compile"),
-        (lambda pc: ct.batteries.distill_latents(pc.circuit, X, {}), "pc: expected ct.compile"),
+        (lambda pc: learning.initialize_inputs(pc.circuit, X), "pc: expected a compiled circuit"),
+        (lambda pc: learning.initialize_by_kmeans(pc.circuit, X), "pc: expected a compiled circuit"),
+        (lambda pc: ct.batteries.distill_latents(pc.circuit, X, {}), "pc: expected a compiled circuit"),
         (lambda pc: learning.initialize_inputs(pc, X, bandwidth="1"), "bandwidth: expected a number"),
         (lambda pc: learning.initialize_inputs(pc, X, pseudocount="1"), "pseudocount: expected a number"),
         (lambda pc: ct.batteries.distill_latents(pc, X, [X[:, 0]]), "latents: expected states by node"),

@@ -157,7 +157,10 @@ def test_grids_are_about_square():
         (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", value_range=3), "value_range"),
         (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a.png", value_range=(0, math.inf)), "value_range"),
         (lambda path: ct.plot.samples(torch.zeros(1, 4, 4), path / "a"), "path: expected"),
-        (lambda path: ct.plot.flows(CIRCUIT, torch.zeros(1, 3).long(), path / "a.png"), "pc: expected ct.compile"),
+        (
+            lambda path: ct.plot.flows(CIRCUIT, torch.zeros(1, 3).long(), path / "a.png"),
+            "pc: expected a compiled circuit",
+        ),
         (lambda path: ct.plot.flows(ct.compile(CIRCUIT), torch.zeros(1, 2).long(), path / "a.png"), "data: expected"),
         (lambda path: ct.plot.flows(ct.compile(CIRCUIT), torch.zeros(1, 3).long(), path / "a.gif"), "path: expected"),
     ],
