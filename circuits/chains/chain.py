@@ -136,13 +136,13 @@ class Chain:
         """Choose what every sum mixes in the columns where the first is reached; enter it and the leaves' units."""
         reached = units[self.positions[0]][0]
         chosen = reached.new_full((len(states), len(reached)), -1)
-        size = max(1, _MAX_SCORES // len(log_weights))
+        size, by_column = max(1, _MAX_SCORES // len(log_weights)), states.mT.contiguous()
         for number, (at, of) in enumerate(zip(column.split(size), query.split(size), strict=True)):
             part = slice(number * size, number * size + len(at))
             state = reached[at]
             for step, position in enumerate(self.positions):
                 source = source_of(position)
-                scores = log_weights[state].add_(states[step].t()[of])
+                scores = log_weights[state].add_(by_column[step][of])
                 state = semiring.choose(scores, source.rows(part) if isinstance(source, RowGenerators) else source)
                 chosen[step, at] = state
         for gather, states in (*((gather, chosen[:-1]) for gather in self.leaves), (self.last, chosen[-1:])):

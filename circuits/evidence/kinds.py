@@ -243,8 +243,8 @@ class Where(Factors):
         return torch.where(self.condition, self.one.at(x, dtype), self.other.at(x, dtype))
 
     def dense(self, num_categories: int, dtype: torch.dtype) -> Tensor:
-        parts = self.one.dense(num_categories, dtype), self.other.dense(num_categories, dtype)
-        return torch.where(self.condition.unsqueeze(-1), *parts)
+        other = 0.0 if isinstance(self.other, Nothing) else self.other.dense(num_categories, dtype)
+        return torch.where(self.condition.unsqueeze(-1), self.one.dense(num_categories, dtype), other)
 
     def even(self, num_categories: Tensor) -> Tensor:
         return torch.where(self.condition, self.one.even(num_categories), self.other.even(num_categories))
