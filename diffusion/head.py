@@ -22,6 +22,7 @@ from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
 from circuits.reading import Range, parsed_json, record_of, short
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
+from diffusion.blocks import check_circuit
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
 from diffusion.conditioners.base import built, described
 from diffusion.coupling import CoupledDistribution, Normalization
@@ -86,8 +87,7 @@ class CoupledHead(OnHub, nn.Module):
         decoding: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(pc, CompiledCircuit):
-            raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
+        check_circuit(pc)
         if not activation_threshold >= 0:
             raise ArgumentError(f"activation_threshold: expected a number >= 0, got {activation_threshold!r}")
         if normalization not in get_args(Normalization):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, checked_seed
+from diffusion.blocks import check_circuit
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -49,12 +50,6 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, int]:
     if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 2:
         raise ArgumentError(f"shape: expected (units, children) of the nodes, got {shape!r:.60}")
     return checked_count("shape[0]", shape[0]), checked_count("shape[1]", shape[1])
-
-
-def check_circuit(pc: CompiledCircuit) -> None:
-    """Raise ArgumentError unless an argument is a compiled circuit."""
-    if not isinstance(pc, CompiledCircuit):
-        raise ArgumentError(f"pc: expected ct.compile(circuit), got {type(pc).__name__}")
 
 
 def transitions_of(pc: CompiledCircuit) -> dict[str, list[int]]:

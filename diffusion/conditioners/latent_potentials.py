@@ -20,8 +20,9 @@ from torch import Tensor
 
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count
+from diffusion.blocks import check_circuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
-from diffusion.conditioners.context import check_circuit, check_sizes, network, read_context
+from diffusion.conditioners.context import check_sizes, network, read_context
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 

@@ -520,7 +520,7 @@ def test_what_does_not_fit_contextual_transitions_is_named(pc, said, block):
         (lambda: LatentPotentials(3, N, H), "positions: expected positions by the name of a sum node, got 3"),
         (
             lambda: LatentPotentials.for_hmm(ct.structures.hmm(2, 2, 2), H),
-            r"pc: expected ct\.compile\(circuit\), got Circ",
+            r"pc: expected a compiled circuit, ct\.compile\(circuit\), got Circ",
         ),
         (lambda: TransitionGates.for_hmm(None, H), "pc: .* got NoneType"),
         (lambda: CoupledHead(ct.compile(ct.structures.hmm(2, 2, 2)), conditioners=3), "conditioners: .* got int"),

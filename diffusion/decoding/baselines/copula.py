@@ -10,6 +10,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits.arguments import checked_count
+from diffusion.blocks import check_circuit
 from diffusion.coupling import CoupledDistribution
 from diffusion.decoding.baselines.base import BlockHead
 from diffusion.decoding.baselines.saving import Content
@@ -43,8 +44,7 @@ class CopulaHead(BlockHead[CoupledDistribution]):
     def __init__(
         self, pc: ct.CompiledCircuit, *, num_sweeps: int = 50, tolerance: float = 1e-5, top_k: int | None = None
     ) -> None:
-        if not isinstance(pc, ct.CompiledCircuit):
-            raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
+        check_circuit(pc)
         checked_count("num_sweeps", num_sweeps)
         if not tolerance > 0:
             raise ArgumentError(f"tolerance: expected a number > 0, got {tolerance!r}")

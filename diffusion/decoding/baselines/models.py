@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits.arguments import checked_count
+from diffusion.blocks import check_circuit
 from diffusion.errors import ArgumentError
 
 
@@ -41,8 +42,7 @@ class CircuitModel:
     """
 
     def __init__(self, pc: ct.CompiledCircuit) -> None:
-        if not isinstance(pc, ct.CompiledCircuit):
-            raise ArgumentError(f"pc: expected a compiled circuit, ct.compile(circuit), got {type(pc).__name__}")
+        check_circuit(pc)
         self.pc = pc
 
     @property
