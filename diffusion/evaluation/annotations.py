@@ -21,9 +21,9 @@ from torch import Tensor
 from circuits.progress import progress_bar
 from diffusion._json import write_json
 from diffusion.decoding.config import DecodeMode, Strategy
-from diffusion.decoding.generation import generate
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
+from diffusion.evaluation.blocks import blocks_after
 from diffusion.evaluation.gap import Estimate
 from diffusion.head import CoupledHead
 
@@ -262,28 +262,15 @@ def annotation_quality(
         raise ArgumentError(f"data: expected int64 (N >= 1, at least {length}), got {tuple(data.shape)}")
     prompts = data[:, :-length]
     contexts = [decoded(prompt) for prompt in prompts]
-    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
 
     def checked(texts: Tensor) -> AnnotationShare:
         pairs = zip(contexts, texts, strict=True)
         return AnnotationShare.of([check_annotations(context, decoded(text)) for context, text in pairs], seed)
 
     def written(used: CoupledHead | None, num_steps: int) -> Tensor:
+        options = {"num_steps": num_steps, "strategy": STRATEGY, "decode": decode, "temperature": temperature}
         parts = []
-        for prompt, seeds_of in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
-            out = generate(
-                denoiser,
-                prompt,
-                gen_length=length,
-                block_length=length,
-                num_steps=num_steps,
-                strategy=STRATEGY,
-                head=used,
-                decode=decode,
-                temperature=temperature,
-                stop_at_eos=False,
-                seeds=seeds_of,
-            )
+        for out in blocks_after(denoiser, prompts, length, batch_size=batch_size, seed=seed, head=used, **options):
             parts.append(out.generated)
             advance()
         return torch.cat(parts)

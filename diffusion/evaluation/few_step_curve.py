@@ -21,9 +21,9 @@ from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion._json import write_json
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
-from diffusion.decoding.generation import generate
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
+from diffusion.evaluation.blocks import blocks_after
 from diffusion.evaluation.gap import Estimate, rounded
 from diffusion.evaluation.kept_points import KeptPoints, identity_of
 from diffusion.evaluation.likelihood import log_likelihood
@@ -214,8 +214,10 @@ def _measured(
 
     def measured(curve: str, num_steps: int | None, config: DecodingConfig) -> CurvePoint:
         used = None if curve.startswith(WITHOUT) else head
-        texts, num_calls = _written(denoiser, judge.prompts, used, config, num_steps, length, judge.batch_size, seed)
-        return CurvePoint(curve, num_steps, num_calls, judge.quality(texts))
+        options = {"num_steps": num_steps, "head": used, "config": config}
+        outs = list(blocks_after(denoiser, judge.prompts, length, batch_size=judge.batch_size, seed=seed, **options))
+        num_calls = float(torch.cat([out.row_calls.double() for out in outs]).mean())
+        return CurvePoint(curve, num_steps, num_calls, judge.quality(torch.cat([out.generated for out in outs])))
 
     points = []
     title, total = "measuring the few-step curve", len(settings) + 1
@@ -256,36 +258,6 @@ def _settings(steps: Sequence[int], decode: DecodeMode) -> list[tuple[str, int |
         (f"{WITHOUT}, entropy bound 0.1", None, config("entropy_bound")),
     ]
     return [*counted, *adaptive]
-
-
-def _written(
-    denoiser: Denoiser,
-    prompts: Tensor,
-    head: CoupledHead | None,
-    config: DecodingConfig,
-    num_steps: int | None,
-    length: int,
-    batch_size: int,
-    seed: int,
-) -> tuple[Tensor, float]:
-    """Return blocks, int64 (N, L), and how many calls each took, a mean."""
-    texts, calls = [], []
-    seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
-    for prompt, seeds_of in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
-        out = generate(
-            denoiser,
-            prompt,
-            gen_length=length,
-            block_length=length,
-            num_steps=num_steps,
-            head=head,
-            config=config,
-            stop_at_eos=False,
-            seeds=seeds_of,
-        )
-        texts.append(out.generated)
-        calls.append(out.row_calls.double())
-    return torch.cat(texts), float(torch.cat(calls).mean())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """A few-step curve that was killed goes on where it stopped, and what belongs to something else is measured anew."""
 
-import importlib
 import json
 import shutil
 
@@ -9,11 +8,11 @@ import torch
 
 import circuits as ct
 import diffusion as df
+from diffusion.evaluation import blocks
 from diffusion.evaluation.few_step_curve import few_step_curve
 from diffusion.evaluation.kept_points import identity_of
 from diffusion.testing import worlds
 
-module = importlib.import_module("diffusion.evaluation.few_step_curve")  # the function has its name
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORLD = worlds.random(3, length=3, concentration=1.0)
@@ -38,7 +37,7 @@ class Killed(BaseException):
 @pytest.fixture
 def generated(monkeypatch):
     """Count the settings that are decoded; raise once there are ``limit``."""
-    calls, generate = [], module.generate
+    calls, generate = [], blocks.generate
 
     def counting(*arguments, **options):
         if len(calls) == counting.limit:
@@ -48,7 +47,7 @@ def generated(monkeypatch):
 
     counting.limit = None
     counting.calls = calls
-    monkeypatch.setattr(module, "generate", counting)
+    monkeypatch.setattr(blocks, "generate", counting)
     return counting
 
 
