@@ -114,22 +114,6 @@ def checked_tensor_file(path: str | os.PathLike[str]) -> int:
     return size
 
 
-def tensor_shapes(path: str | os.PathLike[str], *, way_out: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a safetensors file, of which nothing else is read.
-
-    Raises:
-        CheckpointError: it is missing, no regular file, or corrupt.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        checked_tensor_file(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {way_out}") from error
-
-
 @dataclass(frozen=True)
 class ArrayHeader:
     """What the header of a ``.npy`` file says, of an array by rows.

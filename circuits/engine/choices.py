@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring
 from circuits.engine.layers import ProductLayer, chunks
-from circuits.randomness import DrawnNumbers, RowGenerators, Source, numbers_at, source_at
+from circuits.randomness import DrawnNumbers, Source, numbers_at, source_at
 from circuits.weights.given import Reached
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def choose(
     root = found.root[0]  # (R, B, *E)
     query = torch.arange(root.shape[1], device=root.device).repeat(num_samples)
     units = [torch.full((size[0], len(query)), -1, device=root.device) for size in pc.layer_sizes]
-    sums = sorted({pc.address(node)[0] for node in pc.circuit.sums}) if isinstance(generator, RowGenerators) else ()
-    numbers = numbers_at(generator, {position: pc.layer_sizes[position][0] for position in sums}, num_samples)
+    numbers = numbers_at(generator, pc.sum_layers, num_samples)
 
     def source_of(position: int, node: Tensor, column: Tensor) -> Source:
         if position in numbers:

@@ -76,6 +76,7 @@ class CompiledCircuit(nn.Module):
         self.input_layers: Sequence[InputLayer] = cast(Any, nn.ModuleList(inputs))
         self.layer_sizes = folding.layer_sizes
         self.last_uses = folding.last_uses
+        self.sum_layers = {at: len(nodes) for at, nodes in enumerate(folding.layers) if isinstance(nodes[0], Sum)}
         self.schedule = schedule_of(folding, num_inputs, functools.partial(_inner_layer, folding))
         if len(folding.layers) < _MANY_LAYERS:
             _ = self.inner_layers  # made now: tracing compilers find them as they are
