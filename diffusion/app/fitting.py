@@ -12,7 +12,6 @@ import torch
 from circuits import CompiledCircuit
 from circuits.reading import record_of
 from circuits.store import made_from
-from diffusion._json import read_json
 from diffusion.app.recipe import CircuitRecipe, Recipe
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
@@ -23,6 +22,7 @@ from diffusion.denoisers.transformer import TransformerConfig, TransformerDenois
 from diffusion.errors import CheckpointError
 from diffusion.head import FORMAT as HEAD
 from diffusion.head import CoupledHead
+from diffusion.json_files import read_json
 from diffusion.text.tokenizer import TextTokenizer
 from diffusion.training.logit_cache import LogitCache
 

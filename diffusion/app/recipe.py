@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from circuits.digests import digest
 from circuits.reading import Range, record_of, short
-from diffusion._json import read_json, write_json
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import CheckpointError
+from diffusion.json_files import read_json, write_json
 from diffusion.text.tokenizer import TokenizerKind
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from diffusion._json import write_json
 from diffusion.app.models import Models
 from diffusion.app.sources import encoded_prompts
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.likelihood import Method, log_likelihood
 from diffusion.evaluation.tasks.data import read_examples, text_of
 from diffusion.evaluation.tasks.task import Example
+from diffusion.json_files import write_json
 
 _OF_METHOD = {"decoder": ("num_steps", "strategy", "decode"), "elbo": ("num_samples",), "sequential": ()}
 

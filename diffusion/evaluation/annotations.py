@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.progress import progress_bar
-from diffusion._json import write_json
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.blocks import blocks_after
 from diffusion.evaluation.gap import Estimate
 from diffusion.head import CoupledHead
+from diffusion.json_files import write_json
 
 STRATEGY: Strategy = "entropy"
 """Which positions a step commits; it does not look at what was drawn, so that the law of decoding is kept."""

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from circuits.digests import digest
 from circuits.progress import progress_bar
-from diffusion._json import write_json
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
@@ -28,6 +27,7 @@ from diffusion.evaluation.gap import Estimate, rounded
 from diffusion.evaluation.kept_points import KeptPoints, identity_of
 from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.head import CoupledHead
+from diffusion.json_files import write_json
 
 TRUE_TEXT, WITHOUT = "true text", "without circuit"
 _LONGEST_GRAM = 3

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from circuits.progress import progress_bar
-from diffusion._json import write_json
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.decoding.generation import generate
 from diffusion.denoisers.base import Denoiser
@@ -21,6 +20,7 @@ from diffusion.evaluation.gap import Estimate
 from diffusion.evaluation.intervals import wilson
 from diffusion.evaluation.kept_points import KeptPoints, identity_of
 from diffusion.head import CoupledHead
+from diffusion.json_files import write_json
 
 Judge = Callable[[Tensor, Tensor], bool]
 """Says whether one generated text is good: (prompt, generated), int64 (P,) and (gen_length,)."""

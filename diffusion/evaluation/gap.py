@@ -20,11 +20,11 @@ from torch import Tensor
 
 from circuits import CompiledCircuit, queries
 from circuits.progress import progress_bar
-from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.kept_points import KeptPoints, circuit_digest, identity_of
 from diffusion.head import CoupledHead
+from diffusion.json_files import write_json
 from diffusion.prediction import Prediction
 from diffusion.training.masking import count_masked, mask_fixed_ratio
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.arguments import checked_count
-from diffusion._json import write_json
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.evaluation.gap import Estimate, rounded
+from diffusion.json_files import write_json
 
 _GRAMS = (1, 2, 3)
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from circuits.files import replace_file
 from circuits.reading import open_regular, read_array_header
-from diffusion._json import read_json, write_json
 from diffusion.errors import CheckpointError
+from diffusion.json_files import read_json, write_json
 
 FORMAT_VERSION = 2
 _WAY_OUT = "delete the folder and cache again"

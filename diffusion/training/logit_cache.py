@@ -24,9 +24,9 @@ from circuits.arguments import checked_count
 from circuits.digests import digest
 from circuits.progress import progress_bar
 from circuits.store import locked
-from diffusion._json import write_json
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.json_files import write_json
 from diffusion.prediction import Prediction
 from diffusion.training.cache_files import FORMAT_VERSION, continue_or_create, extended, read_meta, verified_arrays
 from diffusion.training.cache_shards import Joined, shard_folder, shards_of

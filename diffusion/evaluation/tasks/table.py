@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffusion._json import write_json
 from diffusion.decoding.config import DecodingConfig
 from diffusion.evaluation.gap import Estimate, rounded
 from diffusion.evaluation.intervals import wilson
 from diffusion.evaluation.tasks.measures import accuracy_at, accuracy_under_parallelism
 from diffusion.evaluation.tasks.samples import Sample
+from diffusion.json_files import write_json
 
 WITHOUT, WITH = "without circuit", "with circuit"
 
