@@ -45,12 +45,9 @@ class LogRoot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, question: Question, *tensors: Tensor) -> Tensor:
         """Evaluate all layers, and keep of each what its adjoint needs."""
-        pc = question.pc
-        ctx.question, ctx.saved, ctx.num_inputs = question, {}, len(pc.input_layers)
+        ctx.question, ctx.saved, ctx.num_inputs = question, {}, len(question.pc.input_layers)
         ctx.save_for_backward(*tensors)
-        values = question.evaluated(_LOG, tensors[: ctx.num_inputs], scans=True, saved=ctx.saved)
-        root = values[len(pc.layer_sizes) - 1][0]
-        return root.clone() if len(pc.layer_sizes) == 1 else root
+        return question.top_of(question.evaluated(_LOG, tensors[: ctx.num_inputs], scans=True, saved=ctx.saved))
 
     @staticmethod
     @own_precision
@@ -81,8 +78,7 @@ def latent_gradients(question: Question) -> tuple[Tensor, dict[Address, Tensor]]
     theirs, and without weights given at run time.
     """
     saved = dict[int, Any]()
-    values = question.evaluated(_LOG, question.inputs(_LOG), scans=True, saved=saved)
-    root = values[len(question.pc.layer_sizes) - 1][0]
+    root = question.top_of(question.evaluated(_LOG, question.inputs(_LOG), scans=True, saved=saved))
     mixed = root if question.class_factors is None else root + question.class_factors
     descent = _descend(question, saved, mixed.softmax(0), {})
     found: dict[Address, Tensor] = {}
@@ -108,7 +104,9 @@ def _descend(question: Question, saved: Mapping[int, Any], grad: Tensor, flows: 
     """Send the root's gradient, (R, B), down through all layers."""
     pc = question.pc
     found = _Descent(Gradients(pc.layer_sizes, grad.shape[1]), {}, [])
-    found.inputs.add(len(pc.layer_sizes) - 1, slice(0, 1, 1), grad.unsqueeze(0))
+    tops = grad.split([pc.layer_sizes[layer][1] for layer, _ in question.tops])
+    for (layer, row), part in zip(question.tops, tops, strict=True):
+        found.inputs.add(layer, slice(row, row + 1, 1), part.unsqueeze(0))
     for step in reversed(pc.schedule):
         scan, chain = saved.get(step.position), step.chain
         if not isinstance(scan, Scan) or chain is None:
@@ -159,5 +157,5 @@ def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     latents = {position: replace(factors, log=next(tensors)) for position, factors in question.latents.items()}
     root = question.replayed(inputs, question.weights.with_own(own), latents)
     wanted = [t for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True) if needed]
-    grads = iter(torch.autograd.grad(root[0], wanted, grad, create_graph=True, allow_unused=True))
+    grads = iter(torch.autograd.grad(root, wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])

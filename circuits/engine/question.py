@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring, divided
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice, Climb
-from circuits.engine.layers import LayerValues, ProductLayer, SumLayer
+from circuits.engine.layers import Address, LayerValues, ProductLayer, SumLayer
 from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds, class_factors
 from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
 from circuits.evidence import Evidence
@@ -48,6 +48,7 @@ class Question:
         latents: factors on the children of sum nodes, by layer.
         class_factors: log-factors on the root's units, (R, B); None: the circuit has no classes, or they stay apart.
         silent: by sum layer, which nodes are the constant 1, bool (F, 1, B); see :meth:`silenced`.
+        tops: where the nodes are whose units are asked for: the root; ``schedule`` are the steps up to them.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Question:
         self.latents: Mapping[int, LatentFactors] = {}
         self.class_factors = None if evidence.classes is None else class_factors(pc, evidence.classes)
         self.silent: Mapping[int, Tensor] = {}
+        self.tops: Sequence[Address] = [(len(pc.layer_sizes) - 1, 0)]
+        self.schedule = pc.schedule
         self._inputs: Sequence[Tensor] | None = None
         if evidence.latents:
             self.latents = self.with_latents({}).latents
@@ -172,8 +175,7 @@ class Question:
             PropertyError: the root has a unit per class, and the evidence does not name the class.
         """
         self.require_one_root()
-        values = self.evaluated(semiring, self.inputs(semiring))
-        return self.mixed(semiring, values[len(self.pc.layer_sizes) - 1])
+        return self.mixed(semiring, self.top_of(self.evaluated(semiring, self.inputs(semiring))).unsqueeze(0))
 
     def mixed(self, semiring: Semiring, root: Tensor) -> Tensor:
         """Return the value of the root's units, (1, R, B, *E), added up over the classes: (B, *E)."""
@@ -188,15 +190,18 @@ class Question:
         inputs = self.inputs(_LOG)
         tensors = (*inputs, *(self.weights.own[name].log for name in self.pc.sum_banks))
         tensors = (*tensors, *(factors.log for factors in self.latents.values()))
-        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         is_plain = not (torch.compiler.is_compiling() or self.weights.given)
-        if is_plain and needs_grad:
-            root = adjoint.LogRoot.apply(self, *tensors).unsqueeze(0)
+        if is_plain and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            root = adjoint.LogRoot.apply(self, *tensors)
         else:
-            root = self.evaluated(_LOG, inputs, scans=is_plain)[len(self.pc.layer_sizes) - 1]
+            root = self.top_of(self.evaluated(_LOG, inputs, scans=is_plain))
         if self.class_factors is None and self.pc.circuit.num_classes:
-            return root[0].t()
-        return self.mixed(_LOG, root)
+            return root.t()
+        return self.mixed(_LOG, root.unsqueeze(0))
+
+    def top_of(self, values: LayerValues) -> Tensor:
+        """Return the values of the units that are asked for, (R, B, *E), from those of the layers."""
+        return torch.cat([values[layer][row] for layer, row in self.tops])
 
     def choose(
         self, semiring: ChoosingSemiring, num_samples: int, generator: Source, *, found: Climb | None = None
@@ -275,9 +280,9 @@ class Question:
     def replayed(
         self, inputs: Sequence[Tensor], weights: CircuitWeights, latents: Mapping[int, LatentFactors]
     ) -> Tensor:
-        """Return the log-values of the root's units, (1, R, B), by operations that autograd can follow."""
+        """Return the log-values of the top units, (R, B), by operations that autograd can follow."""
         question = self._with(weights=weights, latents=latents)
-        return question.evaluated(_LOG, inputs)[len(self.pc.layer_sizes) - 1]
+        return question.top_of(question.evaluated(_LOG, inputs))
 
     def evaluated(
         self,
@@ -298,7 +303,7 @@ class Question:
             saved: where what :mod:`~circuits.engine.adjoint` needs is kept, by layer, with ``scans``; None: nowhere.
         """
         values = dict(enumerate(inputs))
-        for step in self.pc.schedule:
+        for step in self.schedule:
             chain, scan = step.chain, None
             if scans and chain is not None:
                 linear = self.weights.own[chain.bank].linear[chain.row]
@@ -331,13 +336,10 @@ class Question:
             out = layer(semiring, values, own, self.weights.given.get(position), latents)
         else:
             out, saved[position] = layer.forward_recorded(values, own, latents)
-        return self.with_silence(semiring, position, out) if self.silent else out
-
-    def with_silence(self, semiring: Semiring, position: int, values: Tensor) -> Tensor:
-        """Put the constant 1 where sum nodes of a layer, (F, K, B, *E), are silent."""
-        silent = self.silent[position]
-        one = semiring.lift(torch.zeros(1, 1, 1, dtype=values.dtype, device=values.device))
-        return torch.where(silent.reshape(silent.shape + (1,) * (values.dim() - 3)), one, values)
+        if not self.silent:
+            return out
+        silent, one = self.silent[position], semiring.lift(out.new_zeros(1, 1, 1))
+        return torch.where(silent.reshape(silent.shape + (1,) * (out.dim() - 3)), one, out)
 
     def _with(self, **attributes: Any) -> Question:
         changed = copy.copy(self)

@@ -8,6 +8,7 @@ from circuits.queries.basic import (
     log_partition,
     marginals,
 )
+from circuits.queries.components import component_log_partition
 from circuits.queries.cumulative import log_cdf
 from circuits.queries.deterministic import DeterministicAutomaton
 from circuits.queries.divergences import (
@@ -44,6 +45,7 @@ __all__ = [
     "best_latents",
     "cauchy_schwarz_divergence",
     "class_posterior",
+    "component_log_partition",
     "covariance",
     "cross_entropy",
     "entropy",

@@ -1,7 +1,7 @@
 """Well-known circuit structures: functions that return a :class:`~circuits.symbolic.Circuit`."""
 
 from circuits.region_graphs.chow_liu import empirical_mutual_information, maximum_spanning_tree
-from circuits.structures.basic import fully_factorized, mixture, naive_bayes
+from circuits.structures.basic import fully_factorized, mixture, mixture_of, naive_bayes
 from circuits.structures.blocks import block_mixture, correlated_blocks
 from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, second_order_hmm
 from circuits.structures.latent_tree import hclt, latent_tree
@@ -21,6 +21,7 @@ __all__ = [
     "low_rank_hmm",
     "maximum_spanning_tree",
     "mixture",
+    "mixture_of",
     "naive_bayes",
     "poon_domingos",
     "quad_graph",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from circuits.arguments import checked_count
+from circuits.errors import ArgumentError, StructureError
 from circuits.families import Categorical, Distribution
-from circuits.structures.options import families_of
+from circuits.structures.options import checked_table, families_of
 from circuits.symbolic import Circuit, inputs, product, sum
 
 
@@ -44,6 +46,37 @@ def mixture(
     families = families_of("num_categories", num_categories, num_vars)
     leaves = [inputs(var, num_components, family) for var, family in enumerate(families)]
     return Circuit(sum(product(*leaves), num_units=1))
+
+
+def mixture_of(components: Sequence[Circuit], *, weights: Tensor | None = None) -> Circuit:
+    """Build a mixture of circuits over the same variables, ``p(x) = sum_k w_k p_k(x)``.
+
+    The named nodes of component k are called ``member{k}.{name}`` in it, its root is called ``members``. Components
+    with R classes make a mixture for each class.
+
+    Args:
+        components: K >= 1 circuits.
+        weights: w, (K,), sum to 1; equal when omitted.
+
+    Raises:
+        ArgumentError: an argument has a wrong type, or there are no components.
+        StructureError: the components are not over the same variables with the same numbers of categories, or have
+            different numbers of classes, or the weights have a wrong shape or do not sum to 1.
+    """
+    is_list = isinstance(components, Sequence) and len(components) > 0
+    if not is_list or not all(isinstance(one, Circuit) for one in components):
+        raise ArgumentError(f"components: expected one or more circuits, got {components!r:.60}")
+    num_classes = {one.num_classes for one in components}
+    if len(num_classes) > 1:
+        raise StructureError(f"components: expected equally many classes in all of them, got {num_classes}")
+    count = len(components)
+    shares = checked_table(
+        "weights", torch.full((count,), 1 / count) if weights is None else weights, (count,), 1, True
+    )
+    roots = [one.with_prefix(f"member{k}.").root for k, one in enumerate(components)]
+    table = torch.kron(shares, torch.eye(roots[0].num_units, dtype=shares.dtype))
+    root = sum(*roots, num_units=roots[0].num_units, weights=table, name="members")
+    return Circuit(root, num_classes=components[0].num_classes)
 
 
 def naive_bayes(
