@@ -6,6 +6,7 @@ from diffusion.conditioners import (
     Conditioner,
     LatentPotentials,
     LowRankTransitions,
+    MixtureWeights,
     NoiseCalibration,
     TransitionGates,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "LogitCache",
     "LowRankTransitions",
     "MaskedLMDenoiser",
+    "MixtureWeights",
     "NoiseCalibration",
     "Prediction",
     "TransformerConfig",

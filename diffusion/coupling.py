@@ -27,7 +27,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
-from circuits.distribution import kept
+from circuits.distribution import kept, without_kept
 from diffusion.blocks import check_blocks, check_circuit, check_logits, check_tokens
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
@@ -183,24 +183,12 @@ class CoupledDistribution(CircuitDistribution):
             evidence = evidence.without(absent)
         if latents:
             evidence = evidence.with_latents(latents)
-        self._condition(pc, evidence, sure, tokens, masked, normalization, pc.weights() if weights is None else weights)
-        self.summed_out = absent
-
-    def _condition(
-        self,
-        pc: CompiledCircuit,
-        evidence: Evidence,
-        prediction: Prediction,
-        tokens: Tensor,
-        masked: Tensor,
-        normalization: Normalization,
-        weights: CircuitWeights | None,
-    ) -> None:
-        super().__init__(pc, evidence, weights=weights)
-        self.prediction = prediction
+        super().__init__(pc, evidence, weights=pc.weights() if weights is None else weights)
+        self.prediction = sure
         self.tokens = tokens
         self.masked = masked
         self.normalization = normalization
+        self.summed_out = absent
 
     @property
     def num_tokens(self) -> int:
@@ -221,13 +209,21 @@ class CoupledDistribution(CircuitDistribution):
         check_tokens("tokens", tokens.masked_fill(~observed, 0), self.num_tokens)
         observed = observed & self.masked
         sure = self.prediction.with_observed(tokens, observed)
-        dist = type(self).__new__(type(self))
         evidence = self.evidence.with_factors(sure.log_q, sure.values, self.evidence.missing)
         all_tokens = torch.where(observed, tokens, self.tokens)
-        dist._condition(self.pc, evidence, sure, all_tokens, self.masked & ~observed, self.normalization, self.weights)
-        dist.summed_out = self.summed_out
+        dist = self._with(evidence=evidence, prediction=sure, tokens=all_tokens, masked=self.masked & ~observed)
         if self._posterior is not None and not torch.is_grad_enabled():
             dist._posterior = self._posterior.given(tokens, observed)
+        return dist
+
+    def with_latents(self, latents: Mapping[Sum | str, Tensor]) -> CoupledDistribution:
+        """Return this distribution with other log-factors on latents, see :meth:`circuits.Evidence.with_latents`."""
+        return self._with(evidence=self.evidence.with_latents(latents))
+
+    def _with(self, **attributes: Any) -> CoupledDistribution:
+        dist = type(self).__new__(type(self))
+        vars(dist).update(without_kept(vars(self)), **attributes)
+        vars(dist).pop("_posterior", None)
         return dist
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from circuits.reading import Range, parsed_json, record_of, short
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.blocks import check_circuit
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
-from diffusion.conditioners.base import built, described
+from diffusion.conditioners.base import built, described, weighed
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
@@ -202,7 +202,7 @@ class CoupledHead(OnHub, nn.Module):
         conditioned = self.condition(prediction, masked)
         if conditioned.weights:
             weights = self.pc.weights(external=conditioned.weights)
-        return CoupledDistribution.of(
+        coupled = CoupledDistribution.of(
             self.pc,
             conditioned.prediction,
             tokens,
@@ -212,6 +212,7 @@ class CoupledHead(OnHub, nn.Module):
             weights=weights,
             absent=absent,
         )
+        return weighed(coupled, self.conditioners)
 
     @own_precision
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:

@@ -3,6 +3,7 @@
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.low_rank_transitions import LowRankTransitions
+from diffusion.conditioners.mixture_weights import MixtureWeights
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.conditioners.transition_gates import TransitionGates
 
@@ -11,6 +12,7 @@ __all__ = [
     "Conditioner",
     "LatentPotentials",
     "LowRankTransitions",
+    "MixtureWeights",
     "NoiseCalibration",
     "TransitionGates",
     "register",

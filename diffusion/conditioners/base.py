@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
+from circuits.precision import own_precision
 from circuits.reading import parsed_json
+from diffusion.coupling import CoupledDistribution
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -55,7 +57,7 @@ class Conditioner(nn.Module, ABC):
     """
 
     name: ClassVar[str] = ""
-    needs_features: ClassVar[bool] = False
+    needs_features: bool = False
     """Whether it looks at the denoiser's hidden states, ``prediction.features``."""
 
     @abstractmethod
@@ -71,6 +73,14 @@ class Conditioner(nn.Module, ABC):
             masked: bool, True where a token is to be predicted.
         """
 
+    def latents_under(self, dist: CoupledDistribution) -> Mapping[Any, Tensor]:
+        """Return further log-factors on latents, by sum node or its name, (B, I) each; by default there are none.
+
+        Args:
+            dist: the distribution that everything else makes, which the factors may depend on.
+        """
+        return {}
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the arguments that build a module of the same shapes, as JSON can hold them."""
@@ -81,6 +91,18 @@ class Conditioner(nn.Module, ABC):
 
     def check(self, pc: CompiledCircuit) -> None:
         """Raise ArgumentError unless the module fits a circuit; any does by default."""
+
+
+@own_precision
+def weighed(dist: CoupledDistribution, conditioners: Iterable[Conditioner]) -> CoupledDistribution:
+    """Return a distribution with the log-factors :meth:`Conditioner.latents_under` it, beside those that it has."""
+    for conditioner in conditioners:
+        given = dict(dist.evidence.latents or {})
+        known = {dist.pc.sum_node(key): key for key in given}
+        for one, log in conditioner.latents_under(dist).items():
+            key = known.get(dist.pc.sum_node(one), one)
+            dist = dist.with_latents({key: given[key] + log if key in given else log})
+    return dist
 
 
 C = TypeVar("C", bound=type[Conditioner])

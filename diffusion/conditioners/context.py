@@ -52,10 +52,10 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, int]:
     return checked_count("shape[0]", shape[0]), checked_count("shape[1]", shape[1])
 
 
-def transitions_of(pc: CompiledCircuit) -> dict[str, list[int]]:
+def transitions_of(pc: CompiledCircuit, prefix: str) -> dict[str, list[int]]:
     """Return the places of the transitions of a circuit of :func:`circuits.structures.hmm`: ``t`` and ``t + 1``."""
     check_circuit(pc)
-    return {f"transition{step}": [step, step + 1] for step in range(pc.circuit.num_vars - 1)}
+    return {f"{prefix}transition{step}": [step, step + 1] for step in range(pc.circuit.num_vars - 1)}
 
 
 def check_nodes(pc: CompiledCircuit, places: Places, shape: Sequence[int], who: str) -> None:
@@ -89,6 +89,31 @@ def is_zero(made: nn.Module) -> bool:
     return not any(bool(parameter.any()) for parameter in last.parameters())
 
 
+def at_mask_ratio(
+    masked: Tensor,  # shape: (B, L)
+    *knots: Tensor,  # shape: (M, ...)
+) -> list[Tensor]:  # shape: (B, ...)
+    """Return functions of the mask ratio, piecewise linear between M evenly spaced ratios from 0 to 1."""
+    last = len(knots[0]) - 1
+    position = masked.to(knots[0].dtype).mean(-1) * last
+    lower = position.long().clamp(max=last - 1)
+    share = position - lower
+    return [torch.lerp(one[lower], one[lower + 1], share.view(-1, *[1] * (one.dim() - 1))) for one in knots]
+
+
+def read_block(
+    num_features: int,
+    prediction: Prediction,
+    masked: Tensor,  # shape: (B, L)
+    like: Tensor,
+) -> Tensor:  # shape: (B, H + 1)
+    """Return the mean of the features at masked positions, and the mask ratio; see :func:`read_context`."""
+    features = _features(num_features, prediction).to(like)
+    counts = masked.to(like).unsqueeze(-1)
+    mean = (features.masked_fill(~masked.unsqueeze(-1), 0.0)).sum(1) / counts.sum(1).clamp_min(1)
+    return torch.cat([mean, counts.mean(1)], -1)
+
+
 def read_context(
     places: Places,
     num_features: int,
@@ -111,16 +136,20 @@ def read_context(
     Raises:
         ArgumentError: the prediction has no features, or of another number.
     """
+    index = torch.tensor(list(places.values()), device=like.device)  # (n, S)
+    features = _features(num_features, prediction).to(like)[:, index].flatten(2)  # (B, n, S * H)
+    shape = (*features.shape[:2], 1)
+    parts = [features, masked.to(like.dtype).mean(-1)[:, None, None].expand(shape)]
+    if has_position:
+        parts.append((index[:, :1] / max(1, int(index.max()))).to(like).expand(shape))
+    return torch.cat(parts, -1)
+
+
+def _features(num_features: int, prediction: Prediction) -> Tensor:
     if prediction.features is None or prediction.features.shape[2] != num_features:
         got = "none" if prediction.features is None else f"{prediction.features.shape[2]}"
         raise ArgumentError(
             f"prediction: expected {num_features} features per position, got {got}; ask with features=True, and cache "
             "with cache_logits(..., features=True)"
         )
-    index = torch.tensor(list(places.values()), device=like.device)  # (n, S)
-    features = prediction.features.to(like)[:, index].flatten(2)  # (B, n, S * H)
-    shape = (*features.shape[:2], 1)
-    parts = [features, masked.to(like.dtype).mean(-1)[:, None, None].expand(shape)]
-    if has_position:
-        parts.append((index[:, :1] / max(1, int(index.max()))).to(like).expand(shape))
-    return torch.cat(parts, -1)
+    return prediction.features

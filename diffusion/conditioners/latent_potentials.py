@@ -65,7 +65,7 @@ class LatentPotentials(Conditioner):
         self.linear = network(num_features + (1 if hidden is None else 2), num_units, hidden, seed=seed, is_zero=True)
 
     @classmethod
-    def for_hmm(cls, pc: CompiledCircuit, num_features: int, **options: Any) -> LatentPotentials:
+    def for_hmm(cls, pc: CompiledCircuit, num_features: int, *, prefix: str = "", **options: Any) -> LatentPotentials:
         """Build the potentials on the hidden state of every step of a circuit of :func:`circuits.structures.hmm`.
 
         Its root ``initial`` mixes the states of step 0, and ``transition{t}`` those of step t + 1.
@@ -73,6 +73,7 @@ class LatentPotentials(Conditioner):
         Args:
             pc: the circuit.
             num_features: H.
+            prefix: of the names of its nodes, where it is a component of another.
             **options: ``hidden`` and ``seed``.
 
         Raises:
@@ -80,8 +81,8 @@ class LatentPotentials(Conditioner):
         """
         check_circuit(pc)
         steps = range(pc.circuit.num_vars - 1)
-        positions = {"initial": 0, **{f"transition{step}": step + 1 for step in steps}}
-        made = cls(positions, pc.sum_node("initial").parameter_shape[1], num_features, **options)
+        positions = {f"{prefix}initial": 0, **{f"{prefix}transition{step}": step + 1 for step in steps}}
+        made = cls(positions, pc.sum_node(f"{prefix}initial").parameter_shape[1], num_features, **options)
         made.check(pc)
         return made
 

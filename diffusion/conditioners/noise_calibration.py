@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count
 from diffusion.conditioners.base import Conditioned, Conditioner, register
+from diffusion.conditioners.context import at_mask_ratio
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -79,11 +80,8 @@ class NoiseCalibration(Conditioner):
             masked: bool, True where a token is to be predicted; its mean over the block is the mask ratio.
             values: the tokens that ``log_q`` is about; None: all.
         """
-        position = masked.to(self.bias.dtype).mean(-1) * (len(self.log_scale) - 1)  # (B,)
-        lower = position.long().clamp(max=len(self.log_scale) - 2)
-        share = position - lower
-        scale = torch.lerp(self.log_scale[lower], self.log_scale[lower + 1], share).exp()
-        bias = torch.lerp(self.bias[lower], self.bias[lower + 1], share.unsqueeze(-1)).unsqueeze(1)  # (B, 1, V)
+        log_scale, bias = at_mask_ratio(masked, self.log_scale, self.bias)
+        scale, bias = log_scale.exp(), bias.unsqueeze(1)  # (B,), (B, 1, V)
         if values is not None:
             bias = bias.expand(-1, log_q.shape[1], -1).gather(2, values)
         is_possible = log_q > -torch.inf

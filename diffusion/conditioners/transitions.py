@@ -66,18 +66,20 @@ class ContextualTransitions(Conditioner):
         self.num_features, self.hidden, self.seed, self.size = num_features, hidden, seed, size
 
     @classmethod
-    def for_hmm(cls: type[T], pc: CompiledCircuit, num_features: int, **options: Any) -> T:
+    def for_hmm(cls: type[T], pc: CompiledCircuit, num_features: int, *, prefix: str = "", **options: Any) -> T:
         """Build it for all transitions of a circuit of :func:`circuits.structures.hmm`.
 
         Args:
             pc: the circuit; its node ``transition{t}`` lies between the positions t and t + 1.
             num_features: H.
+            prefix: of the names of its nodes, where it is a component of another.
             **options: the constructor's options.
 
         Raises:
             ArgumentError: the circuit has no nodes of these names.
         """
-        made = cls(transitions_of(pc), pc.sum_node("transition0").parameter_shape, num_features, **options)
+        places = transitions_of(pc, prefix)
+        made = cls(places, pc.sum_node(f"{prefix}transition0").parameter_shape, num_features, **options)
         made.check(pc)
         return made
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CompiledCircuit, ConstrainedDistribution, PropertyError
+from circuits.distribution import without_kept
 from circuits.queries import DeterministicAutomaton
 from circuits.queries.automata import reading_order
 from diffusion.coupling import IGNORED_LABEL, CoupledDistribution
@@ -83,10 +84,7 @@ class ConstrainedCoupledDistribution(CoupledDistribution):
     @classmethod
     def _around(cls, dist: CoupledDistribution, constrained: ConstrainedDistribution) -> ConstrainedCoupledDistribution:
         new = cls.__new__(cls)
-        new._condition(
-            dist.pc, dist.evidence, dist.prediction, dist.tokens, dist.masked, dist.normalization, dist.weights
-        )
-        new.constrained = constrained
+        vars(new).update(without_kept(vars(dist)), constrained=constrained, _posterior=None)
         return new
 
     def given(self, tokens: Tensor, observed: Tensor) -> ConstrainedCoupledDistribution:
