@@ -24,6 +24,7 @@ def data():
 CIRCUITS = {
     "fully_factorized": lambda: structures.fully_factorized(4, 2),
     "mixture": lambda: structures.mixture(4, 2, 3),
+    "mixture_of": lambda: structures.mixture_of([structures.hmm(3, 4, 2), structures.fully_factorized(3, 2)]),
     "block_mixture": lambda: structures.block_mixture([[0, 1], [2, 3]], 3, 2),
     "naive_bayes": lambda: structures.naive_bayes(4, 2, 3),
     "hmm": lambda: structures.hmm(4, 8, 5),
