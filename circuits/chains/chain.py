@@ -1,10 +1,8 @@
 """Chains of equal steps, as in a homogeneous HMM: many sum layers evaluated as one recurrence.
 
 Sum t mixes the product of leaves e_t and sum t + 1, by weights that all share. Layer by layer that is a few dozen calls
-a step. Here the states are kept in linear space, over one scale per step and column (Rabiner 1989, section V.A), so
-that a step is a GEMM, a maximum, a product and a division. With few states and columns even one call a step is too
-much: then neighbouring steps' matrices are multiplied, all pairs at once, and the vectors between them follow (a
-parallel scan, Blelloch 1990). Where sums are too small for linear space the chain is evaluated layer by layer.
+a step. Here the states are kept in linear space, over scales (Rabiner 1989, section V.A), so that a step is a product
+and a GEMM. Where sums are too small for linear space the chain is evaluated layer by layer.
 """
 
 from __future__ import annotations
@@ -17,13 +15,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from circuits.algebra.logspace import column_peak, smallest_safe_sum
-from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
+from circuits.algebra.logspace import column_peak
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.chains.recurrence import Rise, are_few, fall, rise_of_maxima, rise_of_sums
 from circuits.randomness import RowGenerators, Source
 from circuits.weights.latents import LatentFactors
 
-_FEW_PRODUCTS = 1 << 12
 _MAX_SCORES = 1 << 24
+_EVERY = {torch.float32: 4, torch.float64: 16}
+"""States are divided by their maximum every so many steps, and in each where that turns out to be too seldom."""
 
 Values = Mapping[int, Tensor] | Sequence[Tensor]
 """Values (F, K, B) of layers, by layer."""
@@ -58,14 +58,12 @@ class Tables(Protocol):
 
 
 class Scan(NamedTuple):
-    """The recurrence of a chain of T steps: ``sums[t] = W states[t]``, in linear space."""
+    """A chain of T steps, evaluated in linear space."""
 
-    states: Tensor
-    """exp(e_t + log y_t+1) over a scale, at most 1: (T, K, B)."""
-    sums: Tensor
-    """(T, K, B)."""
-    log_scale: Tensor
-    """What ``log sums`` lacks to be log y_t: (T, 1, B)."""
+    first: Tensor
+    """The logarithm of the first sum, (1, K, B)."""
+    rise: Rise
+    """All steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +111,12 @@ class Chain:
         log, linear = weights.log[self.row : self.row + 1], weights.linear[self.row : self.row + 1]
         found = self.scan(values, linear[0], latents, silent) if isinstance(semiring, LogSemiring) else None
         if found is not None:
-            return found.sums[:1].log().add_(found.log_scale[:1]), found.states.log()
+            return found.first, found.rise.states.log()
         states = self._factors(values, latents)
+        if isinstance(semiring, MaxSemiring):
+            peak = column_peak(states)
+            best = rise_of_maxima(log[0], states - peak, self._silent(silent))
+            return best.results[:1] + peak.sum(0, keepdim=True), best.states
         for step in reversed(range(len(states))):
             sums = semiring.contract(log, states[step : step + 1], weights=linear)
             if silent:
@@ -179,9 +181,9 @@ class Chain:
             silent: of :meth:`scan`.
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
-        scales, grads = scan_adjoint(weights, found, grad, self._silent(silent))
+        scales, grads = fall(weights, found.rise, grad, self._silent(silent))
         if flows is not None:
-            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, found.states))
+            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, found.rise.states))
             flows[self.row].addmm_(scales, states.t())
         return grads
 
@@ -224,111 +226,13 @@ def scan(
         leaves: e_t.
         silent: at which steps y_t is the constant 1; then it is at all later ones too.
     """
-    evaluate = _by_halves if _is_small(weights, leaves) else _by_steps
-    safe, peak = smallest_safe_sum(weights.dtype, len(weights)), column_peak(leaves)
-    found = evaluate(weights, torch.sub(leaves, peak).exp_(), peak, silent)
-    return found if found.sums.numel() and bool(found.sums.min() >= safe) else None
-
-
-def scan_adjoint(weights: Tensor, found: Scan, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of all sums over these sums, and of the logarithms of all states, (T, K, B) each.
-
-    Args:
-        weights: of :func:`scan`.
-        found: what it returned.
-        grad: of log y_0, (K, B).
-        silent: of :func:`scan`.
-    """
-    descend = _adjoint_by_halves if _is_small(weights, found.states) else _adjoint_by_steps
-    return descend(weights, found, grad, silent)
-
-
-def _is_small(weights: Tensor, states: Tensor) -> bool:
-    return weights.numel() * len(weights) * states.shape[2] <= _FEW_PRODUCTS
-
-
-def _by_steps(weights: Tensor, states: Tensor, peak: Tensor, silent: Tensor | None) -> Scan:
-    """Evaluate one step after the other, from the last to the first, in place of the leaves over their peaks."""
-    sums, scale = torch.empty_like(states), torch.empty_like(peak)
-    for step in reversed(range(len(states))):
-        torch.mm(weights, states[step], out=sums[step])
-        if silent is not None:
-            sums[step].masked_fill_(silent[step], 1.0)
-        torch.amax(sums[step], 0, keepdim=True, out=scale[step])
-        if step:
-            states[step - 1].mul_(sums[step]).div_(scale[step])
-    peak[:-1] += scale[1:].log()
-    return Scan(states, sums, peak.flip(0).cumsum(0).flip(0))
-
-
-def _adjoint_by_steps(weights: Tensor, scan: Scan, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of all sums over these sums, and of the logarithms of all states, (T, K, B) each."""
-    scales, grads = torch.empty_like(scan.sums), torch.empty_like(scan.sums)
-    table = weights.t()
-    for step in range(len(grads)):
-        torch.div(grad, scan.sums[step], out=scales[step])
-        if silent is not None:
-            scales[step].masked_fill_(silent[step], 0.0)
-        grad = torch.mm(table, scales[step], out=grads[step]).mul_(scan.states[step])
-    return scales, grads
-
-
-def _by_halves(weights: Tensor, leaves: Tensor, peak: Tensor, silent: Tensor | None) -> Scan:
-    """Evaluate all steps by products of neighbouring ones, from the leaves over their peaks."""
-    factors = leaves.permute(0, 2, 1)  # (T, B, K)
-    start = factors.new_ones(factors.shape[1:])
-    steps = weights * factors.unsqueeze(2)  # (T, B, K, K)
-    if silent is not None:
-        steps = torch.where(silent.permute(0, 2, 1).unsqueeze(3), torch.eye(len(weights)).to(weights), steps)
-    before, after, log_scale = recurrence(steps.flip(0), start, rescale=True)
-    lost = peak.flip(0).cumsum(0) + log_scale.unsqueeze(1)
-    states = factors * before.flip(0)
-    return Scan(states.permute(0, 2, 1), after.flip(0).permute(0, 2, 1), lost.flip(0))
-
-
-def _adjoint_by_halves(weights: Tensor, scan: Scan, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what :func:`_adjoint_by_steps` does; a step's matrix is how probable a state is given the one before."""
-    states, sums = scan.states.permute(0, 2, 1), scan.sums.permute(0, 2, 1)
-    steps = states.unsqueeze(3) * weights.t() / sums.unsqueeze(2)  # (T, B, K, K)
-    if silent is not None:
-        steps = steps.masked_fill(silent.permute(0, 2, 1).unsqueeze(3), 0.0)
-    before, after, _ = recurrence(steps, grad.t(), rescale=False)
-    scales = (before / sums).permute(0, 2, 1)
-    return scales if silent is None else scales.masked_fill(silent, 0.0), after.permute(0, 2, 1)
-
-
-def recurrence(
-    steps: Tensor,  # shape: (T, B, K, K)
-    start: Tensor,  # shape: (B, K)
-    *,
-    rescale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what goes into and comes out of every step of ``v_t+1 = M_t v_t``, with about log2 T batched products.
-
-    Returns:
-        Vectors before and after the steps, (T, B, K) each, over the exponential of a log-scale, (T, B), which is 0
-        unless ``rescale`` keeps the vectors before a step at a maximum of 1.
-    """
-    matrices, logs = steps, start.new_zeros(steps.shape[:2])
-    levels = []
-    while len(matrices) > 1:
-        if len(matrices) % 2:
-            identity = torch.eye(steps.shape[-1], dtype=steps.dtype, device=steps.device)
-            matrices = torch.cat([matrices, identity.expand_as(matrices[:1])])
-            logs = torch.cat([logs, torch.zeros_like(logs[:1])])
-        levels.append((matrices[0::2], logs[0::2]))
-        matrices, logs = matrices[1::2] @ matrices[0::2], logs[0::2] + logs[1::2]
-        if rescale:
-            peak = matrices.amax((2, 3), keepdim=True)
-            matrices, logs = matrices / peak, logs + peak[..., 0, 0].log()
-    vectors, scale = start.unsqueeze(0), torch.zeros_like(logs[:1])
-    for left, left_log in reversed(levels):
-        vectors, scale = vectors[: len(left)], scale[: len(left)]
-        middle, log = (left @ vectors.unsqueeze(-1)).squeeze(-1), scale + left_log
-        if rescale:
-            peak = middle.amax(-1, keepdim=True)
-            middle, log = middle / peak, log + peak.squeeze(-1).log()
-        vectors = torch.stack([vectors, middle], 1).flatten(0, 1)
-        scale = torch.stack([scale, log], 1).flatten(0, 1)
-    vectors, scale = vectors[: len(steps)], scale[: len(steps)]
-    return vectors, (steps @ vectors.unsqueeze(-1)).squeeze(-1), scale
+    peak, seldom = column_peak(leaves), _EVERY[leaves.dtype]
+    for every, in_blocks in ((seldom, True), (seldom, False), (1, False)):
+        if in_blocks and not are_few(leaves):
+            continue
+        factors = torch.sub(leaves, peak).exp_()
+        found = rise_of_sums(weights, factors, silent, every=every, in_blocks=in_blocks)
+        if found is not None:
+            log_scale = peak.add_(found.scales.log()).sum(0, keepdim=True)
+            return Scan(found.results[:1].log().add_(log_scale), found)
+    return None

@@ -309,7 +309,7 @@ class Question:
                 linear = self.weights.own[chain.bank].linear[chain.row]
                 scan = chain.scan(values, linear, self.latents, self.silent)
             if scan is not None:
-                values[step.position] = scan.sums[:1].log().add_(scan.log_scale[:1])
+                values[step.position] = scan.first
                 if saved is not None:
                     saved[step.position] = scan
             for position, layer in step.layers if scan is None else ():

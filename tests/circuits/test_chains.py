@@ -4,16 +4,20 @@ import pytest
 import torch
 
 import circuits as ct
-from circuits.chains import chain as recurrence
+from circuits.chains import recurrence
 from circuits.engine import schedule as schedules
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
-@pytest.fixture(params=["steps", "halves"])
+@pytest.fixture(params=["steps", "blocks", "device"])
 def schedule(request, monkeypatch):
-    """Both ways of evaluating a chain."""
+    """All ways of evaluating a chain; as on a device, where steps are PyTorch's calls, blocks too."""
     monkeypatch.setattr(recurrence, "_FEW_PRODUCTS", 0 if request.param == "steps" else 1 << 30)
+    monkeypatch.setattr(recurrence, "_MANY_STEPS", 1)
+    if request.param == "device":
+        monkeypatch.setattr(recurrence, "_SMALL_STEP", 0)
+        monkeypatch.setattr(recurrence, "_SMALL_MAXIMUM", 0)
 
 
 def compiled(circuit, monkeypatch, *, shortest=4, **options):

@@ -1,0 +1,282 @@
+"""Recurrences ``y_t = W (f_t y_t+1)`` in a semiring, in as few and as cheap calls as there are.
+
+A small step costs what its calls cost: on a CPU these are NumPy's, which take a third of the time of PyTorch's, on the
+same memory. With few states and columns even one call a step is too much: then blocks of steps are evaluated side by
+side, first as matrices and, once the vectors between the blocks are known, as vectors (a parallel scan, Blelloch 1990).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.algebra.logspace import smallest_safe_sum
+from circuits.algebra.semirings import MaxSemiring
+
+_FEW_PRODUCTS, _MANY_STEPS = 1 << 10, 128
+"""Blocks: with up to so many products in a step of the matrices of all columns, from so many steps on."""
+_SMALL_STEP, _SMALL_MAXIMUM = 1 << 18, 1 << 14
+"""NumPy: up to so many products in a step, which its libraries leave to one thread; else PyTorch and its threads."""
+
+
+class Calls(NamedTuple):
+    """What a recurrence is made of: functions that write into ``out=``."""
+
+    view: Callable[[Tensor], Any]
+    """A tensor as the functions take it; what is written into it is written into the tensor."""
+    times: Callable[..., Any]
+    plus: Callable[..., Any]
+    total: Callable[..., Any]
+    """Plus along an axis."""
+    mix: Callable[..., Any]
+    """What a matrix makes of vectors (K, C)."""
+    mix_all: Callable[..., Any]
+    """The same of vectors (n, K, C)."""
+    peak: Callable[..., Any] = np.maximum.reduce
+    """The maximum along an axis."""
+    divide: Callable[..., Any] = np.divide
+    zero: float = 0.0
+    one: float = 1.0
+
+
+def _best_of_small(columns: Any, x: Any, out: Any) -> None:
+    """Maximise over what lies far apart in memory, which is faster than over neighbours: weights are (I, O, 1)."""
+    np.maximum.reduce(np.add(columns, x[..., None, :]), axis=-3, out=out)
+
+
+def _best_of_large(log_weights: Any, x: Tensor, out: Tensor) -> None:
+    columns = x.unsqueeze(0) if x.dim() == 2 else x
+    out.copy_(MaxSemiring().contract(log_weights.unsqueeze(0), columns).view(out.shape))
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().numpy()
+
+
+_SUM_SMALL = Calls(_array, np.multiply, np.add, np.add.reduce, np.dot, np.matmul)
+_SUM_LARGE = Calls(torch.detach, torch.mul, torch.add, torch.sum, torch.mm, torch.matmul, torch.amax, torch.div)
+_MAX = {"zero": -math.inf, "one": 0.0}
+_MAX_SMALL = Calls(_array, np.add, np.maximum, np.maximum.reduce, _best_of_small, _best_of_small, **_MAX)
+_MAX_LARGE = Calls(torch.detach, torch.add, torch.maximum, torch.amax, _best_of_large, _best_of_large, **_MAX)
+
+
+class Rise(NamedTuple):
+    """All steps of a recurrence, from the last to the first."""
+
+    states: Tensor
+    """f_t y_t+1, (T, K, B), over the scales of this step and of all later ones."""
+    results: Tensor
+    """y_t, (T, K, B), over the same scales."""
+    scales: Tensor
+    """(T, 1, B)."""
+    maps: Tensor | None
+    """Makes the first result of a block of that of the next block: (blocks, K, K, B), by input and output."""
+
+
+def are_few(states: Tensor) -> bool:
+    """Whether the states (T, K, B) are so few that a step's matrices are cheaper than its calls."""
+    return states.shape[1] ** 3 * states.shape[2] <= _FEW_PRODUCTS and len(states) >= _MANY_STEPS
+
+
+def rise_of_sums(
+    weights: Tensor,  # shape: (K, K)
+    factors: Tensor,  # shape: (T, K, B)
+    silent: Tensor | None,  # shape: (T, 1, B)
+    *,
+    every: int,
+    in_blocks: bool,
+) -> Rise | None:
+    """Evaluate ``y_t = W (f_t y_t+1)`` from ``y_T = 1``; None where something that underflowed could count.
+
+    Args:
+        weights: W.
+        factors: f_t; they are overwritten.
+        silent: where y_t is 1, there and at all later steps.
+        every: states are divided by their maximum every so many steps.
+        in_blocks: whether blocks of steps are evaluated side by side.
+    """
+    if not factors.numel():
+        return None
+    calls, offsets = _SUM_SMALL if _is_small(factors, _SMALL_STEP) else _SUM_LARGE, None
+    if silent is not None:
+        factors.masked_fill_(silent, 0.0)
+        offsets = silent.to(factors.dtype)
+    with np.errstate(all="ignore"):
+        found = _rise(calls, weights, factors, offsets, every=every, in_blocks=in_blocks)
+    safe = smallest_safe_sum(weights.dtype, len(weights))
+    if found is None or not bool(found.results.min() >= safe):
+        return None
+    if silent is not None:
+        found.states.masked_fill_(silent, 1.0)
+    return found
+
+
+def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None) -> Rise:
+    """Evaluate ``y_t = max_i (log w_oi + f_t + y_t+1)`` from ``y_T = 0``; as :func:`rise_of_sums`, in log space."""
+    calls, matrix, offsets = _MAX_LARGE, log_weights, None
+    if _is_small(factors, _SMALL_MAXIMUM):
+        calls, matrix = _MAX_SMALL, log_weights.t().unsqueeze(2).contiguous()
+    if silent is not None:  # logarithms of weights are at most 0
+        offsets = torch.full_like(silent, -math.inf, dtype=factors.dtype).masked_fill_(silent, 0.0)
+    found = _rise(calls, matrix, factors, offsets, every=0, in_blocks=are_few(factors))
+    assert found is not None
+    return found
+
+
+def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of all sums over these sums, and those of the logarithms of all states, (T, K, B) each.
+
+    The first one is ``g_t = r_t (W^T g_t-1)`` with ``r_t = x_t-1 / y_t`` of the states x: the recurrence once more.
+
+    Args:
+        weights: of :func:`rise_of_sums`.
+        found: what it returned.
+        grad: of log y_0, (K, B).
+        silent: of :func:`rise_of_sums`.
+    """
+    states, results, maps = found.states, found.results, found.maps
+    length, end = (1, 0) if maps is None else _blocks(len(states))
+    calls = _SUM_SMALL if _is_small(states, _SMALL_STEP) else _SUM_LARGE
+    ratios, start = torch.ones_like(states), grad / results[0]
+    torch.div(states[:-1], results[1:], out=ratios[1:])
+    ratios[:end:length] = 1.0  # here it goes on from vectors g
+    ratios[end : end + 1] = 1.0
+    if silent is not None:
+        ratios.masked_fill_(silent, 0.0)
+    table, grads = calls.view(weights.t().contiguous()), torch.empty_like(states)
+    with np.errstate(all="ignore"):
+        if maps is not None:
+            between = _between(calls, maps.transpose(1, 2), start, rescale=False)
+            beside = _beside(ratios[:end], length)
+            made = torch.empty_like(beside)
+            _run(calls, table, (beside, beside, made), _columns(between[:-1]))
+            _apart(ratios[:end], beside)
+            _apart(grads[:end], made)
+            start = between[-1]
+        _run(calls, table, (ratios[end:], ratios[end:], grads[end:]), start)
+    return ratios, grads.mul_(states)
+
+
+def _is_small(states: Tensor, bound: int) -> bool:
+    return states.device.type == "cpu" and states.shape[1] ** 2 * states.shape[2] <= bound
+
+
+def _rise(
+    calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int, in_blocks: bool
+) -> Rise | None:
+    """Evaluate ``y_t = W (f_t y_t+1) plus o_t`` in place of the factors; None where the blocks' matrices lost terms."""
+    table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.ones_like(factors[:, :1])
+    length, end = _blocks(len(factors)) if in_blocks else (1, 0)
+    parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
+    start = torch.full_like(factors[0], calls.one)
+    _run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
+    if not end:
+        return Rise(factors, results, scales, None)
+    start = results[end] if end < len(factors) else start
+    beside = [_beside(part[:end], length) for part in parts]
+    maps = _maps(calls, table, beside, every=every, batch_size=start.shape[1])
+    if maps is None:
+        return None
+    between = _between(calls, maps.flip(0), start, rescale=bool(every)).flip(0)
+    beside[1] = beside[0]
+    _run(calls, table, beside, _columns(between[1:]), every=every, backwards=True)
+    for whole, part in zip(parts[1:4], beside[1:4], strict=True):
+        _apart(whole[:end], part)
+    if every:  # the vectors between the blocks have other scales than what was computed from them
+        firsts = torch.cat([results[:end:length], start.unsqueeze(0)])
+        scales[length - 1 : end : length] *= firsts[1:].sum(1, keepdim=True) / between[1:].sum(1, keepdim=True)
+        mapped = (maps * firsts[1:].unsqueeze(2)).sum((1, 2))
+        maps *= (firsts[:-1].sum(1) / mapped)[:, None, None]
+    return Rise(factors, results, scales, maps)
+
+
+def _run(
+    calls: Calls, table: Any, parts: Sequence[Tensor], start: Tensor, *, every: int = 0, backwards: bool = False
+) -> None:
+    """Evaluate ``x_n = f_n y_n-1`` and ``y_n = W x_n plus o_n`` from ``start``, y before the first step.
+
+    Args:
+        calls: what is done.
+        table: W, as they take it.
+        parts: f_n; where x_n and y_n are put, and, where there are some, the scales of x_n; o_n, if there are any.
+        start: (..., K, C).
+        every: x_n are divided by their maximum every so many steps; 0: never.
+        backwards: whether the last step comes first.
+    """
+    ordered = [list(calls.view(part))[:: -1 if backwards else 1] for part in parts]
+    scales, offsets = (*ordered[3:], None, None)[:2]
+    times, mix, peak, divide = calls.times, calls.mix, calls.peak, calls.divide
+    before = calls.view(start)
+    for step, (factor, x, y) in enumerate(zip(*ordered[:3], strict=True)):
+        times(factor, before, out=x)
+        if every and not step % every:
+            scale = scales[step]
+            peak(x, axis=-2, keepdims=True, out=scale)
+            if offsets is not None:  # where these are all of y, x is 0
+                calls.plus(scale, offsets[step], out=scale)
+            divide(x, scale, out=x)
+        mix(table, x, out=y)
+        if offsets is not None:
+            calls.plus(y, offsets[step], out=y)
+        before = y
+
+
+def _maps(calls: Calls, table: Any, parts: Sequence[Tensor], *, every: int, batch_size: int) -> Tensor | None:
+    """Return what blocks of steps side by side make of vectors, (blocks, K, K, B), by input and output.
+
+    They have any scale. None where some column of a map became so small that terms that underflowed could count.
+    """
+    length, size, columns = parts[0].shape
+    x, y = torch.empty(2, size, size, columns, dtype=parts[0].dtype, device=parts[0].device)
+    scales = x.new_empty(length, size, 1, columns)
+    offsets = [part / size if every else part for part in parts[4:]]  # so that a map makes 1 of 1
+    start = torch.full_like(x[..., 0], calls.zero).fill_diagonal_(calls.one).unsqueeze(2)
+    buffers = [part.expand(length, -1, -1, -1) for part in (x, y)]
+    every_map = calls._replace(mix=calls.mix_all)
+    _run(every_map, table, [parts[0], *buffers, scales, *offsets], start, every=every, backwards=True)
+    if every:
+        used, peak = scales[(length - 1) % every :: every], y.amax(1, keepdim=True)
+        if not min(float(used.min()), float(peak.min())) >= smallest_safe_sum(y.dtype, size):
+            return None
+        logs = used.log().sum(0)
+        y = y * (logs - logs.amax(0)).exp()
+    return y.unflatten(2, (-1, batch_size)).permute(2, 0, 1, 3).contiguous()
+
+
+def _between(calls: Calls, maps: Tensor, start: Tensor, *, rescale: bool) -> Tensor:
+    """Return a vector, (K, B), and what maps, (n, K, K, B), make of it one after the other: (n + 1, K, B)."""
+    vectors = torch.cat([start.unsqueeze(0), torch.empty_like(maps[:, 0])])
+    products, views = calls.view(torch.empty_like(maps[0])), calls.view(vectors)
+    for step, table in enumerate(calls.view(maps)):
+        calls.times(table, views[step][:, None], out=products)
+        calls.total(products, axis=0, out=views[step + 1])
+        if rescale:
+            calls.divide(views[step + 1], calls.peak(views[step + 1], axis=0), out=views[step + 1])
+    return vectors
+
+
+def _blocks(num_steps: int) -> tuple[int, int]:
+    """Return how many steps a block has, and how many all blocks have."""
+    count = num_steps // math.isqrt(2 * num_steps)
+    return num_steps // count, num_steps // count * count
+
+
+def _beside(whole: Tensor, length: int) -> Tensor:
+    """Return the blocks of steps (T, K, B) as further columns, (length, K, T / length * B)."""
+    blocks = whole.unflatten(0, (-1, length)).permute(1, 2, 0, 3)
+    return blocks.clone(memory_format=torch.contiguous_format).flatten(2)
+
+
+def _apart(whole: Tensor, beside: Tensor) -> None:
+    """Write blocks that are further columns where they come from."""
+    blocks = whole.unflatten(0, (-1, len(beside)))
+    blocks.copy_(beside.unflatten(2, (len(blocks), -1)).permute(2, 0, 1, 3))
+
+
+def _columns(vectors: Tensor) -> Tensor:
+    return vectors.permute(1, 0, 2).flatten(1).contiguous()
