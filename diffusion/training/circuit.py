@@ -6,18 +6,20 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import circuits as ct
-from circuits.arguments import checked_count
 from circuits.digests import digest
 from circuits.learning.checkpoint import Checkpoint
+from circuits.learning.distributed import Processes, checked_processes
 from circuits.learning.loop import EarlyStopping, ModuleTraining, Plan, run
 from circuits.precision import own_precision
 from diffusion.errors import ArgumentError
@@ -26,8 +28,10 @@ from diffusion.training.cached import CachedBatch
 from diffusion.training.coupled_em import CoupledAnemone
 from diffusion.training.curve import TrainingCurve
 from diffusion.training.logit_cache import LogitCache
+from diffusion.training.losses import ALONE, Weighting, check_weighting, coupled_loss, losses_by_ratio, per_block
 
-Weighting = Literal["masked_mean", "uniform"]
+__all__ = ["CircuitTraining", "OptimizerName", "Weighting", "coupled_loss", "fit_coupled", "losses_by_ratio"]
+
 OptimizerName = Literal["adam", "anemone"]
 
 
@@ -80,8 +84,7 @@ class CircuitTraining:
         for name in ("learning_rate", "feature_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        if self.weighting not in get_args(Weighting):
-            raise ArgumentError(f"weighting: expected one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
+        check_weighting(self.weighting)
 
 
 @own_precision
@@ -92,6 +95,7 @@ def fit_coupled(
     *,
     config: CircuitTraining | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool = True,
 ) -> TrainingCurve:
     """Raise ``E[w(t) CLL]`` of a frozen denoiser's cached predictions over the head's parameters, in place.
@@ -108,6 +112,10 @@ def fit_coupled(
         held_out: predictions for held-out blocks, for the curve and for early stopping.
         config: by default ``CircuitTraining()``.
         checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
+        process_group: the processes that learn together, see :func:`circuits.learning.join_processes`: each calls this
+            with the same arguments, computes its share of every batch, and ends with the same head, that of one process
+            but for rounding. The first one's initial weights count, and it alone touches the checkpoint, with which any
+            number of processes goes on.
         progress: draw a progress bar.
 
     Returns:
@@ -115,24 +123,23 @@ def fit_coupled(
 
     Raises:
         ArgumentError: cache and circuit do not fit together, or the loss is not finite.
+        ProcessLostError: another of the processes ended.
         CheckpointError: the checkpoint is corrupt, or of another run, or of one that started from other weights.
         Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
     plan = plan_of(config, held_out, title="fitting the circuit")
-    checkpoint = Checkpoint(
-        checkpoint_path,
-        {
-            "configuration": json.dumps(settings_of(config)),
-            "head": described(head),
-            "cache": cache.digest,
-            "held-out cache": "none" if held_out is None else held_out.digest,
-        },
-    )
-    history, _ = run(_Training(head, cache, held_out, config), plan, checkpoint, progress=progress)
+    training = _Training(head, cache, held_out, config, checked_processes(process_group))
+    identity = {
+        "configuration": json.dumps(settings_of(config)),
+        "head": described(head),
+        "cache": cache.digest,
+        "held-out cache": "none" if held_out is None else held_out.digest,
+    }
+    curve = training.run(plan, checkpoint_path, identity, progress=progress)
     head.tokenizer_fingerprint = head.tokenizer_fingerprint or cache.tokenizer_fingerprint
-    return TrainingCurve.of(history)
+    return curve
 
 
 def plan_of(config: CircuitTraining, held_out: object | None, *, title: str) -> Plan:
@@ -159,6 +166,7 @@ class HeadTraining(ModuleTraining, ABC):
         config: how.
         model: whose weights the run keeps, the head's among them; None: the head.
         groups: of further parameters, with their learning rates at the peak.
+        processes: those that learn together; each moves all parameters by the sums of what they found.
     """
 
     def __init__(
@@ -168,47 +176,86 @@ class HeadTraining(ModuleTraining, ABC):
         *,
         model: nn.Module | None = None,
         groups: Sequence[dict[str, Any]] = (),
+        processes: Processes,
     ) -> None:
         parameters = [*_parameter_groups(head, config), *groups]
         super().__init__(model or head, torch.optim.Adam(parameters, betas=(0.9, 0.95)))
+        self.processes = processes
         self.head, self.config = head, config
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         is_by_flows = config.optimizer == "anemone"  # then Adam finds no gradients of the circuit's parameters
-        self._flows = CoupledAnemone(head.pc, momentum=config.momentum) if is_by_flows else None
+        self._flows = CoupledAnemone(head.pc, config.momentum, processes) if is_by_flows else None
+
+    def run(
+        self,
+        plan: Plan,
+        checkpoint_path: str | os.PathLike[str] | None,
+        identity: dict[str, str],
+        *,
+        progress: bool,
+    ) -> TrainingCurve:
+        """Train to the end, from the checkpoint where there is one, all processes from the weights of the first.
+
+        Raises:
+            ArgumentError: the processes were called with different arguments, or are more than a batch has blocks.
+        """
+        self.processes.check_same(identity)
+        if self.processes.size > self.num_in_batch:
+            raise ArgumentError(
+                f"process_group: expected at most a process for each of the {self.num_in_batch} blocks of a batch, got "
+                f"{self.processes.size}; start fewer"
+            )
+        self.processes.spread(self.model.state_dict().values())
+        return TrainingCurve.of(run(self, plan, Checkpoint(checkpoint_path, identity), progress=progress)[0])
+
+    @property
+    def num_in_batch(self) -> int:
+        """Blocks of every batch, those of all processes together."""
+        return self.config.batch_size
 
     @abstractmethod
     def batch(self, step: int) -> CachedBatch:
-        """Return the batch of one step, a function of the seed and the step alone."""
+        """Return this process's share of the batch of one step, a function of the seed and the step alone."""
 
     def clip(self) -> None:
         """Bound the gradients before they move anything."""
 
     def update(self, step: int) -> Tensor:
-        """Do one update of the parameters: (loss, 1)."""
+        """Do one update of the parameters: (loss, 1) in the first process, and nothing more in the others."""
         config, flows, batch = self.config, self._flows, self.batch(step)
         decay = (1 + math.cos(math.pi * step / config.steps)) / 2
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * decay
         dist = batch.distribution(self.head, weights=None if flows is None else flows.weights())
-        losses = _per_block(-dist.log_prob(batch.tokens), batch.masked, config)
-        num_losses = max(1, len(losses))
-        loss = losses.sum() / num_losses
-        if flows is not None:
-            flows.count(_per_block(dist.log_partition, batch.masked, config).sum())
-        self.optimizer.zero_grad()
-        loss.backward()
-        value = float(loss.detach())
-        if not math.isfinite(value):
+        losses = per_block(-dist.log_prob(batch.tokens), batch.masked, config.weighting)
+        own = torch.tensor([float(losses.detach().sum()), len(losses)], dtype=torch.float64)
+        total, num_losses = self.processes.summed(own).tolist()
+        num_losses = max(1.0, num_losses)
+        if not math.isfinite(total):
             raise ArgumentError(
-                f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of {value} at "
-                f"step {step}; lower it"
+                f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of "
+                f"{total / num_losses} at step {step}; lower it"
             )
+        if flows is not None:
+            flows.count(per_block(dist.log_partition, batch.masked, config.weighting).sum())
+        self.optimizer.zero_grad()
+        (losses.sum() / num_losses).backward()
+        self._sum_gradients()
         self.clip()
         self.optimizer.step()
         if flows is not None:
-            mass = float(_per_block(torch.ones(len(batch.masked)), batch.masked.cpu(), config).sum())
-            flows.step(mass, scale=num_losses, step_size=config.step_size * decay)
-        return torch.tensor([value, 1.0], dtype=torch.float64)
+            ones = torch.ones(len(batch.masked), dtype=torch.float64)
+            mass = self.processes.summed(per_block(ones, batch.masked.cpu(), config.weighting).sum())
+            flows.step(float(mass), scale=num_losses, step_size=config.step_size * decay)
+        is_first = self.processes.rank == 0
+        return torch.tensor([total / num_losses, 1.0], dtype=torch.float64) * is_first
+
+    def _sum_gradients(self) -> None:
+        """Give every parameter the sum of the processes' gradients; which of them have one is the same in all."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = self.processes.summed(parameter.grad)
 
     def state(self) -> Any:
         """Return that of Adam, with the moving averages of flows beside it."""
@@ -226,80 +273,31 @@ class _Training(HeadTraining):
     """Updates of a head on the examples of a cache."""
 
     def __init__(
-        self, head: CoupledHead, cache: LogitCache, held_out: LogitCache | None, config: CircuitTraining
+        self,
+        head: CoupledHead,
+        cache: LogitCache,
+        held_out: LogitCache | None,
+        config: CircuitTraining,
+        processes: Processes = ALONE,
     ) -> None:
-        super().__init__(head, config)
+        super().__init__(head, config, processes=processes)
         self._cache, self._held_out = cache, held_out
 
+    @property
+    def num_in_batch(self) -> int:
+        """Blocks of every batch; a small cache has fewer than the configuration says."""
+        return min(self.config.batch_size, len(self._cache))
+
     def batch(self, step: int) -> CachedBatch:
-        """Read the batch of one step."""
-        return _training_batch(self._cache, self.head, self.config, step)
+        """Read this process's share of the batch of one step."""
+        rows = self.processes.share(torch.from_numpy(_rows_of(len(self._cache), self.config, step))).numpy()
+        return self._cache.batch(rows, self.head.pc.device)
 
     def evaluate(self) -> float | None:
         """Return the loss of the held-out examples."""
         if self._held_out is None:
             return None
-        return coupled_loss(self.head, self._held_out, weighting=self.config.weighting)
-
-
-@torch.no_grad()
-def coupled_loss(
-    head: CoupledHead,
-    cache: LogitCache,
-    *,
-    weighting: Weighting = "masked_mean",
-    batch_size: int = 256,
-) -> float:
-    """Return the coupled loss over a whole cache: the mean over its blocks, whatever ``batch_size`` is.
-
-    Args:
-        head: whose circuit and calibration are measured.
-        cache: predictions for noised blocks.
-        weighting: ``masked_mean``: nats per masked token, over the blocks that have a mask (NaN if none has);
-            ``uniform``: nats per block, over all of them.
-        batch_size: blocks at a time.
-    """
-    config = CircuitTraining(weighting=weighting)
-    starts = range(0, len(cache), batch_size)
-    return mean_loss(head, (cache.batch(slice(at, at + batch_size), head.pc.device) for at in starts), config)
-
-
-@torch.no_grad()
-def mean_loss(head: CoupledHead, batches: Iterable[CachedBatch], config: CircuitTraining) -> float:
-    """Return the mean coupled loss of all blocks that have one; NaN if none has."""
-    total, num_blocks = 0.0, 0
-    for batch in batches:
-        losses = _block_losses(head, batch, config)
-        total += float(losses.double().sum())
-        num_blocks += len(losses)
-    return total / num_blocks if num_blocks else math.nan
-
-
-@torch.no_grad()
-def losses_by_ratio(
-    head: CoupledHead, cache: LogitCache, *, num_bins: int = 4, batch_size: int = 256
-) -> tuple[float, ...]:
-    """Return the coupled loss per masked token apart by the share of a block that is masked: one number hides a head
-    that is good where much is masked and bad where little is.
-
-    Args:
-        head: whose circuit and conditioners are measured.
-        cache: predictions for noised blocks.
-        num_bins: bins of equal width, (0, 1/n], (1/n, 2/n], ...
-        batch_size: blocks at a time.
-
-    Returns:
-        Nats per masked token, each the mean over the blocks of a bin; NaN for a bin without blocks.
-    """
-    checked_count("num_bins", num_bins)
-    ratios = torch.from_numpy(np.array(cache.masked)).double().mean(1)
-    losses = [
-        _block_losses(head, cache.batch(slice(start, start + batch_size), head.pc.device), CircuitTraining())
-        for start in range(0, len(cache), batch_size)
-    ]
-    loss, ratios = torch.cat(losses).double().cpu(), ratios[ratios > 0]
-    bins = (ratios * num_bins).ceil().long() - 1
-    return tuple(float(loss[bins == number].mean()) for number in range(num_bins))
+        return coupled_loss(self.head, self._held_out, weighting=self.config.weighting, processes=self.processes)
 
 
 def settings_of(config: CircuitTraining) -> dict[str, Any]:
@@ -345,24 +343,9 @@ def _parameter_groups(head: CoupledHead, config: CircuitTraining) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def _block_losses(head: CoupledHead, batch: CachedBatch, config: CircuitTraining) -> Tensor:
-    """Return the loss of every block that has one: (B,), or fewer, for a block without a mask has none per token."""
-    return _per_block(-batch.distribution(head).log_prob(batch.tokens), batch.masked, config)
-
-
-def _per_block(nats: Tensor, masked: Tensor, config: CircuitTraining) -> Tensor:
-    """Return what each block counts of its nats, (B,), in the objective; those without a mask may count nothing."""
-    if config.weighting == "uniform":
-        return nats
-    num_masked = masked.sum(-1)
-    has_mask = num_masked > 0
-    return nats[has_mask] / num_masked[has_mask]
-
-
-def _training_batch(cache: LogitCache, head: CoupledHead, config: CircuitTraining, step: int) -> CachedBatch:
-    """Read the batch of one step: every epoch is a permutation of its own, a function of seed and step alone."""
-    per_epoch = max(1, len(cache) // config.batch_size)
+def _rows_of(num_blocks: int, config: CircuitTraining, step: int) -> NDArray[np.int64]:
+    """Return the blocks of one step: every epoch is a permutation of its own, a function of seed and step alone."""
+    per_epoch = max(1, num_blocks // config.batch_size)
     epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(cache))
-    rows = np.sort(order[position * config.batch_size : (position + 1) * config.batch_size])
-    return cache.batch(rows, head.pc.device)
+    order = np.random.default_rng([config.seed, epoch]).permutation(num_blocks)
+    return np.sort(order[position * config.batch_size : (position + 1) * config.batch_size])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitWeights, CompiledCircuit
+from circuits.learning.distributed import Processes
 from diffusion.errors import ArgumentError
 
 
@@ -29,10 +30,11 @@ class CoupledAnemone:
     Args:
         pc: the circuit.
         momentum: mu, of the moving average of ``F`` over the batches.
+        processes: those that learn together; their flows are summed.
     """
 
-    def __init__(self, pc: CompiledCircuit, *, momentum: float) -> None:
-        self._pc, self._momentum = pc, momentum
+    def __init__(self, pc: CompiledCircuit, momentum: float, processes: Processes) -> None:
+        self._pc, self._momentum, self._processes = pc, momentum, processes
         self._flows: dict[str, Tensor] | None = None
         self._mass = 0.0
         self._traced: dict[str, Tensor] = {}
@@ -61,26 +63,28 @@ class CoupledAnemone:
                 "optimizer: expected adam for a head whose transitions depend on the context, got anemone; their "
                 "weights have no flows of their own"
             )
-        self._under_evidence = {
+        own = {
             name: torch.zeros_like(source) if flow is None else flow.clamp_min(0)
             for (name, source), flow in zip(self._traced.items(), flows, strict=True)
         }
+        self._under_evidence = self._processes.summed_all(own)
 
     @torch.no_grad()
     def step(self, mass: float, *, scale: float, step_size: float) -> None:
         """Do the step of a batch whose loss was differentiated.
 
         Args:
-            mass: N, the sum of the blocks' shares; a batch of mass 0 moves nothing.
+            mass: N, the sum of the blocks' shares in all processes; a batch of mass 0 moves nothing.
             scale: by how much the gradients are those of the sum of the blocks' losses.
             step_size: s, 0 < s <= 1.
         """
         if mass <= 0:
             return
-        net = {
+        own = {
             name: torch.zeros_like(source) if source.grad is None else -scale * source.grad
             for name, source in self._traced.items()
         }
+        net = self._processes.summed_all(own)
         if self._flows is None:
             self._flows = {name: torch.zeros_like(flow) for name, flow in net.items()}
         self._flows = {name: torch.lerp(old, net[name], 1 - self._momentum) for name, old in self._flows.items()}

@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from circuits.digests import digest
-from circuits.learning.checkpoint import Checkpoint
-from circuits.learning.loop import mixed_seed, run
+from circuits.learning.distributed import Processes, checked_processes
+from circuits.learning.loop import mixed_seed
 from circuits.precision import own_precision
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction, check_token_ids
 from diffusion.training.cached import CachedBatch
-from diffusion.training.circuit import CircuitTraining, HeadTraining, described, mean_loss, plan_of, settings_of
+from diffusion.training.circuit import CircuitTraining, HeadTraining, described, plan_of, settings_of
 from diffusion.training.curve import TrainingCurve
+from diffusion.training.losses import mean_loss
 from diffusion.training.masking import mask_tokens, sample_times
 
 
@@ -59,6 +61,7 @@ def fit_jointly(
     *,
     config: JointTraining | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool = True,
 ) -> TrainingCurve:
     """Raise ``E[w(t) CLL]`` over the parameters of a denoiser and its head together, in place.
@@ -77,6 +80,7 @@ def fit_jointly(
         held_out: windows for the curve and for early stopping, masked in the same way at every entry.
         config: by default ``JointTraining()``.
         checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
+        process_group: the processes that learn together, see :func:`~diffusion.training.circuit.fit_coupled`.
         progress: draw a progress bar.
 
     Returns:
@@ -92,27 +96,30 @@ def fit_jointly(
     for name, data in (("windows", windows), ("held_out", held_out)):
         if data is not None:
             _check_windows(name, data, denoiser, head)
-    training = _Training(denoiser, head, windows, held_out, config)
+    training = _Training(denoiser, head, windows, held_out, config, checked_processes(process_group))
     moved = [(name, tuple(one.shape), one.requires_grad) for name, one in training.model.named_parameters()]
-    checkpoint = Checkpoint(
-        checkpoint_path,
-        {
-            "configuration": json.dumps(settings_of(config)),
-            "head": described(head),
-            "denoiser": digest(repr(moved), repr(denoiser.spec)),
-            "windows": digest(windows),
-            "held-out windows": digest(held_out),
-        },
-    )
+    identity = {
+        "configuration": json.dumps(settings_of(config)),
+        "head": described(head),
+        "denoiser": digest(repr(moved), repr(denoiser.spec)),
+        "windows": digest(windows),
+        "held-out windows": digest(held_out),
+    }
     plan = plan_of(config, held_out, title="training denoiser and circuit")
-    return TrainingCurve.of(run(training, plan, checkpoint, progress=progress)[0])
+    return training.run(plan, checkpoint_path, identity, progress=progress)
 
 
 class _Training(HeadTraining):
     """Updates of a denoiser and its head on windows that are masked anew."""
 
     def __init__(
-        self, denoiser: Denoiser, head: CoupledHead, windows: Tensor, held_out: Tensor | None, config: JointTraining
+        self,
+        denoiser: Denoiser,
+        head: CoupledHead,
+        windows: Tensor,
+        held_out: Tensor | None,
+        config: JointTraining,
+        processes: Processes,
     ) -> None:
         moved = [one for one in denoiser.parameters() if one.requires_grad] if isinstance(denoiser, nn.Module) else []
         if not moved:
@@ -121,15 +128,16 @@ class _Training(HeadTraining):
                 f"{type(denoiser).__name__}; fit the head alone, fit_coupled"
             )
         both = nn.ModuleDict({"denoiser": denoiser, "head": head})  # type: ignore[dict-item]
-        super().__init__(head, config, model=both, groups=[{"params": moved, "lr": config.denoiser_learning_rate}])
+        groups = [{"params": moved, "lr": config.denoiser_learning_rate}]
+        super().__init__(head, config, model=both, groups=groups, processes=processes)
         self._denoiser, self._windows, self._held_out = denoiser, windows, held_out
         self._moved, self._clip = moved, config.gradient_clip
 
     def batch(self, step: int) -> CachedBatch:
-        """Draw windows of one step, mask them, and ask the denoiser."""
+        """Draw windows of one step, mask them, and ask the denoiser about this process's share."""
         generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, step) >> 1)
         index = torch.randint(len(self._windows), (self.config.batch_size,), generator=generator)
-        batch = self._asked(self._windows[index.to(self._windows.device)], generator)
+        batch = self._asked(*self._noised(self._windows[index.to(self._windows.device)], generator))
         if not batch.log_q.requires_grad:
             raise ArgumentError(
                 f"denoiser: expected logits with gradients, got none from {type(self._denoiser).__name__}; it may work "
@@ -143,23 +151,32 @@ class _Training(HeadTraining):
 
     def evaluate(self) -> float | None:
         """Return the loss of the held-out windows."""
-        return None if self._held_out is None else mean_loss(self.head, self._held_out_batches(), self.config)
+        if self._held_out is None:
+            return None
+        return mean_loss(self.head, self._held_out_batches(), self.config.weighting, self.processes)
 
     def _held_out_batches(self) -> Iterator[CachedBatch]:
         assert self._held_out is not None
         generator = torch.Generator().manual_seed(self.config.seed)
         for windows in self._held_out.split(self.config.batch_size):
-            yield self._asked(windows, generator)
+            noised = self._noised(windows, generator)
+            if len(noised[0]):
+                yield self._asked(*noised)
 
-    def _asked(self, windows: Tensor, generator: torch.Generator) -> CachedBatch:
-        device, length = self.head.pc.device, self.head.block_length
-        context, block = windows.cpu().split([windows.shape[1] - length, length], 1)
-        t = sample_times(len(block), generator=generator)
-        noisy, masked = mask_tokens(block, t, mask_id=self._denoiser.spec.mask_id, generator=generator)
-        canvas = torch.cat([context, noisy], 1).to(device)
-        window = (context.shape[1], canvas.shape[1])
-        said = Prediction.ask(self._denoiser, canvas, window=window, features=self.head.needs_features)
-        return CachedBatch(block.to(device), masked.to(device), said.log_q, said.values, said.vocab_size, said.features)
+    def _noised(self, windows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mask the blocks of all processes, of which each takes its share: windows and masks."""
+        t = sample_times(len(windows), generator=generator)
+        block = windows[:, -self.head.block_length :].cpu()
+        _, masked = mask_tokens(block, t, mask_id=self._denoiser.spec.mask_id, generator=generator)
+        return self.processes.share(windows), self.processes.share(masked)
+
+    def _asked(self, windows: Tensor, masked: Tensor) -> CachedBatch:
+        windows, masked = windows.to(self.head.pc.device), masked.to(self.head.pc.device)
+        start, stop = windows.shape[1] - masked.shape[1], windows.shape[1]
+        context, block = windows.tensor_split([start], 1)
+        canvas = torch.cat([context, block.masked_fill(masked, self._denoiser.spec.mask_id)], 1)
+        said = Prediction.ask(self._denoiser, canvas, window=(start, stop), features=self.head.needs_features)
+        return CachedBatch(block, masked, said.log_q, said.values, said.vocab_size, said.features)
 
 
 def _check_windows(name: str, windows: Tensor, denoiser: Denoiser, head: CoupledHead) -> None:

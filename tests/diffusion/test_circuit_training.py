@@ -197,13 +197,13 @@ def test_a_killed_fit_ends_like_one_that_was_not(cache, tmp_path):
         import circuits as ct
         from diffusion import CircuitTraining, CoupledHead, LogitCache, fit_coupled
         from diffusion.training import circuit as circuit_training
-        original, calls = circuit_training._training_batch, []
+        original, calls = circuit_training._rows_of, []
         def killing(*arguments):
             calls.append(None)
             if len(calls) == 18:
                 os.kill(os.getpid(), 9)
             return original(*arguments)
-        circuit_training._training_batch = killing
+        circuit_training._rows_of = killing
         head = CoupledHead(ct.compile(ct.structures.hmm({L}, 4, {V}), seed=0))
         fit_coupled(head, LogitCache.open({str(tmp_path / "cache")!r}),
                     config=CircuitTraining(steps=30, batch_size=16, checkpoint_every=7, validate_every=10),

@@ -99,7 +99,7 @@ def kind(request, cache):
 
     if request.param == "denoiser":
         return new_denoiser, train, (denoiser, "_update")
-    return new_head, fit, (circuit, "_training_batch")
+    return new_head, fit, (circuit, "_rows_of")
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
