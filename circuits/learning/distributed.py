@@ -109,6 +109,10 @@ class Processes:
         """Return whether a condition holds in one of the processes."""
         return condition if self.size == 1 else bool(self.summed(torch.tensor([condition], dtype=torch.int64)))
 
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        self.is_any(False)
+
     def summed_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of the processes' tensors by name."""
         return {name: self.summed(tensor) for name, tensor in tensors.items()}

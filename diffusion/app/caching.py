@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion.app.models import Models
+from diffusion.app.processes import shard
 from diffusion.app.scoring import given_texts
 from diffusion.errors import ArgumentError
 from diffusion.text.corpus import load_corpus
@@ -52,7 +52,7 @@ def cache_texts(models: Models, options: Any, *, num_blocks: int | None, progres
         block_length=options.block or models.block_length,
         valid=valid,
         suffix_length=options.suffix,
-        shard=_shard(),
+        shard=shard(),
         top_k=options.top_k,
         features=options.features,
         seed=options.seed,
@@ -65,9 +65,3 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     if str(path).removesuffix(".gz").endswith(".jsonl"):
         return given_texts([], path, "")
     return [("", document) for document in load_corpus(path, held_out_fraction=0.0).train]
-
-
-def _shard() -> tuple[int, int] | None:
-    """Return which of torchrun's processes this is, and of how many; None where there is one."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), count) if count > 1 else None

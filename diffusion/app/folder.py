@@ -17,6 +17,7 @@ from torch import Tensor
 from circuits.arguments import checked_device
 from circuits.digests import digest
 from circuits.files import is_litter, remove_litter, replace_file
+from circuits.learning.distributed import Processes
 from circuits.store import LOCK, is_whole, locked, made_from
 from diffusion.app.models import Models
 from diffusion.app.recipe import Recipe, read_recipe, write_recipe
@@ -56,15 +57,27 @@ class Folder:
         path: the folder; created by what is first written into it.
         progress: draw a progress bar for every stage.
         device: where denoiser and circuit run.
+        processes: those that work together; the first one keeps others out, and writes.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, progress: bool = True, device: torch.device | str = "cpu"
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: bool = True,
+        device: torch.device | str = "cpu",
+        processes: Processes | None = None,
     ) -> None:
         self.path = Path(path)
-        self.progress = progress
+        self.processes = processes or Processes()
+        self.progress = progress and self.is_first
         self.device = checked_device("device", device)
         self._is_alone = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes, as the first of those that work together, or the only one."""
+        return self.processes.rank == 0
 
     @property
     def results(self) -> Path:
@@ -74,7 +87,7 @@ class Folder:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keep other processes from working in the folder; raises StorageError where one does."""
-        if self._is_alone:
+        if self._is_alone or not self.is_first:
             yield
             return
         with locked(self.path):
@@ -174,7 +187,8 @@ class Folder:
 
     def record(self, recipe: Recipe, **digests: str) -> None:
         """Write down what the folder is made from, with hashes of it."""
-        write_recipe(recipe, self.path / "recipe.json", read_digests(self.path) | digests)
+        if self.is_first:
+            write_recipe(recipe, self.path / "recipe.json", read_digests(self.path) | digests)
 
     def claimed_corpus(self, recipe: Recipe) -> Corpus:
         """Return the recipe's text; raises CorpusError unless it is the one that the folder was made from."""

@@ -109,8 +109,9 @@ class Workspace(Folder):
         caches, features = [], recipe.circuit.needs_features
         for name, data in (("train", train), ("held-out", held_out)):
             folder = self.path / "cache" / f"{name}-{len(data)}{'-features' if features else ''}"
-            caches.append(
-                cache_logits(
+            cache = None
+            if self.is_first:
+                cache = cache_logits(
                     denoiser,
                     data,
                     folder,
@@ -120,7 +121,8 @@ class Workspace(Folder):
                     progress=self.progress,
                     device=self.device,
                 )
-            )
+            self.processes.wait()
+            caches.append(cache or LogitCache.open(folder))
         return caches[0], caches[1]
 
     @stage
@@ -135,32 +137,40 @@ class Workspace(Folder):
         settings = origin(recipe)
         names = [f"{name}-{digest(json.dumps(settings))[:8]}" for name in ("likelihood", "head", JOINT)]
         head = self.finished("head", lambda: self.head() if was_fitted(self.path, recipe) else None)
-        if head is None:
-            pc = self._fit_likelihood(recipe, corpus, self.checkpoint(names[0]))
-            train, held_out = self.cache(recipe)
-            head = initial_head(copy.deepcopy(pc), recipe.circuit, train)
-            fit_coupled(
-                head,
-                train,
-                held_out,
-                config=recipe.circuit.training,
-                checkpoint_path=self.checkpoint(names[1]),
-                progress=self.progress,
-            )
-            if recipe.circuit.joint is not None:
-                joint = self._fit_jointly(recipe, corpus, head, recipe.circuit.joint, self.checkpoint(names[2]))
+        if self.processes.is_any(head is None):
+            head = self._fit(recipe, corpus, settings, list(map(self.checkpoint, names)))
+        if self.is_first:
+            self._tidy(names)
+        assert head is not None
+        return head
+
+    def _fit(self, recipe: Recipe, corpus: Corpus, settings: Any, checkpoints: Sequence[Path]) -> CoupledHead:
+        pc = self._fit_likelihood(recipe, corpus, checkpoints[0])
+        train, held_out = self.cache(recipe)
+        head = initial_head(copy.deepcopy(pc), recipe.circuit, train)
+        options = {"process_group": self.processes.group, "progress": self.progress}
+        fit_coupled(head, train, held_out, config=recipe.circuit.training, checkpoint_path=checkpoints[1], **options)
+        joint = None
+        if recipe.circuit.joint is not None:
+            joint = self._fit_jointly(recipe, corpus, head, recipe.circuit.joint, checkpoints[2])
+        if self.is_first:
+            if joint is not None:
                 joint.save(self.path / joint_name(settings))
             ct.save(pc, self.path / "likelihood", made_from=settings)
             head.save(self.path / "head", made_from=settings)
             (self.path / STAMP).unlink(missing_ok=True)
+        return head
+
+    def _tidy(self, names: Sequence[str]) -> None:
+        """Remove what the fit of a head leaves behind, and what is of heads before it."""
         remove_folder(self.path / "cache")
+        own = joint_name(made_from(self.path / "head", HEAD))
         for place in self.path.glob(f"{JOINT}-*"):
-            if place.name != joint_name(settings):
+            if place.name != own:
                 remove_folder(place)
         for place in (self.path / "checkpoints").glob("*.safetensors"):  # of other settings
             if place.stem.startswith(("likelihood", "head", JOINT)) and place.stem not in names:
                 place.unlink()
-        return head
 
     def _fit_jointly(
         self, recipe: Recipe, corpus: Corpus, head: CoupledHead, config: JointTraining, checkpoint: Path
@@ -172,7 +182,8 @@ class Workspace(Folder):
             self.stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
         )
         held_out = windows(self.stream(corpus.held_out), length=span, max_windows=256)
-        fit_jointly(denoiser, head, train, held_out, config=config, checkpoint_path=checkpoint, progress=self.progress)
+        options = {"process_group": self.processes.group, "progress": self.progress}
+        fit_jointly(denoiser, head, train, held_out, config=config, checkpoint_path=checkpoint, **options)
         return denoiser
 
     def _fit_likelihood(self, recipe: Recipe, corpus: Corpus, checkpoint: Path) -> CompiledCircuit:
@@ -193,6 +204,7 @@ class Workspace(Folder):
             validation_data=held_out,
             checkpoint_path=checkpoint,
             seed=recipe.seed,
+            process_group=self.processes.group,
             progress=self.progress,
         )
         return pc

@@ -1,6 +1,7 @@
 """Two processes that torchrun started fit the head that one fits."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_folders import make_folder
 
 import circuits as ct
 import diffusion as df
+from diffusion.app.workspace import Workspace
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 V, MASK, L, H = 5, 4, 3, 4
@@ -189,3 +192,20 @@ def test_what_does_not_go_together_is_refused_in_all_processes(folder):
         assert "process_group: expected at most a process for each of the 1 blocks of a batch, got 2" in few
         assert "called fit with a different cache" in different
         assert "process_group: expected a group" in wrong
+
+
+def test_the_program_fits_in_two_processes_what_it_fits_in_one(tmp_path, run_program):
+    one = make_folder(tmp_path, fits=False)
+    two = tmp_path / "two"
+    shutil.copytree(one, two)
+    options = ("--optimizer", "anemone", "--joint", "--potentials")
+    assert run_program("fit", "--out", one, *options, "--quiet")[0] == 0
+    run_processes(["-m", "unfactor", "fit", "--out", str(two), *options], tmp_path / "output")
+    said = (tmp_path / "output").read_text()
+    assert said.count(f"is in {two}/head") == 1  # the first process speaks
+    assert not (two / "cache").exists()
+    assert sorted(place.name for place in one.iterdir()) == sorted(place.name for place in two.iterdir())
+    for load in (lambda folder: folder.head(), lambda folder: folder.denoiser()):
+        found, expected = (load(Workspace(folder)).state_dict() for folder in (two, one))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # float32
+    assert run_program("fit", "--out", two, *options, "--quiet")[0] == 0  # finds it done

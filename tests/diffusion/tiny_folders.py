@@ -13,13 +13,14 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
 _BLOCK = re.compile(r"<!-- tiny: (\w+) -->\n```bash\n(.*?)```", re.DOTALL)
 
 
-def make_folder(place):
-    """Train and fit in ``place``/models; return that folder."""
+def make_folder(place, *, fits=True):
+    """Train and, if asked, fit in ``place``/models; return that folder."""
     corpus = place / "corpus.txt"
     corpus.write_text("\n\n".join(f"The {i}th text says that {i} and {i} make {2 * i}. " * 6 for i in range(40)))
     space, recipe = workspace.Workspace(place / "models", progress=False), SMALLEST.with_text(str(corpus), None)
     space.train(recipe)
-    space.fit(recipe)
+    if fits:
+        space.fit(recipe)
     return place / "models"
 
 

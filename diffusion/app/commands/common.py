@@ -60,12 +60,12 @@ DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
-def open_workspace(out: Path, device: str, quiet: bool) -> Any:
-    """Return the folder's workspace."""
+def open_workspace(out: Path, device: str, quiet: bool, processes: Any = None) -> Any:
+    """Return the folder's workspace, in one process or in several that work together."""
     from diffusion.app.models import chosen_device
     from diffusion.app.workspace import Workspace
 
-    return Workspace(out, progress=not quiet, device=chosen_device(device))
+    return Workspace(out, progress=not quiet, device=chosen_device(device), processes=processes)
 
 
 def preset_recipe(preset: str, corpus: str, field: str | None) -> Any:

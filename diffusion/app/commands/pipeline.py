@@ -194,11 +194,15 @@ def _named(options: Mapping[str, Any]) -> dict[str, Any]:
 @app.command()
 @with_options
 def fit(how: FitOptions, out: Out = DEFAULT_OUT, device: DeviceName = "auto", quiet: Quiet = False) -> None:
-    """Fit a circuit to the denoiser of a folder."""
-    workspace = open_workspace(out, device, quiet)
-    recipe = workspace.recipe()
-    head = workspace.fit(replace(recipe, circuit=how.changed(recipe.circuit)))
-    say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
+    """Fit a circuit to the denoiser of a folder; the processes that torchrun starts share every batch."""
+    from diffusion.app.processes import joined
+
+    with joined() as processes:
+        workspace = open_workspace(out, device, quiet, processes)
+        recipe = workspace.recipe()
+        head = workspace.fit(replace(recipe, circuit=how.changed(recipe.circuit)))
+        if workspace.is_first:
+            say(f"{head.pc.circuit} is in {out}/head; next: unfactor evaluate --out {out}")
 
 
 @app.command()
