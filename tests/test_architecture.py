@@ -91,10 +91,13 @@ HEAVY = {
     "lm_eval",
     "matplotlib",
     "networkx",
+    "pandas",
+    "pyarrow",
     "pyjuice",
     "pytest",
     "scipy",
     "sklearn",
+    "tensorboard",
     "tokenizers",
     "transformers",
 }

@@ -90,7 +90,8 @@ def fit(
         options: what the objects above take, where they are not given as such: ``observed``, ``sample_weights``,
             ``labels``, ``latents`` of the samples, ``validation_observed`` and ``validation_labels``; ``step_size``,
             ``momentum``, ``pseudocount``, ``entropy``, ``frozen``, ``seed``, ``process_group`` of the optimizer;
-            ``min_improvement`` of early stopping.
+            ``min_improvement`` of early stopping; and ``log_dir``, a folder for TensorBoard, which is written after
+            every epoch.
 
     Raises:
         ArgumentError: an argument has a wrong type, shape or value; or a gradient optimizer diverged, and then the
@@ -100,6 +101,7 @@ def fit(
         Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
     _check_options(pc, num_epochs, batch_size, tol)
+    log_dir = options.pop("log_dir", None)
     of_samples, of_validation = _taken(options, _OF_SAMPLES), _taken(options, _OF_VALIDATION)
     early_stopping = _early_stopping(patience, options.pop("min_improvement", None), validation_data is not None)
     samples = checked_samples(pc, "data", _with("data", data, of_samples))
@@ -121,6 +123,7 @@ def fit(
         keeps_best=validation is not None,
         early_stopping=early_stopping,
         tol=tol,
+        log_dir=log_dir,
         title="fitting the circuit",
     )
     is_identified = checkpoint_path is not None or learner.processes.size > 1  # hashing reads all data

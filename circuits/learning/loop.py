@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
@@ -16,6 +18,7 @@ from circuits.arguments import checked_count, checked_number
 from circuits.errors import Interrupted
 from circuits.learning.checkpoint import Checkpoint, History, Snapshot, Start
 from circuits.learning.distributed import Processes
+from circuits.learning.scalars import scalar_log
 from circuits.progress import progress_bar, stop_requested, stoppable
 
 StopReason = Literal["converged", "early_stopping", "num_updates"]
@@ -54,6 +57,7 @@ class Plan:
         lower_is_better: whether that is the least, as of losses, or the greatest, as of likelihoods.
         early_stopping: ends the run; None: it does not.
         tol: end when an entry of training is less than so much greater than the one before; None: never.
+        log_dir: a folder that every entry is also written to, for TensorBoard; None: none.
         title: of the progress bar.
     """
 
@@ -64,6 +68,7 @@ class Plan:
     lower_is_better: bool = False
     early_stopping: EarlyStopping | None = None
     tol: float | None = None
+    log_dir: str | os.PathLike[str] | None = None
     title: str = "learning"
 
     def reason_to_stop(self, history: History) -> StopReason | None:
@@ -103,6 +108,10 @@ class Training(ABC):
     def evaluate(self) -> float | None:
         """Return the measure of validation; None: nothing is held out."""
         return None
+
+    def details(self) -> dict[str, float]:
+        """Return further measures by name, for a log; called in the first of several processes alone."""
+        return {}
 
     @abstractmethod
     def state(self) -> Any:
@@ -176,8 +185,10 @@ def run(
         kept_step = history.step
 
     is_shown = progress and processes.rank == 0
+    is_logged = plan.log_dir is not None and processes.rank == 0
     shown = progress_bar(plan.title, plan.num_updates, enabled=is_shown, completed=history.step)
-    with stoppable(), shown as advance:
+    written = scalar_log(plan.log_dir, history.step) if is_logged else contextlib.nullcontext()
+    with written as log, stoppable(), shown as advance:
         while (reason := plan.reason_to_stop(history)) is None:
             if processes.is_any(stop_requested() is not None):
                 if kept_step < history.step:
@@ -192,6 +203,8 @@ def run(
                 if plan.keeps_best and history.best == len(history.steps) - 1:
                     best = training.weights()
                 note = _note(history.train[-1], *history.validation[-1:])
+                if log is not None:
+                    log(history.step, _scalars(history) | training.details())
             elif is_shown and time.monotonic() - shown_at > _NOTE_SECONDS:
                 note, shown_at = _note(training.measured(sums)), time.monotonic()
             if is_last or history.step % plan.checkpoint_every == 0:
@@ -205,6 +218,11 @@ def run(
 def mixed_seed(seed: int, number: int) -> int:
     """Return the seed of one of many parts of a run, such as an update or an epoch: 64 bits, a function of both."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big")
+
+
+def _scalars(history: History) -> dict[str, float]:
+    heard = {"validation": history.validation[-1]} if history.validation else {}
+    return {"train": history.train[-1], **heard}
 
 
 def _with_entry(history: History, training: Training, sums: Tensor, plan: Plan) -> History:

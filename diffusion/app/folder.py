@@ -58,6 +58,7 @@ class Folder:
         progress: draw a progress bar for every stage.
         device: where denoiser and circuit run.
         processes: those that work together; the first one keeps others out, and writes.
+        log_dir: a folder for TensorBoard, with a run for every stage that learns; None: none.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Folder:
         progress: bool = True,
         device: torch.device | str = "cpu",
         processes: Processes | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path)
         self.processes = processes or Processes()
         self.progress = progress and self.is_first
         self.device = checked_device("device", device)
+        self._log_dir = None if log_dir is None else Path(log_dir)
         self._is_alone = False
 
     @property
@@ -229,6 +232,10 @@ class Folder:
         table.save(self.results / f"{name}.json")
         with replace_file(self.results / f"{name}.txt") as new:
             new.write_text(f"{table}\n")
+
+    def log(self, name: str) -> Path | None:
+        """Return the folder that a stage logs to, if it does."""
+        return None if self._log_dir is None else self._log_dir / name
 
     def checkpoint(self, name: str) -> Path:
         """Return the file of a run that may be interrupted."""

@@ -96,6 +96,7 @@ def fit_coupled(
     config: CircuitTraining | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainingCurve:
     """Raise ``E[w(t) CLL]`` of a frozen denoiser's cached predictions over the head's parameters, in place.
@@ -116,6 +117,8 @@ def fit_coupled(
             with the same arguments, computes its share of every batch, and ends with the same head, that of one process
             but for rounding. The first one's initial weights count, and it alone touches the checkpoint, with which any
             number of processes goes on.
+        log_dir: a folder for TensorBoard, written at every entry of the curve, with the held-out loss apart by mask
+            ratio; None: none.
         progress: draw a progress bar.
 
     Returns:
@@ -129,7 +132,7 @@ def fit_coupled(
     """
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
-    plan = plan_of(config, held_out, title="fitting the circuit")
+    plan = plan_of(config, held_out, log_dir=log_dir, title="fitting the circuit")
     training = _Training(head, cache, held_out, config, checked_processes(process_group))
     identity = {
         "configuration": json.dumps(settings_of(config)),
@@ -142,8 +145,12 @@ def fit_coupled(
     return curve
 
 
-def plan_of(config: CircuitTraining, held_out: object | None, *, title: str) -> Plan:
-    """Return when a run of this configuration measures, keeps, and ends; ArgumentError if it cannot stop early."""
+def plan_of(config: CircuitTraining, held_out: object | None, **named: Any) -> Plan:
+    """Return when a run of this configuration measures, keeps, and ends, with what else is named.
+
+    Raises:
+        ArgumentError: it is to stop early, and nothing is held out.
+    """
     stops_early = config.patience is not None
     if stops_early and held_out is None:
         raise ArgumentError("patience: it looks at held-out text, and there is none; give held_out")
@@ -154,7 +161,7 @@ def plan_of(config: CircuitTraining, held_out: object | None, *, title: str) -> 
         keeps_best=stops_early,
         lower_is_better=True,
         early_stopping=None if config.patience is None else EarlyStopping(config.patience),
-        title=title,
+        **named,
     )
 
 
@@ -298,6 +305,11 @@ class _Training(HeadTraining):
         if self._held_out is None:
             return None
         return coupled_loss(self.head, self._held_out, weighting=self.config.weighting, processes=self.processes)
+
+    def details(self) -> dict[str, float]:
+        """Return the held-out loss apart by the share of a block that is masked."""
+        losses = () if self._held_out is None else losses_by_ratio(self.head, self._held_out)
+        return {f"validation by mask ratio/up to {(n + 1) / len(losses):g}": loss for n, loss in enumerate(losses)}
 
 
 def settings_of(config: CircuitTraining) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def train_denoiser(
     *,
     config: DenoiserTraining | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainingCurve:
     """Train a denoiser in place to fill in the last block of a window, given the context before it.
@@ -111,6 +112,7 @@ def train_denoiser(
         held_out_tokens: token stream for the held-out curve, shape (M,).
         config: by default ``DenoiserTraining()``.
         checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
+        log_dir: a folder for TensorBoard, written at every entry of the curve; None: none.
         progress: draw a progress bar on standard error.
 
     Returns:
@@ -141,6 +143,7 @@ def train_denoiser(
         num_updates=config.steps,
         entries=range(0, config.steps + 1, config.validate_every),
         checkpoint_every=config.checkpoint_every,
+        log_dir=log_dir,
         title="training the denoiser",
     )
     training = _Training(model, train_tokens, held_out, config)

@@ -62,6 +62,7 @@ def fit_jointly(
     config: JointTraining | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainingCurve:
     """Raise ``E[w(t) CLL]`` over the parameters of a denoiser and its head together, in place.
@@ -81,6 +82,7 @@ def fit_jointly(
         config: by default ``JointTraining()``.
         checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
         process_group: the processes that learn together, see :func:`~diffusion.training.circuit.fit_coupled`.
+        log_dir: a folder for TensorBoard, written at every entry of the curve; None: none.
         progress: draw a progress bar.
 
     Returns:
@@ -105,7 +107,7 @@ def fit_jointly(
         "windows": digest(windows),
         "held-out windows": digest(held_out),
     }
-    plan = plan_of(config, held_out, title="training denoiser and circuit")
+    plan = plan_of(config, held_out, log_dir=log_dir, title="training denoiser and circuit")
     return training.run(plan, checkpoint_path, identity, progress=progress)
 
 

@@ -56,16 +56,19 @@ PresetName = Annotated[
         "'tiny' (a test)."
     ),
 ]
+LogDir = Annotated[
+    Path | None, typer.Option(help="A folder for TensorBoard, which has to be installed.", show_default=False)
+]
 DeviceName = Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
-def open_workspace(out: Path, device: str, quiet: bool, processes: Any = None) -> Any:
-    """Return the folder's workspace, in one process or in several that work together."""
+def open_workspace(out: Path, device: str, quiet: bool, **options: Any) -> Any:
+    """Return the folder's workspace, with further options of its own."""
     from diffusion.app.models import chosen_device
     from diffusion.app.workspace import Workspace
 
-    return Workspace(out, progress=not quiet, device=chosen_device(device), processes=processes)
+    return Workspace(out, progress=not quiet, device=chosen_device(device), **options)
 
 
 def preset_recipe(preset: str, corpus: str, field: str | None) -> Any:

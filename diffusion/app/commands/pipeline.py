@@ -14,6 +14,7 @@ from diffusion.app.commands.common import (
     CorpusName,
     DeviceName,
     FieldName,
+    LogDir,
     Out,
     PresetName,
     Quiet,
@@ -47,6 +48,7 @@ def train(
             show_default="the preset's",
         ),
     ] = None,
+    log_dir: LogDir = None,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -58,7 +60,7 @@ def train(
     if attention is not None:
         one_of("attention", attention, get_args(Attention))
         recipe = replace(recipe, denoiser=replace(recipe.denoiser, attention=attention))
-    model = open_workspace(out, device, quiet).train(recipe)
+    model = open_workspace(out, device, quiet, log_dir=_checked_log(log_dir)).train(recipe)
     say(f"A denoiser of {model.num_parameters:,} parameters is in {out}/denoiser; next: unfactor fit --out {out}")
 
 
@@ -187,18 +189,33 @@ class FitOptions(OptionGroup):
         return replace(circuit, **_named(chosen))
 
 
+def _checked_log(log_dir: Path | None) -> Path | None:
+    """Return the folder; raises ArgumentError, before anything is trained, if TensorBoard is not there for it."""
+    if log_dir is not None:
+        from circuits.learning.scalars import summary_writer
+
+        summary_writer()
+    return log_dir
+
+
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
 @with_options
-def fit(how: FitOptions, out: Out = DEFAULT_OUT, device: DeviceName = "auto", quiet: Quiet = False) -> None:
+def fit(
+    how: FitOptions,
+    out: Out = DEFAULT_OUT,
+    log_dir: LogDir = None,
+    device: DeviceName = "auto",
+    quiet: Quiet = False,
+) -> None:
     """Fit a circuit to the denoiser of a folder; the processes that torchrun starts share every batch."""
     from diffusion.app.processes import joined
 
     with joined() as processes:
-        workspace = open_workspace(out, device, quiet, processes)
+        workspace = open_workspace(out, device, quiet, processes=processes, log_dir=_checked_log(log_dir))
         recipe = workspace.recipe()
         head = workspace.fit(replace(recipe, circuit=how.changed(recipe.circuit)))
         if workspace.is_first:
