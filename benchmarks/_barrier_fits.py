@@ -28,6 +28,7 @@ class Sizes:
         epochs: of maximum likelihood at most, by mini-batch EM.
         masks: noisy versions of every training window.
         knots: noise levels of the calibration.
+        batch_size: noisy windows an update.
         steps: updates of every fit on the coupled objective at most.
         validate_every: updates between two looks at the validation windows.
         patience: looks without a better one until a fit stops.
@@ -38,13 +39,14 @@ class Sizes:
     epochs: int = 12
     masks: int = 4
     knots: int = 9
+    batch_size: int = 32
     steps: int = 400
     validate_every: int = 50
     patience: int = 5
     hidden: int = 128
 
 
-QUICK = Sizes(states=4, epochs=1, masks=1, knots=3, steps=2, validate_every=1, patience=1, hidden=4)
+QUICK = Sizes(states=4, epochs=1, masks=1, knots=3, batch_size=4, steps=2, validate_every=1, patience=1, hidden=4)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Fits:
             length, sizes = bed.block_length, self.sizes
             pc = ct.compile(ct.structures.hmm(length, sizes.states, len(bed.vocabulary)), seed=self.seed)
             ids = torch.tensor(bed.vocabulary)
-            text, validation = (torch.searchsorted(ids, part[:, -length:]) for part in (bed.text, bed.validation))
+            blocks = (part[:, -length:].contiguous() for part in (bed.text, bed.validation))
+            text, validation = (torch.searchsorted(ids, part) for part in blocks)
             optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.seed)
             result = ct.learning.fit(
                 pc,
@@ -107,7 +110,7 @@ class Fits:
             sizes = self.sizes
             config = df.CircuitTraining(
                 steps=sizes.steps,
-                batch_size=32,
+                batch_size=sizes.batch_size,
                 validate_every=sizes.validate_every,
                 checkpoint_every=sizes.validate_every,
                 patience=sizes.patience,
@@ -132,7 +135,7 @@ class Fits:
             pc = self.circuit()
             ids = torch.tensor(bed.vocabulary)
             counts = torch.bincount(
-                torch.searchsorted(ids, bed.train[:, -bed.block_length :]).flatten(), minlength=len(ids)
+                torch.searchsorted(ids, bed.train[:, -bed.block_length :].contiguous()).flatten(), minlength=len(ids)
             )
             made = [df.NoiseCalibration.dividing_out(counts, num_knots=self.sizes.knots)] if kind != "plain" else []
             return df.CoupledHead(pc, conditioners=made, vocabulary=bed.vocabulary)

@@ -26,6 +26,7 @@ class Bed:
         held_out: windows to measure on, by what they are.
         fine_tune: returns the denoiser trained further on ``train`` for so many seconds of processor time, kept in a
             folder; None: there is no such column.
+        ratios: shares of a block that are masked.
     """
 
     denoiser: df.Denoiser
@@ -37,3 +38,4 @@ class Bed:
     validation: Tensor
     held_out: dict[str, Tensor]
     fine_tune: Callable[[Path, float], df.Denoiser] | None = None
+    ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)

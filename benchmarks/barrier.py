@@ -1,6 +1,8 @@
 """How much of the factorization barrier each kind of head removes, on a test bed.
 
     python benchmarks/barrier.py --bed antibody            # prepares everything, fits, measures, prints the table
+    python benchmarks/barrier.py --bed gsm8k --data train.jsonl.gz    # answers, under the denoiser of the demo
+    python benchmarks/barrier.py --bed demo                # Python's documentation; trains its denoiser first
     python benchmarks/barrier.py --bed antibody --quick    # the same, tiny, in a folder of its own
     python benchmarks/barrier.py --bed antibody --columns one-step sequential   # these only: for two runs side by side
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,14 +29,15 @@ from _barrier_fits import HEADS, QUICK, Fits, Sizes
 from _barrier_losses import Losses, circuit_losses, head_losses, one_step_losses, orders, sequential_losses
 from _bed import Bed
 from _bed_antibody import antibody_bed
+from _bed_text import TEXT, demo_bed, gsm8k_bed
 from torch import Tensor
 
 import diffusion as df
 from circuits.files import replace_file
 from diffusion.evaluation.gap import Estimate
 
-BEDS = {"antibody": antibody_bed}
-RATIOS = (0.25, 0.5, 0.75, 0.9)
+BEDS = {"antibody": (antibody_bed, Sizes()), "gsm8k": (gsm8k_bed, TEXT), "demo": (demo_bed, TEXT)}
+"""What prepares a bed, and how much of everything it is given."""
 TUNED = tuple(f"tuned {name}" for name in ("one-step", "calibrated", "potentials", "sequential"))
 COLUMNS = ("one-step", "circuit alone", *HEADS, "sequential", *TUNED)
 CHUNK = 8
@@ -45,10 +48,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     default = Path(os.environ.get("UNFACTOR_BARRIER", Path.home() / ".cache" / "unfactor" / "barrier"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bed", choices=BEDS, default="antibody")
+    parser.add_argument("--data", type=Path, default=os.environ.get("UNFACTOR_GSM8K"), help="GSM8K's train.jsonl[.gz]")
     parser.add_argument("--folder", type=Path, default=default, help="of what is prepared, fitted and measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of splits, masks and fits")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows of each kind and seed, at most")
-    parser.add_argument("--masks", type=int, default=Sizes.masks, help="noisy versions of every training window")
+    parser.add_argument("--masks", type=int, help="noisy versions of every training window; the bed's own number")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="to measure in this run")
     parser.add_argument(
         "--held-out", nargs="+", help="kinds of held-out windows to measure in this run; all of the bed"
@@ -61,13 +65,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
     options = parsed(arguments)
     torch.set_num_threads(options.threads)
-    sizes, seeds, windows = Sizes(masks=options.masks), options.seeds, options.windows
+    prepare, sizes = BEDS[options.bed]
+    sizes = replace(sizes, masks=options.masks or sizes.masks)
+    seeds, windows = options.seeds, options.windows
+    given = {"data": options.data} if options.bed == "gsm8k" else {}
     if options.quick:
         sizes, seeds, windows = QUICK, options.seeds[:1], 2
     home = options.folder / options.bed
     measures = []
     for seed in seeds:
-        bed = BEDS[options.bed](home, seed=seed, is_quick=options.quick)
+        bed = prepare(home, seed=seed, is_quick=options.quick, **given)
         folder = home / f"{'quick' if options.quick else 'seed'}-{seed}-masks-{sizes.masks}"
         measure = Measure(Fits(bed, folder, sizes, seed), folder / "cells", windows)
         for kind in options.held_out or bed.held_out:
@@ -136,16 +143,16 @@ class Measure:
         known = set(self.bed.vocabulary)
         forbidden = tuple(id for id in range(denoiser.spec.vocab_size) if id not in known)
         if what == "one-step":
-            return one_step_losses(denoiser, windows, order, RATIOS, forbidden)
+            return one_step_losses(denoiser, windows, order, self.bed.ratios, forbidden)
         if what == "sequential":
-            return sequential_losses(denoiser, windows, order, RATIOS, forbidden)
+            return sequential_losses(denoiser, windows, order, self.bed.ratios, forbidden)
         if what == "circuit alone":
             block = windows[:, -order.shape[1] :].contiguous()
             categories = torch.searchsorted(torch.tensor(self.bed.vocabulary), block)
-            return circuit_losses(self.fits.circuit(), categories, order, RATIOS)
+            return circuit_losses(self.fits.circuit(), categories, order, self.bed.ratios)
         with torch.enable_grad():
             head = self.fits.head(denoiser, what, name)
-        return head_losses(head, denoiser, windows, order, RATIOS)
+        return head_losses(head, denoiser, windows, order, self.bed.ratios)
 
     def read(self, kind: str, column: str) -> dict[float, np.ndarray] | None:
         """Return a column's losses on all windows; None if a cell is not there."""
@@ -153,7 +160,7 @@ class Measure:
         if not all(path.is_file() for path in paths):
             return None
         cells = [json.loads(path.read_text("ascii")) for path in paths]
-        return {ratio: np.concatenate([cell[str(ratio)] for cell in cells]) for ratio in RATIOS}
+        return {ratio: np.concatenate([cell[str(ratio)] for cell in cells]) for ratio in self.bed.ratios}
 
 
 def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> list[dict[str, str]]:
@@ -162,16 +169,17 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
     The windows of all seeds are taken together, and resampled together in all columns: so intervals of shares are of
     differences window by window.
     """
+    ratios = measures[0].bed.ratios
     found = {column: [measure.read(kind, column) for measure in measures] for column in COLUMNS}
     whole = {column: parts for column, parts in found.items() if all(part is not None for part in parts)}
     rows: list[dict[str, str]] = []
     losses = {
-        column: {ratio: np.concatenate([part[ratio] for part in parts if part]) for ratio in RATIOS}
+        column: {ratio: np.concatenate([part[ratio] for part in parts if part]) for ratio in ratios}
         for column, parts in whole.items()
     }
     if not losses:
         return rows
-    num_windows = len(next(iter(losses.values()))[RATIOS[0]])
+    num_windows = len(next(iter(losses.values()))[ratios[0]])
     resamples = np.random.default_rng(0).integers(num_windows, size=(num_bootstrap, num_windows))
     for column, by_ratio in losses.items():
         before = "tuned " if column in TUNED else ""

@@ -13,15 +13,15 @@ import torch
 
 import diffusion as df
 from circuits.files import file_hash
+from diffusion.errors import CorpusError
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that import what lies beside them
 
 import _antibody_data as antibody
 import _barrier_losses as losses
 import _bed_antibody as bed
+import _bed_text as text
 import barrier
-
-pytest.importorskip("transformers", reason="AntiBERTy runs on the BERT classes of transformers")
 
 BASES = "GCTTGTGATGAATTTGGTCATATTAAACTTATGAATCCTCAACGTAGCACTGTTTGGTAT"
 CODONS = {residue: BASES[3 * place : 3 * place + 3] for place, residue in enumerate("ACDEFGHIKLMNPQRSTVWY")}
@@ -119,8 +119,7 @@ def test_a_share_is_of_the_gap_and_there_is_none_without_a_gap():
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
     """Write wheels with a tiny BERT, which has heads that are left out, and with reads."""
-    import transformers
-
+    transformers = pytest.importorskip("transformers", reason="AntiBERTy runs on the BERT classes of transformers")
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     config = transformers.BertConfig(vocab_size=25, max_position_embeddings=128, pad_token_id=0, **shape)
     model = transformers.BertForMaskedLM(config)
@@ -183,3 +182,25 @@ def test_another_wheel_is_refused(wheels, monkeypatch):
     monkeypatch.setitem(antibody.WHEELS, "abstar==0.8.0", "0" * 64)
     with pytest.raises(SystemExit, match="SHA-256"):
         antibody.prepare(wheels)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "demo"])
+def test_text_is_measured_at_all_ratios_up_to_one(name, tmp_path, capsys):
+    columns = ["one-step", "circuit alone", "potentials"]
+    options = ["--bed", name, "--folder", str(tmp_path), "--quick", "--columns", *columns]
+    (row, *_) = rows = barrier.main(options)["held-out"]
+    assert [row["column"] for row in rows] == columns
+    assert list(row) == ["column", "windows", "0.25", "0.50", "0.75", "1.00"]
+
+
+def test_seeds_measure_windows_that_have_nothing_in_common():
+    beds = [text.gsm8k_bed(Path(), seed=seed, is_quick=True) for seed in range(3)]
+    held_out = [{tuple(window) for window in bed.held_out["held-out"].tolist()} for bed in beds]
+    assert len(set.union(*held_out)) == sum(map(len, held_out))
+    assert not set.union(*held_out) & {tuple(window) for bed in beds for window in bed.validation.tolist()}
+
+
+def test_another_text_than_that_of_the_denoiser_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"answer": "one"}\n{"answer": "two"}\n')
+    with pytest.raises(CorpusError, match="made from"):
+        text.gsm8k_bed(tmp_path, seed=0, is_quick=True, data=tmp_path / "train.jsonl")

@@ -1,0 +1,101 @@
+"""Text: GSM8K's answers under the denoiser that the library ships, and Python's documentation under the demo's own.
+
+GSM8K (Cobbe et al. 2021, MIT licence) is read from ``--data`` or ``$UNFACTOR_GSM8K``, its ``train.jsonl`` as it is or
+compressed; without it circuits and heads are fitted to a part of the held-out answers that come with the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from _barrier_fits import Sizes
+from _bed import Bed
+from torch import Tensor
+
+from diffusion.app.packing import SHIPPED
+from diffusion.app.recipe import PRESETS
+from diffusion.app.workspace import Workspace
+from diffusion.denoisers.transformer import TransformerDenoiser
+from diffusion.text.corpus import load_corpus, random_windows, windows
+
+TEXT = Sizes(states=512, epochs=6, masks=1, batch_size=128, steps=800, validate_every=100, hidden=256)
+RATIOS = (0.25, 0.5, 0.75, 1.0)
+NUM_PARTS = 3
+"""Seeds whose held-out windows have nothing in common."""
+
+
+def gsm8k_bed(folder: Path, *, seed: int, is_quick: bool, data: Path | None = None) -> Bed:
+    """Return the answers, in 1,024 byte pairs, under the denoiser that the library ships.
+
+    Args:
+        folder: where nothing is prepared.
+        seed: of training windows, and which held-out windows.
+        is_quick: whether a few windows do.
+        data: GSM8K's training problems, ``.jsonl`` or ``.jsonl.gz``; None: only the answers that the library has.
+
+    Raises:
+        CorpusError: the file is not the one that the denoiser was trained on.
+    """
+    models = Workspace(SHIPPED, progress=False)
+    recipe = models.recipe()
+    if data is None:
+        documents = models.held_out(recipe)
+        train, held_out = documents[: len(documents) // 2], documents[len(documents) // 2 :]
+    else:
+        corpus = models.claimed_corpus(replace(recipe, text=replace(recipe.text, corpus=str(data))))
+        train, held_out = corpus.train, corpus.held_out
+    return _bed(models, models.base_denoiser(), train, held_out, seed=seed, is_quick=is_quick)
+
+
+def demo_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
+    """Return Python's documentation, in characters, under a denoiser that is trained in the folder once.
+
+    Args:
+        folder: of the denoiser, as ``unfactor train --corpus embedded`` makes it.
+        seed: of training windows, and which held-out windows.
+        is_quick: whether a denoiser of few updates and a few windows do.
+    """
+    recipe = PRESETS["tiny" if is_quick else "default"]
+    if is_quick:
+        recipe = replace(recipe, denoiser=replace(recipe.denoiser, training=replace(recipe.denoiser.training, steps=2)))
+    models = Workspace(folder / f"models{'-quick' if is_quick else ''}", progress=not is_quick)
+    denoiser = models.train(recipe)
+    corpus = load_corpus(recipe.text.corpus)
+    return _bed(models, denoiser, corpus.train, corpus.held_out, seed=seed, is_quick=is_quick)
+
+
+def _bed(
+    models: Workspace,
+    denoiser: TransformerDenoiser,
+    train: Sequence[str],
+    held_out: Sequence[str],
+    *,
+    seed: int,
+    is_quick: bool,
+) -> Bed:
+    """Return the bed of some documents: of those held out every second one is for early stopping."""
+    span, length = denoiser.config.span, denoiser.config.block_length
+    tokens, validation, rest = (models.stream(tuple(one)) for one in (train, held_out[::2], held_out[1::2]))
+    generator = torch.Generator().manual_seed(seed)
+    most = 16 if is_quick else None
+    known = set(denoiser.spec.forbidden_ids)
+    return Bed(
+        denoiser=denoiser,
+        num_features=denoiser.config.width,
+        block_length=length,
+        vocabulary=tuple(id for id in range(denoiser.spec.vocab_size) if id not in known),
+        text=random_windows(tokens, length=span, num_windows=most or 60_000, generator=generator),
+        train=random_windows(tokens, length=span, num_windows=most or 24_576, generator=generator),
+        validation=windows(validation, length=span, max_windows=most or 512),
+        held_out={"held-out": _part(windows(rest, length=span), seed)},
+        ratios=RATIOS,
+    )
+
+
+def _part(found: Tensor, seed: int) -> Tensor:
+    """Return a part of all windows, spread over the text; those of the first seeds have none in common."""
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return found[order[seed % NUM_PARTS :: NUM_PARTS]]
