@@ -1,5 +1,6 @@
-"""Chains of equal steps as one recurrence: why long homogeneous chains are fast. Nobody needs it to add a query."""
+"""Chains of equal steps as one recurrence, and chains of vectors, for automata. Nobody needs them to add a query."""
 
 from circuits.chains.chain import Chain, Scan
+from circuits.chains.vectors import VectorSemiring, joined, padded
 
-__all__ = ["Chain", "Scan"]
+__all__ = ["Chain", "Scan", "VectorSemiring", "joined", "padded"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring, divided
 from circuits.arguments import checked_temperature
 from circuits.constrained.arcs import arcs_of, log_indicator
-from circuits.constrained.chain import Chain, Vectors, downward, temperature_of, upward
+from circuits.constrained.chain import ArcSemiring, Chain, temperature_of
 from circuits.constrained.class_leaves import class_leaves, explicit
 from circuits.constrained.latents import ConstrainedLatentChoice
 from circuits.distribution import CircuitDistribution, kept, without_kept
@@ -268,21 +268,26 @@ class ConstrainedDistribution(CircuitDistribution):
         assert self.evidence is not None
         return self.evidence
 
-    def _chain(self, question: Question, index: Tensor | None = None) -> Chain:
+    def _chain(
+        self, of_values: ChoosingSemiring, semiring: ChoosingSemiring, question: Question, index: Tensor | None = None
+    ) -> Chain:
         """Set up the pass, for the queries ``index``; backwards where the circuit splits off the last variable."""
         start, accept, arcs = self._log_start, self._log_accept, self._arcs
         if index is not None:
             start, accept = start[index], accept[index]
         if self._order[0] > self._order[-1]:
             start, accept, arcs = accept, start, arcs.reversed()
-        return Chain(question, self._order, arcs, start, accept)
+        vectors = ArcSemiring(semiring, self._order, arcs)
+        return Chain(question, vectors, self._by_label(of_values, vectors, question, index), start, accept)
 
     @own_precision
     def _log_z(self, evidence: Evidence, index: Tensor | None = None, weights: CircuitWeights | None = None) -> Tensor:
         question = Question(self.pc, evidence, weights or self._weights)
-        return upward(self._chain(question, index), LogSemiring(), self._leaves(LogSemiring(), question, index))[0]
+        return self._chain(LogSemiring(), LogSemiring(), question, index).log_z()
 
-    def _leaves(self, semiring: ChoosingSemiring, question: Question, index: Tensor | None = None) -> list[Tensor]:
+    def _by_label(
+        self, semiring: ChoosingSemiring, vectors: ArcSemiring, question: Question, index: Tensor | None
+    ) -> list[Tensor]:
         """Return the log-values of all input units by label, per input layer (F, K, B, M)."""
         arcs, evidence, weights = self._arcs, question.evidence, question.weights
         num_classes = arcs.log_label.shape[1]
@@ -299,7 +304,7 @@ class ConstrainedDistribution(CircuitDistribution):
         if evidence.reference is None:
             return leaves
         divisors = Question(self.pc, evidence.reference, weights).inputs(LogSemiring())
-        return [divided(Vectors(semiring), *pair) for pair in zip(leaves, divisors, strict=True)]
+        return [divided(vectors, *pair) for pair in zip(leaves, divisors, strict=True)]
 
     @own_precision
     def _choose(
@@ -311,10 +316,10 @@ class ConstrainedDistribution(CircuitDistribution):
     ) -> ConstrainedLatentChoice:
         """Choose latents and paths; ``of_values`` says whether the variables are summed or maximised out."""
         question = Question(self.pc, self._explicit, self._weights)
-        chain = self._chain(question)
-        log_score, values = upward(chain, semiring, self._leaves(of_values, question))
+        chain = self._chain(of_values, semiring, question)
+        log_score, found = chain.climb()
         self._possible(log_score)
-        choices = downward(chain, values, num_samples, generator)
+        choices = chain.choose(found, num_samples, generator)
         return ConstrainedLatentChoice(
             self.pc,
             choices.units,

@@ -6,7 +6,7 @@ are accumulated by the GEMMs themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +15,51 @@ from torch import Tensor
 
 from circuits.algebra.semirings import LogSemiring
 from circuits.chains import Chain, Scan
-from circuits.engine.layers import Address, Gradients, ProductLayer, SumLayer
+from circuits.engine.layers import Address, ProductLayer, SumLayer
 from circuits.precision import own_precision
 
 if TYPE_CHECKING:
     from circuits.engine.question import Question
 
 _LOG = LogSemiring()
+
+
+class Gradients:
+    """Gradients of the layers' outputs, (F, K, B) each, that add up; nothing is copied until a second one arrives."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int) -> None:
+        self._sizes = sizes
+        self._batch_size = batch_size
+        self._values: dict[int, Tensor] = {}
+        self._owned: set[int] = set()
+
+    def pop(self, layer: int) -> Tensor | None:
+        """Return the gradient of a layer's output and forget it; None if nothing was added."""
+        return self._values.pop(layer, None)
+
+    def of_first(self, num_layers: int) -> list[Tensor | None]:
+        """Return the gradients of the first layers' outputs."""
+        return [self._values.get(layer) for layer in range(num_layers)]
+
+    def add(self, layer: int, nodes: slice | Tensor, grad: Tensor) -> None:
+        """Add ``grad`` to that of some nodes of a layer."""
+        current = self._values.get(layer)
+        num_nodes, num_units = self._sizes[layer]
+        if isinstance(nodes, slice) and nodes == slice(0, num_nodes, 1):
+            self._values[layer] = grad if current is None else current + grad
+            if current is not None:
+                self._owned.add(layer)
+            return
+        if current is None:
+            current = grad.new_zeros(num_nodes, num_units, self._batch_size)
+        elif layer not in self._owned:
+            current = current.clone()
+        self._owned.add(layer)
+        self._values[layer] = current
+        if isinstance(nodes, slice):
+            current[nodes] += grad
+        else:
+            current.index_add_(0, nodes, grad)
 
 
 class Flows:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring
+from circuits.chains import VectorSemiring
 from circuits.engine.layers import ProductLayer, chunks
 from circuits.randomness import DrawnNumbers, Source, numbers_at, source_at
 from circuits.weights.given import Reached
@@ -25,7 +26,9 @@ class Choice(NamedTuple):
     """One explanation per column: S copies of a batch of B queries, all of the first copy first."""
 
     units: list[Tensor]
-    """The chosen unit of every node of each input layer, int64 (F, S * B) each; -1 where a node was not reached."""
+    """The chosen unit of every node of each input layer, int64 (F, S * B) each; -1 where a node was not reached.
+
+    Of vectors of E entries it is the number ``unit * E + entry``."""
     query: Tensor
     """The query of each column, int64 (S * B,)."""
     children: Sequence[Tensor] = ()
@@ -47,9 +50,10 @@ def climb(question: Question, semiring: ChoosingSemiring) -> Climb:
     """Evaluate all layers, chains as one recurrence each."""
     values: dict[int, Tensor] = dict(enumerate(question.inputs(semiring)))
     chains: dict[int, Tensor] = {}
-    own, given, latents = question.weights.own, question.weights.given, question.latents
+    own, latents = question.weights.own, question.latents
+    scans = not (question.weights.given or isinstance(semiring, VectorSemiring))
     for step in question.pc.schedule:
-        if step.chain is not None and not given:
+        if step.chain is not None and scans:
             weights = own[step.chain.bank]
             found = step.chain.climb(semiring, values, weights, latents, question.silent)
             values[step.position], chains[step.position] = found
@@ -59,13 +63,7 @@ def climb(question: Question, semiring: ChoosingSemiring) -> Climb:
     return Climb(values, chains, values[len(question.pc.layer_sizes) - 1])
 
 
-def choose(
-    question: Question,
-    semiring: ChoosingSemiring,
-    found: Climb,
-    num_samples: int,
-    generator: Source,
-) -> Choice:
+def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_samples: int, generator: Source) -> Choice:
     """Choose one child of every reached sum unit, from the root down; see :meth:`Question.choose`."""
     pc, weights = question.pc, question.weights
     root = found.root[0]  # (R, B, *E)
@@ -78,11 +76,13 @@ def choose(
             return DrawnNumbers(column, first=numbers[position][node, column])
         return source_at(generator, position, node, column)
 
-    if question.class_factors is None:
+    if question.class_factors is None and root.dim() == 2:
         units[-1].zero_()
     else:
         source = source_of(len(units), torch.zeros_like(query), torch.arange(len(query), device=query.device))
-        units[-1][0] = semiring.choose((root + question.class_factors).t()[query], source)
+        root = root if question.class_factors is None else semiring.times(root, semiring.lift(question.class_factors))
+        units[-1][0] = semiring.choose(root.transpose(0, 1).flatten(1)[query], source)
+    vectors = semiring if isinstance(semiring, VectorSemiring) else None
     for step in reversed(pc.schedule):
         if step.chain is not None and step.position in found.chains:
             (column,) = (units[step.position][0] >= 0).nonzero(as_tuple=True)
@@ -93,17 +93,26 @@ def choose(
             continue
         for position, layer in reversed(step.layers):
             node, column = (units[position] >= 0).nonzero(as_tuple=True)
-            unit = units[position][node, column]
+            unit, entry = units[position][node, column], None
+            if vectors is not None:
+                unit, entry = unit // vectors.num_entries, unit % vectors.num_entries
+            reached = Reached(node, unit, query[column])
             if isinstance(layer, ProductLayer):
-                layer.reach(units, node, column, layer.child_choices(unit))
-                units[position] = units[position].new_empty(0)
+                units[position], choices = units[position].new_empty(0), layer.child_choices(unit)
+                if vectors is not None and entry is not None:
+                    found_at = zip(layer.factors(found.values), choices, strict=True)
+                    factors = [values[node, at, reached.query] for values, at in found_at]
+                    entry = vectors.split(layer.nodes, factors, node, entry, source_of(position, node, column))
             else:
                 own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
-                gathered = layer.gather(found.values, latents=question.latents.get(position))
+                gathered = layer.gather(found.values, semiring, question.latents.get(position))
                 source = source_of(position, node, column)
-                chosen = layer.choose(semiring, gathered, own, given, Reached(node, unit, query[column]), source)
-                layer.reach(units, node, column, layer.per_child(chosen))
-                units[position][node, column] = chosen
+                chosen = layer.choose(semiring, gathered, own, given, reached, entry, source)
+                units[position][node, column], choices = chosen, layer.per_child(chosen)
+            if vectors is not None and entry is not None:
+                codes = torch.stack(choices) * vectors.num_entries + entry
+                choices = list(codes.masked_fill(codes < 0, -1))
+            layer.reach(units, node, column, choices)
     return Choice(units[: len(pc.input_layers)], query, units)
 
 

@@ -26,16 +26,7 @@ from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.families import Categorical, Direct
 from circuits.precision import own_precision
-from circuits.symbolic import (
-    Circuit,
-    Input,
-    Node,
-    ParametricNode,
-    Product,
-    Sum,
-    num_free_parameters,
-    parameter_owner,
-)
+from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, num_free_parameters, parameter_owner
 from circuits.weights.forms import Form, Own
 from circuits.weights.given import ExternalWeights, checked_form, joined_by_layer
 
@@ -309,7 +300,7 @@ def _inner_layer(folding: Folding, position: int) -> ProductLayer | SumLayer:
     children = [[folding.addresses[child] for child in node.children] for node in nodes]
     child_units = [child.num_units for child in nodes[0].children]
     if isinstance(nodes[0], Product):
-        return ProductLayer(children, child_units, nodes[0].mode)
+        return ProductLayer(children, child_units, nodes[0].mode, nodes)
     num_siblings = len(nodes) // len({node.children for node in nodes})
     return SumLayer(children, child_units, _parameter_rows(folding, nodes), num_siblings)
 

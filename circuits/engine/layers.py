@@ -17,14 +17,15 @@ from torch import Tensor
 
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
+from circuits.chains import VectorSemiring, joined
 from circuits.engine.weights import Weights
 from circuits.randomness import RowGenerators, Source
-from circuits.symbolic import ProductMode
+from circuits.symbolic import Node, ProductMode
 from circuits.weights.given import GivenSums, Reached
 from circuits.weights.latents import LatentFactors
 
 if TYPE_CHECKING:
-    from circuits.engine.adjoint import Flows
+    from circuits.engine.adjoint import Flows, Gradients
 
 Address = tuple[int, int]
 """Where a node lives: (layer, position within the layer)."""
@@ -34,44 +35,6 @@ LayerValues = Mapping[int, Tensor] | Sequence[Tensor]
 _MAX_SLOTS = _MAX_PIECES = 4
 _MAX_SCORES = 1 << 24
 _LOG = LogSemiring()
-
-
-class Gradients:
-    """Gradients of the layers' outputs, (F, K, B) each, that add up; nothing is copied until a second one arrives."""
-
-    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int) -> None:
-        self._sizes = sizes
-        self._batch_size = batch_size
-        self._values: dict[int, Tensor] = {}
-        self._owned: set[int] = set()
-
-    def pop(self, layer: int) -> Tensor | None:
-        """Return the gradient of a layer's output and forget it; None if nothing was added."""
-        return self._values.pop(layer, None)
-
-    def of_first(self, num_layers: int) -> list[Tensor | None]:
-        """Return the gradients of the first layers' outputs."""
-        return [self._values.get(layer) for layer in range(num_layers)]
-
-    def add(self, layer: int, nodes: slice | Tensor, grad: Tensor) -> None:
-        """Add ``grad`` to that of some nodes of a layer."""
-        current = self._values.get(layer)
-        num_nodes, num_units = self._sizes[layer]
-        if isinstance(nodes, slice) and nodes == slice(0, num_nodes, 1):
-            self._values[layer] = grad if current is None else current + grad
-            if current is not None:
-                self._owned.add(layer)
-            return
-        if current is None:
-            current = grad.new_zeros(num_nodes, num_units, self._batch_size)
-        elif layer not in self._owned:
-            current = current.clone()
-        self._owned.add(layer)
-        self._values[layer] = current
-        if isinstance(nodes, slice):
-            current[nodes] += grad
-        else:
-            current.index_add_(0, nodes, grad)
 
 
 class Part:
@@ -105,7 +68,7 @@ class Gather(Part):
             values[layer][at] if isinstance(at, slice) else values[layer].index_select(0, at)
             for layer, at in self.pieces
         ]
-        gathered = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        gathered = joined(pieces, 0)
         return gathered if self.inverse is None else gathered.index_select(0, self.inverse)
 
     def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
@@ -201,9 +164,15 @@ class _InnerLayer(Part):
 class ProductLayer(_InnerLayer):
     """Product units of F nodes with equally many children."""
 
-    def __init__(self, children: Sequence[Sequence[Address]], child_units: Sequence[int], mode: ProductMode) -> None:
+    def __init__(
+        self,
+        children: Sequence[Sequence[Address]],
+        child_units: Sequence[int],
+        mode: ProductMode,
+        nodes: Sequence[Node],
+    ) -> None:
         super().__init__(children, child_units)
-        self.mode = mode
+        self.mode, self.nodes = mode, nodes
         self.num_children = len(child_units)
         self.is_stacked = mode == "elementwise" and self.num_children > _MAX_SLOTS
         slots = [tuple(itertools.chain(*children))] if self.is_stacked else zip(*children, strict=True)
@@ -211,15 +180,14 @@ class ProductLayer(_InnerLayer):
 
     def __call__(self, semiring: Semiring, values: LayerValues) -> Tensor:
         """Return the products of the children's units, shape (F, K, B, *E)."""
+        if isinstance(semiring, VectorSemiring):
+            return semiring.multiply(self.nodes, self.factors(values))
         if self.is_stacked:
             return semiring.product(self.slots[0](values).unflatten(0, (-1, self.num_children)))
-        out = self.slots[0](values)
-        for slot in self.slots[1:]:
-            if self.mode == "outer":
-                out = semiring.times(out.unsqueeze(2), slot(values).unsqueeze(1)).flatten(1, 2)
-            else:
-                out = semiring.times(out, slot(values))
-        return out
+        factors = (slot(values) for slot in self.slots)
+        if self.mode == "elementwise":
+            return functools.reduce(semiring.times, factors)
+        return functools.reduce(lambda x, y: semiring.times(x.unsqueeze(2), y.unsqueeze(1)).flatten(1, 2), factors)
 
     def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
         """Send the gradient of the output, (F, K, B), to the children (log semiring)."""
@@ -232,6 +200,12 @@ class ProductLayer(_InnerLayer):
                 others = [1 + i for i in range(self.num_children) if i != position]
                 part = grad.unflatten(1, self.child_units).sum(others)
             slot.adjoint(part, gradients)
+
+    def factors(self, values: LayerValues) -> list[Tensor]:
+        """Return the values of all nodes' first children, of their second ones, and so on, (F, K, B, *E) each."""
+        if self.is_stacked:
+            return list(self.slots[0](values).unflatten(0, (-1, self.num_children)).unbind(1))
+        return [slot(values) for slot in self.slots]
 
     def child_choices(self, unit: Tensor) -> list[Tensor]:
         """Return which unit of each child a product unit multiplies: (n,) to one (n,) per child."""
@@ -325,9 +299,10 @@ class SumLayer(_InnerLayer):
         weights: Weights,
         given: GivenSums | None,
         reached: Reached,
+        entry: Tensor | None,
         generator: Source,
     ) -> Tensor:
-        """Choose for n reached sum units one of all children's units, by number: (n,)."""
+        """Choose for n reached sum units, at an entry (n,), one of all children's units, by number: (n,)."""
         nodes, units, queries = reached
         chosen = torch.empty_like(units)
         for part in chunks(len(nodes), children.shape[1]):
@@ -336,7 +311,8 @@ class SumLayer(_InnerLayer):
             if given is not None:
                 scores = given.replaced(scores, Reached(node, unit, query))
             source = generator.rows(part) if isinstance(generator, RowGenerators) else generator
-            chosen[part] = semiring.choose(scores.add_(children[node, :, query]), source)
+            mixed = children[node, :, query] if entry is None else children[node, :, query, entry[part]]
+            chosen[part] = semiring.choose(scores.add_(mixed), source)
         return chosen
 
     def per_child(self, chosen: Tensor) -> list[Tensor]:
@@ -350,7 +326,7 @@ class SumLayer(_InnerLayer):
     def _gather_stacks(self, values: LayerValues) -> Tensor:
         """Return the children's units side by side, once for all siblings, shape (F / S, I, B, *E)."""
         parts = [slot(values) for slot in self.slots]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return joined(parts, 1)
 
     def _select(self, bank: Tensor, num_stacks: int) -> Tensor:
         """Return the rows of a bank that the nodes use, those of siblings below each other, (F / S, S * O, I)."""

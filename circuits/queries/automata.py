@@ -6,24 +6,27 @@ the automaton's states, and a leaf a transition between them (Vidal et al. 2005,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from circuits.algebra import logspace
+from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
+from circuits.chains import VectorSemiring, joined, padded
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import checked_possible
+from circuits.engine.question import Question, checked_possible
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.queries.alignment import Part
 from circuits.queries.common import dense_factors, query
-from circuits.queries.structural import chain_breaker, front_to_back, rank_of_scopes
-from circuits.symbolic import Input, Node, Product, Sum
+from circuits.queries.structural import chain_breaker
+from circuits.randomness import Source
+from circuits.symbolic import Node, Product
 
-StepFunction = Callable[[Tensor, Tensor], Tensor]
-"""From a leaf's log-values (K, C, B) and what follows, (K, S, B), to the log-values before the leaf, (K, S, B)."""
+ReadFunction = Callable[[Tensor, Tensor], Tensor]
+"""From a variable's log-values (..., M) and what follows, (..., S), to what begins with it, (..., S)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +121,17 @@ def automaton_log_probability(pc: CompiledCircuit, automaton: Automaton, evidenc
     transition, start, accept = (table.to(pc.device, pc.dtype) for table in tables)
     num_states = len(start)
 
-    def step(leaf: Tensor, after: Tensor) -> Tensor:
-        num_read = leaf.shape[1]
+    def read_one(single: Tensor, after: Tensor) -> Tensor:
+        num_read = min(single.shape[-1], transition.shape[1])
         arcs = transition[:, :num_read].transpose(1, 2).reshape(1, num_states * num_states, num_read)
-        summed = log_matmul(arcs, leaf.transpose(0, 1).reshape(1, num_read, -1))[0]
-        summed = summed.reshape(num_states, num_states, *leaf.shape[::2])  # (S, S', K, B)
-        return _log_sum_exp(summed + after.transpose(0, 1).unsqueeze(0), 1).transpose(0, 1)
+        summed = log_matmul(arcs, single[..., :num_read].flatten(0, -2).t().unsqueeze(0))[0].t()
+        summed = summed.reshape(*single.shape[:-1], num_states, num_states)  # (..., S, S')
+        return _log_sum_exp(summed + after[..., :num_states].unsqueeze(-2), -1)
 
     factors = dense_factors(pc, evidence, "automaton_log_probability")
-    after_all = accept.reshape(1, -1, 1)
-    states = _chain(pc, factors, order, after_all, step)  # (1, S, B)
+    states = _by_state(pc, factors, order, accept.unsqueeze(0), read_one)
     log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
-    return _log_sum_exp(states[0] + start.unsqueeze(1), 0) - log_z
+    return _log_sum_exp(states[:, :num_states] + start, 1) - log_z
 
 
 @query
@@ -155,20 +157,19 @@ def order_log_probability(pc: CompiledCircuit, evidence: Evidence | None = None,
     is_forward = order[0] <= order[-1]
     num_values = max(pc.circuit.num_categories)
 
-    def step(leaf: Tensor, after: Tensor) -> Tensor:
+    def read_one(single: Tensor, after: Tensor) -> Tensor:
         """State s: the next value is at least s read forwards, at most s - 1 read backwards; both have C + 1 states."""
-        padded = torch.nn.functional.pad(leaf, (0, 0, 0, num_values - leaf.shape[1]), value=-torch.inf)  # (K, C, B)
+        values = padded(single, num_values)
         if is_forward:
-            read = padded + (after[:, 1:] if strict else after[:, :-1])
-            return torch.nn.functional.pad(_log_cumulative(read.flip(1)).flip(1), (0, 0, 0, 1), value=-torch.inf)
-        read = padded + (after[:, :-1] if strict else after[:, 1:])
-        return torch.nn.functional.pad(_log_cumulative(read), (0, 0, 1, 0), value=-torch.inf)
+            read = values + (after[..., 1:] if strict else after[..., :-1])
+            return padded(_log_cumulative(read.flip(-1)).flip(-1), num_values + 1)
+        read = values + (after[..., :-1] if strict else after[..., 1:])
+        return torch.nn.functional.pad(_log_cumulative(read), (1, 0), value=-torch.inf)
 
     factors = dense_factors(pc, evidence, "order_log_probability")
-    after_all = factors.new_zeros(1, num_values + 1, 1)
-    states = _chain(pc, factors, order, after_all, step)[0]
+    states = _by_state(pc, factors, order, factors.new_zeros(1, num_values + 1), read_one)
     log_z = checked_possible(pc.log_partition(Evidence.soft(factors)))
-    return states[0 if is_forward else -1] - log_z
+    return states[:, 0 if is_forward else -1] - log_z
 
 
 def reading_order(pc: CompiledCircuit, query: str) -> Sequence[int]:
@@ -185,48 +186,93 @@ def reading_order(pc: CompiledCircuit, query: str) -> Sequence[int]:
     )
 
 
-def _chain(pc: CompiledCircuit, factors: Tensor, order: Sequence[int], after_all: Tensor, step: StepFunction) -> Tensor:
-    """Return the root's log-values by state before anything is read, (1, S, B)."""
-    weights, rank = pc.weights(), rank_of_scopes(order)
-    leaves: dict[Node, Tensor] = {}  # nodes of one variable: log-values with evidence, (K, C, B)
-    states: dict[Node, Tensor] = {}  # nodes of all variables from some point on: (K, S, B)
-    for node in pc.circuit.nodes:
-        if isinstance(node, Input):
-            table = pc.log_weights(node, weights).t().unsqueeze(2)
-            leaves[node] = table + factors[:, node.var, : table.shape[1]].t()
-        elif isinstance(node, Sum):
-            tables = leaves if node.scope_bits in rank else states
-            x = torch.cat([tables[child] for child in node.children]).flatten(1).unsqueeze(0)
-            mixed = logspace.log_matmul(pc.log_weights(node, weights).unsqueeze(0), x)[0]
-            tables[node] = mixed.reshape(len(mixed), *tables[node.children[0]].shape[1:])
-        elif node.scope_bits in rank:
-            leaves[node] = leaves[node.children[0]]
-        else:
-            assert isinstance(node, Product)
-            states[node] = _product(node, leaves, states, rank, after_all, step)
-    root = pc.circuit.root
-    return states[root] if root in states else step(leaves[root], after_all)
-
-
-def _product(
-    node: Product,
-    leaves: dict[Node, Tensor],
-    states: dict[Node, Tensor],
-    rank: Mapping[int, int],
-    after_all: Tensor,
-    step: StepFunction,
+def _by_state(
+    pc: CompiledCircuit, factors: Tensor, order: Sequence[int], after_all: Tensor, read: ReadFunction
 ) -> Tensor:
-    """Read the single variables of a product, from the last, after what follows them."""
-    units = {part.node: chosen for part, chosen in Part(node).factors}
-    after = after_all
-    for child in reversed(front_to_back(node, rank)):
-        chosen = units[child]
-        if child in states:
-            after = states[child] if chosen is None else states[child][chosen.to(after_all.device)]
-        else:
-            leaf = leaves[child] if chosen is None else leaves[child][chosen.to(after_all.device)]
-            after = step(leaf, after)
-    return after
+    """Return the root's log-values under factors (B, D, C), by state before anything is read, (B, S)."""
+    weights, semiring = pc.weights(), StateSemiring(LogSemiring(), order, read)
+    by_value = []
+    for layer in pc.input_layers:
+        table = layer.parameter_rows.select(weights.own[layer.parameter_rows.bank].log).mT  # (F, K, C)
+        own = factors[:, layer.variables, : table.shape[2]].transpose(0, 1)  # (F, B, C)
+        by_value.append(table.unsqueeze(2) + own.unsqueeze(1))
+    question = Question(pc, Evidence.soft(factors), weights)
+    return question.with_inputs(semiring.inputs(pc, by_value, after_all)).root(semiring)
+
+
+class StateSemiring(VectorSemiring):
+    """A chain circuit times an automaton: units are vectors over what is read, or over states before all is read.
+
+    Over states are nodes that hold the last variable: their values are those of everything from their first variable
+    on, where the automaton is in a state before that is read. All others are single variables, by what is read. Sums
+    mix vectors as they mix numbers, and products read single variables, from the last, before what follows them (the
+    intersection of an automaton with a hidden Markov model; Vidal et al. 2005, Zhang et al. 2023).
+
+    Args:
+        entries: plus, log-sum-exp or maximum, and times of single entries.
+        order: :func:`reading_order`.
+        read: from single variables by what is read, (..., M), and what follows by state, (..., S), to what begins with
+            them by state; either may have more entries than that, which it does not look at.
+    """
+
+    def __init__(self, entries: ChoosingSemiring, order: Sequence[int], read: ReadFunction) -> None:
+        self.entries, self.is_linear, self.read = entries, entries.is_linear, read
+        self.last, self.is_backwards = order[-1], order[0] > order[-1]
+
+    def lift(self, log_values: Tensor) -> Tensor:
+        """Return vectors of one entry."""
+        return log_values.unsqueeze(-1)
+
+    def contract(self, log_weights: Tensor, x: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        """Mix entry by entry."""
+        return self.entries.contract(log_weights, x.flatten(2), weights=weights).unflatten(2, x.shape[2:])
+
+    def choose(self, scores: Tensor, generator: Source) -> Tensor:
+        """Choose one index per row."""
+        return self.entries.choose(scores, generator)
+
+    def multiply(self, nodes: Sequence[Node], factors: Sequence[Tensor]) -> Tensor:
+        """Read the single variables of products before what follows them."""
+        is_outer = isinstance(nodes[0], Product) and nodes[0].mode == "outer"
+        if is_outer:  # a dimension for the units of each child
+            ones = [1] * len(factors)
+            factors = [x.unflatten(1, [*ones[:i], x.shape[1], *ones[i + 1 :]]) for i, x in enumerate(factors)]
+        parts, orders = [], self.orders(nodes)
+        for order, rows in orders.items():
+            *front, after = (factors[child] if len(orders) == 1 else factors[child][rows] for child in order)
+            parts.append(functools.reduce(lambda after, single: self.read(single, after), reversed(front), after))
+        product = joined(parts, 0)
+        if len(orders) > 1:
+            rearranged = torch.tensor([row for rows in orders.values() for row in rows], device=product.device)
+            product = product.index_select(0, rearranged.argsort())
+        return product.flatten(1, len(factors)) if is_outer else product
+
+    def orders(self, nodes: Sequence[Node]) -> dict[tuple[int, ...], list[int]]:
+        """Return the reading orders in which products take their children, each with those of the products."""
+        orders: dict[tuple[int, ...], list[int]] = {}
+        for row, node in enumerate(nodes):
+            firsts = [child.scope_bits & -child.scope_bits for child in node.children]
+            order = sorted(range(len(firsts)), key=firsts.__getitem__, reverse=self.is_backwards)
+            orders.setdefault(tuple(order), []).append(row)
+        return orders
+
+    def inputs(self, pc: CompiledCircuit, by_value: Sequence[Tensor], after_all: Tensor) -> list[Tensor]:
+        """Return the values of input units, from those by what is read, (F, K, B, M) per layer.
+
+        Args:
+            pc: the circuit.
+            by_value: of all input units, also of the last variable.
+            after_all: the weight of every state after it, (B, S) or (1, S).
+        """
+        values = []
+        for layer, singles in zip(pc.input_layers, by_value, strict=True):
+            rows = (layer.variables == self.last).nonzero().flatten()
+            if len(rows):
+                states = self.read(singles[rows], after_all)
+                length = max(singles.shape[3], states.shape[3])
+                singles = padded(singles, length).index_copy(0, rows, padded(states, length))
+            values.append(singles)
+        return values
 
 
 def log_matmul(log_weights: Tensor, x: Tensor) -> Tensor:
@@ -243,10 +289,10 @@ def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
 
 
 def _log_cumulative(x: Tensor) -> Tensor:
-    """Return the running logsumexp along dimension 1, with gradient 0, not NaN, where all so far is -inf."""
-    peak = x.detach().amax(1, keepdim=True)
+    """Return the running logsumexp along the last dimension, with gradient 0, not NaN, where all so far is -inf."""
+    peak = x.detach().amax(-1, keepdim=True)
     peak = torch.where(peak > -torch.inf, peak, 0.0)
     possible = x > -torch.inf
     lowest = torch.finfo(x.dtype).min / 4  # the backward pass of logcumsumexp has no -inf
-    total = torch.logcumsumexp(torch.where(possible, x - peak, lowest), 1) + peak
-    return torch.where(possible.cumsum(1) > 0, total, -torch.inf)
+    total = torch.logcumsumexp(torch.where(possible, x - peak, lowest), -1) + peak
+    return torch.where(possible.cumsum(-1) > 0, total, -torch.inf)

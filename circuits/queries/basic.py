@@ -75,11 +75,7 @@ def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWe
 @query
 @detached
 def marginals(
-    pc: CompiledCircuit,
-    evidence: Evidence,
-    *,
-    weights: CircuitWeights | None = None,
-    differentiable: bool = False,
+    pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None, differentiable: bool = False
 ) -> Tensor:
     """Return all posterior marginals ``p(x_i = v | e) = d log Z / d log e_i(v)`` (Darwiche 2003), in one pass.
 

@@ -118,13 +118,7 @@ class Sum(Node):
     """Units that are mixtures of all units of all children; the children's scopes are the same."""
 
     def __init__(
-        self,
-        children: Sequence[Node],
-        num_units: int,
-        *,
-        tied_to: Sum | None,
-        weights: Tensor | None,
-        name: str | None,
+        self, children: Sequence[Node], num_units: int, *, tied_to: Sum | None, weights: Tensor | None, name: str | None
     ) -> None:
         self.children = _checked_children("sum", children)
         self.num_units = checked_count("num_units", num_units)
@@ -189,11 +183,7 @@ def product(*children: Node, mode: ProductMode = "elementwise", name: str | None
 
 
 def sum(
-    *children: Node,
-    num_units: int,
-    tied_to: Sum | None = None,
-    weights: Tensor | None = None,
-    name: str | None = None,
+    *children: Node, num_units: int, tied_to: Sum | None = None, weights: Tensor | None = None, name: str | None = None
 ) -> Sum:
     """Build dense sum units: each is a mixture of all units of all children.
 
