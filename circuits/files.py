@@ -19,12 +19,10 @@ from torch import Tensor
 
 from circuits.digests import digest, named_digest
 from circuits.errors import CheckpointError, StorageError
-from circuits.reading import checked_tensor_file, open_regular
+from circuits.reading import checked_tensor_file, damaged, open_regular, unreadable
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.unfactor-tmp")
 _SYNC_FILE_RANGE_WRITE = 2
-_FIRST_VERSION = 1
-"""Of every format; its files may lack the hash of what they hold."""
 _WAYS_OUT = {
     errno.ENOSPC: "make room there, or give another place",
     errno.EDQUOT: "make room there, or give another place",
@@ -223,15 +221,22 @@ def write_safetensors(new: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def read_tensors(
-    path: str | os.PathLike[str], *, format: str, versions: Sequence[int], way_out: str, is_verified: bool = False
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    versions: Sequence[int],
+    way_out: str,
+    unhashed: Sequence[int] = (),
+    is_verified: bool = False,
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return (metadata, tensors) of a file that :func:`write_tensors` wrote; the tensors are on the CPU.
 
     Args:
         path: the file.
         format: its name.
-        versions: those that can be read. Files of version 1 may lack the hash.
+        versions: those that can be read.
         way_out: what to do about a file that is of no use, for the message.
+        unhashed: versions whose files may lack the hash.
         is_verified: whether a manifest had the file's hash, so that it need not be hashed once more.
 
     Raises:
@@ -246,25 +251,32 @@ def read_tensors(
             # copies are aligned like all tensors: sums of others may be rounded differently
             tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {way_out}") from error
+        raise unreadable(path, error, way_out=way_out) from error
     if texts.get("format") != format:
         raise CheckpointError(f"{path}: expected the format {format}, got {texts.get('format')!r:.80}; {way_out}")
     version = texts.get("format_version")
     if version not in [str(known) for known in versions]:
         raise CheckpointError(
-            f"{path} has format version {version!r:.80}, this unfactor reads {', '.join(map(str, versions))}; {way_out}"
+            f"{path}: format version: expected {', '.join(map(str, versions))}, got {version!r:.80}; install a newer "
+            f"unfactor, or {way_out}"
         )
     sha256 = texts.pop("sha256", None)
-    may_lack_it = version == str(_FIRST_VERSION)
-    is_sound = is_verified or (sha256 is None and may_lack_it)
+    is_sound = is_verified or (sha256 is None and version in [str(known) for known in unhashed])
     if not is_sound and sha256 != _content_hash(texts, tensors):
-        raise CheckpointError(f"{path} is corrupt: its contents do not match their hash; {way_out}")
+        raise damaged(path, way_out=way_out)
     return texts, tensors
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of a tensor that has NaN or infinite numbers, None if there is none."""
     return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path, *, way_out: str) -> None:
+    """Raise CheckpointError if a tensor of a file has NaN or infinite numbers."""
+    bad = not_finite(tensors)
+    if bad is not None:
+        raise CheckpointError(f"{path}: {bad}: expected finite numbers, got NaN or infinite ones; {way_out}")
 
 
 def _content_hash(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

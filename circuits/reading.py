@@ -16,6 +16,8 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar, Union, cast, get_
 from circuits.errors import ArgumentError, CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
+MAX_SMALL_JSON = 1 << 20
+"""What settings, recipes and configurations may take."""
 MAX_TENSOR_HEADER = 16 << 20
 _MAX_NPY_HEADER = 1 << 10
 _BYTES_A_CONTAINER = 8
@@ -63,7 +65,7 @@ def read_bytes(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES) -> 
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise OSError(errno.EFBIG, f"expected at most {limit} bytes, got {size}", os.fspath(path))
+            raise OSError(errno.EFBIG, f"{size} bytes, more than {limit}", os.fspath(path))
         return file.read(size)
 
 
@@ -81,9 +83,20 @@ def read_json(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, way_
     try:
         return parsed_json(read_bytes(path, limit=limit))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; {way_out}") from error
+        raise unreadable(path, error, way_out=way_out) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is corrupt: {error}; {way_out}") from error
+        raise CheckpointError(f"{path}: expected JSON, got something else: {error}; {way_out}") from error
+
+
+def unreadable(path: str | os.PathLike[str], error: Exception, *, way_out: str) -> CheckpointError:
+    """Return the error about a file that cannot be read, for a reason that the system or another library gives."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__]
+    return CheckpointError(f"{path}: expected a file that can be read, got {lines[0]:.300}; {way_out}")
+
+
+def damaged(path: str | os.PathLike[str], *, way_out: str) -> CheckpointError:
+    """Return the error about a file whose content has another hash than the one that was taken of it."""
+    return CheckpointError(f"{path}: expected the content that its hash is of, got another, it is damaged; {way_out}")
 
 
 def parsed_json(content: bytes) -> Any:
@@ -109,7 +122,7 @@ def checked_tensor_file(path: str | os.PathLike[str]) -> int:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, MAX_TENSOR_HEADER):
-        problem = f"expected a header of at most {min(size - 8, MAX_TENSOR_HEADER)} bytes, got {length}"
+        problem = f"a header of {length} bytes, not 2 to {min(size - 8, MAX_TENSOR_HEADER)}"
         raise OSError(errno.EINVAL, problem, os.fspath(path))
     return size
 
@@ -161,9 +174,9 @@ def check_keys(record: Mapping[str, Any], required: set[str], optional: set[str]
     """Raise CheckpointError unless the record has all required keys and no unknown one."""
     missing, unknown = sorted(required - record.keys()), sorted(record.keys() - required - (optional or set()))
     if missing:
-        raise CheckpointError(f"missing keys: {', '.join(missing)}")
+        raise CheckpointError(f"keys: expected {', '.join(missing)}, got none of that name")
     if unknown:
-        raise CheckpointError(f"unknown keys: {short(unknown[0])}{', ...' * (len(unknown) > 1)}")
+        raise CheckpointError(f"keys: expected no others, got {short(unknown[0])}{', ...' * (len(unknown) > 1)}")
 
 
 def short(value: Any) -> str:
@@ -249,4 +262,4 @@ def _number_of(kind: type, value: Any, key: str, allowed: Range) -> Any:
 
 def _check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))

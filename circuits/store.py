@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from circuits.digests import digest
 from circuits.errors import ArgumentError, CheckpointError, StorageError
 from circuits.files import file_hash, hold, is_temporary, remove_litter, sync, system_errors, temporary_folder
-from circuits.reading import read_json
+from circuits.reading import damaged, read_json, short, unreadable
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -144,7 +144,9 @@ def read_manifest(folder: Path, format: str) -> Manifest:
         raise CheckpointError(f"{folder}: expected the format {format}, got {content.get('format')!r:.80}; see {path}")
     version = content.get("manifest_version")
     if type(version) is not int or version > MANIFEST_VERSION:
-        raise CheckpointError(f"{path} has version {version!r:.80}, this unfactor reads 1; install a newer one")
+        raise CheckpointError(
+            f"{path}: manifest version: expected {MANIFEST_VERSION}, got {version!r:.80}; install a newer unfactor"
+        )
     return Manifest(files=content["files"], made_from=content.get("made_from"))
 
 
@@ -182,7 +184,9 @@ def read_folder(path: str | os.PathLike[str], read: Callable[[Path, Manifest], _
         if failure is not None:
             raise failure
         return result
-    raise CheckpointError(f"{path}: it was replaced {_ATTEMPTS} times while it was read; read it when that is over")
+    raise CheckpointError(
+        f"{path}: expected one version for as long as reading takes, got {_ATTEMPTS} in turn; read it when that is over"
+    )
 
 
 def made_from(path: str | os.PathLike[str], format: str) -> Any:
@@ -250,7 +254,10 @@ def _swap_in(new: Path, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             folder.rename(backup)
     else:
-        raise StorageError(f"path: {folder} was replaced {_ATTEMPTS} times meanwhile; save when that is over")
+        raise StorageError(
+            f"path: expected {folder} to stay as it is for a moment, got {_ATTEMPTS} others in its place; save when "
+            "that is over"
+        )
     shutil.rmtree(backup, ignore_errors=True)
 
 
@@ -303,23 +310,23 @@ def _verified(path: Path) -> dict[str, Any]:
     content = _read(path)
     files, sha256 = content.get("files"), content.pop("sha256", None)
     if sha256 != _own_hash(content) or not isinstance(files, dict):
-        raise CheckpointError(f"{path} is corrupt, it does not match its hash; {_WAY_OUT}")
+        raise damaged(path, way_out=_WAY_OUT)
     if len(files) > _MAX_FILES or not all(map(_is_name, files)):
-        raise CheckpointError(f"{path}: expected at most {_MAX_FILES} files of its folder; {_WAY_OUT}")
+        raise CheckpointError(f"{path}: expected at most {_MAX_FILES} files of its folder, got others; {_WAY_OUT}")
     for name, expected in files.items():
         try:
             found = file_hash(path.parent / name)
         except OSError as error:
-            raise CheckpointError(f"{path.parent}: cannot read {name}: {error.strerror}; {_WAY_OUT}") from error
+            raise unreadable(path.parent / name, error, way_out=_WAY_OUT) from error
         if found != expected:
-            raise CheckpointError(f"{path.parent}: {name} is corrupt, it does not match its hash; {_WAY_OUT}")
+            raise damaged(path.parent / name, way_out=_WAY_OUT)
     return content
 
 
 def _read(path: Path) -> dict[str, Any]:
     content = read_json(path, limit=_MAX_MANIFEST_BYTES, way_out=_WAY_OUT)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is corrupt, it holds no table; {_WAY_OUT}")
+        raise CheckpointError(f"{path}: expected an object with keys, got {short(content)}; {_WAY_OUT}")
     return content
 
 

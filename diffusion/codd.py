@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from circuits.interop import find_jpc
-from circuits.reading import read_json
+from circuits.reading import MAX_SMALL_JSON, Range, read_json, record_of
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.controls import Guidance
 from diffusion.decoding.names import strategy_named
@@ -21,7 +20,9 @@ from diffusion.hub import fetch
 __all__ = ["CoddConfig", "CoddModel", "load"]
 
 CONFIG = "codd_config.json"
-_MAX_BYTES = 1 << 20
+_WAY_OUT = "give the file that CoDD wrote"
+_Count = Annotated[int, Range(0, 1 << 53)]
+_Share = Annotated[float, Range(0.0, 1e9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,16 @@ class CoddConfig:
     base_model_id: str = ""
     pc_model_id: str = ""
     base_model_type: str = "llada"
-    mask_id: int = 126336
-    vocab_size: int = 126464
-    num_steps: int = 64
-    gen_length: int = 256
-    block_length: int = 32
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
+    mask_id: _Count = 126336
+    vocab_size: _Count = 126464
+    num_steps: _Count = 64
+    gen_length: _Count = 256
+    block_length: _Count = 32
+    temperature: _Share = 0.0
+    cfg_scale: _Share = 0.0
     remasking: str = "low_confidence"
-    pc_temperature: float = 0.1
-    pc_frac: float = 0.7
+    pc_temperature: _Share = 0.1
+    pc_frac: _Share = 0.7
     reverse_frac: bool = False
 
     @property
@@ -96,16 +97,11 @@ class CoddConfig:
         Raises:
             CheckpointError: it is missing or corrupt, or has a setting of another name or type.
         """
-        found = read_json(path, limit=_MAX_BYTES, way_out="give the file that CoDD wrote")
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path}: expected settings by name, got {type(found).__name__}")
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        for name, value in found.items():
-            if name not in kinds:
-                raise CheckpointError(f"{path}: {name!r:.40}: expected one of {', '.join(kinds)}")
-            if not _is_a(value, kinds[name]):
-                raise CheckpointError(f"{path}: {name}: expected {kinds[name].__name__}, got {value!r:.40}")
-        return cls(**found)
+        found = read_json(path, limit=MAX_SMALL_JSON, way_out=_WAY_OUT)
+        try:
+            return record_of(cls, found, "settings")
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from error
 
 
 class CoddModel(NamedTuple):
@@ -151,16 +147,9 @@ def load(
     head = CoupledHead.from_jpc(path, device=device, dtype=dtype)
     if head.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{path}: a circuit of {head.vocab_size} tokens, and {CONFIG} says vocab_size {config.vocab_size}"
+            f"{path}: expected a circuit of at most {config.vocab_size} tokens, as {CONFIG} says, got {head.vocab_size}"
+            "; give the file that belongs to it"
         )
     decoding = config.decoding
     head.temperature, head.activation_threshold = decoding.temperature, config.pc_frac
     return CoddModel(head, config)
-
-
-def _is_a(value: object, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return isinstance(value, kind)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, checked_temperature
-from circuits.files import file_hash, not_finite, read_tensors, write_tensors
+from circuits.files import check_finite, file_hash, not_finite, read_tensors, write_tensors
 from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
-from circuits.reading import Range, parsed_json, record_of, short
+from circuits.reading import Range, parsed_json, record_of, short, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.blocks import check_circuit
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
@@ -355,13 +355,13 @@ class CoupledHead(OnHub, nn.Module):
     def _loaded(cls, folder: Path, manifest: Manifest) -> CoupledHead:
         versions, is_verified = (1, 2, FORMAT_VERSION), _FILE in manifest.files
         metadata, tensors = read_tensors(
-            folder / _FILE, format=FORMAT, versions=versions, way_out=_WAY_OUT, is_verified=is_verified
+            folder / _FILE, format=FORMAT, versions=versions, way_out=_WAY_OUT, unhashed=(1,), is_verified=is_verified
         )
         if metadata.get("circuit_sha256") != circuit_hash(folder):
-            raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")
-        bad = not_finite(tensors)
-        if bad is not None:
-            raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
+            raise CheckpointError(
+                f"{folder / _FILE}: expected a head of the circuit beside it, got that of another; {_WAY_OUT}"
+            )
+        check_finite(tensors, folder / _FILE, way_out=_WAY_OUT)
         try:
             settings = parsed_json(metadata["settings"].encode())
             decoding = settings.pop("decoding", None)
@@ -395,4 +395,4 @@ def circuit_hash(folder: Path) -> str:
     try:
         return file_hash(folder / "circuit" / "structure.json")
     except OSError as error:
-        raise CheckpointError(f"{folder} holds no circuit: {error}; {_WAY_OUT}") from error
+        raise unreadable(folder / "circuit", error, way_out=_WAY_OUT) from error

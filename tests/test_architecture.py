@@ -76,9 +76,11 @@ OUR_ERRORS = {
     for name, found in vars(errors).items()
     if isinstance(found, type)
 }
-ABOUT_FILES = {"CheckpointError", "CorpusError", "StorageError", "Interrupted"}
+ABOUT_FILES = {"CheckpointError", "CorpusError", "StorageError"}
+NOT_AN_ERROR = {"Interrupted"}  # it says where work stopped, and how it goes on
 DIALECTS = re.compile(r"\b(must|should|has to|have to|needs?)\b")
 SUBJECT = re.compile(r"[^:;]{1,80}: |\{\}, got ")  # the name of what is wrong, or a sentence that begins with it
+COMPARISON = re.compile(r"expected .+, got .+|: \{\}(; .+)?$", re.DOTALL)  # or the message of another error in it
 
 # Private attributes of other libraries.
 THEIRS = {"_attn_implementation", "_params", "_replace", "_source_node", "_version"}
@@ -312,7 +314,10 @@ def test_errors_follow_one_grammar(package):
     for path in FILES[package]:
         for error, text in messages(path):
             assert not DIALECTS.search(text), f"{named(path)}: {text}"
-            assert error in ABOUT_FILES or SUBJECT.match(text), f"{named(path)}: {text}: begin with what it is about"
+            if error not in NOT_AN_ERROR:
+                assert SUBJECT.match(text), f"{named(path)}: {text}: begin with what it is about"
+            if error in ABOUT_FILES:
+                assert COMPARISON.search(text), f"{named(path)}: {text}: say what was expected, and what came"
 
 
 EXAMPLE = '''

@@ -60,7 +60,9 @@ class FileBytes:
         self.file.seek(self.start + start)
         data = self.file.read(stop - start)
         if len(data) != stop - start:
-            raise CheckpointError("the file became shorter while it was read")
+            raise CheckpointError(
+                f"pickle: expected {stop - start} bytes, got {len(data)}: the file became shorter while it was read"
+            )
         return data
 
 
@@ -132,7 +134,7 @@ def read_pickle(source: bytes | BinaryIO) -> Any:
     except CheckpointError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"corrupt or truncated pickle: {error}") from error
+        raise CheckpointError(f"pickle: expected a whole one, got a damaged one: {error}") from error
 
 
 def array_of(value: Any) -> StoredArray:
@@ -149,7 +151,7 @@ def array_of(value: Any) -> StoredArray:
         if name == "_frombuffer" and len(value.arguments) == 4:
             data, dtype, shape, order = value.arguments
             return _array(data, dtype, shape, "F" if order == "F" else "C")
-    raise CheckpointError(f"expected an array of numbers, got {describe(value)}")
+    raise CheckpointError(f"array: expected numbers, got {describe(value)}")
 
 
 def integer_of(value: Any) -> int:
@@ -161,7 +163,7 @@ def integer_of(value: Any) -> int:
         array = _array(value.arguments[1], value.arguments[0], (), "C")
         if array.dtype.kind in "iu":
             return int(array.read())
-    raise CheckpointError(f"expected an integer, got {describe(value)}")
+    raise CheckpointError(f"number: expected an integer, got {describe(value)}")
 
 
 def describe(value: Any) -> str:
@@ -195,7 +197,7 @@ class _Machine:
                 self.stack.append(tuple(self._pop(_TUPLE_SIZES[name])))
             elif name not in ("PROTO", "FRAME"):
                 self._step(name, argument)
-        raise CheckpointError("corrupt or truncated pickle: it has no end")
+        raise CheckpointError("pickle: expected its end, got none: the file is cut off")
 
     def _step(self, name: str, argument: Any) -> None:
         if name == "MARK":
@@ -212,7 +214,7 @@ class _Machine:
         elif name in ("SETITEM", "SETITEMS"):
             values = self._pop(2) if name == "SETITEM" else self._pop_to_mark()
             if not all(isinstance(key, str) for key in values[::2]):  # the hash of a deep tuple overflows C's stack
-                raise CheckpointError("corrupt pickle: a key of a dictionary that is no text")
+                raise CheckpointError("pickle: expected texts as keys of a dictionary, got others")
             self._top(dict).update(zip(values[::2], values[1::2], strict=True))
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = self.stack[-1]
@@ -225,12 +227,12 @@ class _Machine:
         elif name == "STACK_GLOBAL":
             module, attribute = self._pop(2)
             if not isinstance(module, str) or not isinstance(attribute, str):
-                raise CheckpointError(f"corrupt pickle: {describe(module)} as the name of a module")
+                raise CheckpointError(f"pickle: expected the name of a module, got {describe(module)}")
             self.stack.append(Name(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self._pop(2)
             if not isinstance(function, Name) or not isinstance(arguments, tuple):
-                raise CheckpointError(f"corrupt pickle: it calls {describe(function)}")
+                raise CheckpointError(f"pickle: expected a call by name, got {describe(function)}")
             self.stack.append(Call(function, arguments))
         elif name == "BUILD":
             state = self._pop(1)[0]
@@ -241,12 +243,12 @@ class _Machine:
     def _top(self, kind: type[T]) -> T:
         top = self.stack[-1]
         if not isinstance(top, kind):
-            raise CheckpointError(f"corrupt pickle: expected a {kind.__name__}, got {describe(top)}")
+            raise CheckpointError(f"pickle: expected a {kind.__name__}, got {describe(top)}")
         return top
 
     def _pop(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise CheckpointError("corrupt pickle: its stack is empty")
+            raise CheckpointError(f"pickle: expected {count} values on its stack, got {len(self.stack)}")
         values = self.stack[-count:]
         del self.stack[-count:]
         return values
@@ -268,7 +270,7 @@ def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
             return
         opcode = _OPCODES.get(code)
         if opcode is None:
-            raise CheckpointError(f"corrupt or truncated pickle: {code!r} is no instruction")
+            raise CheckpointError(f"pickle: expected an instruction, got {code!r}")
         if opcode.arg is None:
             yield opcode.name, None
             continue
@@ -276,7 +278,9 @@ def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
         if opcode.name in _COUNTED:
             size = int.from_bytes(file.read(_COUNTED[opcode.name]), "little")
             if size > end - file.tell():
-                raise CheckpointError(f"corrupt or truncated pickle: {size} bytes, and it has {end - file.tell()} more")
+                raise CheckpointError(
+                    f"pickle: expected {size} bytes more, got {end - file.tell()}: the file is cut off"
+                )
         if opcode.name in _BYTES:
             run = FileBytes(file, file.tell(), size)
             after = file.tell() + size
@@ -285,16 +289,16 @@ def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
         else:
             file.seek(start)
             yield opcode.name, opcode.arg.reader(file)
-    raise CheckpointError(f"the pickle has more than {_MAX_INSTRUCTIONS} instructions; it is not read")
+    raise CheckpointError(f"pickle: expected at most {_MAX_INSTRUCTIONS} instructions, got more")
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> StoredArray:
     kind = _dtype_of(dtype)
     if not isinstance(data, (bytes, bytearray, FileBytes)) or not isinstance(shape, tuple) or len(shape) > 8:
-        raise CheckpointError(f"corrupt array: {describe(data)} in the shape {describe(shape)}")
+        raise CheckpointError(f"array: expected bytes and a shape, got {describe(data)} and {describe(shape)}")
     sizes = [integer_of(size) for size in shape]
     if min(sizes, default=0) < 0 or math.prod(sizes) * kind.itemsize != len(data):
-        raise CheckpointError(f"corrupt array: {len(data)} bytes cannot have the shape {sizes!s:.60} of {kind}")
+        raise CheckpointError(f"array: expected the bytes of the shape {sizes!s:.60} of {kind}, got {len(data)}")
     return StoredArray(data, kind, tuple(sizes), order)
 
 
@@ -303,7 +307,7 @@ def _dtype_of(value: Any) -> np.dtype[Any]:
     code = value.arguments[0] if is_dtype and value.arguments else None
     if not isinstance(code, str) or code not in _DTYPES:
         raise CheckpointError(
-            f"an array of {describe(code)}: expected numbers or booleans ({', '.join(sorted(_DTYPES))})"
+            f"array: expected numbers or booleans ({', '.join(sorted(_DTYPES))}), got {describe(code)}"
         )
     is_swapped = isinstance(value.state, tuple) and len(value.state) > 1 and value.state[1] == ">"
     return np.dtype((">" if is_swapped else "<") + code)

@@ -21,7 +21,7 @@ from circuits.interop._build import build_circuit
 from circuits.interop._nodes import JuiceNode
 from circuits.interop._pickle import Call, StoredArray, array_of, describe, integer_of, read_pickle
 from circuits.interop.pyjuice import Reader, import_pyjuice, to_pyjuice
-from circuits.reading import open_regular
+from circuits.reading import open_regular, unreadable
 
 _KINDS: dict[str, Literal["input", "product", "sum"]] = {"Input": "input", "Product": "product", "Sum": "sum"}
 _CATEGORICAL = ("Categorical", "ExternProductCategorical", "SoftEvidenceCategorical")
@@ -67,7 +67,9 @@ def _fetched(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.jpc"]))
     except (OSError, ValueError, HFValidationError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: no file, no folder and no repository of the hub: {reason}") from error
+        raise CheckpointError(
+            f"{name}: expected a file, a folder or a repository of the hub, got {reason}; look at the name"
+        ) from error
 
 
 def load_jpc(
@@ -106,7 +108,7 @@ def load_jpc(
                 nodes, device=device, dtype=dtype, seed=seed, limit=max(_LEAST_LIMIT, _NUMBERS_A_BYTE * size)
             )
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; give a file that pyjuice.save wrote") from error
+        raise unreadable(path, error, way_out="give a file that pyjuice.save wrote") from error
     except (CheckpointError, ArgumentError, StructureError) as error:
         raise CheckpointError(f"{path}: {error}; give a file that pyjuice.save wrote") from error
 
@@ -138,16 +140,16 @@ def save_jpc(
 
 def _nodes_of(records: Any) -> list[JuiceNode]:
     if not isinstance(records, list) or not records:
-        raise CheckpointError(f"expected a list of nodes, got {describe(records)}")
+        raise CheckpointError(f"nodes: expected a list, got {describe(records)}")
     if len(set(map(id, records))) != len(records):
-        raise CheckpointError("it has one node several times")
+        raise CheckpointError("nodes: expected each of them once, got one several times")
     return [_node_of(record, position, len(records)) for position, record in enumerate(records)]
 
 
 def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:
     try:
         if not isinstance(record, dict):
-            raise CheckpointError(f"expected a dictionary, got {describe(record)}")
+            raise CheckpointError(f"record: expected a dictionary, got {describe(record)}")
         kind = _KINDS.get(record["type"]) if isinstance(record.get("type"), str) else None
         if kind is None:
             raise CheckpointError(f"type: expected Input, Product or Sum, got {describe(record.get('type'))}")
@@ -156,7 +158,9 @@ def _node_of(record: Any, position: int, num_nodes: int) -> JuiceNode:
         num_blocks, block_size = _sizes_of(record)
         children = _positions(record.get("chs"), position)
         if bool(children) == (kind == "input"):
-            raise CheckpointError(f"chs: a node of type {record['type']} with {len(children)} children")
+            raise CheckpointError(
+                f"chs: expected some of a product or sum, none of an input, got {len(children)} of {record['type']}"
+            )
         source = None
         if "source_node" in record:
             source = _integer(record, "source_node", 0, num_nodes - 1)
@@ -182,7 +186,7 @@ def _sizes_of(record: Mapping[str, Any]) -> tuple[int, int]:
             limit = 1 << 20
             block_size = 1 if size is None else _integer(record, size, 1, limit)
             return _integer(record, blocks, 1, limit), block_size
-    raise CheckpointError("it has no num_node_blocks")
+    raise CheckpointError("num_node_blocks: expected an integer, got none")
 
 
 def _integer(record: Mapping[str, Any], key: str, least: int, greatest: int) -> int:
@@ -222,7 +226,7 @@ class _Stored:
 def _array_of(value: Any, kinds: str) -> StoredArray:
     array = array_of(value)
     if array.dtype.kind not in kinds:
-        raise CheckpointError(f"an array of {array.dtype}, which does not belong there")
+        raise CheckpointError(f"array: expected another kind of numbers, got {array.dtype}")
     return array
 
 

@@ -149,7 +149,11 @@ def local_folder(
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"{name}: neither a folder nor a repository that can be downloaded: {error}") from error
+        raise CheckpointError(
+            f"{name}: expected a folder, or a repository that can be downloaded, got "
+            f"{' '.join(str(error).split()):.300}; "
+            "look at the name and the connection"
+        ) from error
 
 
 def _published(pc: CompiledCircuit) -> Published:

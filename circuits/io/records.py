@@ -51,23 +51,27 @@ def circuit_of(records: Any, num_vars: Any, num_classes: Any = None) -> Circuit:
         raise CheckpointError(f"nodes: expected a list that is not empty, got {short(records)}")
     num_vars = _integer({"num_vars": num_vars}, "num_vars", 1, len(records))  # every variable has a node of its own
     if num_vars * len(records) // 8 > _MAX_SCOPE_BYTES:
-        raise CheckpointError(f"nodes: {len(records)} of them over {num_vars} variables ask for too much memory")
+        raise CheckpointError(
+            f"nodes: expected scopes of at most {_MAX_SCOPE_BYTES} bytes, got {len(records)} over {num_vars} variables"
+        )
     nodes: list[Node] = []
     budget = _Budget()
     for position, record in enumerate(records):
         try:
             nodes.append(_node_of(record, nodes, num_vars))
-            problem = budget.exceeded_by(nodes[-1])
-            if problem is not None:
-                raise CheckpointError(problem)
         except (StructureError, ArgumentError, CheckpointError) as error:
-            raise CheckpointError(f"node {position} is not valid: {error}") from error
+            raise CheckpointError(f"node {position}: {error}") from error
+        problem = budget.exceeded_by(nodes[-1])
+        if problem is not None:
+            raise CheckpointError(f"node {position}: {problem}")
     try:
         circuit = Circuit(nodes[-1], num_vars=num_vars, num_classes=num_classes)
     except (StructureError, ArgumentError) as error:
-        raise CheckpointError(f"the nodes are not a circuit: {error}") from error
+        raise CheckpointError(f"nodes: {error}") from error
     if len(circuit.nodes) != len(nodes):
-        raise CheckpointError(f"{len(nodes) - len(circuit.nodes)} of {len(nodes)} nodes are not below the last one")
+        raise CheckpointError(
+            f"nodes: expected all {len(nodes)} below the last one, got {len(nodes) - len(circuit.nodes)} elsewhere"
+        )
     return circuit
 
 
@@ -90,7 +94,7 @@ class _Budget:
         self.num_edges += len(node.children)
         self.num_derived += _num_derived(node)
         if self.num_derived > _MAX_DERIVED:
-            return f"{node} and the nodes below ask for too much memory"
+            return f"expected at most {_MAX_DERIVED} numbers that are derived from it, got more with {node}"
         if depth > _MAX_DEPTH:
             return f"expected at most {_MAX_DEPTH} nodes on one path, got more"
         if self.num_edges > _MAX_EDGES:
@@ -204,7 +208,7 @@ def _check_outer_units(children: Sequence[Node]) -> None:
     for child in children:
         num_units *= child.num_units
         if num_units > _MAX_UNITS:
-            raise CheckpointError(f"children: an outer product of more than {_MAX_UNITS} units")
+            raise CheckpointError(f"children: expected an outer product of at most {_MAX_UNITS} units, got more")
 
 
 def _integer(record: Mapping[str, Any], key: str, least: int, greatest: int) -> int:

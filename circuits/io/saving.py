@@ -21,7 +21,7 @@ from circuits.engine.weights import check_compiled
 from circuits.errors import ArgumentError, CheckpointError
 from circuits.files import file_hash, write_safetensors
 from circuits.io.records import circuit_of, records_of, too_large
-from circuits.reading import check_keys, checked_tensor_file, parsed_json, read_bytes, short
+from circuits.reading import check_keys, checked_tensor_file, damaged, read_json, short, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from circuits.symbolic import Circuit, Node, ParametricNode, parameter_owner
 
@@ -32,6 +32,7 @@ WEIGHTS_FILE = "weights.safetensors"
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MAX_STRUCTURE_BYTES = 1 << 28
+_WAY_OUT = "give the folder that ct.save wrote, or save the circuit again"
 
 
 def save(pc: CompiledCircuit, path: str | os.PathLike[str], *, made_from: Any = None) -> None:
@@ -95,35 +96,32 @@ def load(
     """
     if dtype is not None and dtype not in _DTYPES.values():
         raise ArgumentError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype}")
-    target = checked_device("device", device)
-    try:
-        return read_folder(path, _loaded, format=FORMAT).to(device=target, dtype=dtype)
-    except CheckpointError as error:
-        raise CheckpointError(f"{Path(path).resolve()}: {error}") from error
+    return read_folder(path, _loaded, format=FORMAT).to(device=checked_device("device", device), dtype=dtype)
 
 
 def _loaded(folder: Path, manifest: Manifest) -> CompiledCircuit:
-    structure = _read_structure(folder / STRUCTURE_FILE)
+    path = folder / STRUCTURE_FILE
+    structure = _read_structure(path)
     try:
         check_keys(structure, {"library_version", "weights_sha256", "dtype", "num_vars", "nodes"}, {"num_classes"})
         circuit = circuit_of(structure["nodes"], structure["num_vars"], structure.get("num_classes"))
         if not isinstance(structure["dtype"], str) or structure["dtype"] not in _DTYPES:
             raise CheckpointError(f"dtype: expected float32 or float64, got {short(structure['dtype'])}")
     except CheckpointError as error:
-        raise CheckpointError(f"{STRUCTURE_FILE}: {error}; save the circuit again") from error
+        raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from error
     dtype = _DTYPES[structure["dtype"]]
     expected = str(structure["weights_sha256"])
     is_verified = manifest.files.get(WEIGHTS_FILE) == expected
-    weights = _read_weights(folder / WEIGHTS_FILE, None if is_verified else expected, circuit)
+    path = folder / WEIGHTS_FILE
+    weights = _read_weights(path, None if is_verified else expected, circuit)
     pc = CompiledCircuit(circuit, dtype=dtype)
     for name in sorted(pc.bank.keys() | weights.keys()):
         expected, found = (_form(tensors.get(name)) for tensors in (dict(pc.bank.items()), weights))
         if found != expected:
-            problem = f"{short(name)} is {found}, and the structure needs {expected}"
-            raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
+            raise CheckpointError(f"{path}: {short(name)}: expected {expected}, got {found}; {_WAY_OUT}")
         if not _are_sound(pc, name, weights[name]):
-            problem = f"{name} has NaN or +inf, or a unit without weight"
-            raise CheckpointError(f"{WEIGHTS_FILE}: {problem}; save the circuit again")
+            problem = "expected weights that give every unit a distribution, got NaN, +inf or a unit without any"
+            raise CheckpointError(f"{path}: {name}: {problem}; {_WAY_OUT}")
     with torch.no_grad():
         for name, parameter in pc.bank.items():
             parameter.copy_(weights[name])
@@ -132,32 +130,19 @@ def _loaded(folder: Path, manifest: Manifest) -> CompiledCircuit:
 
 def _read_structure(path: Path) -> dict[str, Any]:
     """Return the contents of the structure file but for its format, version and hash, which are checked here."""
-    try:
-        structure = parsed_json(read_bytes(path, limit=_MAX_STRUCTURE_BYTES))
-        if not isinstance(structure, dict) or structure.pop("format", None) != FORMAT:
-            raise CheckpointError(f"{path.name} does not describe a circuit; give the folder that ct.save wrote")
-        _check_version(structure)
-        if structure.pop("sha256", None) != _structure_hash({"format": FORMAT, **structure}):
-            raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"there is no {path.name}; give the folder that ct.save wrote") from error
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
-    structure.pop("format_version")
-    return structure
-
-
-def _check_version(structure: Mapping[str, Any]) -> None:
+    structure: Any = read_json(path, limit=_MAX_STRUCTURE_BYTES, way_out=_WAY_OUT)
+    if not isinstance(structure, dict) or structure.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path}: format: expected {FORMAT}, got another; {_WAY_OUT}")
     version = structure.get("format_version")
     if isinstance(version, bool) or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"format version {short(version)}, written by unfactor {short(structure.get('library_version'))}; "
-            f"this unfactor reads version {FORMAT_VERSION}: install a newer one"
+            f"{path}: format version: expected {FORMAT_VERSION}, got {short(version)}, written by unfactor "
+            f"{short(structure.get('library_version'))}; install a newer one"
         )
+    if structure.pop("sha256", None) != _structure_hash({"format": FORMAT, **structure}):
+        raise damaged(path, way_out=_WAY_OUT)
+    structure.pop("format_version")
+    return structure
 
 
 def _read_weights(path: Path, expected_hash: str | None, circuit: Circuit) -> dict[str, Tensor]:
@@ -166,22 +151,17 @@ def _read_weights(path: Path, expected_hash: str | None, circuit: Circuit) -> di
 
     try:
         if expected_hash is not None and file_hash(path) != expected_hash:
-            raise CheckpointError(f"{path.name} is corrupt, it does not match its hash; save the circuit again")
+            raise damaged(path, way_out=_WAY_OUT)
         checked_tensor_file(path)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             stored = _total_size(file.get_slice(name).get_shape() for name in names)
             needed = _num_weights(circuit)
             if stored != needed:  # before as much as the structure says is allocated
-                problem = f"{stored} weights, and the structure needs {short(needed)}"
-                raise CheckpointError(f"{path.name} has {problem}; save the circuit again")
+                raise CheckpointError(f"{path}: expected {short(needed)} weights, got {stored}; {_WAY_OUT}")
             return {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no {path.name}; save the circuit again") from error
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}; look at its permissions") from error
-    except (SafetensorError, RuntimeError) as error:  # torch's, of a file that is gone
-        raise CheckpointError(f"{path.name} is corrupt, {error}; save the circuit again") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's, of a file that is gone
+        raise unreadable(path, error, way_out=_WAY_OUT) from error
 
 
 def _num_weights(circuit: Circuit) -> int:

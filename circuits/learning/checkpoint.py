@@ -14,6 +14,7 @@ from torch import Tensor
 from circuits.digests import digest, named_digest
 from circuits.errors import ArgumentError, CheckpointError
 from circuits.files import read_tensors, write_tensors
+from circuits.reading import short
 
 FORMAT = "unfactor-training"
 FORMAT_VERSION = 1
@@ -125,12 +126,14 @@ class Checkpoint:
             metadata, tensors = read_tensors(self.path, format=FORMAT, versions=(FORMAT_VERSION,), way_out=_WAY_OUT)
         except CheckpointError as error:
             if any(f"got '{earlier}'" in str(error) for earlier in _EARLIER):
-                raise self.error("was written by an earlier version, whose runs this one does not go on with") from None
+                raise self.error(
+                    "expected a run of this version, got one of an earlier, with which it does not go on"
+                ) from None
             raise
         try:
             differing = _differing(json.loads(metadata["run"]), self._identity)
             if differing:
-                raise self.error(f"is of another run, with a different {' and '.join(differing)}")
+                raise self.error(f"expected this run, got one with a different {' and '.join(differing)}")
             tree = _unpacked(json.loads(metadata["tree"]), tensors)
             snapshot = Snapshot(**tree | {"history": _history_of(tree["history"])})
             recorded = Start(**json.loads(metadata["start"]))
@@ -138,12 +141,12 @@ class Checkpoint:
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise self.error(f"is corrupt: {error!r}") from error
+            raise self.error(f"expected the state of a run, got a part that is none: {short(repr(error))}") from error
         return snapshot, recorded
 
     def error(self, problem: str) -> CheckpointError:
         """Return an error that says what is wrong with the file, and the way out."""
-        return CheckpointError(f"checkpoint {self.path} {problem}; {_WAY_OUT}")
+        return CheckpointError(f"{self.path}: {problem}; {_WAY_OUT}")
 
     def _check_start(self, start: Start, recorded: Start, snapshot: Snapshot) -> None:
         kept = [weights for weights in (snapshot.weights, snapshot.best_weights) if weights is not None]
@@ -151,8 +154,8 @@ class Checkpoint:
         for name, what in (("weights", "weights"), ("optimizer", "state of the optimizer")):
             if getattr(start, name) not in [getattr(other, name) for other in known]:
                 raise self.error(
-                    f"is of a run that started elsewhere: expected the {what} of its first call, or those in the "
-                    "checkpoint, got others; make model and optimizer as for that call (with its seed)"
+                    f"expected the {what} of its first call, or those in the checkpoint, got others: it is of a run "
+                    "that started elsewhere; make model and optimizer as for that call (with its seed)"
                 )
 
 

@@ -254,13 +254,13 @@ def _resumed(training: Training, plan: Plan, checkpoint: Checkpoint, start: Star
     own = training.weights()
     for weights in (snapshot.weights, snapshot.best_weights):
         if weights is not None and not _fits(own, weights):
-            raise checkpoint.error("is corrupt: its weights do not fit the model")
+            raise checkpoint.error("expected weights that fit the model, got others")
     training.set_weights(snapshot.weights)
     try:
         training.restore(snapshot.optimizer)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         training.set_weights(own)
-        raise checkpoint.error(f"is corrupt: its optimizer state does not fit: {error}") from error
+        raise checkpoint.error(f"expected a state of this optimizer, got one that does not fit: {error}") from error
     if training.processes.rank and snapshot.sums is not None:  # the first process goes on with all of them
         snapshot = replace(snapshot, sums=torch.zeros_like(snapshot.sums))
     return snapshot, start

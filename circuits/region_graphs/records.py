@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.files import replace_file
-from circuits.reading import check_keys, parsed_json, read_bytes, short
+from circuits.reading import check_keys, read_json, short
 from circuits.region_graphs.builder import Partition
 from circuits.symbolic.scopes import bits_of
 
@@ -21,6 +20,7 @@ FORMAT = "unfactor-region-graph"
 FORMAT_VERSION = 1
 
 _MAX_BYTES = 1 << 28
+_WAY_OUT = "give a file that RegionGraph.save wrote, or save the region graph again"
 _MAX_SCOPE_BYTES = 1 << 32
 
 
@@ -47,21 +47,16 @@ def write(
 
 def read(path: str | os.PathLike[str], kind: type[RegionGraph]) -> RegionGraph:
     """Read a region graph."""
+    content = read_json(path, limit=_MAX_BYTES, way_out=_WAY_OUT)
     try:
-        return _graph_of(_parsed(Path(path)), kind)
+        return _graph_of(_checked(content), kind)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}; save the region graph again") from error
+        raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from error
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        record = parsed_json(read_bytes(path, limit=_MAX_BYTES))
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"corrupt: {error}") from error
+def _checked(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError("format: expected a region graph")
+        raise CheckpointError(f"format: expected {FORMAT}, got another")
     version = record.get("format_version")
     if isinstance(version, bool) or version != FORMAT_VERSION:
         raise CheckpointError(
@@ -75,7 +70,9 @@ def _graph_of(record: dict[str, Any], kind: type[RegionGraph]) -> RegionGraph:
     regions = _list("regions", record["regions"])
     num_vars = max((len(_list("a region", region)) for region in regions), default=0)
     if num_vars * len(regions) // 8 > _MAX_SCOPE_BYTES:
-        raise CheckpointError(f"regions: {len(regions)} of them over {num_vars} variables ask for too much memory")
+        raise CheckpointError(
+            f"regions: expected at most {_MAX_SCOPE_BYTES} bytes of scopes, got {len(regions)} over {num_vars}"
+        )
     for region in regions:  # the root has all variables, so their number bounds the bit sets
         for var in region:
             _check_integer("a region", var, num_vars - 1)

@@ -116,7 +116,9 @@ class Folder:
         """
         path = self.path / "recipe.json"
         if not path.exists():
-            raise CheckpointError(f"{self.path} holds no model; make one with `unfactor train --out {self.path}`")
+            raise CheckpointError(
+                f"{self.path}: expected a model, got none; make one with `unfactor train --out {self.path}`"
+            )
         return read_recipe(path)
 
     def denoiser(self) -> TransformerDenoiser:
@@ -136,7 +138,9 @@ class Folder:
         """Load the denoiser as `unfactor train` left it; raises CheckpointError if it is not there."""
         self.recipe()
         if not (self.path / "denoiser").exists():
-            raise CheckpointError(f"{self.path} holds no denoiser yet; run `unfactor train --out {self.path}`")
+            raise CheckpointError(
+                f"{self.path}: expected a denoiser, got none yet; run `unfactor train --out {self.path}`"
+            )
         return TransformerDenoiser.load(self.path / "denoiser", device=self.device).eval()
 
     def tokenizer(self) -> TextTokenizer:
@@ -147,7 +151,9 @@ class Folder:
         """Load the output layer, active at every mask ratio until tuned; raises CheckpointError if it is not there."""
         self.recipe()
         if not (self.path / "head").exists():
-            raise CheckpointError(f"{self.path} holds no circuit yet; run `unfactor fit --out {self.path}`")
+            raise CheckpointError(
+                f"{self.path}: expected a circuit, got none yet; run `unfactor fit --out {self.path}`"
+            )
         return CoupledHead.load(self.path / "head", device=self.device)
 
     def finished(self, name: str, load: Callable[[], _Model | None]) -> _Model | None:
@@ -181,7 +187,8 @@ class Folder:
             for part in ("text", "denoiser", "seed"):
                 if getattr(found, part) != getattr(recipe, part):
                     raise CheckpointError(
-                        f"{self.path} was made with another {part} ({getattr(found, part)}): choose another --out"
+                        f"{self.path}: expected a folder that was made with this {part}, got one with another, "
+                        f"{getattr(found, part)}; choose another --out"
                     )
             check_corpus(self.path, corpus)
         elif not is_ours:
@@ -255,4 +262,6 @@ def check_unused(folder: Path) -> None:
     if names == {"results"} and not any((folder / "results").iterdir()):  # so it was left before
         return
     if names:
-        raise CheckpointError(f"{folder} is not empty and was not made by unfactor: choose another --out")
+        raise CheckpointError(
+            f"{folder}: expected an empty folder or one of unfactor, got other files in it; choose another --out"
+        )

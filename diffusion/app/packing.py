@@ -88,14 +88,14 @@ def unpack(path: str | os.PathLike[str]) -> None:
     folder, source = Path(path), SHIPPED
     if not (source / "recipe.json").exists():
         raise CheckpointError(
-            f"{source} holds no models: this copy of the library came without them; train some: "
+            f"{source}: expected models, got none: this copy of the library came without them; train some: "
             "unfactor demo --from-scratch"
         )
     found = folder / "recipe.json"
     if found.exists():
         if read_recipe(found) == read_recipe(source / "recipe.json") and (folder / HELD_OUT).exists():
             return
-        raise CheckpointError(f"{folder} holds other models than those that are shipped: choose another --out")
+        raise CheckpointError(f"{folder}: expected the models that are shipped, got others; choose another --out")
     check_unused(folder)
     with locked(folder), replace_folder(folder, (*_MODELS, "results"), kind="a folder of models") as new:
         for name in _MODELS:

@@ -177,12 +177,12 @@ def read_recipe(path: Path) -> Recipe:
     try:
         found = content["format_version"]
         if found != FORMAT_VERSION:
-            raise CheckpointError(f"it has format version {short(found)}, this library reads {FORMAT_VERSION}")
+            raise CheckpointError(f"format version: expected {FORMAT_VERSION}, got {short(found)}")
         return record_of(Recipe, content["recipe"], "recipe")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from error
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not complete: {error}; {_WAY_OUT}") from error
+        raise CheckpointError(f"{path}: expected format_version and recipe, got no {error}; {_WAY_OUT}") from error
 
 
 def write_recipe(recipe: Recipe, path: Path, digests: Mapping[str, str]) -> None:
@@ -199,11 +199,12 @@ def recipe_content(path: Path) -> dict[str, Any]:
     """
     content = read_json(path, way_out=_WAY_OUT)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not complete: expected a table; {_WAY_OUT}")
+        raise CheckpointError(f"{path}: expected an object with keys, got {short(content)}; {_WAY_OUT}")
     sha256 = content.pop("sha256", None)
     if sha256 not in (None, _hash(content)):
         raise CheckpointError(
-            f"{path} was changed, it does not match its hash; restore it, or delete its sha256 if you meant to"
+            f"{path}: expected the content that its hash is of, got another, it was changed; restore it, or delete its "
+            "sha256 if you meant to"
         )
     return content
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.files import file_hash
+from circuits.reading import damaged, short
 from diffusion.app.recipe import Recipe, recipe_content
 from diffusion.errors import ArgumentError, CheckpointError, CorpusError
 from diffusion.text.corpus import Corpus, load_corpus
@@ -27,7 +28,9 @@ def read_digests(folder: Path) -> dict[str, str]:
         return {}
     digests = recipe_content(path).get("digests", {})
     if not isinstance(digests, dict):
-        raise CheckpointError(f"{path} is not complete: expected hashes by name; delete the folder and start again")
+        raise CheckpointError(
+            f"{path}: digests: expected hashes by name, got {short(digests)}; delete the folder and start again"
+        )
     return digests
 
 
@@ -41,8 +44,8 @@ def check_corpus(folder: Path, corpus: Corpus) -> None:
     if read_digests(folder).get("corpus", corpus.digest) != corpus.digest:
         hint = " (it comes with Python, and changes with its version)" if corpus.name == "embedded" else ""
         raise CorpusError(
-            f"corpus: expected the text that {folder} was made from, and the documents of {corpus.name} are others "
-            f"now{hint}; restore it, or choose another --out"
+            f"corpus: expected the text that {folder} was made from, got other documents in {corpus.name}{hint}; "
+            "restore it, or choose another --out"
         )
 
 
@@ -52,7 +55,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     tokenizer = TextTokenizer.load(path)
     found = file_hash(path)
     if read_digests(folder).get("tokenizer", found) != found:
-        raise CheckpointError(f"{path} is corrupt: it does not match its hash; delete {folder} and train again")
+        raise damaged(path, way_out=f"delete {folder} and train again")
     return tokenizer
 
 
@@ -61,8 +64,8 @@ def encoded_corpus(folder: Path, documents: Sequence[str], tokenizer: TextTokeni
     encoded = tokenizer.encode_documents(documents)
     if _share_unknown(encoded, tokenizer) > MOST_UNKNOWN:
         raise CorpusError(
-            f"corpus: expected text that the tokenizer of {folder} knows, and most of it became <unk>; take the text "
-            "that it was trained on, or choose another --out"
+            f"corpus: expected text that the tokenizer of {folder} knows, got one that mostly became <unk>; take the "
+            "text that it was trained on, or choose another --out"
         )
     return encoded
 

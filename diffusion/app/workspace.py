@@ -220,8 +220,8 @@ class Workspace(Folder):
         origins = [made_from(self.path / name, format) for name, format in (("likelihood", CIRCUIT), ("head", HEAD))]
         if None not in origins and origins[0] != origins[1]:
             raise CheckpointError(
-                f"{self.path}: likelihood and head are of different settings: a fit was interrupted; go on with "
-                f"`unfactor fit --out {self.path}`"
+                f"{self.path}: expected likelihood and head of the same settings, got different ones: a fit was "
+                f"interrupted; go on with `unfactor fit --out {self.path}`"
             )
         data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.gap_windows)
         table = misspecification_gap(

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from circuits.reading import checked_tensor_file, regular_size
+from circuits.reading import checked_tensor_file, regular_size, unreadable
 from diffusion.errors import CheckpointError
 from diffusion.hub import read_json
 
@@ -99,8 +99,8 @@ def load_weights(
         if listed:
             shown = ", ".join(listed[:_NAMED]) + (", ..." if len(listed) > _NAMED else "")
             raise CheckpointError(
-                f"{folder}: {len(listed)} weights are {kind}: {shown}; expected those of {type(module).__name__}: "
-                "is config.json that of these weights?"
+                f"{folder}: expected the weights of {type(module).__name__}, got {len(listed)} {kind}: {shown}; is "
+                "config.json that of these weights?"
             )
     module.load_state_dict(found, strict=False, assign=True)
     return module
@@ -110,7 +110,7 @@ def _converted(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype | Non
     if not tensor.is_floating_point():
         return tensor
     if not bool(tensor.isfinite().all()):
-        raise CheckpointError(f"{folder}: {name} has NaN or infinite numbers; {_WAY_OUT}")
+        raise CheckpointError(f"{folder}: {name}: expected finite numbers, got NaN or infinite ones; {_WAY_OUT}")
     return tensor if dtype is None else tensor.to(dtype)
 
 
@@ -137,7 +137,7 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 # a copy is aligned like all tensors, and does not keep the file
                 yield name, file.get_tensor(name).clone()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {_WAY_OUT}") from error
+        raise unreadable(path, error, way_out=_WAY_OUT) from error
 
 
 def _of_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -145,7 +145,7 @@ def _of_torch(path: Path) -> Iterator[tuple[str, Tensor]]:
         regular_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever it likes
-        raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]:.200}; {_WAY_OUT}") from error
+        raise unreadable(path, error, way_out=_WAY_OUT) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: expected a table of tensors, got something else; {_WAY_OUT}")
     yield from content.items()

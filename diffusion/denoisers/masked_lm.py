@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from circuits.files import not_finite
+from circuits.files import check_finite
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
@@ -254,12 +254,10 @@ def load(source: Source) -> MaskedLMDenoiser:
     wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
         raise CheckpointError(
-            f"{source.folder}: {len(wrong)} weights are missing or of another shape: {', '.join(wrong[:5])}; is "
-            "config.json that of these weights?"
+            f"{source.folder}: expected all weights of the model, got {len(wrong)} of them not at all or of another "
+            f"shape: {', '.join(wrong[:5])}; is config.json that of these weights?"
         )
-    bad = not_finite(model.state_dict())
-    if bad is not None:
-        raise CheckpointError(f"{source.folder}: {bad} has NaN or infinite numbers; download the model again")
+    check_finite(model.state_dict(), source.folder, way_out="download the model again")
     denoiser = MaskedLMDenoiser.of(model, tokenizer)
     return denoiser if spreads else denoiser.to(cast(Any, source.device))
 
@@ -269,7 +267,8 @@ def _read(source: Source, what: str, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as error:  # transformers raises whatever its parts do
         raise CheckpointError(
-            f"{source.folder}: cannot read the {what}: {(str(error).splitlines() or [type(error).__name__])[0]:.300}; "
+            f"{source.folder}: {what}: expected some that transformers reads, got "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]:.300}; "
             "download the model again"
         ) from error
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuits.files import not_finite, read_tensors, write_tensors
-from circuits.reading import checked_tensor_file, read_json, record_of
+from circuits.files import check_finite, not_finite, read_tensors, write_tensors
+from circuits.reading import checked_tensor_file, read_json, record_of, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.layers import KeysValues, Layer, PrefixCache, rotation_of
@@ -302,19 +302,19 @@ class TransformerDenoiser(nn.Module):
                     path, format=FORMAT, versions=(version,), way_out=_WAY_OUT, is_verified=_WEIGHTS in manifest.files
                 )
                 if json.loads(metadata["config"]) != content:
-                    raise CheckpointError(f"{folder / _CONFIG} does not belong to {_WEIGHTS}; {_WAY_OUT}")
-            bad = not_finite(weights)
-            if bad is not None:
-                raise CheckpointError(f"{path}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
+                    raise CheckpointError(
+                        f"{folder / _CONFIG}: expected the one of {_WEIGHTS}, got another; {_WAY_OUT}"
+                    )
+            check_finite(weights, path, way_out=_WAY_OUT)
             model = cls(_config_of(content, weights, folder / _CONFIG))
             model.load_state_dict(weights)
         except CheckpointError:
             raise
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read the weights {path}: {error}; {_WAY_OUT}") from error
+            raise unreadable(path, error, way_out=_WAY_OUT) from error
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{path} does not fit {_CONFIG}: {' '.join(str(error).split()):.500}; {_WAY_OUT}"
+                f"{path}: expected the weights of {_CONFIG}, got {' '.join(str(error).split()):.500}; {_WAY_OUT}"
             ) from error
         return model
 
@@ -323,11 +323,11 @@ def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
     """Return the format version of a saved denoiser, and the rest of its configuration as it stands there."""
     content = read_json(path, limit=_MAX_CONFIG, way_out=_WAY_OUT)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path} does not describe a TransformerDenoiser: expected 'format': {FORMAT!r}")
+        raise CheckpointError(f"{path}: format: expected {FORMAT}, got another; {_WAY_OUT}")
     version = content.pop("format_version", None)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version!r:.80}, this library reads up to {FORMAT_VERSION}: install a newer one"
+            f"{path}: format version: expected 1 to {FORMAT_VERSION}, got {version!r:.80}; install a newer unfactor"
         )
     return version, content
 
@@ -337,9 +337,11 @@ def _config_of(content: dict[str, Any], weights: Mapping[str, Tensor], path: Pat
     try:
         config = record_of(TransformerConfig, content, path.name, optional=["attention"])
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is not valid: {error}; {_WAY_OUT}") from error
+        raise CheckpointError(f"{path}: {error}; {_WAY_OUT}") from error
     total, width = sum(tensor.numel() for tensor in weights.values()), config.width
     parts = max(config.vocab_size, config.num_layers * width, config.expansion * width) * width
     if parts > total or config.num_layers > len(weights):
-        raise CheckpointError(f"{path} does not fit {_WEIGHTS}, which has {total} numbers; {_WAY_OUT}")
+        raise CheckpointError(
+            f"{path}: expected sizes of {total} weights, as {_WEIGHTS} has, got larger ones; {_WAY_OUT}"
+        )
     return config

@@ -95,7 +95,7 @@ class CausalScorer:
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, **options)
         except Exception as error:  # of files, the hub, and missing packages: many types
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"scorer: cannot load the causal model {name}: {reason:.300}") from error
+            raise CheckpointError(f"scorer: expected a causal model, got {name}: {reason:.300}") from error
         return cls(model.to(torch.device(device)), tokenizer, name=Path(str(name)).name)
 
     @torch.no_grad()

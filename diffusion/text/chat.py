@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from circuits.reading import read_text
-from diffusion.errors import ArgumentError, CheckpointError
+from circuits.reading import read_text, unreadable
+from diffusion.errors import ArgumentError
 
 FILE_NAME = "chat_template.jinja"
 _LARGEST = 1 << 20
@@ -39,7 +39,7 @@ class ChatTemplate:
             try:
                 source = read_text(path, limit=_LARGEST)
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"cannot read {path}: {error}; download the model again") from error
+                raise unreadable(path, error, way_out="download the model again") from error
         if not isinstance(source, str):
             return None
         tokens = {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from circuits.digests import digest
-from circuits.reading import read_bytes
+from circuits.reading import read_bytes, short
 from diffusion.errors import ArgumentError, CorpusError
 from diffusion.text.gsm8k import FIELD, gsm8k_train
 from diffusion.text.tokenizer import is_text
@@ -93,9 +93,8 @@ def load_corpus(
         documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
     else:
         raise CorpusError(
-            f"{name}: its format is not known; "
-            "expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .fasta or .fa, or one of "
-            "these and .gz"
+            "corpus: expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .fasta or .fa, or"
+            f" one of these and .gz, got {name}; rename the file, or write it in one of these formats"
         )
     return _corpus(name, documents, held_out_fraction, seed)
 
@@ -103,7 +102,7 @@ def load_corpus(
 def _corpus(name: str, documents: list[str], held_out_fraction: float, seed: int) -> Corpus:
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise CorpusError(f"{name}: it holds no text")
+        raise CorpusError(f"{name}: expected text, got none; give a file that has some")
     train, held_out = _split(documents, held_out_fraction, seed)
     if not train or (held_out_fraction > 0 and not held_out):
         raise CorpusError(
@@ -126,15 +125,19 @@ def _read_text(name: str) -> str:
             content = _decompressed(content, name)
         text = content.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise CorpusError(f"{name}: there is no such file") from error
+        raise CorpusError(f"{name}: expected a file, got none there; look at the path") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"{name}: not a complete gzip file: {error}") from error
+        raise CorpusError(f"{name}: expected a whole gzip file, got {error}; copy it again") from error
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{name}: not UTF-8 text: byte {error.start} cannot be decoded") from error
+        raise CorpusError(
+            f"{name}: expected UTF-8 text, got byte {error.start} of something else; convert the file to UTF-8"
+        ) from error
     except OSError as error:
-        raise CorpusError(f"{name}: cannot be read: {error.strerror or error}") from error
+        raise CorpusError(
+            f"{name}: expected a file that can be read, got {error.strerror or error}; look at it and its permissions"
+        ) from error
     if "\0" in text:
-        raise CorpusError(f"{name}: not text: it contains null characters")
+        raise CorpusError(f"{name}: expected text, got null characters in it; give a file of text")
     return text.replace("\r\n", "\n")
 
 
@@ -152,7 +155,7 @@ def _sequences_of_fasta(name: str) -> list[str]:
     """Return the sequences, each of whose lines are one after the other; headers begin with >."""
     header, *records = re.split(r"^>.*$", _read_text(name), flags=re.MULTILINE)
     if header.strip():
-        raise CorpusError(f"{name}: not FASTA: expected a line that begins with > first, got {header.strip()[:40]!r}")
+        raise CorpusError(f"{name}: expected FASTA, a line that begins with > first, got {header.strip()[:40]!r}")
     return ["".join(record.split()) for record in records]
 
 
@@ -164,15 +167,15 @@ def _documents_of_jsonl(name: str, field: str) -> list[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{name}, line {number}: not JSON: {error}") from error
+            raise CorpusError(f"{name}, line {number}: expected JSON, got something else: {error}") from error
         if not isinstance(record, dict):
-            raise CorpusError(f"{name}, line {number}: not a JSON object")
+            raise CorpusError(f"{name}, line {number}: expected an object with keys, got {short(record)}")
         if field not in record:
-            raise CorpusError(f"{name}, line {number}: no key {field!r}; its keys are: {', '.join(record):.200}")
+            raise CorpusError(f"{name}, line {number}: expected a key {field!r}, got {', '.join(record):.200}")
         if not isinstance(record[field], str):
-            raise CorpusError(f"{name}, line {number}: {field!r} holds {type(record[field]).__name__}, expected text")
+            raise CorpusError(f"{name}, line {number}: {field}: expected text, got {short(record[field])}")
         if not is_text(record[field]):
-            raise CorpusError(f"{name}, line {number}: {field!r} holds half of a surrogate pair, which is no text")
+            raise CorpusError(f"{name}, line {number}: {field}: expected text, got half of a surrogate pair in it")
         documents.append(record[field])
     return documents
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuits.files import replace_file
-from circuits.reading import read_text
+from circuits.reading import read_text, unreadable
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
 from diffusion.hub import CONFIG, SMALL_FILES, fetch, read_json, require
@@ -213,7 +213,7 @@ def _read(folder: Path, kind: str) -> Tokenizer | None:
     except CheckpointError:
         raise
     except Exception as error:  # the libraries raise nothing more specific
-        raise CheckpointError(f"{folder}: cannot read the tokenizer: {error}; download the model again") from error
+        raise unreadable(folder, error, way_out="download the tokenizer again") from error
     return None
 
 
@@ -239,7 +239,7 @@ def _byte_pairs(folder: Path, kind: str) -> Tokenizer:
     for id in sorted(added):
         tokenizer.add_tokens([added[id]])
         if tokenizer.token_to_id(added[id].content) != id:
-            raise CheckpointError(f"{folder}: {added[id].content}: expected the id {id}, which another token has")
+            raise CheckpointError(f"{folder}: {added[id].content}: expected the id {id}, got that of another token")
     return tokenizer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from circuits.files import replace_file
-from circuits.reading import read_text
+from circuits.reading import read_text, unreadable
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.fingerprint import tokenizer_fingerprint
 
@@ -106,11 +106,13 @@ class TextTokenizer:
         try:
             content = read_text(file)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the tokenizer {file}: {error}; save it again") from error
+            raise unreadable(file, error, way_out="save the tokenizer again") from error
         try:
             tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"{file}: not a tokenizer: {error}; save it again") from error
+            raise CheckpointError(
+                f"{file}: expected a tokenizer, got something else: {error}; save it again"
+            ) from error
         return cls(tokenizer)
 
     def _id_of(self, token: str) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from circuits.files import replace_file
-from circuits.reading import open_regular, read_array_header
+from circuits.reading import damaged, open_regular, read_array_header, short, unreadable
 from diffusion.errors import CheckpointError
 from diffusion.json_files import read_json, write_json
 
@@ -48,10 +48,13 @@ def continue_or_create(folder: Path, meta: dict) -> dict:
         different = [name for name in names if known.get(name) != meta.get(name)]
         if different:
             raise CheckpointError(
-                f"{folder} is a cache of another {' and '.join(different)}: delete it, or name another folder"
+                f"{folder}: expected a cache of these arguments, got one of another {' and '.join(different)}; "
+                "delete it, or name another folder"
             )
     elif folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty and not a logit cache: delete it, or name another folder")
+        raise CheckpointError(
+            f"{folder}: expected an empty folder or a logit cache, got other files; delete it, or name another folder"
+        )
     else:  # this first, so that what follows may be interrupted
         found = {**meta, "done": 0, "digest": _first_digest(meta)}
         write_json(folder / "meta.json", found)
@@ -94,7 +97,7 @@ def verified_arrays(folder: Path, meta: dict, *, mode: Literal["r", "r+"]) -> di
     for start in range(0, meta["done"], meta["batch_size"]):
         digest = extended(digest, arrays, slice(start, min(start + meta["batch_size"], meta["done"])))
     if digest != meta["digest"]:
-        raise CheckpointError(f"{folder} is damaged: its arrays do not match their digest; {_WAY_OUT}")
+        raise damaged(folder, way_out=_WAY_OUT)
     return arrays
 
 
@@ -118,7 +121,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type, *, mode: Litera
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"cannot read {path}: {error}; {_WAY_OUT}") from error
+        raise unreadable(path, error, way_out=_WAY_OUT) from error
 
 
 def read_meta(folder: Path) -> dict:
@@ -127,19 +130,21 @@ def read_meta(folder: Path) -> dict:
     try:
         meta = read_json(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not a logit cache: {error}") from error
+        raise CheckpointError(f"{folder}: expected a logit cache, got none: {error}") from error
     numbers = ["num_examples", "block_length", "vocab_size", "num_listed", "batch_size"]
     if not isinstance(meta, dict) or meta.get("format") != "unfactor-logit-cache":
-        raise CheckpointError(f"{path} does not describe a logit cache")
+        raise CheckpointError(f"{path}: format: expected unfactor-logit-cache, got another; name the folder of a cache")
     if meta.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {meta.get('format_version')}, this library reads {FORMAT_VERSION}; {_WAY_OUT}"
+            f"{path}: format version: expected {FORMAT_VERSION}, got {short(meta.get('format_version'))}; {_WAY_OUT}"
         )
     numbers += {"num_features"} & meta.keys()
     if any(type(meta.get(name)) is not int or meta[name] < 1 for name in numbers):
-        raise CheckpointError(f"{path} is not complete: expected numbers >= 1 for {', '.join(numbers)}; {_WAY_OUT}")
+        raise CheckpointError(f"{path}: expected numbers >= 1 for {', '.join(numbers)}, got others; {_WAY_OUT}")
     if type(meta.get("done")) is not int or not 0 <= meta["done"] <= meta["num_examples"]:
         raise CheckpointError(f"{path}: done: expected 0 to {meta['num_examples']}, got {meta.get('done')}; {_WAY_OUT}")
     if not isinstance(meta.get("digest"), str):
-        raise CheckpointError(f"{path} is not complete: expected the digest of what the arrays hold; {_WAY_OUT}")
+        raise CheckpointError(
+            f"{path}: digest: expected that of the arrays, got {short(meta.get('digest'))}; {_WAY_OUT}"
+        )
     return meta

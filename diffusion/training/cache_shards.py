@@ -61,7 +61,7 @@ def shards_of(folder: Path) -> list[Path]:
     counts = {int(path.name[-5:]) for path in found}
     if len(counts) > 1 or counts - {len(found)}:
         raise CheckpointError(
-            f"{folder} holds {len(found)} shards of {' or '.join(map(str, sorted(counts)))}; complete them by calling "
-            "cache_logits in as many processes, or delete those of another number"
+            f"{folder}: expected {' or '.join(map(str, sorted(counts)))} shards, got {len(found)}; complete them by "
+            "calling cache_logits in as many processes, or delete those of another number"
         )
     return found

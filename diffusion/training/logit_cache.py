@@ -88,8 +88,8 @@ class LogitCache:
         meta = read_meta(folder)
         if meta["done"] < meta["num_examples"]:
             raise CheckpointError(
-                f"{folder} holds {meta['done']} of {meta['num_examples']} examples; call cache_logits with the same "
-                "arguments to complete it"
+                f"{folder}: expected {meta['num_examples']} examples, got {meta['done']} so far; call cache_logits with"
+                " the same arguments to complete it"
             )
         arrays = verified_arrays(folder, meta, mode="r")
         return cls(
@@ -112,7 +112,9 @@ class LogitCache:
             for one in shards
         }
         if len(forms) > 1 or len({None if one.features is None else one.features.shape[2] for one in shards}) > 1:
-            raise CheckpointError(f"{folder}: its shards are not of one cache; delete them and cache again")
+            raise CheckpointError(
+                f"{folder}: expected shards of one cache, got those of several; delete them and cache again"
+            )
 
         def joined(name: str) -> Any:
             return None if getattr(first, name) is None else Joined([getattr(one, name) for one in shards])

@@ -176,7 +176,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(num_steps, weights, tmp_p
         forget_stop()
     monkeypatch.undo()
     other = RUN | {"dropout": 0.1}
-    with pytest.raises(ct.CheckpointError, match="of another run, with a different network"):
+    with pytest.raises(ct.CheckpointError, match="expected this run, got one with a different network"):
         fit_continuous_mixture(data, validation_data=held_out, sample_weights=weights, checkpoint_path=path, **other)
     resumed = fit_continuous_mixture(
         data, validation_data=held_out, sample_weights=weights, checkpoint_path=path, **RUN

@@ -103,7 +103,7 @@ def test_parts_are_frozen_for_gradients_too(part):
 def test_what_is_frozen_is_part_of_the_run(tmp_path):
     path = tmp_path / "run.safetensors"
     learning.fit(hmm(1), X, frozen={"emission0"}, num_epochs=1, checkpoint_path=path, progress=False)
-    with pytest.raises(ct.CheckpointError, match="of another run, with a different optimizer"):
+    with pytest.raises(ct.CheckpointError, match="expected this run, got one with a different optimizer"):
         learning.fit(hmm(1), X, num_epochs=1, checkpoint_path=path, progress=False)
 
 

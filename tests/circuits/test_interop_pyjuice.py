@@ -339,7 +339,7 @@ def test_damaged_bytes_never_raise_anything_else(data):
 
 
 def test_a_missing_file_is_a_checkpoint_error(tmp_path):
-    with pytest.raises(ct.CheckpointError, match="cannot be read"):
+    with pytest.raises(ct.CheckpointError, match="expected a file that can be read"):
         load_jpc(tmp_path / "none.jpc")
 
 
@@ -348,7 +348,7 @@ def test_old_and_new_pickle_protocols_are_read(protocol, tmp_path):
     good = records(tmp_path)
     (tmp_path / "other.jpc").write_bytes(pickle.dumps(good, protocol))
     if protocol == 2:
-        with pytest.raises(ct.CheckpointError, match="corrupt array"):
+        with pytest.raises(ct.CheckpointError, match="array: expected bytes"):
             load_jpc(tmp_path / "other.jpc")
         return
     assert_same(load_jpc(tmp_path / "other.jpc"), load_jpc(tmp_path / "good.jpc"))

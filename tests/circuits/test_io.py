@@ -150,14 +150,14 @@ def refused(folder, match=None):
 
 
 def test_missing_files_are_refused(folder, tmp_path):
-    refused(tmp_path / "nowhere", "no structure.json")
+    refused(tmp_path / "nowhere", r"structure.json: expected a file that can be read, got No")
     (folder / io.WEIGHTS_FILE).unlink()
-    refused(folder, r"cannot read weights.safetensors: No such file")
-    refused(folder / io.STRUCTURE_FILE, "no structure.json")
+    refused(folder, r"weights.safetensors: expected a file that can be read, got No such file")
+    refused(folder / io.STRUCTURE_FILE, r"structure.json: expected a file that can be read, got No")
     (folder / store.MANIFEST).unlink()
-    refused(folder, "no weights.safetensors")
+    refused(folder, r"weights.safetensors: expected a file that can be read, got No")
     (folder / io.STRUCTURE_FILE).unlink()
-    refused(folder, "no structure.json")
+    refused(folder, r"structure.json: expected a file that can be read, got No")
 
 
 @given(st.data())
@@ -239,7 +239,7 @@ def test_outer_products_cannot_explode(folder):
         structure.update(num_vars=3000, nodes=[*leaves, top])
 
     rewrite(folder, change)
-    refused(folder, "outer product of more than")
+    refused(folder, "expected an outer product of at most")
 
 
 LEAF = {"kind": "input", "var": 0, "num_units": 1, "family": "categorical", "num_categories": 2}
@@ -272,7 +272,7 @@ def test_what_would_take_long_or_much_memory_is_refused_before_it_is_built(nodes
     monkeypatch.setattr(io, "CompiledCircuit", None)  # calling it would fail
     monkeypatch.setattr(records, "_MAX_DEPTH", 100)
     monkeypatch.setattr(records, "_MAX_EDGES", 250)
-    refused(folder, "ask for too much memory|expected at most")
+    refused(folder, "expected at most")
 
 
 def test_what_would_not_be_loaded_is_not_saved(tmp_path, monkeypatch):

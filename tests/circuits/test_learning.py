@@ -588,7 +588,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, options, named):
     path = tmp_path / "run.safetensors"
     fit_with_checkpoint("em", path, num_epochs=1)
     before = path.read_bytes()
-    with pytest.raises(ct.CheckpointError, match=f"of another run, with a different {named}"):
+    with pytest.raises(ct.CheckpointError, match=f"expected this run, got one with a different {named}"):
         fit_with_checkpoint("em", path, **options)
     assert path.read_bytes() == before
     with pytest.raises(ct.CheckpointError, match="a different circuit and data"):

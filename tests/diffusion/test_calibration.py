@@ -114,14 +114,14 @@ def test_a_damaged_head_is_refused(calibration, pc, tmp_path):
     folder = tmp_path / "head"
     CoupledHead(pc, calibration=calibration).save(folder)
     ct.save(ct.compile(pc.circuit, seed=1), folder / "circuit")
-    with pytest.raises(CheckpointError, match="does not match its hash"):
+    with pytest.raises(CheckpointError, match="expected the content that its hash is of"):
         CoupledHead.load(folder)
     (folder / "manifest.json").unlink()  # as heads of older versions
-    with pytest.raises(CheckpointError, match="belongs to another circuit"):
+    with pytest.raises(CheckpointError, match="expected a head of the circuit beside it"):
         CoupledHead.load(folder)
     file = folder / "head.safetensors"
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="expected a file that can be read"):
         CoupledHead.load(folder)
     shutil.rmtree(folder / "circuit")
     with pytest.raises(CheckpointError):

@@ -159,7 +159,7 @@ def test_the_demo_reuses_its_folder(run, tmp_path, monkeypatch):
     assert run(*arguments)[0] == 0
     code, _, error = run("demo", "--from-scratch", "--corpus", "embedded", "--preset", "tiny", "--out", out)
     assert code == 2
-    assert "was made with another text" in error
+    assert "expected a folder that was made with this text" in error
 
 
 def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
@@ -172,14 +172,14 @@ def test_mistakes_get_one_line_and_exit_code_two(run, corpus, tmp_path):
     new = ("--out", tmp_path / "new")
     cases = [
         (("demo", "--from-scratch", "--corpus", tmp_path / "missing.txt", *new), "missing.txt"),
-        (("demo", "--from-scratch", "--corpus", empty, *new), "holds no text"),
+        (("demo", "--from-scratch", "--corpus", empty, *new), "expected text, got none"),
         (("demo", "--from-scratch", "--preset", "huge", *new), "preset: expected one of"),
         (("demo", "--corpus", empty, *new), "train on it with --from-scratch"),
         (("demo", "--nonsense"), "nonsense"),
         (("demo", "--device", "quantum", *new), "device"),
-        (("train", "--corpus", corpus, "--out", folder), "was not made by unfactor"),
-        (("fit", *new), "holds no model"),
-        (("evaluate", "--out", models), "holds no circuit yet"),
+        (("train", "--corpus", corpus, "--out", folder), "expected an empty folder or one of unfactor"),
+        (("fit", *new), "expected a model, got none"),
+        (("evaluate", "--out", models), "expected a circuit, got none yet"),
         (("generate", "--out", models, "--prompt", "x" * 200, "--no-circuit"), "at most the denoiser's 128 positions"),
         (("generate", "--out", models, "--record", tmp_path / "a.jpg", "--no-circuit"), "expected a .png or .gif file"),
         (("generate", "--out", models, "--top-p", "2", "--no-circuit"), "top_p: expected a number"),

@@ -82,7 +82,7 @@ def test_attention_is_bidirectional_unless_asked_for(run, tmp_path):
     again = ("train", "--corpus", tmp_path / "corpus.txt", "--out", out, "--preset", "tiny", "--quiet")
     code, _, error = run(*again, "--attention", "block_causal")
     assert code
-    assert "was made with another denoiser" in error
+    assert "expected a folder that was made with this denoiser" in error
     code, _, error = run(*again, "--attention", "sparse")
     assert code
     assert "attention: expected one of bidirectional, block_causal, got 'sparse'" in error
@@ -128,5 +128,5 @@ def test_sequences_of_fasta_are_documents(tmp_path):
     path.write_text(">one heavy\nEVQL\nVESG\n>two\nQVQLQ\n")
     assert load_corpus(path, held_out_fraction=0.0).train == ("EVQLVESG", "QVQLQ")
     path.write_text("EVQL\n>one\nEVQL\n")
-    with pytest.raises(CorpusError, match="not FASTA"):
+    with pytest.raises(CorpusError, match="expected FASTA"):
         load_corpus(path)

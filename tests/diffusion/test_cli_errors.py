@@ -51,9 +51,9 @@ def place(tmp_path_factory):
 
 LINES = {
     "half of a surrogate pair": ("train --corpus {0}/surrogate.jsonl --field text --out {0}/new", "surrogate"),
-    "5,000 digits": ("train --corpus {0}/digits.jsonl --field text --out {0}/new", "line 1: not JSON"),
+    "5,000 digits": ("train --corpus {0}/digits.jsonl --field text --out {0}/new", "line 1: expected JSON"),
     "a bomb": ("train --corpus {0}/bomb.txt.gz --out {0}/new", "bytes of text"),
-    "no text": ("train --corpus {0}/bytes.txt --out {0}/new", "not UTF-8"),
+    "no text": ("train --corpus {0}/bytes.txt --out {0}/new", "expected UTF-8"),
     "a pipe": ("train --corpus {0}/pipe.txt --out {0}/new", "regular"),
     "a long name": ("train --corpus " + "a" * 5000 + ".txt --out {0}/new", "long"),
     "a key that is missing": ("train --corpus {0}/surrogate.jsonl --out {0}/new", "field: expected the key"),

@@ -162,7 +162,7 @@ def test_the_commands_of_the_documentation_run(run, folder, tmp_path, monkeypatc
 
 # without transformers that is what is missing
 SCORER_IS_MISSING = (
-    "scorer: cannot load the causal model" if find_spec("transformers") else "scorer: expected transformers"
+    "scorer: expected a causal model" if find_spec("transformers") else "scorer: expected transformers"
 )
 
 

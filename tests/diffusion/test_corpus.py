@@ -72,20 +72,24 @@ def test_copies_of_a_document_stay_on_one_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, "there is no such file"),
-        ("empty.txt", "", "holds no text"),
-        ("blank.txt", " \n\n\t\n", "holds no text"),
+        ("missing.txt", None, "expected a file, got none there"),
+        ("empty.txt", "", "expected text, got none"),
+        ("blank.txt", " \n\n\t\n", "expected text, got none"),
         ("one.txt", "only one document", "expected at least two different documents"),
-        ("latin.txt", b"caf\xe9 au lait", "not UTF-8 text: byte 3"),
+        ("latin.txt", b"caf\xe9 au lait", "expected UTF-8 text, got byte 3"),
         ("null.txt", b"a\0b\n\nc", "null characters"),
-        ("table.csv", "a,b", "its format is not known"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        ("list.jsonl", "[1]", "line 1: not a JSON object"),
-        ("digits.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1: not JSON"),
-        ("surrogate.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "line 2: 'text' holds half of a surrogate pair"),
-        ("a" * 300 + ".txt", None, "cannot be read"),
-        ("number.jsonl", '{"text": 3}', "holds int, expected text"),
-        ("keys.jsonl", '{"question": "?", "answer": "!"}', "no key 'text'; its keys are: question, answer"),
+        ("table.csv", "a,b", r"corpus: expected 'embedded'.* got .*table.csv"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2: expected JSON"),
+        ("list.jsonl", "[1]", "line 1: expected an object"),
+        ("digits.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1: expected JSON"),
+        (
+            "surrogate.jsonl",
+            '{"text": "a"}\n{"text": "\\ud800"}',
+            "line 2: text: expected text, got half of a surrogate pair",
+        ),
+        ("a" * 300 + ".txt", None, "expected a file that can be read"),
+        ("number.jsonl", '{"text": 3}', "text: expected text, got 3"),
+        ("keys.jsonl", '{"question": "?", "answer": "!"}', "expected a key 'text', got question, answer"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, name: str, content: str | bytes | None, message: str):
@@ -107,7 +111,7 @@ def test_damaged_gzip_is_a_corpus_error(tmp_path: Path, damage) -> None:
 
 def test_folder_is_not_a_corpus(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(CorpusError, match="not a regular file"):
+    with pytest.raises(CorpusError, match="no regular file"):
         load_corpus(tmp_path / "folder.txt")
 
 

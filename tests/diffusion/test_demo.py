@@ -120,12 +120,12 @@ def test_shipped_models_are_unpacked_once_and_into_nothing_else(packed, tmp_path
     assert (tmp_path / "out" / "results" / "mine.txt").read_text() == "kept"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("precious")
-    with pytest.raises(CheckpointError, match="was not made by unfactor"):
+    with pytest.raises(CheckpointError, match="expected an empty folder or one of unfactor"):
         packing.unpack(tmp_path / "other")
     path = tmp_path / "out" / "recipe.json"
     content = json.loads(path.read_text().replace('"seed": 0', '"seed": 1'))
     path.write_text(json.dumps({key: content[key] for key in content.keys() - {"sha256"}}))
-    with pytest.raises(CheckpointError, match="holds other models"):
+    with pytest.raises(CheckpointError, match="expected the models that are shipped, got others"):
         packing.unpack(tmp_path / "out")
     monkeypatch.setattr(packing, "SHIPPED", tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="unfactor demo --from-scratch"):

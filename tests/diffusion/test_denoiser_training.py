@@ -103,7 +103,7 @@ def test_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "run.safetensors"
     train(checkpoint_path=path)
-    with pytest.raises(CheckpointError, match="of another run, with a different configuration"):
+    with pytest.raises(CheckpointError, match="expected this run, got one with a different configuration"):
         train(config=replace(TRAINING, **change), checkpoint_path=path)
     with pytest.raises(CheckpointError, match="a different held-out text and training text"):
         train_denoiser(TransformerDenoiser(SHAPE), COUNTING[1:], config=TRAINING, checkpoint_path=path, progress=False)

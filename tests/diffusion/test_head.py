@@ -214,7 +214,7 @@ def old_file(folder, pc, calibration, settings=SETTINGS):
         ({"top_k": 3.0}, r"settings: top_k: expected an integer from .*, got 3\.0"),
         ({"tokenizer_fingerprint": 7}, r"settings: tokenizer_fingerprint: expected str, got 7"),
         ({"normalization": ["local"]}, r"settings: normalization: expected one of global, local, got a list of 1"),
-        ({"conditioners": []}, r"settings: unknown keys: 'conditioners'"),
+        ({"conditioners": []}, r"settings: keys: expected no others, got 'conditioners'"),
         ({"decoding": 7}, r"decoding: expected an object with keys, got 7"),
     ],
 )

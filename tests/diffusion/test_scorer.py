@@ -135,5 +135,5 @@ def test_a_causal_model_of_transformers(causal):
         loss = judge.model(input_ids=ids, labels=ids).loss  # its own mean over all tokens but the first
         assert float(score) == pytest.approx(-float(loss) * int(count), abs=1e-5)
     assert judge.log_likelihoods(texts, batch_size=1)[0].tolist() == pytest.approx(scores.tolist(), abs=1e-5)
-    with pytest.raises(CheckpointError, match="scorer: cannot load the causal model"):
+    with pytest.raises(CheckpointError, match="scorer: expected a causal model"):
         CausalScorer.load(causal.parent / "missing.gguf")

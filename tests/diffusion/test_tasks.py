@@ -181,11 +181,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         lines = whole.splitlines(keepends=True)
         lines[number] = change
         path.write_bytes(b"".join(lines))
-        with pytest.raises(CheckpointError, match=rf"line {number + 1}|does not begin"):
+        with pytest.raises(CheckpointError, match=rf"line {number + 1}"):
             num_asked(tmp_path)
     header, *rest = whole.splitlines(keepends=True)
     path.write_bytes(header.replace(b'"seed": 0', b'"seed": 5') + b"".join(rest))
-    with pytest.raises(CheckpointError, match="made with other settings"):
+    with pytest.raises(CheckpointError, match="expected the settings that its name is of"):
         num_asked(tmp_path)
     path.write_bytes(whole)
     assert num_asked(tmp_path) == 0
@@ -203,7 +203,7 @@ def test_a_file_cut_anywhere_is_taken_up(tmp_path, seed):
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
-    with SampleFile.opened(tmp_path, {"a": 1}), pytest.raises(CheckpointError, match="another run is writing it"):
+    with SampleFile.opened(tmp_path, {"a": 1}), pytest.raises(CheckpointError, match="got another run at work"):
         SampleFile.opened(tmp_path, {"a": 1}).__enter__()
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="out: expected a folder"):

@@ -89,7 +89,7 @@ def test_corrupt_file_is_a_checkpoint_error(tmp_path: Path, content: str) -> Non
 
 
 def test_missing_file_is_a_checkpoint_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="expected a file that can be read"):
         TextTokenizer.load(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_an_interrupted_run_is_continued_from_its_own_start_alone(
     before = path.read_bytes()
     elsewhere, untouched = (nudged(new(), position) if is_nudged else new(seed) for _ in range(2))
     with pytest.raises(
-        CheckpointError, match=r"started elsewhere: expected the weights .*; make model and optimizer as for"
+        CheckpointError, match=r"expected the weights .*started elsewhere; make model and optimizer as for"
     ):
         train(elsewhere, path)
     assert same(elsewhere, untouched)
@@ -186,7 +186,7 @@ def test_everything_that_a_head_is_set_to_is_part_of_its_run(cache, tmp_path):
         fixed,
     ]
     for other in others:
-        with pytest.raises(CheckpointError, match="of another run, with a different head; delete it"):
+        with pytest.raises(CheckpointError, match="expected this run, got one with a different head; delete it"):
             fit(other)
     with pytest.raises(CheckpointError, match="started elsewhere"):
         fit(new_head(calibration=NoiseCalibration(V, num_knots=2)))
@@ -209,7 +209,7 @@ def test_two_structures_of_the_same_shapes_are_two_heads(cache, tmp_path):
         n: tuple(p.shape) for n, p in second.named_parameters()
     }
     fit_coupled(first, cache, config=HEAD_RUN, checkpoint_path=path, progress=False)
-    with pytest.raises(CheckpointError, match="of another run, with a different head"):
+    with pytest.raises(CheckpointError, match="expected this run, got one with a different head"):
         fit_coupled(second, cache, config=HEAD_RUN, checkpoint_path=path, progress=False)
 
 
@@ -221,12 +221,12 @@ def test_a_cache_of_other_forbidden_tokens_or_features_is_another_cache(tmp_path
         return cache_logits(model, windows, tmp_path / place, block_length=L, progress=False, **options)
 
     cached("plain")
-    with pytest.raises(CheckpointError, match="is a cache of another forbidden_ids: delete it"):
+    with pytest.raises(CheckpointError, match="one of another forbidden_ids; delete it"):
         cached("plain", forbidden=(5,))
-    with pytest.raises(CheckpointError, match="is a cache of another num_features"):
+    with pytest.raises(CheckpointError, match="one of another num_features"):
         cached("plain", features=True)
     cached("features", features=True)
-    with pytest.raises(CheckpointError, match="is a cache of another num_features"):
+    with pytest.raises(CheckpointError, match="one of another num_features"):
         cached("features")
     assert cached("features", features=True).features is not None
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import circuits as ct
-from circuits.files import not_finite, read_tensors, write_tensors
+from circuits.files import check_finite, not_finite, read_tensors, write_tensors
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import circuit_hash
 
 FORMAT = "unfactor-baseline-head"
-FORMAT_VERSION = 2  # files of a version 1 may lack the hash of what they hold; there never was one
+FORMAT_VERSION = 2  # there never was a version 1
 _FILE = "baseline.safetensors"
 _WAY_OUT = "save the head again"
 
@@ -93,16 +93,18 @@ def load_content(path: str | os.PathLike[str], owner: type[AnyHead], device: tor
         circuit = None
         if "circuit_sha256" in metadata:
             if metadata["circuit_sha256"] != circuit_hash(folder):
-                raise CheckpointError(f"{folder}: {_FILE} belongs to another circuit; {_WAY_OUT}")
+                raise CheckpointError(
+                    f"{folder / _FILE}: expected a head of the circuit beside it, got that of another; {_WAY_OUT}"
+                )
             circuit = ct.load(folder / "circuit").to(device)
-        bad = not_finite(tensors)
-        if bad is not None:
-            raise CheckpointError(f"{folder / _FILE}: {bad} has NaN or infinite numbers; {_WAY_OUT}")
+        check_finite(tensors, folder / _FILE, way_out=_WAY_OUT)
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:
             head: AnyHead = found.from_content(Content(json.loads(metadata["settings"]), tensors, circuit))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
+            raise CheckpointError(
+                f"{folder / _FILE}: expected what a {found.__name__} is built of, got {error}; {_WAY_OUT}"
+            ) from error
         return head
 
     return read_folder(path, read, format=FORMAT)

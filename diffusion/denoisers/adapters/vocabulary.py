@@ -80,7 +80,7 @@ def spec_of(source: Source, specials: Specials, *, vocab_size: int, max_length: 
             max_length=max_length,
         )
     except ArgumentError as error:
-        raise CheckpointError(f"{source.folder / CONFIG}: not valid: {error}") from error
+        raise CheckpointError(f"{source.folder / CONFIG}: {error}") from error
 
 
 def _ends(source: Source, specials: Specials, known: dict[str, int]) -> list[int]:

@@ -85,7 +85,9 @@ class SampleFile:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise CheckpointError(f"{path}: another run is writing it; wait for that, or stop it") from error
+                raise CheckpointError(
+                    f"{path}: expected it for this run alone, got another run at work; wait for that, or stop it"
+                ) from error
             yield cls(path, json.loads(described), file)
 
     def read(self) -> dict[int, Sample]:
@@ -106,10 +108,12 @@ class SampleFile:
         header = self._parsed(lines[0], 1)
         if header.get("format") != _FORMAT or header.get("format_version") != _VERSION:
             raise CheckpointError(
-                f"{self.path}: it does not begin as a file of samples does; delete it and start again"
+                f"{self.path}: line 1: expected the head of a file of samples, got another; delete it and start again"
             )
         if header.get("made_with") != self._made_with:
-            raise CheckpointError(f"{self.path}: it was made with other settings than its name says; delete it")
+            raise CheckpointError(
+                f"{self.path}: made_with: expected the settings that its name is of, got others; delete it"
+            )
         samples = [self._sample(line, number) for number, line in enumerate(lines[1:], 2)]
         return {sample.index: sample for sample in samples}
 
@@ -134,17 +138,15 @@ class SampleFile:
             record = parsed_json(line)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.path}: damaged in line {number}: {error}; delete it and start again"
+                f"{self.path}: line {number}: expected JSON, got something else: {error}; delete it and start again"
             ) from error
         if not isinstance(record, dict):
-            raise CheckpointError(
-                f"{self.path}: damaged in line {number}: expected an object, got {short(record)}; delete it"
-            )
+            raise CheckpointError(f"{self.path}: line {number}: expected an object, got {short(record)}; delete it")
         return record
 
     def _sample(self, line: bytes, number: int) -> Sample:
         record = self._parsed(line, number)
         try:
-            return record_of(Sample, record, f"damaged in line {number}", optional=())
+            return record_of(Sample, record, f"line {number}", optional=())
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}; delete it and start again") from error
