@@ -63,10 +63,13 @@ class Fits:
         path, bed = self.folder / "likeliest", self.bed
         if not (path / "structure.json").is_file():
             length, sizes = bed.block_length, self.sizes
-            pc = ct.compile(ct.structures.hmm(length, sizes.states, len(bed.vocabulary)), seed=self.seed)
             ids = torch.tensor(bed.vocabulary)
             blocks = (part[:, -length:].contiguous() for part in (bed.text, bed.validation))
             text, validation = (torch.searchsorted(ids, part) for part in blocks)
+            structure = (
+                ct.structures.hmm(length, sizes.states, len(ids)) if bed.structure is None else bed.structure(text)
+            )
+            pc = ct.compile(structure, seed=self.seed)
             optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.seed)
             result = ct.learning.fit(
                 pc,
@@ -86,13 +89,15 @@ class Fits:
     def cache(self, denoiser: df.Denoiser, kind: str, name: str) -> df.LogitCache:
         """Return the predictions for the windows of a kind, ``train`` or ``validation``."""
         path, began = self.folder / f"logits-{kind}-{name}", time.process_time()
+        windows = getattr(self.bed, kind).repeat(self.sizes.masks, 1)
+        if kind == "train" and self.bed.more is not None:
+            windows = torch.cat([windows, self.bed.more])
         cache = df.cache_logits(
             denoiser,
-            getattr(self.bed, kind),
+            windows,
             path,
             block_length=self.bed.block_length,
             features=True,
-            masks_per_window=self.sizes.masks,
             batch_size=32,
             seed=self.seed,
             progress=False,

@@ -1,10 +1,13 @@
-"""Losses of masked tokens, window by window, at several mask ratios, under a denoiser, a circuit and a head.
+"""Losses of masked tokens, window by window, under several masks, of a denoiser, a circuit and a head.
 
-The masks of one window are nested: it has one random order of its places, and at every ratio the last of them are
-masked. So one pass from the most masked to the last place has the losses one token at a time at all ratios.
+The masks of one window are nested: it has one order of its places, and under every mask the last of them are masked, as
+many as the mask counts. So one pass from the most masked to the last place has the losses one token at a time of all.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,67 +15,89 @@ from torch import Tensor
 import circuits as ct
 import diffusion as df
 
-Losses = dict[float, Tensor]
-"""By mask ratio: nats per masked token, float64 (B,)."""
+Losses = dict[str, Tensor]
+"""By mask: nats per masked token, float64 (B,)."""
 
 
-def orders(num_windows: int, length: int, *, seed: int) -> Tensor:
-    """Draw the order of the places of each window, int64 (N, L)."""
-    return torch.rand(num_windows, length, generator=torch.Generator().manual_seed(seed)).argsort(1)
+@dataclass(frozen=True)
+class Masks:
+    """Nested masks of some windows.
+
+    Attributes:
+        order: of the places of each window, int64 (B, L).
+        counts: by the name of a mask: how many of the last places of each order are masked, int64 (B,), at least 1.
+    """
+
+    order: Tensor
+    counts: dict[str, Tensor]
+
+    @classmethod
+    def at_random(cls, num_windows: int, length: int, ratios: tuple[float, ...], *, seed: int) -> Masks:
+        """Draw the order of each window; its masks are named by their ratios."""
+        order = torch.rand(num_windows, length, generator=torch.Generator().manual_seed(seed)).argsort(1)
+        return cls(
+            order,
+            {str(ratio): torch.full((num_windows,), df.masking.count_masked(length, ratio)) for ratio in ratios},
+        )
+
+    @classmethod
+    def of(cls, masked: Tensor, name: str, *, seed: int) -> Masks:
+        """Return one mask, bool (N, L), with its places in random order."""
+        keys = torch.rand(masked.shape, generator=torch.Generator().manual_seed(seed))
+        return cls((keys + masked).argsort(1), {name: masked.sum(1)})
+
+    def rows(self, rows: slice) -> Masks:
+        """Return those of some windows."""
+        return Masks(self.order[rows], {name: count[rows] for name, count in self.counts.items()})
+
+    def masked(self, count: Tensor) -> Tensor:
+        """Return where the last places of each order are, as many as a count (B,) says, bool (B, L)."""
+        length = self.order.shape[1]
+        is_last = torch.arange(length) >= length - count.unsqueeze(1)
+        return torch.zeros_like(is_last).scatter(1, self.order, is_last)
+
+    def losses(self, nats: Callable[[Tensor], Tensor]) -> Losses:
+        """Return nats (B,) of a mask, bool (B, L), by its name and divided by the number of its places."""
+        return {name: nats(self.masked(count)).double() / count for name, count in self.counts.items()}
 
 
-def masks(order: Tensor, ratio: float) -> Tensor:
-    """Return where the last places of each order are, as many as a ratio stands for, bool (B, L)."""
-    count = df.masking.count_masked(order.shape[1], ratio)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, order.shape[1] - count :], True)
-
-
-def one_step_losses(
-    denoiser: df.Denoiser, windows: Tensor, order: Tensor, ratios: tuple[float, ...], forbidden: tuple[int, ...]
-) -> Losses:
+def one_step_losses(denoiser: df.Denoiser, windows: Tensor, masks: Masks, forbidden: tuple[int, ...]) -> Losses:
     """Return the losses of the denoiser alone, all masked tokens independently."""
-    losses = {}
-    for ratio in ratios:
-        masked = masks(order, ratio)
-        said = asked(denoiser, windows, masked, forbidden).log_prob_of(windows[:, -order.shape[1] :])
-        losses[ratio] = _per_token(-said.double().masked_fill(~masked, 0.0).sum(1), masked)
-    return losses
+
+    def nats(masked: Tensor) -> Tensor:
+        said = asked(denoiser, windows, masked, forbidden).log_prob_of(windows[:, -masked.shape[1] :])
+        return -said.double().masked_fill(~masked, 0.0).sum(1)
+
+    return masks.losses(nats)
 
 
-def circuit_losses(pc: ct.CompiledCircuit, categories: Tensor, order: Tensor, ratios: tuple[float, ...]) -> Losses:
+def circuit_losses(pc: ct.CompiledCircuit, categories: Tensor, masks: Masks) -> Losses:
     """Return the losses of the circuit's own conditional."""
-    found = {ratio: masks(order, ratio) for ratio in ratios}
-    return {
-        ratio: _per_token(-ct.queries.log_conditional(pc, categories, ~masked), masked)
-        for ratio, masked in found.items()
-    }
+    return masks.losses(lambda masked: -ct.queries.log_conditional(pc, categories, ~masked))
 
 
-def head_losses(
-    head: df.CoupledHead, denoiser: df.Denoiser, windows: Tensor, order: Tensor, ratios: tuple[float, ...]
-) -> Losses:
+def head_losses(head: df.CoupledHead, denoiser: df.Denoiser, windows: Tensor, masks: Masks) -> Losses:
     """Return the losses of the product of a head's circuit and the denoiser's prediction in one step."""
-    forbidden, losses = head.spec_for(denoiser.spec).forbidden_ids, {}
-    for ratio in ratios:
-        masked = masks(order, ratio)
+    forbidden = head.spec_for(denoiser.spec).forbidden_ids
+
+    def nats(masked: Tensor) -> Tensor:
         said = asked(denoiser, windows, masked, forbidden, features=head.needs_features)
-        block = windows[:, -order.shape[1] :]
-        losses[ratio] = _per_token(-head.conditional_log_likelihood(said, block, masked), masked)
-    return losses
+        return -head.conditional_log_likelihood(said, windows[:, -masked.shape[1] :], masked)
+
+    return masks.losses(nats)
 
 
-def sequential_losses(
-    denoiser: df.Denoiser, windows: Tensor, order: Tensor, ratios: tuple[float, ...], forbidden: tuple[int, ...]
-) -> Losses:
+def sequential_losses(denoiser: df.Denoiser, windows: Tensor, masks: Masks, forbidden: tuple[int, ...]) -> Losses:
     """Return the losses of the denoiser asked one token at a time, the true tokens before it revealed."""
-    length, block = order.shape[1], windows[:, -order.shape[1] :]
-    counts = {ratio: df.masking.count_masked(length, ratio) for ratio in ratios}
-    steps: list[Tensor] = []
-    for step in range(length - max(counts.values()), length):
-        masked = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, step:], True)
+    order, block = masks.order, windows[:, -masks.order.shape[1] :]
+    most = max(int(count.max()) for count in masks.counts.values())
+    steps = []
+    for left in range(most, 0, -1):
+        masked = masks.masked(torch.full((len(order),), left))
         said = asked(denoiser, windows, masked, forbidden).log_prob_of(block).double()
-        steps.append(-said.gather(1, order[:, step : step + 1]).squeeze(1))
-    return {ratio: torch.stack(steps[-count:]).mean(0) for ratio, count in counts.items()}
+        steps.append(-said.gather(1, order[:, -left, None]).squeeze(1))
+    total = torch.stack(steps).flip(0).cumsum(0)  # of the last 1, 2, ... places
+    return {name: total.gather(0, count[None] - 1)[0] / count for name, count in masks.counts.items()}
 
 
 def asked(
@@ -83,7 +108,3 @@ def asked(
     canvas = torch.cat([windows[:, :start], windows[:, start:].masked_fill(masked, denoiser.spec.mask_id)], 1)
     window = (start, canvas.shape[1])
     return df.Prediction.ask(denoiser, canvas, window=window, features=features, forbidden_ids=forbidden)
-
-
-def _per_token(loss: Tensor, masked: Tensor) -> Tensor:
-    return loss.double() / masked.sum(1)

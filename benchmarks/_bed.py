@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+import circuits as ct
 import diffusion as df
 
 
@@ -21,9 +22,14 @@ class Bed:
         block_length: L.
         vocabulary: its ids of the circuit's categories.
         text: windows for maximum likelihood; ``train`` and more, where there is more of the same kind.
-        train: windows for the coupled objective.
+        train: windows for the coupled objective, and to fine-tune on.
+        more: further windows for the coupled objective, which are masked once.
         validation: windows for early stopping, of no part of ``text`` or ``held_out``.
         held_out: windows to measure on, by what they are.
+        structure: returns the circuit before it is fitted, given the categories of ``text``, (N, L); None: a
+            homogeneous hidden Markov model.
+        parts: for some kinds of held-out windows: what exactly is masked of their blocks, bool (N, L); of the others
+            random places at several ratios are.
         fine_tune: returns the denoiser trained further on ``train`` for so many seconds of processor time, kept in a
             folder; None: there is no such column.
         ratios: shares of a block that are masked.
@@ -37,5 +43,8 @@ class Bed:
     train: Tensor
     validation: Tensor
     held_out: dict[str, Tensor]
+    more: Tensor | None = None
+    structure: Callable[[Tensor], ct.Circuit] | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
     fine_tune: Callable[[Path, float], df.Denoiser] | None = None
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)

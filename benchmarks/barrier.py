@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _barrier_fits import HEADS, QUICK, Fits, Sizes
-from _barrier_losses import Losses, circuit_losses, head_losses, one_step_losses, orders, sequential_losses
+from _barrier_losses import Losses, Masks, circuit_losses, head_losses, one_step_losses, sequential_losses
 from _bed import Bed
 from _bed_antibody import antibody_bed
 from _bed_text import TEXT, demo_bed, gsm8k_bed
@@ -110,6 +110,19 @@ class Measure:
         with torch.enable_grad():
             return self.bed.fine_tune(self.fits.folder / "tuned.safetensors", self.fits.seconds())
 
+    @cached_property
+    def forbidden(self) -> tuple[int, ...]:
+        """Ids that no block of the bed has."""
+        known = set(self.bed.vocabulary)
+        return tuple(id for id in range(self.bed.denoiser.spec.vocab_size) if id not in known)
+
+    def masks(self, kind: str) -> Masks:
+        """Return the masks of all windows of a kind."""
+        seed = self.fits.seed
+        if kind in self.bed.parts:
+            return Masks.of(self.bed.parts[kind], kind, seed=seed)
+        return Masks.at_random(len(self.bed.held_out[kind]), self.bed.block_length, self.bed.ratios, seed=seed)
+
     def chunks(self, kind: str) -> list[slice]:
         """Return the windows of each cell."""
         total = min(self.num_windows, len(self.bed.held_out[kind]))
@@ -124,71 +137,69 @@ class Measure:
         """Compute the cells of a column that are not there."""
         if column in TUNED and self.bed.fine_tune is None:
             return
-        windows = self.bed.held_out[kind]
-        order = orders(len(windows), self.bed.block_length, seed=self.fits.seed)
+        windows, masks = self.bed.held_out[kind], self.masks(kind)
         for rows in self.chunks(kind):
             path = self.path(kind, column, rows)
             if not path.is_file():
-                losses = self.losses(column, windows[rows], order[rows])
+                losses = self.losses(column, windows[rows], masks.rows(rows))
                 with replace_file(path) as temporary:
-                    cell = {str(ratio): loss.tolist() for ratio, loss in losses.items()}
+                    cell = {name: loss.tolist() for name, loss in losses.items()}
                     temporary.write_text(json.dumps(cell), encoding="ascii")
                 print(kind, column, rows.stop, *(f"{float(loss.mean()):.3f}" for loss in losses.values()), flush=True)
 
-    def losses(self, column: str, windows: Tensor, order: Tensor) -> Losses:
+    def losses(self, column: str, windows: Tensor, masks: Masks) -> Losses:
         """Return a column's losses on some windows."""
         is_tuned = column in TUNED
         denoiser = self.tuned if is_tuned else self.bed.denoiser
         name, what = ("tuned", column.removeprefix("tuned ")) if is_tuned else ("shipped", column)
-        known = set(self.bed.vocabulary)
-        forbidden = tuple(id for id in range(denoiser.spec.vocab_size) if id not in known)
         if what == "one-step":
-            return one_step_losses(denoiser, windows, order, self.bed.ratios, forbidden)
+            return one_step_losses(denoiser, windows, masks, self.forbidden)
         if what == "sequential":
-            return sequential_losses(denoiser, windows, order, self.bed.ratios, forbidden)
+            return sequential_losses(denoiser, windows, masks, self.forbidden)
         if what == "circuit alone":
-            block = windows[:, -order.shape[1] :].contiguous()
+            block = windows[:, -self.bed.block_length :].contiguous()
             categories = torch.searchsorted(torch.tensor(self.bed.vocabulary), block)
-            return circuit_losses(self.fits.circuit(), categories, order, self.bed.ratios)
+            return circuit_losses(self.fits.circuit(), categories, masks)
         with torch.enable_grad():
             head = self.fits.head(denoiser, what, name)
-        return head_losses(head, denoiser, windows, order, self.bed.ratios)
+        return head_losses(head, denoiser, windows, masks)
 
-    def read(self, kind: str, column: str) -> dict[float, np.ndarray] | None:
+    def read(self, kind: str, column: str) -> dict[str, np.ndarray] | None:
         """Return a column's losses on all windows; None if a cell is not there."""
         paths = [self.path(kind, column, rows) for rows in self.chunks(kind)]
         if not all(path.is_file() for path in paths):
             return None
         cells = [json.loads(path.read_text("ascii")) for path in paths]
-        return {ratio: np.concatenate([cell[str(ratio)] for cell in cells]) for ratio in self.bed.ratios}
+        return {name: np.concatenate([cell[name] for cell in cells]) for name in cells[0]}
 
 
 def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> list[dict[str, str]]:
-    """Return the table of one kind of windows: a row for each column, with losses and shares at each ratio.
+    """Return the table of one kind of windows: a row for each column, with losses and shares of each mask.
 
     The windows of all seeds are taken together, and resampled together in all columns: so intervals of shares are of
     differences window by window.
     """
-    ratios = measures[0].bed.ratios
+    titles = {str(ratio): f"{ratio:.2f}" for ratio in measures[0].bed.ratios}
     found = {column: [measure.read(kind, column) for measure in measures] for column in COLUMNS}
     whole = {column: parts for column, parts in found.items() if all(part is not None for part in parts)}
     rows: list[dict[str, str]] = []
     losses = {
-        column: {ratio: np.concatenate([part[ratio] for part in parts if part]) for ratio in ratios}
+        column: {name: np.concatenate([part[name] for part in parts if part]) for name in parts[0] or ()}
         for column, parts in whole.items()
     }
     if not losses:
         return rows
-    num_windows = len(next(iter(losses.values()))[ratios[0]])
+    num_windows = len(next(iter(next(iter(losses.values())).values())))
     resamples = np.random.default_rng(0).integers(num_windows, size=(num_bootstrap, num_windows))
-    for column, by_ratio in losses.items():
+    for column, by_mask in losses.items():
         before = "tuned " if column in TUNED else ""
         ends = [losses.get(f"{before}{end}") for end in ("one-step", "sequential")]
         row = {"column": column, "windows": str(num_windows)}
-        for ratio, loss in by_ratio.items():
-            row[f"{ratio:.2f}"] = str(Decimals.of(loss.mean(), loss[resamples].mean(1)))
+        for name, loss in by_mask.items():
+            title = titles.get(name, name)
+            row[title] = str(Decimals.of(loss.mean(), loss[resamples].mean(1)))
             if ends[0] is not None and ends[1] is not None and not column.endswith(("one-step", "sequential")):
-                row[f"share {ratio:.2f}"] = share(ends[0][ratio], loss, ends[1][ratio], resamples)
+                row[f"share {title}"] = share(ends[0][name], loss, ends[1][name], resamples)
         rows.append(row)
     return rows
 
