@@ -1,6 +1,6 @@
 """Chains of equal steps as one recurrence, and chains of vectors, for automata. Nobody needs them to add a query."""
 
-from circuits.chains.chain import Chain, Scan
+from circuits.chains.chain import Chain, LayerUnits, Scan
 from circuits.chains.vectors import VectorSemiring, joined, padded
 
-__all__ = ["Chain", "Scan", "VectorSemiring", "joined", "padded"]
+__all__ = ["Chain", "LayerUnits", "Scan", "VectorSemiring", "joined", "padded"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.algebra.logspace import column_peak
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
-from circuits.chains.recurrence import Rise, are_few, fall, rise_of_maxima, rise_of_sums
+from circuits.chains.recurrence import Rise, are_few, best_path, fall, rise_of_maxima, rise_of_sums
 from circuits.randomness import RowGenerators, Source
 from circuits.weights.latents import LatentFactors
 
@@ -38,7 +38,7 @@ class Children(Protocol):
     def adjoint(self, grad: Tensor, gradients: Any, /) -> None:
         """Send their gradient back to where they came from."""
 
-    def reach(self, units: list[Tensor], columns: Tensor, chosen: Tensor, /) -> None:
+    def reach(self, units: Values, columns: Tensor, chosen: Tensor, /) -> None:
         """Enter which of their units are chosen in some columns, (T, n)."""
 
     def move(self, function: Callable[[Tensor], Tensor], /) -> None:
@@ -55,6 +55,21 @@ class Tables(Protocol):
     @property
     def linear(self) -> Tensor:
         """Themselves."""
+
+
+class LayerUnits(dict[int, Tensor]):
+    """Which unit of every node was reached, int64 (F, n), by layer; -1 where none was.
+
+    Those of a layer are made when it is asked for: layers inside of long chains are not.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], like: Tensor) -> None:
+        self._sizes = sizes
+        self._like = like
+
+    def __missing__(self, layer: int) -> Tensor:
+        """Make those of a layer."""
+        return self.setdefault(layer, self._like.new_full((self._sizes[layer][0], len(self._like)), -1))
 
 
 class Scan(NamedTuple):
@@ -85,7 +100,7 @@ class Chain:
     def scan(
         self,
         values: Values,
-        weights: Tensor,  # shape: (K, K)
+        weights: Tables,
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
     ) -> Scan | None:
@@ -93,11 +108,11 @@ class Chain:
 
         Args:
             values: of the layers below.
-            weights: linear ones.
+            weights: of the bank.
             latents: factors on the children of sums, by layer.
             silent: which sums are the constant 1, bool (1, 1, B), by layer; below a silent one all are.
         """
-        return scan(weights, self._factors(values, latents), self._silent(silent))
+        return scan(weights.linear[self.row], self._factors(values, latents), self._silent(silent))
 
     def climb(
         self,
@@ -109,7 +124,7 @@ class Chain:
     ) -> tuple[Tensor, Tensor]:
         """Return the first sum, (1, K, B), and what all sums mix, (T, K, B), up to a constant per step and column."""
         log, linear = weights.log[self.row : self.row + 1], weights.linear[self.row : self.row + 1]
-        found = self.scan(values, linear[0], latents, silent) if isinstance(semiring, LogSemiring) else None
+        found = self.scan(values, weights, latents, silent) if isinstance(semiring, LogSemiring) else None
         if found is not None:
             return found.first, found.rise.states.log()
         states = self._factors(values, latents)
@@ -130,27 +145,33 @@ class Chain:
         semiring: ChoosingSemiring,
         log_weights: Tensor,  # shape: (K, K)
         states: Tensor,  # shape: (T, K, B)
-        units: list[Tensor],
+        units: Values,
         column: Tensor,  # shape: (n,)
         query: Tensor,  # shape: (n,)
         source_of: Callable[[int], Source],
-    ) -> None:
-        """Choose what every sum mixes in the columns where the first is reached; enter it and the leaves' units."""
+    ) -> Tensor:
+        """Choose what every sum mixes in the columns where the first is reached; enter the leaves' units.
+
+        Returns:
+            What the sums mix, int64 (T, columns of ``units``); -1 where the chain is not reached.
+        """
         reached = units[self.positions[0]][0]
         chosen = reached.new_full((len(states), len(reached)), -1)
-        size, by_column = max(1, _MAX_SCORES // len(log_weights)), states.mT.contiguous()
-        for number, (at, of) in enumerate(zip(column.split(size), query.split(size), strict=True)):
-            part = slice(number * size, number * size + len(at))
-            state = reached[at]
-            for step, position in enumerate(self.positions):
-                source = source_of(position)
-                scores = log_weights[state].add_(by_column[step][of])
-                state = semiring.choose(scores, source.rows(part) if isinstance(source, RowGenerators) else source)
-                chosen[step, at] = state
-        for gather, states in (*((gather, chosen[:-1]) for gather in self.leaves), (self.last, chosen[-1:])):
-            gather.reach(units, column, states[:, column])
-        for position, states in zip(self.positions, chosen.split(1), strict=True):
-            units[position] = states
+        if isinstance(semiring, MaxSemiring) and states.device.type == "cpu":
+            chosen[:, column] = best_path(log_weights, states[:, :, query], reached[column])
+        else:
+            size, by_column = max(1, _MAX_SCORES // len(log_weights)), states.mT.contiguous()
+            for number, (at, of) in enumerate(zip(column.split(size), query.split(size), strict=True)):
+                part = slice(number * size, number * size + len(at))
+                state = reached[at]
+                for step, position in enumerate(self.positions):
+                    source = source_of(position)
+                    scores = log_weights[state].add_(by_column[step][of])
+                    state = semiring.choose(scores, source.rows(part) if isinstance(source, RowGenerators) else source)
+                    chosen[step, at] = state
+        for gather, found in (*((gather, chosen[:-1]) for gather in self.leaves), (self.last, chosen[-1:])):
+            gather.reach(units, column, found[:, column])
+        return chosen
 
     def silent_sums(
         self, silent: Values, unless_heard: Callable[[int, Tensor], Tensor], touched: Collection[int]
@@ -170,18 +191,18 @@ class Chain:
         return dict(zip(self.positions, found.split(1), strict=True))
 
     def adjoint(
-        self, grad: Tensor, found: Scan, weights: Tensor, silent: Mapping[int, Tensor], flows: Tensor | None
+        self, grad: Tensor, found: Scan, weights: Tables, silent: Mapping[int, Tensor], flows: Tensor | None
     ) -> Tensor:
         """Return the gradient of all steps' ``e_t + log y_t+1``, (T, K, B), and add that of the weights to ``flows``.
 
         Args:
             grad: of the first sum's logarithm, (K, B).
             found: of :meth:`scan`.
-            weights: linear ones, (K, K).
+            weights: of the bank.
             silent: of :meth:`scan`.
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
-        scales, grads = fall(weights, found.rise, grad, self._silent(silent))
+        scales, grads = fall(weights.linear[self.row], found.rise, grad, self._silent(silent))
         if flows is not None:
             scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, found.rise.states))
             flows[self.row].addmm_(scales, states.t())

@@ -60,7 +60,7 @@ def _array(tensor: Tensor) -> Any:
 
 _SUM_SMALL = Calls(_array, np.multiply, np.add, np.add.reduce, np.dot, np.matmul)
 _SUM_LARGE = Calls(torch.detach, torch.mul, torch.add, torch.sum, torch.mm, torch.matmul, torch.amax, torch.div)
-_MAX = {"zero": -math.inf, "one": 0.0}
+_MAX: dict[str, Any] = {"zero": -math.inf, "one": 0.0}
 _MAX_SMALL = Calls(_array, np.add, np.maximum, np.maximum.reduce, _best_of_small, _best_of_small, **_MAX)
 _MAX_LARGE = Calls(torch.detach, torch.add, torch.maximum, torch.amax, _best_of_large, _best_of_large, **_MAX)
 
@@ -162,6 +162,33 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
     return ratios, grads.mul_(states)
 
 
+def best_path(log_weights: Tensor, states: Tensor, first: Tensor) -> Tensor:
+    """Return the best of what all sums mix, int64 (T, n), where the first one is at ``first``, (n,); on a CPU.
+
+    Args:
+        log_weights: log w, (K, K).
+        states: what the sums mix, of :func:`rise_of_maxima`, (T, K, n).
+        first: which unit of the first sum is used.
+    """
+    num_steps, size, num_columns = states.shape
+    chosen = np.empty((num_steps, num_columns), np.int64)
+    if are_few(states):  # all units' choices at once, as flat indices, so that following them is one call a step
+        columns = torch.arange(num_columns)
+        followers = (log_weights.unsqueeze(2) + states.unsqueeze(1)).max(2).indices * num_columns + columns
+        at = (first * num_columns + columns).numpy()
+        for follower, there in zip(followers.numpy(), chosen, strict=True):
+            follower.take(at, None, there, "clip")
+            at = there
+        return torch.from_numpy(chosen).div_(num_columns, rounding_mode="floor")
+    table, scores, at = _array(log_weights), np.empty((num_columns, size), _array(states).dtype), first.numpy()
+    for state, there in zip(_array(states.mT.contiguous()), chosen, strict=True):
+        table.take(at, 0, scores, "clip")
+        np.add(scores, state, out=scores)
+        scores.argmax(1, there)
+        at = there
+    return torch.from_numpy(chosen)
+
+
 def _is_small(states: Tensor, bound: int) -> bool:
     return states.device.type == "cpu" and states.shape[1] ** 2 * states.shape[2] <= bound
 
@@ -209,7 +236,7 @@ def _run(
         backwards: whether the last step comes first.
     """
     ordered = [list(calls.view(part))[:: -1 if backwards else 1] for part in parts]
-    scales, offsets = (*ordered[3:], None, None)[:2]
+    scales, offsets = ordered[3] if every else [], ordered[4] if len(ordered) > 4 else None
     times, mix, peak, divide = calls.times, calls.mix, calls.peak, calls.divide
     before = calls.view(start)
     for step, (factor, x, y) in enumerate(zip(*ordered[:3], strict=True)):

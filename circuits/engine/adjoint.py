@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits.algebra.semirings import LogSemiring
 from circuits.chains import Chain, Scan
-from circuits.engine.layers import Address, ProductLayer, SumLayer
+from circuits.engine.layers import ProductLayer, SumLayer
 from circuits.precision import own_precision
 
 if TYPE_CHECKING:
@@ -105,27 +105,21 @@ class LogRoot(torch.autograd.Function):
             None,
             *gradients.of_first(ctx.num_inputs),
             *(flows[name].total(own[name].linear) if name in flows else None for name in pc.sum_banks),
-            *(latent_grads.get(position) for position in latents),
+            *(latent_grads[at].index_select(0, latents[at].rows) if at in latent_grads else None for at in latents),
         )
 
 
-def latent_gradients(question: Question) -> tuple[Tensor, dict[Address, Tensor]]:
-    """Return the root's log-values, (R, B), and ``d log Z / d log f`` of factors f on what sum nodes mix, (B, I) each.
+def latent_gradients(question: Question) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the root's log-values, (R, B), and ``d log Z / d log f`` of factors f on what sum nodes mix, by layer.
 
-    They are those of the nodes of ``question.latents`` and of chains, as far as they are used; without gradients of
-    theirs, and without weights given at run time.
+    They are those of the layers of ``question.latents``, (F, I, B), as far as they are used, and of chains: of all sums
+    by the layer of the first one, (T, K, B), unless evaluated layer by layer. No weights are given at run time.
     """
     saved = dict[int, Any]()
     root = question.top_of(question.evaluated(_LOG, question.inputs(_LOG), scans=True, saved=saved))
     mixed = root if question.class_factors is None else root + question.class_factors
     descent = _descend(question, saved, mixed.softmax(0), {})
-    found: dict[Address, Tensor] = {}
-    for position, grads in descent.layers.items():
-        rows = question.latents[position].rows.tolist() if position in question.latents else [0]
-        found.update(zip(((position, row) for row in rows), grads.mT.unbind(), strict=True))
-    for chain, grads in descent.chains:
-        found.update(zip(((position, 0) for position in chain.positions), grads.mT.unbind(), strict=True))
-    return root, found
+    return root, descent.layers | {chain.positions[0]: grads for chain, grads in descent.chains}
 
 
 class _Descent(NamedTuple):
@@ -133,7 +127,7 @@ class _Descent(NamedTuple):
 
     inputs: Gradients
     layers: dict[int, Tensor]
-    """Of factors on what sums mix, by layer: nodes of ``question.latents``, (n, I, B); sums of chains, (1, I, B)."""
+    """Of factors on what sums mix, (F, I, B): of layers of ``question.latents`` and in chains."""
     chains: list[tuple[Chain, Tensor]]
     """Those of chains that were evaluated as one, (T, K, B)."""
 
@@ -150,16 +144,13 @@ def _descend(question: Question, saved: Mapping[int, Any], grad: Tensor, flows: 
         if not isinstance(scan, Scan) or chain is None:
             for position, layer in reversed(step.layers):
                 grads = _send_down(question, saved, position, layer, found.inputs, flows)
-                if grads is not None and position in question.latents:
-                    found.layers[position] = grads.index_select(0, question.latents[position].rows)
-                elif grads is not None and chain is not None:
+                if grads is not None and (chain is not None or position in question.latents):
                     found.layers[position] = grads
             continue
         incoming = found.inputs.pop(step.position)
         if incoming is not None:
-            linear = question.weights.own[chain.bank].linear[chain.row]
             flow = flows[chain.bank].linear if chain.bank in flows else None
-            grads = chain.adjoint(incoming[0], scan, linear, question.silent, flow)
+            grads = chain.adjoint(incoming[0], scan, question.weights.own[chain.bank], question.silent, flow)
             chain.send(grads, found.inputs)
             found.chains.append((chain, grads))
     return found

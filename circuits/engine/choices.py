@@ -6,14 +6,14 @@ In the log semiring it is an exact sample, in the max semiring the most probable
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring
-from circuits.chains import VectorSemiring
+from circuits.chains import LayerUnits, VectorSemiring
 from circuits.engine.layers import ProductLayer, chunks
 from circuits.randomness import DrawnNumbers, Source, numbers_at, source_at
 from circuits.weights.given import Reached
@@ -31,8 +31,9 @@ class Choice(NamedTuple):
     Of vectors of E entries it is the number ``unit * E + entry``."""
     query: Tensor
     """The query of each column, int64 (S * B,)."""
-    children: Sequence[Tensor] = ()
-    """By layer, which of all their children's units sum nodes chose, int64 (F, S * B); -1 where one was not reached."""
+    children: Mapping[int, Tensor] = {}
+    """By layer, which of all their children's units sum nodes chose, int64 (F, S * B), -1 where one was not reached;
+    what all sums of a chain chose, (T, S * B), by the layer of the first."""
 
 
 class Climb(NamedTuple):
@@ -68,7 +69,7 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
     pc, weights = question.pc, question.weights
     root = found.root[0]  # (R, B, *E)
     query = torch.arange(root.shape[1], device=root.device).repeat(num_samples)
-    units = [torch.full((size[0], len(query)), -1, device=root.device) for size in pc.layer_sizes]
+    units, top = LayerUnits(pc.layer_sizes, query), len(pc.layer_sizes) - 1
     numbers = numbers_at(generator, pc.sum_layers, num_samples)
 
     def source_of(position: int, node: Tensor, column: Tensor) -> Source:
@@ -77,11 +78,11 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
         return source_at(generator, position, node, column)
 
     if question.class_factors is None and root.dim() == 2:
-        units[-1].zero_()
+        units[top].zero_()
     else:
-        source = source_of(len(units), torch.zeros_like(query), torch.arange(len(query), device=query.device))
+        source = source_of(top + 1, torch.zeros_like(query), torch.arange(len(query), device=query.device))
         root = root if question.class_factors is None else semiring.times(root, semiring.lift(question.class_factors))
-        units[-1][0] = semiring.choose(root.transpose(0, 1).flatten(1)[query], source)
+        units[top][0] = semiring.choose(root.transpose(0, 1).flatten(1)[query], source)
     vectors = semiring if isinstance(semiring, VectorSemiring) else None
     for step in reversed(pc.schedule):
         if step.chain is not None and step.position in found.chains:
@@ -89,7 +90,8 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
             sources = functools.partial(source_of, node=torch.zeros_like(column), column=column)
             log_weights = weights.own[step.chain.bank].log[step.chain.row]
             states = found.chains[step.position]
-            step.chain.choose(semiring, log_weights, states, units, column, query[column], sources)
+            chosen = step.chain.choose(semiring, log_weights, states, units, column, query[column], sources)
+            units[step.position] = chosen
             continue
         for position, layer in reversed(step.layers):
             node, column = (units[position] >= 0).nonzero(as_tuple=True)
@@ -98,7 +100,8 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
                 unit, entry = unit // vectors.num_entries, unit % vectors.num_entries
             reached = Reached(node, unit, query[column])
             if isinstance(layer, ProductLayer):
-                units[position], choices = units[position].new_empty(0), layer.child_choices(unit)
+                choices = layer.child_choices(unit)
+                del units[position]
                 if vectors is not None and entry is not None:
                     found_at = zip(layer.factors(found.values), choices, strict=True)
                     factors = [values[node, at, reached.query] for values, at in found_at]
@@ -113,7 +116,7 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
                 codes = torch.stack(choices) * vectors.num_entries + entry
                 choices = list(codes.masked_fill(codes < 0, -1))
             layer.reach(units, node, column, choices)
-    return Choice(units[: len(pc.input_layers)], query, units)
+    return Choice([units[position] for position in range(len(pc.input_layers))], query, units)
 
 
 def values_of(question: Question, semiring: ChoosingSemiring, choice: Choice, generator: Source) -> Tensor:

@@ -79,7 +79,7 @@ class Gather(Part):
         for (layer, at), part in zip(self.pieces, parts, strict=True):
             gradients.add(layer, at, part)
 
-    def reach(self, units: Sequence[Tensor], column: Tensor, chosen: Tensor) -> None:
+    def reach(self, units: LayerValues, column: Tensor, chosen: Tensor) -> None:
         """Record in ``units`` which unit of each node was chosen, from (n, m), in the columns (m,)."""
         chosen = chosen if self.order is None else chosen.index_select(0, self.order)
         for (layer, at), part in zip(self.pieces, chosen.split(self.lengths), strict=True):
@@ -144,7 +144,7 @@ class _InnerLayer(Part):
             return children.unflatten(0, (self.num_nodes, -1)).all(1)
         return children.repeat_interleave(self.num_nodes // len(children), 0)  # siblings share theirs
 
-    def reach(self, reached: Sequence[Tensor], node: Tensor, column: Tensor, choices: Sequence[Tensor]) -> None:
+    def reach(self, reached: LayerValues, node: Tensor, column: Tensor, choices: Sequence[Tensor]) -> None:
         """Record in ``reached`` which unit of each child n nodes chose, per child (n,), in their columns; -1: none."""
         for slot, choice in enumerate(choices):
             at_node, at_column, unit = node, column, choice

@@ -306,8 +306,7 @@ class Question:
         for step in self.schedule:
             chain, scan = step.chain, None
             if scans and chain is not None:
-                linear = self.weights.own[chain.bank].linear[chain.row]
-                scan = chain.scan(values, linear, self.latents, self.silent)
+                scan = chain.scan(values, self.weights.own[chain.bank], self.latents, self.silent)
             if scan is not None:
                 values[step.position] = scan.first
                 if saved is not None:

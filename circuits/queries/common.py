@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +20,76 @@ from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.precision import own_precision
 from circuits.randomness import Source
-from circuits.symbolic import Circuit
+from circuits.symbolic import Circuit, Sum
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Key = TypeVar("Key")
 
 MAX_NUMBERS = 1 << 24
 """How many numbers a chunk of a query may hold at once; bounds the memory of queries that ask many questions."""
+
+
+@dataclass(frozen=True, eq=False)
+class SumPlaces:
+    """Where sum nodes are found: a table for each layer, and one for all sums of a chain."""
+
+    layers: Mapping[int, Sequence[int]]
+    """Of every table, which is called by the first one."""
+    rows: Mapping[Sum, tuple[int, int]]
+    """The table of every node, and its row there."""
+    outside: Sequence[Sum]
+    """The nodes that are in no chain."""
+
+    def table(self, by_layer: Mapping[int, Tensor], table: int) -> Tensor:
+        """Return a table, (n, ...), of what was found by layer; that of a chain may be there as one."""
+        layers, found = self.layers[table], by_layer[table]
+        return found if len(found) >= len(layers) else torch.cat([by_layer[layer] for layer in layers])
+
+
+_PLACES: weakref.WeakKeyDictionary[CompiledCircuit, SumPlaces] = weakref.WeakKeyDictionary()
+
+
+class Rows(Mapping[Key, Tensor], Generic[Key]):
+    """Rows of tables by keys, cut when they are asked for: thousands of tensors take longer to make than their numbers.
+
+    Args:
+        tables: by number.
+        places: of the keys.
+    """
+
+    def __init__(self, tables: Mapping[int, Tensor], places: Mapping[Key, tuple[int, int]]) -> None:
+        self._tables = tables
+        self._places = places
+
+    def __getitem__(self, key: Key) -> Tensor:
+        """Return the row of a key."""
+        table, row = self._places[key]
+        return self._tables[table][row]
+
+    def __iter__(self) -> Iterator[Key]:
+        """Return all keys."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def places_of_sums(pc: CompiledCircuit) -> SumPlaces:
+    """Return where the circuit's sum nodes are found; made once."""
+    if pc not in _PLACES:
+        chains = [step.chain.positions for step in pc.schedule if step.chain]
+        in_chains = {layer: (chain[0], row) for chain in chains for row, layer in enumerate(chain)}
+        addresses = {node: pc.address(node) for node in pc.circuit.sums}
+        outside = [node for node, (layer, _) in addresses.items() if layer not in in_chains]
+        layers = {layer: [layer] for layer in pc.sum_layers if layer not in in_chains} | {c[0]: c for c in chains}
+        rows = {node: in_chains.get(address[0], address) for node, address in addresses.items()}
+        _PLACES[pc] = SumPlaces(layers, rows, outside)
+    return _PLACES[pc]
 
 
 def query(function: Callable[P, R]) -> Callable[P, R]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.queries.common import detached, query, require_finite_values
+from circuits.queries.common import Rows, SumPlaces, detached, places_of_sums, query, require_finite_values
 from circuits.queries.temperature import choosing_semiring
 from circuits.randomness import Source
 from circuits.symbolic import Sum
@@ -32,7 +33,7 @@ def latent_marginals(
     *,
     weights: CircuitWeights | None = None,
     differentiable: bool = False,
-) -> dict[Sum | str, Tensor]:
+) -> Mapping[Sum | str, Tensor]:
     """Return the posterior of latent variables: how probably each child unit of a sum node is used, given evidence.
 
     That is ``d log Z / d log f_i`` at f = 1, for a factor f_i on child unit i wherever the node uses it (Darwiche
@@ -55,13 +56,16 @@ def latent_marginals(
     """
     if not isinstance(nodes, Iterable | None) or isinstance(nodes, str):
         raise ArgumentError(f"nodes: expected sum nodes or their names in a list, got {type(nodes).__name__}")
-    wanted = list(pc.circuit.sums if nodes is None else nodes)
-    targets = [pc.sum_node(key) for key in wanted]
-    question = Question(pc, evidence, weights)
+    question, places = Question(pc, evidence, weights), places_of_sums(pc)
+    keys: Sequence[Sum | str] = pc.circuit.sums if nodes is None else list(nodes)
     if differentiable or question.weights.given:
-        sizes = [node.parameter_shape[1] for node in targets]
-        return dict(zip(wanted, question.gradients(targets).split(sizes, 1), strict=True))
-    return dict(zip(wanted, _posteriors(question, targets), strict=True))
+        targets = [pc.sum_node(key) for key in keys]
+        parts = question.gradients(targets).split([node.parameter_shape[1] for node in targets], 1)
+        return dict(zip(keys, parts, strict=True))
+    rows: Mapping[Any, tuple[int, int]] = places.rows
+    if nodes is not None:
+        rows = {key: places.rows[pc.sum_node(key)] for key in keys}
+    return Rows(_posteriors(question, places, {table for table, _ in rows.values()}), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,17 +182,19 @@ def best_latents(
     return _chosen(pc, MaxSemiring(), 1, evidence, None, weights)
 
 
-def _posteriors(question: Question, nodes: Sequence[Sum]) -> list[Tensor]:
-    """Return what :meth:`Question.gradients` does of latents, (B, I) each, detached; a chain's are one tensor."""
+def _posteriors(question: Question, places: SumPlaces, wanted: Collection[int]) -> dict[int, Tensor]:
+    """Return what :meth:`Question.gradients` does of latents, detached, of whole tables: (n, B, I)."""
     question.require_one_root()
     pc, batch_size = question.pc, question.evidence.batch_size
-    in_chains = {position for step in pc.schedule if step.chain for position in step.chain.positions}
     zero = torch.zeros((), dtype=pc.dtype, device=pc.device)
-    none = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in nodes}
-    asked = question.with_latents({node: log for node, log in none.items() if pc.address(node)[0] not in in_chains})
-    root, found = latent_gradients(asked)
+    none = {node: zero.expand(batch_size, node.parameter_shape[1]) for node in places.outside}
+    asked = question.with_latents({node: log for node, log in none.items() if places.rows[node][0] in wanted})
+    root, by_layer = latent_gradients(asked)
     checked_possible(asked.mixed(LogSemiring(), root.unsqueeze(0)))
-    return [found.get(pc.address(node), none[node]) for node in nodes]
+    unused = {
+        places.rows[node][0]: log.expand(pc.sum_layers[pc.address(node)[0]], -1, -1) for node, log in none.items()
+    }
+    return {name: places.table(by_layer, name).mT if name in by_layer else unused[name] for name in wanted}
 
 
 def _chosen(

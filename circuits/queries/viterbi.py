@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
-from circuits.queries.common import query
+from circuits.queries.common import Rows, places_of_sums, query
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +31,7 @@ class Viterbi:
             which nothing is known. None of other circuits.
     """
 
-    states: dict[str, Tensor]
+    states: Mapping[str, Tensor]
     log_score: Tensor
     path: Tensor | None
 
@@ -59,18 +63,49 @@ def viterbi(pc: CompiledCircuit, evidence: Evidence | None = None, *, weights: C
     question = question.with_inputs(question.inputs(LogSemiring()))  # the values are summed out
     found = question.climb(semiring)
     chosen = question.choose(semiring, 1, None, found=found).children
-    states = {}
-    for node in pc.circuit.sums:
-        if node.name is not None:
-            layer, row = pc.address(node)
-            states[node.name] = chosen[layer][row]
-            if layer in question.silent:
-                states[node.name] = states[node.name].masked_fill(question.silent[layer][row, 0], -1)
-    return Viterbi(states, question.mixed(semiring, found.root), _path(states))
+    if pc not in _PLANS:
+        _PLANS[pc] = _plan(pc)
+    plan, places = _PLANS[pc], places_of_sums(pc)
+    tables = {name: places.table(chosen, name) for name in plan.tables}
+    if question.silent:
+        silent = {name: torch.cat([question.silent[at] for at in places.layers[name]])[:, 0] for name in tables}
+        tables = {name: table.masked_fill(silent[name], -1) for name, table in tables.items()}
+    paths = [
+        torch.cat([tables[name] for name in names]).index_select(0, rows.to(pc.device)).t()
+        for names, rows in plan.paths
+    ]
+    path = torch.stack(paths).amax(0) if paths else None
+    return Viterbi(Rows(tables, plan.rows), question.mixed(semiring, found.root), path)
 
 
-def _path(states: dict[str, Tensor]) -> Tensor | None:
-    """Return the states of an HMM, (B, L), from those of its nodes; of a model per class those of the one used."""
+class _Plan(NamedTuple):
+    """Where the states of a circuit's nodes are found."""
+
+    rows: dict[str, tuple[int, int]]
+    """Of named sum nodes: which table, and which of its rows."""
+    tables: list[int]
+    """Those of all named nodes."""
+    paths: list[tuple[list[int], Tensor]]
+    """Tables, and which of all their rows are the steps of an HMM; of a model per class those of all."""
+
+
+_PLANS: weakref.WeakKeyDictionary[CompiledCircuit, _Plan] = weakref.WeakKeyDictionary()
+
+
+def _plan(pc: CompiledCircuit) -> _Plan:
+    places = places_of_sums(pc)
+    rows = {node.name: place for node, place in places.rows.items() if node.name is not None}
+    paths = []
+    for names in _names_of_paths(rows):
+        tables = sorted({rows[name][0] for name in names})
+        sizes = [max(len(places.layers[table]), pc.sum_layers[table]) for table in tables]
+        starts = dict(zip(tables, itertools.accumulate(sizes, initial=0), strict=False))
+        paths.append((tables, torch.tensor([starts[rows[name][0]] + rows[name][1] for name in names])))
+    return _Plan(rows, sorted({table for table, _ in rows.values()}), paths)
+
+
+def _names_of_paths(states: Collection[str]) -> list[list[str]]:
+    """Return the nodes of an HMM's steps; of a model per class those of each; nothing of other circuits."""
     paths = []
     for first in (name for name in states if name.endswith("initial")):
         prefix = first.removesuffix("initial")
@@ -80,6 +115,6 @@ def _path(states: dict[str, Tensor]) -> Tensor | None:
             names.append(factor if factor in states else transition)
             transitions.add(transition)
         if not {name for name in states if name.startswith(prefix)} <= {*names, *transitions}:
-            return None  # the latents of a step are several nodes
-        paths.append(torch.stack([states[name] for name in names], 1))
-    return torch.stack(paths).amax(0) if paths and len({path.shape for path in paths}) == 1 else None
+            return []  # the latents of a step are several nodes
+        paths.append(names)
+    return paths if len({len(names) for names in paths}) == 1 else []
