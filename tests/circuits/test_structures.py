@@ -41,6 +41,7 @@ STRUCTURES = {
     "low-rank hmm": lambda: structures.low_rank_hmm(5, 4, 3, 2),
     "low-rank hmm, not homogeneous": lambda: structures.low_rank_hmm(5, 4, 3, 2, homogeneous=False),
     "block-sparse hmm": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS),
+    "block-sparse hmm with a rank": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS, rank=2),
     "block-sparse hmm, not homogeneous": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS, False),
     "second-order hmm": lambda: structures.second_order_hmm(5, 2, 3),
     "second-order hmm, one step": lambda: structures.second_order_hmm(1, 2, 3),
@@ -217,6 +218,31 @@ def test_block_sparse_hmm_is_a_dense_one_with_zeros(homogeneous):
     )
     assert_is_hmm(circuit, initial, transition, emission)
     num_allowed = int(pattern.sum())
+    assert circuit.num_parameters == N + (num_allowed + N * C if homogeneous else (L - 1) * num_allowed + L * N * C)
+
+
+@pytest.mark.parametrize("homogeneous", [True, False])
+def test_block_sparse_hmm_with_a_rank_is_a_dense_one(homogeneous):
+    steps = (1, 1) if homogeneous else (L - 1, L)
+    sizes, rank = [1, 2, 1], 2
+    pattern = FOLLOWS.repeat_interleave(torch.tensor(sizes), 0).repeat_interleave(torch.tensor(sizes), 1)
+    both = stochastic(steps[0], N, N + rank) * torch.cat([pattern, torch.ones(N, rank)], 1)
+    blocks, left = (both / both.sum(-1, keepdim=True)).split([N, rank], -1)
+    initial, right, emission = stochastic(N), stochastic(steps[0], rank, N, seed=2), stochastic(steps[1], N, C)
+    given = (blocks[0], left[0], right[0]) if homogeneous else (blocks, left, right)
+    circuit = structures.block_sparse_hmm(
+        L,
+        sizes,
+        C,
+        FOLLOWS,
+        homogeneous,
+        initial=initial,
+        transition=given,
+        emission=emission[0] if homogeneous else emission,
+        rank=rank,
+    )
+    assert_is_hmm(circuit, initial, blocks + left @ right, emission)
+    num_allowed = int(pattern.sum()) + 2 * N * rank
     assert circuit.num_parameters == N + (num_allowed + N * C if homogeneous else (L - 1) * num_allowed + L * N * C)
 
 
@@ -519,6 +545,16 @@ def test_learn_spn_ends_where_all_rows_are_the_same():
             lambda: structures.low_rank_hmm(3, 2, 2, 1, transition=torch.ones(2, 2) / 2),
             ct.ArgumentError,
             r"transition: expected two tables, \(2, 1\) and \(1, 2\), got Tensor",
+        ),
+        (
+            lambda: structures.block_sparse_hmm(3, [1, 1], 2, torch.eye(2).bool(), transition=torch.eye(2), rank=1),
+            ct.ArgumentError,
+            "transition: expected a table, or W, U and V with a rank, got tensor",
+        ),
+        (
+            lambda: structures.block_sparse_hmm(3, [1, 1], 2, torch.eye(2).bool(), rank=0),
+            ct.ArgumentError,
+            "rank: expected an integer >= 1, got 0",
         ),
         (
             lambda: structures.block_sparse_hmm(3, [2, 0], 2, torch.ones(2, 2).bool()),
