@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from circuits import CompiledCircuit
+from circuits import CompiledCircuit, Input
 from circuits.arguments import checked_count
 from diffusion.blocks import check_circuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
@@ -83,6 +83,34 @@ class LatentPotentials(Conditioner):
         steps = range(pc.circuit.num_vars - 1)
         positions = {f"{prefix}initial": 0, **{f"{prefix}transition{step}": step + 1 for step in steps}}
         made = cls(positions, pc.sum_node(f"{prefix}initial").parameter_shape[1], num_features, **options)
+        made.check(pc)
+        return made
+
+    @classmethod
+    def for_tree(cls, pc: CompiledCircuit, num_features: int, *, prefix: str = "", **options: Any) -> LatentPotentials:
+        """Build the potentials on the hidden variables of :func:`circuits.structures.latent_tree`, or ``hclt``.
+
+        Its root ``root`` mixes the states of the hidden variable at the top, ``transition{i}`` those of variable i;
+        leaves of the tree have none of their own.
+
+        Args:
+            pc: the circuit, whose hidden variables emit the positions that they are named after.
+            num_features: H.
+            prefix: of the names of its nodes, where it is a component of another.
+            **options: ``hidden`` and ``seed``.
+
+        Raises:
+            ArgumentError: the circuit has no nodes of these names.
+        """
+        check_circuit(pc)
+        top = pc.sum_node(f"{prefix}root")
+        leaf = next((node for node in top.children[0].children if isinstance(node, Input)), None)
+        positions = {} if leaf is None else {f"{prefix}root": leaf.var}
+        for node in pc.circuit.sums:
+            number = (node.name or "").removeprefix(f"{prefix}transition")
+            if number.isdecimal():
+                positions[f"{prefix}transition{number}"] = int(number)
+        made = cls(positions, top.parameter_shape[1], num_features, **options)
         made.check(pc)
         return made
 

@@ -161,9 +161,7 @@ def test_the_commands_of_the_documentation_run(run, folder, tmp_path, monkeypatc
 
 
 # without transformers that is what is missing
-SCORER_IS_MISSING = (
-    "scorer: expected a causal model" if find_spec("transformers") else "scorer: expected transformers"
-)
+SCORER_IS_MISSING = "scorer: expected a causal model" if find_spec("transformers") else "scorer: expected transformers"
 
 
 def test_mistakes_get_one_line(run, folder, questions, tmp_path):

@@ -120,6 +120,34 @@ def test_conditioners_are_applied_in_order_and_their_factors_add_up(pc, said, bl
     torch.testing.assert_close(found.marginal_probs, expected.marginal_probs, rtol=1e-6, atol=1e-8)
 
 
+def test_potentials_on_a_tree_read_the_positions_that_its_hidden_variables_emit(said, block, generator):
+    """By enumeration of the states of the two hidden variables of the tree 0 - 1 - 2, of which 2 is a leaf."""
+    edges = [(0, 1), (1, 2), (1, 3), (3, 4)]
+    circuit = ct.structures.latent_tree(edges, N, V, root=1)
+    wide = ct.compile(ct.structures.mixture_of([circuit, ct.structures.fully_factorized(5, V)]), dtype=torch.float64)
+    made = LatentPotentials.for_tree(wide, H, prefix="member0.")
+    assert made.positions == {"member0.root": 1, "member0.transition3": 3}
+    assert LatentPotentials.for_tree(ct.compile(circuit), H).positions == {"root": 1, "transition3": 3}
+    pc = ct.compile(ct.structures.latent_tree([(0, 1), (1, 2)], N, V, root=0), dtype=torch.float64, seed=0)
+    potentials = moved(LatentPotentials.for_tree(pc, H).double(), generator)
+    assert potentials.positions == {"root": 0, "transition1": 1}
+    tokens, masked = block
+    weight, bias = potentials.linear.weight.detach(), potentials.linear.bias.detach()
+    ratio = masked.double().mean(1, keepdim=True)
+    factors = [said.features[:, i].double() @ weight[:, :H].T + ratio * weight[:, H] + bias for i in (0, 1)]
+    root, step = pc.log_weights("root").exp()[0], pc.log_weights("transition1").exp()
+    emit = [pc.log_weights(f"emission{i}").exp() for i in range(L)]
+    law = torch.zeros(B, V**L, dtype=torch.float64)
+    x = texts(B)[:, 0]
+    for z, y in itertools.product(range(N), repeat=2):
+        p = root[z] * step[z, y] * emit[0][x[:, 0], z] * emit[1][x[:, 1], y] * emit[2][x[:, 2], y]
+        law += (factors[0][:, z] + factors[1][:, y]).exp().unsqueeze(1) * p
+    q = (said.log_q.exp().gather(2, texts(B).permute(1, 2, 0))).masked_fill(~masked.unsqueeze(-1), 1.0).prod(1)
+    law = law * q * ((texts(B) == tokens) | masked).all(-1).T
+    found = CoupledHead(pc, conditioners=[potentials])(said, tokens, masked).log_prob(texts(B)).exp().T
+    torch.testing.assert_close(found, law / law.sum(1, keepdim=True), rtol=1e-6, atol=1e-12)
+
+
 @register("test_transitions")
 class Transitions(Conditioner):
     """Weights at run time: the transition of the first step becomes softmax(a r) in every row, r the mask ratio."""
