@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from circuits.reading import Range, record_of, short
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import CheckpointError
 from diffusion.json_files import read_json, write_json
+from diffusion.text.tables import absolute_source
 from diffusion.text.tokenizer import TokenizerKind
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
@@ -31,9 +31,10 @@ class TextRecipe:
     """Which text, and how it becomes tokens.
 
     Attributes:
-        corpus: "embedded", "arithmetic", "gsm8k", or a path, see :func:`~diffusion.text.corpus.load_corpus`; a path
-            becomes an absolute one, which means the same in every folder.
-        field: the key of the text in a .jsonl corpus.
+        corpus: "embedded", "arithmetic", "gsm8k", a dataset, or a path, see
+            :func:`~diffusion.text.corpus.load_corpus`; a path becomes an absolute one, which means the same in every
+            folder.
+        field: the key of the text in a .jsonl corpus, or its column in a table.
         tokenizer: "characters", or "bpe" with ``vocab_size`` tokens.
         vocab_size: of the "bpe" tokenizer.
     """
@@ -45,7 +46,7 @@ class TextRecipe:
 
     def __post_init__(self) -> None:
         if self.corpus not in ("embedded", "arithmetic", "gsm8k"):
-            object.__setattr__(self, "corpus", os.path.abspath(self.corpus))
+            object.__setattr__(self, "corpus", absolute_source(self.corpus))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from circuits.digests import digest
 from circuits.reading import read_bytes, short
 from diffusion.errors import ArgumentError, CorpusError
 from diffusion.text.gsm8k import FIELD, gsm8k_train
+from diffusion.text.tables import is_table, open_table
 from diffusion.text.tokenizer import is_text
 
 ARITHMETIC_DOCUMENTS = 2_000
@@ -59,16 +60,19 @@ def load_corpus(
     Args:
         source: ``"embedded"``, the language reference that comes with Python (``pydoc_data.topics``, a document per
             topic); ``"arithmetic"``, generated sums (``arithmetic_documents``); ``"gsm8k"``, its worked answers, which
-            are downloaded once (:mod:`~diffusion.text.gsm8k`); or the path of a ``.txt`` file, whose documents are
+            are downloaded once (:mod:`~diffusion.text.gsm8k`); the path of a ``.txt`` file, whose documents are
             separated by blank lines, of a ``.jsonl`` file with a document per line, or of a ``.fasta`` or ``.fa`` file,
-            whose documents are its sequences. The file may be compressed, with ``.gz`` appended to its name.
-        field: the key that holds the text in each line of a ``.jsonl`` file.
+            whose documents are its sequences, each of which may be compressed, with ``.gz`` appended to its name; of a
+            ``.parquet`` file with a document per row; or ``"dataset:NAME:CONFIGURATION@SPLIT"``, a dataset of the hub
+            or a folder with one, where configuration and split ("train") may be left out.
+        field: the key that holds the text in each line of a ``.jsonl`` file; the column of a table, by default "text".
         held_out_fraction: share of the documents that is held out, in [0, 1).
         seed: chooses which documents are held out, and generates the arithmetic.
 
     Raises:
         CorpusError: the file is missing, not text, not in its format, empty, or has too few documents to split.
-        ArgumentError: ``field`` is missing or superfluous, or ``held_out_fraction`` outside [0, 1).
+        ArgumentError: ``field`` is missing or superfluous, ``held_out_fraction`` outside [0, 1), or the package that
+            reads a table is not installed.
     """
     if not 0 <= held_out_fraction < 1:
         raise ArgumentError(f"held_out_fraction: expected a share from 0 to below 1, got {held_out_fraction}")
@@ -77,8 +81,10 @@ def load_corpus(
         documents = _documents_of_jsonl(str(gsm8k_train()), field or FIELD)
         return _corpus(name, documents, held_out_fraction, seed)
     is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
-    if field is not None and not is_jsonl:
-        raise ArgumentError(f"field: expected none, for {name!r} is no .jsonl file, got {field!r}; leave it out")
+    if field is not None and not is_jsonl and not is_table(name):
+        raise ArgumentError(
+            f"field: expected none, for {name!r} is no .jsonl file and no table, got {field!r}; leave it out"
+        )
     if name == "embedded":
         documents = _python_reference()
     elif name == "arithmetic":
@@ -87,14 +93,17 @@ def load_corpus(
         if field is None:
             raise ArgumentError(f"field: expected the key that holds the text in each line of {name}, got none")
         documents = _documents_of_jsonl(name, field)
+    elif is_table(name):
+        documents = _documents_of_table(name, field or "text")
     elif name.removesuffix(".gz").endswith((".fasta", ".fa")):
         documents = _sequences_of_fasta(name)
     elif name.removesuffix(".gz").endswith(".txt"):
         documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
     else:
         raise CorpusError(
-            "corpus: expected 'embedded', 'arithmetic', 'gsm8k', or a path that ends in .txt, .jsonl, .fasta or .fa, or"
-            f" one of these and .gz, got {name}; rename the file, or write it in one of these formats"
+            "corpus: expected 'embedded', 'arithmetic', 'gsm8k', 'dataset:NAME', or a path that ends in .parquet, in .txt, "
+            f".jsonl, .fasta or .fa, or one of these and .gz, got {name}; rename the file, or write it in one of these "
+            "formats"
         )
     return _corpus(name, documents, held_out_fraction, seed)
 
@@ -157,6 +166,16 @@ def _sequences_of_fasta(name: str) -> list[str]:
     if header.strip():
         raise CorpusError(f"{name}: expected FASTA, a line that begins with > first, got {header.strip()[:40]!r}")
     return ["".join(record.split()) for record in records]
+
+
+def _documents_of_table(name: str, field: str) -> list[str]:
+    documents, size = [], 0
+    for (document,) in open_table(name).texts(field):
+        documents.append(document)
+        size += len(document)
+        if size > _MOST_TEXT:
+            raise CorpusError(f"{name}: expected at most {_MOST_TEXT:,} characters in {field!r}, got more")
+    return documents
 
 
 def _documents_of_jsonl(name: str, field: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from diffusion.errors import ArgumentError
 
 
 def answer_windows(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
     spec: DenoiserSpec,
     *,
     context_length: int,
@@ -25,7 +26,7 @@ def answer_windows(
     none, what does not fill a block is left out. Contexts that are shorter are padded at their left.
 
     Args:
-        pairs: tokens of prompt and answer; a text without a prompt has an empty one.
+        pairs: tokens of prompt and answer; a text without a prompt has an empty one. They are taken one by one.
         spec: of the denoiser: its padding and its end of text.
         context_length: tokens of a window before the block.
         block_length: L.
@@ -47,8 +48,8 @@ def answer_windows(
         for start in range(len(prompt), len(tokens) - block_length + 1, block_length):
             context = tokens[max(0, start - context_length) : start]
             padding = context_length - len(context)
-            rows.append([spec.pad_id] * padding + context + tokens[start : start + block_length])
-            valid.append([False] * padding + [True] * (len(context) + block_length))
+            rows.append(np.array([spec.pad_id] * padding + context + tokens[start : start + block_length], np.int64))
+            valid.append(np.arange(context_length + block_length) >= padding)
     if not rows:
         raise ArgumentError(f"pairs: expected an answer of at least a block of {block_length} tokens, got none")
-    return torch.tensor(rows, dtype=torch.int64), torch.tensor(valid)
+    return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(valid))

@@ -45,10 +45,11 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the models and resul
 CorpusName = Annotated[
     str,
     typer.Option(
-        help="'embedded' (Python's documentation), 'arithmetic', 'gsm8k' (downloaded), or a .txt/.jsonl file, also .gz."
+        help="'embedded' (Python's documentation), 'arithmetic', 'gsm8k' (downloaded), a .txt/.jsonl file, also .gz, a "
+        ".parquet file, or 'dataset:NAME:CONFIGURATION@SPLIT' (of the hub, or a folder)."
     ),
 ]
-FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")]
+FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus; of a table its column.")]
 PresetName = Annotated[
     str,
     typer.Option(

@@ -69,11 +69,19 @@ class TextOptions(OptionGroup):
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
         "text": Annotated[
-            Path | None,
+            str | None,
             typer.Option(
-                help="Texts of yours: .jsonl with the key text, and prompt if need be, .txt, .fasta or .fa, also .gz. "
-                "By default the folder's own.",
+                help="Texts of yours: .jsonl, .txt, .fasta or .fa, also .gz, .parquet, or "
+                "dataset:NAME:CONFIGURATION@SPLIT. By default the folder's own.",
                 show_default=False,
+            ),
+        ],
+        "field": Annotated[str, typer.Option(help="The key of the text in .jsonl; of a table its column.")],
+        "prompt_field": Annotated[
+            str | None,
+            typer.Option(
+                help="The key or column of what stands before a text, which is always visible.",
+                show_default="prompt, if it is there",
             ),
         ],
         "to": Annotated[
@@ -93,7 +101,13 @@ class TextOptions(OptionGroup):
         "features": Annotated[bool, typer.Option("--features", help="Keep the denoiser's hidden states too.")],
         "seed": Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Of noise levels and masks.")],
     }
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"context": 512, "suffix": 0, "features": False, "seed": 0}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "field": "text",
+        "context": 512,
+        "suffix": 0,
+        "features": False,
+        "seed": 0,
+    }
 
 
 @app.command("cache-logits")
