@@ -185,9 +185,9 @@ def run(
         kept_step = history.step
 
     is_shown = progress and processes.rank == 0
-    is_logged = plan.log_dir is not None and processes.rank == 0
+    folder = plan.log_dir if processes.rank == 0 else None
     shown = progress_bar(plan.title, plan.num_updates, enabled=is_shown, completed=history.step)
-    written = scalar_log(plan.log_dir, history.step) if is_logged else contextlib.nullcontext()
+    written = contextlib.nullcontext() if folder is None else scalar_log(folder, history.step)
     with written as log, stoppable(), shown as advance:
         while (reason := plan.reason_to_stop(history)) is None:
             if processes.is_any(stop_requested() is not None):
