@@ -27,8 +27,8 @@ def cache_texts(models: Models, options: Any, *, num_blocks: int | None, progres
 
     Args:
         models: the denoiser and its tokenizer.
-        options: of the command line, by name: text, field, prompt_field, to, context, block, suffix, top_k, features,
-            seed.
+        options: of the command line, by name: text, field, prompt_field, to, context, block, suffix, masks, top_k,
+            features, seed.
         num_blocks: how many, drawn at random; None: all.
         progress: draw a progress bar.
 
@@ -58,6 +58,7 @@ def cache_texts(models: Models, options: Any, *, num_blocks: int | None, progres
         block_length=options.block or models.block_length,
         valid=valid,
         suffix_length=options.suffix,
+        masks=options.masks,
         shard=shard(),
         top_k=options.top_k,
         features=options.features,

@@ -149,7 +149,11 @@ class Workspace(Folder):
         pc = self._fit_likelihood(recipe, corpus, checkpoints[0])
         train, held_out = self.cache(recipe)
         head = initial_head(copy.deepcopy(pc), recipe.circuit, train)
-        options: dict[str, Any] = {"process_group": self.processes.group, "log_dir": self.log("head"), "progress": self.progress}
+        options: dict[str, Any] = {
+            "process_group": self.processes.group,
+            "log_dir": self.log("head"),
+            "progress": self.progress,
+        }
         fit_coupled(head, train, held_out, config=recipe.circuit.training, checkpoint_path=checkpoints[1], **options)
         joint = None
         if recipe.circuit.joint is not None:
@@ -183,7 +187,11 @@ class Workspace(Folder):
             self.stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
         )
         held_out = windows(self.stream(corpus.held_out), length=span, max_windows=256)
-        options: dict[str, Any] = {"process_group": self.processes.group, "log_dir": self.log(JOINT), "progress": self.progress}
+        options: dict[str, Any] = {
+            "process_group": self.processes.group,
+            "log_dir": self.log(JOINT),
+            "progress": self.progress,
+        }
         fit_jointly(denoiser, head, train, held_out, config=config, checkpoint_path=checkpoint, **options)
         return denoiser
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from diffusion.prediction import Prediction
 from diffusion.training.cache_files import FORMAT_VERSION, continue_or_create, extended, read_meta, verified_arrays
 from diffusion.training.cache_shards import Joined, shard_folder, shards_of
 from diffusion.training.cached import CachedBatch
-from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule
+from diffusion.training.masking import Masks, ScheduleName, mask_tokens, masked_at_end, sample_times, schedule
 
 _LOWEST_LOG_Q = -6e4  # float16 holds it
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -159,6 +159,7 @@ def cache_logits(
     shard: tuple[int, int] | None = None,
     top_k: int | None = None,
     features: bool = False,
+    masks: Masks = "random",
     masks_per_window: int = 1,
     schedule_name: ScheduleName = "linear",
     seed: int = 0,
@@ -166,7 +167,7 @@ def cache_logits(
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> LogitCache:
-    """Mask the last block of each window at random, and write the denoiser's predictions for it to disk.
+    """Mask the last block of each window, and write the denoiser's predictions for it to disk.
 
     An interrupted call goes on where it stopped when it is repeated with the same arguments; a complete cache of the
     same arguments is opened at once.
@@ -184,6 +185,8 @@ def cache_logits(
             ``path``; :meth:`LogitCache.open` reads all of them as one. None: all windows.
         top_k: keep the k most probable tokens of every position and the true one, k + 1 in all; None: all V.
         features: keep the denoiser's last hidden states too, for conditioners that look at them, in float16.
+        masks: which tokens of a block are masked, their number being that of the schedule: ``random`` ones, or its
+            ``suffix``, as writing from left to right leaves it.
         masks_per_window: how many noisy versions of every window, each with its own noise level.
         schedule_name: the noise schedule; times are uniform on (0, 1).
         seed: of noise levels and masks.
@@ -195,8 +198,8 @@ def cache_logits(
         The cache, or this process's shard of it.
 
     Raises:
-        ArgumentError: no windows, windows shorter than a block, ``valid`` that does not fit them or pads a block, or a
-            denoiser without the features asked for.
+        ArgumentError: no windows, unknown masks, windows shorter than a block, ``valid`` that does not fit them or
+            pads a block, or a denoiser without the features asked for.
         CheckpointError: the folder holds something else, or a cache made with other arguments, or what was written
             before is damaged.
         StorageError: there is no room for it, the folder cannot be written, or another process caches there.
@@ -208,6 +211,8 @@ def cache_logits(
         )
     vocab_size, folder = denoiser.spec.vocab_size, Path(path)
     checked_count("suffix_length", suffix_length, 0)
+    if masks not in get_args(Masks):
+        raise ArgumentError(f"masks: expected {' or '.join(get_args(Masks))}, got {masks!r}")
     valid = _checked_valid(valid, windows, block_length)
     if shard is not None:
         folder = shard_folder(folder, shard)
@@ -239,6 +244,7 @@ def cache_logits(
         meta["tokenizer"] = tokenizer
     if valid is not None:
         meta["valid"] = hashlib.sha256(valid.cpu().contiguous().numpy().tobytes()).hexdigest()
+    meta |= {"masks": masks} if masks != "random" else {}
     meta |= {"suffix_length": suffix_length} if suffix_length else {}
     meta |= {"shard": list(shard)} if shard is not None else {}
     windows = windows.repeat(masks_per_window, 1)
@@ -250,7 +256,7 @@ def cache_logits(
         def fill(rows: slice) -> None:
             generator = torch.Generator().manual_seed(_seed_of(seed, rows.start, *(shard or ())))
             padded = None if valid is None else valid[rows]
-            noise = schedule_name, generator
+            noise = schedule_name, masks, generator
             _fill(arrays, rows, denoiser, (windows[rows], padded), block_length, suffix_length, noise, device)
 
         _complete(folder, meta, arrays, fill, progress=progress)
@@ -293,16 +299,17 @@ def _fill(
     padded: tuple[Tensor, Tensor | None],
     block_length: int,
     suffix_length: int,
-    noise: tuple[ScheduleName, torch.Generator],
+    noise: tuple[ScheduleName, Masks, torch.Generator],
     device: torch.device | str | None,
 ) -> None:
-    (windows, valid), (schedule_name, generator) = padded, noise
+    (windows, valid), (schedule_name, masks, generator) = padded, noise
     block = windows[:, -block_length:].cpu()
     t = sample_times(len(windows), generator=generator)
-    noisy, masked = mask_tokens(
-        block, t, mask_id=denoiser.spec.mask_id, schedule=schedule(schedule_name), generator=generator
-    )
-    suffix = noisy.new_full((len(noisy), suffix_length), denoiser.spec.mask_id)
+    mask_id = denoiser.spec.mask_id
+    _, masked = mask_tokens(block, t, mask_id=mask_id, schedule=schedule(schedule_name), generator=generator)
+    masked = masked_at_end(masked) if masks == "suffix" else masked
+    noisy = block.masked_fill(masked, mask_id)
+    suffix = noisy.new_full((len(noisy), suffix_length), mask_id)
     canvas = torch.cat([windows[:, :-block_length].cpu(), noisy, suffix], 1).to(device or windows.device)
     if valid is not None:
         valid = torch.cat([valid.cpu(), torch.ones_like(suffix, dtype=torch.bool)], 1).to(canvas.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusion.errors import ArgumentError
 
 ScheduleName = Literal["linear", "cosine", "geometric"]
+Masks = Literal["random", "suffix"]
 TimeSampling = Literal["antithetic", "low_discrepancy", "uniform"]
 
 EARLIEST_TIME = 1e-3
@@ -197,6 +198,19 @@ def mask_tokens(
             )
         masked = masked & maskable
     return tokens.masked_fill(masked, mask_id), masked
+
+
+def masked_at_end(masked: Tensor) -> Tensor:
+    """Return masks of the same numbers at the end of each sequence, as writing from left to right leaves them.
+
+    Args:
+        masked: bool, shape (B, L).
+
+    Returns:
+        bool, shape (B, L).
+    """
+    _check_maskable(masked)
+    return masked.sort(dim=1, stable=True).values
 
 
 def count_masked(num_maskable: int, ratio: float) -> int:

@@ -69,6 +69,25 @@ def test_the_blocks_to_come_are_masked(denoiser, tmp_path):
         cached(denoiser, windows, tmp_path / "suffix")
 
 
+def test_the_end_of_a_block_is_masked_as_often_as_random_tokens_are(denoiser, tmp_path):
+    windows = torch.randint(6, (9, CONTEXT + L), generator=torch.Generator().manual_seed(0))
+    random, suffix = (
+        cached(denoiser, windows, tmp_path / masks, masks=masks, features=True).batch(slice(None))
+        for masks in ("random", "suffix")
+    )
+    count = random.masked.sum(1, keepdim=True)
+    assert torch.equal(suffix.masked, torch.arange(L) >= L - count)
+    assert not torch.equal(suffix.masked, random.masked)
+    canvas = windows.clone()
+    canvas[:, CONTEXT:].masked_fill_(suffix.masked, MASK)
+    with torch.no_grad():
+        logits = denoiser.logits(canvas, window=(CONTEXT, CONTEXT + L))
+    logits[..., [PAD, MASK]] = -torch.inf
+    torch.testing.assert_close(suffix.log_q.exp(), torch.softmax(logits, -1), rtol=0, atol=2e-3)
+    with pytest.raises(df.errors.CheckpointError, match="another masks"):
+        cached(denoiser, windows, tmp_path / "suffix", features=True)
+
+
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_shards_are_read_as_one_cache(denoiser, tmp_path, top_k):
     windows = torch.randint(6, (11, CONTEXT + L), generator=torch.Generator().manual_seed(0))
@@ -122,6 +141,7 @@ def test_what_cannot_be_cached_is_refused(denoiser, tmp_path):
         ({"shard": (3, 3)}, "shard"),
         ({"shard": (3, 4)}, "shard"),
         ({"suffix_length": -1}, "suffix_length"),
+        ({"masks": "prefix"}, "masks"),
     ):
         with pytest.raises(df.errors.ArgumentError, match=f"^{name}: expected"):
             cached(denoiser, windows, tmp_path / "none", **options)

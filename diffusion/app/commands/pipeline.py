@@ -95,6 +95,9 @@ class TextOptions(OptionGroup):
         "suffix": Annotated[
             int, typer.Option(min=0, max=MOST, help="Mask tokens after a block, as block decoding shows them.")
         ],
+        "masks": Annotated[
+            str, typer.Option(help="Which tokens of a block are masked: 'random' ones, or its 'suffix', with --text.")
+        ],
         "top_k": Annotated[
             int | None, typer.Option(min=1, max=MOST, help="Keep so many tokens of each position and the true one.")
         ],
@@ -105,6 +108,7 @@ class TextOptions(OptionGroup):
         "field": "text",
         "context": 512,
         "suffix": 0,
+        "masks": "random",
         "features": False,
         "seed": 0,
     }
