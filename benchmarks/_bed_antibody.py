@@ -90,7 +90,7 @@ def cdr3(window: str) -> range:
 
 def places_of(loops: list[range]) -> Tensor:
     """Return where loops are, bool (N, 100)."""
-    return torch.tensor([[place in loop for place in range(LENGTH)] for loop in loops], dtype=torch.bool).view(-1, LENGTH)
+    return torch.tensor([[place in loop for place in range(LENGTH)] for loop in loops]).view(-1, LENGTH)
 
 
 def mutated(chains: list[str], *, seed: int) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import circuits as ct
 import diffusion as df
 from circuits.files import file_hash
 from diffusion.errors import CorpusError
@@ -91,22 +92,63 @@ def test_losses_of_nested_masks_are_those_of_the_gap():
     """At one ratio at a time ``misspecification_gap`` measures the same, token by token too, with masks of its own."""
     denoiser, ratios = random_denoiser(), (0.25, 0.75)
     windows = torch.randint(0, 4, (5, 11), generator=torch.Generator().manual_seed(0))
-    order = losses.orders(5, 8, seed=0)
-    one_by_one = losses.sequential_losses(denoiser, windows, order, ratios, (4, 5))
-    at_once = losses.one_step_losses(denoiser, windows, order, ratios, (4, 5))
+    masks = losses.Masks.at_random(5, 8, ratios, seed=0)
+    one_by_one = losses.sequential_losses(denoiser, windows, masks, (4, 5))
+    at_once = losses.one_step_losses(denoiser, windows, masks, (4, 5))
     for row, ratio in itertools.product(range(5), ratios):
         count = round(8 * ratio)
         canvas = windows[row : row + 1].clone()
-        canvas[0, 3 + order[row, 8 - count :]] = 5
+        canvas[0, 3 + masks.order[row, 8 - count :]] = 5
         asked = torch.log_softmax(denoiser.logits(canvas)[0, :, :4], -1)
-        last = 3 + order[row, 8 - count :]
+        last = 3 + masks.order[row, 8 - count :]
         expected = -asked[last, windows[row, last]].mean()
-        torch.testing.assert_close(at_once[ratio][row], expected.double(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(at_once[str(ratio)][row], expected.double(), atol=1e-5, rtol=0)
         total = 0.0
         for place in last:
             total -= float(torch.log_softmax(denoiser.logits(canvas)[0, place, :4], -1)[windows[row, place]])
             canvas[0, place] = windows[row, place]
-        assert float(one_by_one[ratio][row]) == pytest.approx(total / count, abs=1e-5)
+        assert float(one_by_one[str(ratio)][row]) == pytest.approx(total / count, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_part_of_each_window_is_masked_exactly_and_revealed_one_token_at_a_time():
+    denoiser = random_denoiser()
+    windows = torch.randint(0, 4, (3, 8), generator=torch.Generator().manual_seed(0))
+    masked = torch.zeros(3, 8, dtype=torch.bool)
+    masked[0, 2:7], masked[1, 4], masked[2, ::3] = True, True, True
+    masks = losses.Masks.of(masked, "loop", seed=0)
+    assert torch.equal(masks.masked(masks.counts["loop"]), masked)
+    found = losses.sequential_losses(denoiser, windows, masks, (4, 5))["loop"]
+    for row, count in enumerate((5, 1, 3)):
+        canvas, total = windows[row : row + 1].masked_fill(masked[row], 5), 0.0
+        for place in masks.order[row, 8 - count :]:
+            total -= float(torch.log_softmax(denoiser.logits(canvas)[0, place, :4], -1)[windows[row, place]])
+            canvas[0, place] = windows[row, place]
+        assert float(found[row]) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_third_loop_is_between_the_cysteine_and_the_motif():
+    one, other = "A" * 60 + "YYC" + "ARDCYG" + "WGQGTLV", "A" * 60 + "YYC" + "ARDCYG" + "WAQGTLV"
+    assert bed.cdr3(one) == range(63, 69)
+    assert bed.cdr3(other) == range(0)
+    assert bed.places_of([range(1, 3)]).nonzero().tolist() == [[0, 1], [0, 2]]
+
+
+def test_a_mutation_changes_one_base_of_a_codon():
+    """M has one codon, ATG: I is behind three of its nine changes, L (TTG, CTG) behind two, K, T, R, V behind one."""
+    assert sorted(bed.neighbours()["M"]) == sorted("IIILLKTRV")
+    chains = ["M" * 100] * 200
+    changed = [sum(residue != "M" for residue in chain) for chain in bed.mutated(chains, seed=0)]
+    assert np.mean(changed) == pytest.approx(100 * bed.MOST_MUTATED / 2, rel=0.2)
+    assert max(changed) > 25
+
+
+def test_states_of_an_aligned_chain_begin_as_chains():
+    """Of two chains that never agree each state says one with probability 0.6 + 0.4 / 2, but for smoothing."""
+    chains = torch.stack([torch.arange(100) % 7, torch.arange(100) % 7 + 7])
+    pc = ct.compile(bed.aligned_chain(2, chains, seed=0))
+    expected = 100 * np.log(0.8) + np.log(0.5) + 99 * np.log(0.95)
+    assert pc(chains).tolist() == pytest.approx([expected] * 2, abs=5)
 
 
 def test_a_share_is_of_the_gap_and_there_is_none_without_a_gap():
