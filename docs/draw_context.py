@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
         factors[moved],
         tokens,
         masked[0],
-        title=f"potentials on the {NUM_STATES} hidden states that they move most, less the means of place and state (nats)",
+        title=f"potentials on the {NUM_STATES} hidden states they move most, less means of place and state (nats)",
         ylabel="state",
         cmap="RdBu",
         vmin=-span_of,
