@@ -38,7 +38,7 @@ def fitted_head(denoiser: df.Denoiser, windows: torch.Tensor, vocabulary: list[i
     pc = ct.compile(ct.structures.hmm(LENGTH, 64, len(vocabulary)), seed=0)
     ct.learning.fit(pc, categories, optimizer="minibatch_em", num_epochs=10, progress=False)
     head = df.CoupledHead(pc, calibration=df.NoiseCalibration(len(vocabulary)), vocabulary=vocabulary)
-    cache = df.cache_logits(denoiser, windows[::2], folder / "example-logits", block_length=LENGTH)
+    cache = df.cache_logits(denoiser, windows[::4], folder / "example-logits", block_length=LENGTH)
     df.fit_coupled(head, cache, config=df.CircuitTraining(steps=100, batch_size=32))
     return head
 
@@ -73,8 +73,12 @@ def main() -> None:
     canvas = tokenizer.encode(before) + [denoiser.spec.mask_id] * length + tokenizer.encode(after)
     no_cysteine = f"[{RESIDUES.replace('C', '')}]{{{length}}}"
     constraint = df.constraints.template(before + "{loop}" + after, tokenizer, loop=no_cysteine)
-    print(f"CDR3 of this read: {loop}; {options.designs} designs of {length} residues without cysteine\n")
-    print("calls  head  mean log-likelihood of a residue given all others  different  first design")
+    places = range(len(before), len(before) + length)
+    own = pseudo_log_likelihood(denoiser, torch.tensor([tokenizer.encode(read)]), range(found.start(1), found.end(1)))
+    print(
+        f"CDR3 of this read: {loop} ({float(own):.2f}); {options.designs} designs of {length} residues without cysteine\n"
+    )
+    print("calls  head  log-likelihood of a residue given all others  different  first design")
     for num_steps in (1, 4, length):
         for name, chosen in (("no", None), ("yes", head)):
             out = df.infill(
@@ -86,11 +90,11 @@ def main() -> None:
                 temperature=1.0,
                 seeds=range(options.designs),
             )
-            loops = out.tokens[:, len(before) : len(before) + length]
+            loops = out.tokens[:, places.start : places.stop]
             texts = ["".join(tokenizer.decode(row).split()) for row in loops.tolist()]
             assert all("C" not in text and len(text) == length for text in texts)
-            score = pseudo_log_likelihood(denoiser, out.tokens, range(len(before), len(before) + length)).mean()
-            print(f"{num_steps:5}  {name:4}  {float(score):49.2f}  {len(set(texts)):9}  {texts[0]}")
+            score = pseudo_log_likelihood(denoiser, out.tokens, places).mean()
+            print(f"{num_steps:5}  {name:4}  {float(score):44.2f}  {len(set(texts)):9}  {texts[0]}")
 
 
 if __name__ == "__main__":
