@@ -28,8 +28,16 @@ class VectorSemiring(ChoosingSemiring):
 
     def split(
         self, nodes: Sequence[Node], factors: Sequence[Tensor], node: Tensor, entry: Tensor, generator: Source
-    ) -> Tensor:
-        """Choose what makes up entries (n,) of n reached products, a factor's vectors (n, E) each: (children, n)."""
+    ) -> Sequence[Tensor]:
+        """Choose the factors' entries, (n,) each, that make up entries (n,) of n reached products, of vectors (n, E).
+
+        Args:
+            nodes: the products of a layer.
+            factors: the vectors of their children.
+            node: which of the products they are.
+            entry: of their vectors.
+            generator: for draws.
+        """
         raise NotImplementedError
 
 

@@ -37,48 +37,49 @@ class ArcSemiring(StateSemiring):
     def _read(self, single: Tensor, after: Tensor) -> Tensor:
         """Add up, over the arcs out of every state, a variable restricted to the label times what follows."""
         arcs = self.arcs
-        terms = single[..., arcs.label] + after[..., arcs.target]  # (..., E)
+        terms = single.index_select(-1, arcs.label) + after.index_select(-1, arcs.target)  # (..., E)
         index = arcs.source.expand_as(terms)
         empty = terms.new_full((*terms.shape[:-1], arcs.num_states), -torch.inf)
         peak = empty.scatter_reduce(-1, index, terms.detach(), "amax")
         if isinstance(self.entries, MaxSemiring):
             return peak
         peak, tau = peak.masked_fill(peak == -torch.inf, 0.0), temperature_of(self.entries)
-        total = torch.zeros_like(empty).scatter_add(-1, index, ((terms - peak[..., arcs.source]) / tau).exp())
+        shares = ((terms - peak.index_select(-1, arcs.source)) / tau).exp()
+        total = torch.zeros_like(empty).index_add(-1, arcs.source, shares)
         possible = total > 0
         return torch.where(possible, torch.where(possible, total, 1.0).log() * tau + peak, -torch.inf)
 
     def choose_arc(self, single: Tensor, after: Tensor, state: Tensor, generator: Source) -> Tensor:
         """Choose an arc out of each of n states, (n,), from the values of a variable and of what follows, (n, *)."""
-        scores = single[:, self.arcs.label] + after[:, self.arcs.target]
+        scores = single.index_select(1, self.arcs.label) + after.index_select(1, self.arcs.target)
         return self.choose(scores.masked_fill(self.arcs.source != state.unsqueeze(1), -torch.inf), generator)
 
     def split(
         self, nodes: Sequence[Node], factors: Sequence[Tensor], node: Tensor, entry: Tensor, generator: Source
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Choose an arc for every single variable; entries are their labels, and the state before what follows."""
-        entries = entry.expand(len(factors), -1).clone()
-        for order, rows in self.orders(nodes).items():
-            here = torch.isin(node, node.new_tensor(rows)).nonzero().flatten()
-            source = generator.rows(here) if isinstance(generator, RowGenerators) else generator
-            found = self._arcs([factors[child][here] for child in order], entry[here], source)
-            entries[entry.new_tensor(order).unsqueeze(1), here] = found
-        return entries
-
-    def _arcs(self, factors: Sequence[Tensor], state: Tensor, generator: Source) -> Tensor:
-        """Choose arcs from a state, (n,), in reading order, in which the factors are: labels, and the state at last."""
-        *front, after = factors
+        orders = self.orders(nodes)
+        if len(orders) > 1:
+            chosen = [entry.clone() for _ in factors]
+            for rows in orders.values():
+                here = torch.isin(node, node.new_tensor(rows)).nonzero().flatten()
+                source = generator.rows(here) if isinstance(generator, RowGenerators) else generator
+                part = self.split([nodes[rows[0]]], [x[here] for x in factors], node[here], entry[here], source)
+                for own, found in zip(chosen, part, strict=True):
+                    own[here] = found
+            return chosen
+        (order,) = orders
+        *front, after = (factors[child] for child in order)
         follows = [after]
         for single in reversed(front[1:]):
             follows.insert(0, self.read(single, follows[0]))
-        entries = []
-        for number, (single, after) in enumerate(zip(front, follows, strict=False)):
-            source = generator.at(number) if isinstance(generator, RowGenerators) else generator
-            arc = self.choose_arc(single, after, state, source)
-            entries.append(self.arcs.label[arc])
-            state = self.arcs.target[arc]
-        entries.append(state)
-        return torch.stack(entries)
+        chosen = list(factors)
+        for child, single, after in zip(order, front, follows, strict=False):
+            source = generator.at(child) if isinstance(generator, RowGenerators) else generator
+            arc = self.choose_arc(single, after, entry, source)
+            chosen[child], entry = self.arcs.label[arc], self.arcs.target[arc]
+        chosen[order[-1]] = entry
+        return chosen
 
 
 def temperature_of(semiring: ChoosingSemiring) -> float:

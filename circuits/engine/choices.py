@@ -83,7 +83,7 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
         source = source_of(top + 1, torch.zeros_like(query), torch.arange(len(query), device=query.device))
         root = root if question.class_factors is None else semiring.times(root, semiring.lift(question.class_factors))
         units[top][0] = semiring.choose(root.transpose(0, 1).flatten(1)[query], source)
-    vectors = semiring if isinstance(semiring, VectorSemiring) else None
+    vectors, size = (semiring, semiring.num_entries) if isinstance(semiring, VectorSemiring) else (None, 1)
     for step in reversed(pc.schedule):
         if step.chain is not None and step.position in found.chains:
             (column,) = (units[step.position][0] >= 0).nonzero(as_tuple=True)
@@ -95,26 +95,24 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
             continue
         for position, layer in reversed(step.layers):
             node, column = (units[position] >= 0).nonzero(as_tuple=True)
-            unit, entry = units[position][node, column], None
-            if vectors is not None:
-                unit, entry = unit // vectors.num_entries, unit % vectors.num_entries
+            code = units[position][node, column]
+            unit, entry = (code, None) if vectors is None else (code // size, code % size)
             reached = Reached(node, unit, query[column])
             if isinstance(layer, ProductLayer):
                 choices = layer.child_choices(unit)
                 del units[position]
                 if vectors is not None and entry is not None:
-                    found_at = zip(layer.factors(found.values), choices, strict=True)
-                    factors = [values[node, at, reached.query] for values, at in found_at]
-                    entry = vectors.split(layer.nodes, factors, node, entry, source_of(position, node, column))
+                    values = zip(layer.factors(found.values), choices, strict=True)
+                    factors = [value[node, at, reached.query] for value, at in values]
+                    entries = vectors.split(layer.nodes, factors, node, entry, source_of(position, node, column))
+                    choices = [at * size + own for at, own in zip(choices, entries, strict=True)]
             else:
                 own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
                 gathered = layer.gather(found.values, semiring, question.latents.get(position))
                 source = source_of(position, node, column)
                 chosen = layer.choose(semiring, gathered, own, given, reached, entry, source)
-                units[position][node, column], choices = chosen, layer.per_child(chosen)
-            if vectors is not None and entry is not None:
-                codes = torch.stack(choices) * vectors.num_entries + entry
-                choices = list(codes.masked_fill(codes < 0, -1))
+                units[position][node, column] = chosen
+                choices = layer.per_child(chosen if entry is None else chosen * size + entry, size)
             layer.reach(units, node, column, choices)
     return Choice([units[position] for position in range(len(pc.input_layers))], query, units)
 

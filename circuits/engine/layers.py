@@ -315,12 +315,15 @@ class SumLayer(_InnerLayer):
             chosen[part] = semiring.choose(scores.add_(mixed), source)
         return chosen
 
-    def per_child(self, chosen: Tensor) -> list[Tensor]:
-        """Return per child which of its units is chosen, (n,), -1 for the others, from numbers among all children's."""
+    def per_child(self, chosen: Tensor, size: int = 1) -> list[Tensor]:
+        """Return per child which of its units is chosen, (n,), -1 for the others, from numbers among all children's.
+
+        With ``size`` entries to a unit, numbers are those of entries.
+        """
         choices = []
         for num_units in self.child_units:
-            choices.append(torch.where((chosen >= 0) & (chosen < num_units), chosen, -1))
-            chosen = chosen - num_units
+            choices.append(torch.where((chosen >= 0) & (chosen < num_units * size), chosen, -1))
+            chosen = chosen - num_units * size
         return choices
 
     def _gather_stacks(self, values: LayerValues) -> Tensor:

@@ -369,6 +369,77 @@ def test_lists_stay_lists(generator, monkeypatch):
     assert dist.sample_latents().labels.shape == (2, 3)
 
 
+def in_any_order(mode):
+    """Three chains whose products are one layer, written leaf first and leaf last, over five or three variables."""
+
+    def mixed(*parts):
+        return ct.sum(ct.product(*parts, mode=mode), num_units=2)
+
+    chains = []
+    for turn in (1, -1, 1):
+        leaves = [ct.inputs(var, 2, ct.Categorical(2)) for var in range(5)]
+        rest = mixed(*[*leaves[3:], leaves[2]][::turn])
+        chains.append(ct.product(*[leaves[0], leaves[1], rest][::turn], mode=mode))
+    return ct.Circuit(ct.sum(*chains, num_units=1))
+
+
+def many_children():
+    """Products of so many factors that they are gathered at once, leaves beside what follows them."""
+    leaves = [ct.inputs(var, 2, ct.Categorical(2)) for var in range(7)]
+    rest = ct.sum(ct.product(*leaves[5:]), num_units=2)
+    return ct.Circuit(ct.sum(ct.product(rest, *leaves[4::-1]), num_units=1))
+
+
+def leaves_beside_chains():
+    """A mixture of the mixtures of one variable is one layer with a mixture of two."""
+    leaves = [ct.inputs(var, 2, ct.Categorical(2)) for var in range(4)]
+    leaf = ct.sum(ct.sum(leaves[0], num_units=2), num_units=2)
+    rest = ct.sum(ct.product(*leaves[2:]), num_units=2)
+    return ct.Circuit(ct.sum(ct.product(leaf, ct.sum(ct.product(leaves[1], rest), num_units=2)), num_units=1))
+
+
+UNUSUAL = {
+    "elementwise": lambda: in_any_order("elementwise"),
+    "outer": lambda: in_any_order("outer"),
+    "many children": many_children,
+    "leaves beside chains": leaves_beside_chains,
+}
+
+
+@pytest.mark.parametrize("num_states", [1, 2, 5])
+@pytest.mark.parametrize("structure", UNUSUAL)
+def test_layers_of_products_that_read_in_several_orders(structure, num_states, generator):
+    """Fewer labels than states, and more: the vectors that meet in a layer need not be of one length."""
+    pc = ct.compile(UNUSUAL[structure](), dtype=torch.float64, seed=11)
+    evidence = soft((2, pc.circuit.num_vars, 2), generator)
+    shapes = (num_states, 2, num_states), (num_states,), (num_states,)
+    automaton = ct.queries.Automaton(*(torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes))
+    count = torch.arange(num_states).unsqueeze(1).add(torch.arange(2)) % num_states
+    counting = ct.queries.Automaton.deterministic(count, [0])
+    for read in (automaton, counting):
+        log_weights = torch.stack([run_weight(read, x) for x in all_assignments(pc.circuit).tolist()])
+        dist = ct.ConstrainedDistribution(pc, evidence, read)
+        check(dist, ct.CircuitDistribution(pc, evidence), log_weights.unsqueeze(1).expand(-1, 2))
+        by_query = ct.queries.automaton_log_probability(pc, read, evidence)
+        torch.testing.assert_close(dist.log_acceptance, by_query, **RELATIVE)
+    table = law(dist).detach().t().reshape(2, *pc.circuit.num_categories)
+    seeds = torch.randint(1 << 40, (2,), generator=generator)
+    assert_distributed(lambda n: dist.sample((n,), generator=ct.RowGenerators(seeds)), table, 2000)
+
+
+@pytest.mark.parametrize("structure", ["hmm", *UNUSUAL])
+def test_a_seed_decides_its_row_alone(structure, generator):
+    circuit = ct.structures.hmm(4, 3, 2) if structure == "hmm" else UNUSUAL[structure]()
+    pc = ct.compile(circuit, dtype=torch.float64, seed=12)
+    evidence, seeds = soft((3, pc.circuit.num_vars, 2), generator), torch.tensor([5, 6, 7])
+    rows, dist = torch.tensor([2, 0]), ct.ConstrainedDistribution(pc, evidence, even_number_of_ones(2))
+    some = ct.ConstrainedDistribution(pc, evidence.rows(rows), even_number_of_ones(2))
+    draw = lambda dist, seeds: dist.sample((64,), generator=ct.RowGenerators(seeds))  # noqa: E731
+    together, alone = draw(dist, seeds), draw(some, seeds[rows])
+    assert torch.equal(together[:, rows], alone)
+    assert not torch.equal(draw(some, seeds[rows] + 1), alone)
+
+
 def branching():
     leaves = [ct.inputs(var, 2, ct.Categorical(2)) for var in range(4)]
     halves = [ct.sum(ct.product(*pair), num_units=2) for pair in (leaves[:2], leaves[2:])]
