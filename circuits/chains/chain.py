@@ -130,8 +130,11 @@ class Chain:
         states = self._factors(values, latents)
         if isinstance(semiring, MaxSemiring):
             peak = column_peak(states)
-            best = rise_of_maxima(log[0], states - peak, self._silent(silent))
-            return best.results[:1] + peak.sum(0, keepdim=True), best.states
+            for every in (_EVERY[states.dtype], 0):
+                best = rise_of_maxima(log[0], states - peak, self._silent(silent), every=every)
+                if not bool(best.results[0].isnan().any()):
+                    break
+            return best.results[:1] + peak.add_(best.scales).sum(0, keepdim=True), best.states
         for step in reversed(range(len(states))):
             sums = semiring.contract(log, states[step : step + 1], weights=linear)
             if silent:

@@ -60,9 +60,17 @@ def _array(tensor: Tensor) -> Any:
 
 _SUM_SMALL = Calls(_array, np.multiply, np.add, np.add.reduce, np.dot, np.matmul)
 _SUM_LARGE = Calls(torch.detach, torch.mul, torch.add, torch.sum, torch.mm, torch.matmul, torch.amax, torch.div)
-_MAX: dict[str, Any] = {"zero": -math.inf, "one": 0.0}
-_MAX_SMALL = Calls(_array, np.add, np.maximum, np.maximum.reduce, _best_of_small, _best_of_small, **_MAX)
-_MAX_LARGE = Calls(torch.detach, torch.add, torch.maximum, torch.amax, _best_of_large, _best_of_large, **_MAX)
+_MAX_SMALL = Calls(
+    *(_array, np.add, np.maximum, np.maximum.reduce, _best_of_small, _best_of_small),
+    divide=np.subtract,
+    zero=-math.inf,
+    one=0.0,
+)
+_MAX_LARGE = Calls(
+    *(torch.detach, torch.add, torch.maximum, torch.amax, _best_of_large, _best_of_large, torch.amax, torch.sub),
+    zero=-math.inf,
+    one=0.0,
+)
 
 
 class Rise(NamedTuple):
@@ -116,14 +124,18 @@ def rise_of_sums(
     return found
 
 
-def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None) -> Rise:
-    """Evaluate ``y_t = max_i (log w_oi + f_t + y_t+1)`` from ``y_T = 0``; as :func:`rise_of_sums`, in log space."""
-    calls, matrix, offsets = _MAX_LARGE, log_weights, None
+def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None, *, every: int = 0) -> Rise:
+    """Evaluate ``y_t = max_i (log w_oi + f_t + y_t+1)`` from ``y_T = 0``; as :func:`rise_of_sums`, in log space.
+
+    Where nothing is possible the result is -inf; NaN if ``every`` is not 0, as differences of maxima are computed then.
+    """
+    calls, matrix, offsets, in_blocks = _MAX_LARGE, log_weights, None, are_few(factors)
     if _is_small(factors, _SMALL_MAXIMUM):
         calls, matrix = _MAX_SMALL, log_weights.t().unsqueeze(2).contiguous()
     if silent is not None:  # logarithms of weights are at most 0
         offsets = torch.full_like(silent, -math.inf, dtype=factors.dtype).masked_fill_(silent, 0.0)
-    found = _rise(calls, matrix, factors, offsets, every=0, in_blocks=are_few(factors))
+    with np.errstate(invalid="ignore"):
+        found = _rise(calls, matrix, factors, offsets, every=0 if in_blocks else every, in_blocks=in_blocks)
     assert found is not None
     return found
 
@@ -197,7 +209,7 @@ def _rise(
     calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int, in_blocks: bool
 ) -> Rise | None:
     """Evaluate ``y_t = W (f_t y_t+1) plus o_t`` in place of the factors; None where the blocks' matrices lost terms."""
-    table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.ones_like(factors[:, :1])
+    table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
     length, end = _blocks(len(factors)) if in_blocks else (1, 0)
     parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
     start = torch.full_like(factors[0], calls.one)

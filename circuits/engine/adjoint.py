@@ -137,8 +137,8 @@ def _descend(question: Question, saved: Mapping[int, Any], grad: Tensor, flows: 
     pc = question.pc
     found = _Descent(Gradients(pc.layer_sizes, grad.shape[1]), {}, [])
     tops = grad.split([pc.layer_sizes[layer][1] for layer, _ in question.tops])
-    for (layer, row), part in zip(question.tops, tops, strict=True):
-        found.inputs.add(layer, slice(row, row + 1, 1), part.unsqueeze(0))
+    for (at, row), part in zip(question.tops, tops, strict=True):
+        found.inputs.add(at, slice(row, row + 1, 1), part.unsqueeze(0))
     for step in reversed(pc.schedule):
         scan, chain = saved.get(step.position), step.chain
         if not isinstance(scan, Scan) or chain is None:

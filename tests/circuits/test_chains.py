@@ -86,6 +86,18 @@ def test_sums_below_what_linear_space_can_hold_are_exact(schedule, monkeypatch):
     assert all(parameter.grad.isfinite().all() for parameter in pc.parameters())
 
 
+def test_whatever_the_weights_float32_gives_what_layers_give_in_float64(schedule, monkeypatch):
+    for seed, scale in enumerate((2.0, 8.0, 16.0, 30.0)):
+        generator = torch.Generator().manual_seed(seed)
+        transition, emission = ((torch.randn(3, n, generator=generator) * scale).softmax(1) for n in (3, 4))
+        circuit = ct.structures.hmm(60, 3, 4, transition=transition.clamp_min(1e-37), emission=emission)
+        evidence = padded(6, 60, 4)
+        pc = compiled(circuit, monkeypatch, dtype=torch.float32)
+        layers = compiled(circuit, monkeypatch, shortest=100)
+        for one, other in zip(answers(pc, evidence), answers(layers, evidence), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+
 def test_second_derivatives_go_through_the_layers(schedule, monkeypatch):
     pc = compiled(ct.structures.hmm(7, 2, 3), monkeypatch)
     factors = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)

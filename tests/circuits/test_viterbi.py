@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import circuits as ct
+from circuits.chains import recurrence
 from circuits.engine import schedule as schedules
 
 START = torch.tensor([0.6, 0.4])
@@ -39,10 +40,13 @@ def test_a_padded_row_has_the_path_of_the_sequence_alone():
         assert best.states["initial"].item() == 1
 
 
-@pytest.mark.parametrize("shortest", [4, 1000], ids=["recurrence", "layers"])
+@pytest.mark.parametrize("way", ["steps", "blocks", "device", "layers"])
 @pytest.mark.parametrize(("length", "num_states", "batch_size"), [(1, 3, 2), (9, 2, 20), (60, 5, 3)])
-def test_paths_of_sequences_with_gaps_are_those_by_hand(monkeypatch, shortest, length, num_states, batch_size):
-    monkeypatch.setattr(schedules, "_SHORTEST", shortest)
+def test_paths_of_sequences_with_gaps_are_those_by_hand(monkeypatch, way, length, num_states, batch_size):
+    monkeypatch.setattr(schedules, "_SHORTEST", 1000 if way == "layers" else 4)
+    monkeypatch.setattr(recurrence, "_FEW_PRODUCTS", 0 if way == "steps" else 1 << 30)
+    monkeypatch.setattr(recurrence, "_MANY_STEPS", 1)
+    monkeypatch.setattr(recurrence, "_SMALL_MAXIMUM", 0 if way == "device" else 1 << 30)
     pc = ct.compile(ct.structures.hmm(length, num_states, 4), seed=1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(4, (batch_size, length), generator=generator)
@@ -60,6 +64,25 @@ def test_paths_of_sequences_with_gaps_are_those_by_hand(monkeypatch, shortest, l
         scored = np.log([start[path[0]], *steps]).sum() + log_emission[np.arange(length), path].sum()
         assert scored == pytest.approx(score, rel=1e-10)
         assert best.log_score[row].item() == pytest.approx(score, rel=1e-10)
+
+
+@pytest.mark.parametrize(("num_states", "batch_size"), [(3, 2), (24, 1)])
+def test_the_score_of_a_long_best_path_is_exact_in_float32(num_states, batch_size):
+    circuit = ct.structures.hmm(3000, num_states, 4)
+    x = torch.randint(4, (batch_size, 3000), generator=torch.Generator().manual_seed(0))
+    pc = ct.compile(circuit, seed=0)
+    best = ct.queries.viterbi(pc, ct.Evidence.observe(x))
+    tables = [pc.parameters_of(name).double().detach().numpy() for name in ("initial", "transition0", "emission0")]
+    for row in range(batch_size):
+        path = best.path[row].numpy()
+        _, score = by_hand(tables[0][0], tables[1], np.log(tables[2][x[row]]))
+        steps = [tables[0][0, path[0]], *(tables[1][i, j] for i, j in itertools.pairwise(path))]
+        scored = np.log(steps).sum() + np.log(tables[2][x[row], path]).sum()
+        assert best.log_score[row].item() == pytest.approx(score, rel=2e-7)
+        assert scored == pytest.approx(score, rel=1e-8)
+    names = ["initial", *(f"transition{step}" for step in range(2999))]
+    assert set(best.states) == set(names)
+    assert torch.equal(torch.stack([best.states[name] for name in names], 1), best.path)
 
 
 def test_states_of_a_tree_are_enumerated_ones():
