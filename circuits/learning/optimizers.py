@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from circuits.learning import learners
 from circuits.learning.distributed import Processes, checked_processes
 from circuits.learning.em import check_em_options
 from circuits.learning.frozen import Frozen, frozen_parameters
-from circuits.queries.flows import viterbi_flows
+from circuits.queries.flows import expected_flows, viterbi_flows
 
 EMName = Literal["em", "minibatch_em", "anemone", "viterbi_em"]
 OptimizerFactory: TypeAlias = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -67,7 +68,7 @@ class _ByFlows(Optimizer):
         check_em_options(**self._numbers())
 
     def _numbers(self) -> dict[str, float]:
-        shared = {f.name for f in fields(Optimizer)}
+        shared = {f.name for f in fields(Optimizer)} | {"checkpointed"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
 
     def _parts(self, pc: CompiledCircuit) -> tuple[CompiledCircuit, Processes, str, dict[str, Any]]:
@@ -85,14 +86,18 @@ class EM(_ByFlows):
         step_size: s, 0 < s <= 1, see :func:`~circuits.learning.em_step`.
         pseudocount: a >= 0, in samples; greater than 0, it keeps values that were never seen possible.
         entropy: tau >= 0, spreads the weights out.
+        checkpointed: whether memory for the square root of a chain's length is enough, see
+            :func:`~circuits.learning.expected_flows`.
         frozen: see :class:`Optimizer`, like ``seed``, which does not matter, and ``process_group``.
     """
 
     name: ClassVar[EMName] = "em"
+    checkpointed: bool = False
 
     def learner(self, pc: CompiledCircuit) -> learners.Learner:
         """Return what moves the weights of a circuit."""
-        return learners.FullBatchLearner(*self._parts(pc))
+        flows_of = functools.partial(expected_flows, checkpointed=self.checkpointed)
+        return learners.FullBatchLearner(*self._parts(pc), flows_of)
 
 
 @dataclass(frozen=True, kw_only=True)

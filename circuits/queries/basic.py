@@ -17,6 +17,7 @@ from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.queries.common import detached, query, require_finite_values
+from circuits.queries.segments import segmented_log_z
 
 
 @query
@@ -67,9 +68,15 @@ def log_conditional(
 
 
 @query
-def log_partition(pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None) -> Tensor:
-    """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence."""
-    return Question(pc, evidence, weights).log_z
+def log_partition(
+    pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None, checkpointed: bool = False
+) -> Tensor:
+    """Return ``log Z(e) = log sum_x p(x) prod_i e_i(x_i)``, shape (B,); -inf for impossible evidence.
+
+    With ``checkpointed`` a long chain and its gradient take little memory: :func:`~circuits.learning.expected_flows`.
+    """
+    question = Question(pc, evidence, weights)
+    return segmented_log_z(question) if checkpointed else question.log_z
 
 
 @query

@@ -24,6 +24,7 @@ from circuits.evidence import Evidence
 from circuits.families import Direct, Distribution
 from circuits.precision import own_precision
 from circuits.queries.common import refuse_relative
+from circuits.queries.segments import segmented_log_z
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""
@@ -45,6 +46,7 @@ def expected_flows(
     sample_weights: Tensor | None = None,  # shape: (B,)
     *,
     weights: CircuitWeights | None = None,
+    checkpointed: bool = False,
 ) -> ExpectedFlows:
     """Return the expected flows ``F = d sum_b a_b log Z_b / d log w`` of a batch.
 
@@ -57,13 +59,16 @@ def expected_flows(
         evidence: for B samples, or complete assignments, int64 (B, D).
         sample_weights: a_b >= 0, how often sample b counts, (B,); once when omitted.
         weights: of ``pc.weights(external=...)``; nodes with external weights have no flow of their own.
+        checkpointed: whether a long chain of equal steps, as of a homogeneous HMM, is evaluated in segments, and once
+            more for their flows: memory of the square root of its length, in up to twice the time.
 
     Returns:
         ``(flows, log_likelihood)``: per bank (P, O, I) or (P, T, K), and (B,).
 
     Raises:
         ArgumentError: evidence or sample weights do not fit.
-        PropertyError: the circuit has a distribution per class, and the evidence does not say which; or it is relative.
+        PropertyError: the circuit has a distribution per class, and the evidence does not say which; or it is relative;
+            or ``checkpointed`` is asked of what is no such chain.
     """
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     refuse_relative(given, "counting flows")  # those of what it is relative to would be subtracted
@@ -71,7 +76,8 @@ def expected_flows(
         raise class_needed(pc)
     if not given.batch_size:
         return flows_of_nothing(pc)
-    return _gradients(pc, given, sample_weights, weights, lambda question: question.log_z)
+    score_of = segmented_log_z if checkpointed else lambda question: question.log_z
+    return _gradients(pc, given, sample_weights, weights, score_of)
 
 
 @own_precision
