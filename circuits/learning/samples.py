@@ -217,10 +217,11 @@ def _checked_latents(pc: CompiledCircuit, latents: Any, num_samples: int) -> tup
 
 
 def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | None, first_sample: int) -> None:
-    by_family: dict[Distribution, list[int]] = {}
-    for var, family in {node.var: node.distribution for node in pc.circuit.inputs}.items():
-        by_family.setdefault(family, []).append(var)
-    for family, variables in by_family.items():
+    by_family: dict[Distribution, list[Tensor]] = {}
+    for layer in pc.input_layers:
+        by_family.setdefault(pc.families[layer.parameter_rows.bank], []).append(layer.variables.to(x.device))
+    for family, of_layers in by_family.items():
+        variables = torch.cat(of_layers)
         columns = slice(None) if len(by_family) == 1 else variables
         values = x[:, columns]
         outside = family.outside(values)
@@ -230,7 +231,7 @@ def _check_values(pc: CompiledCircuit, name: str, x: Tensor, observed: Tensor | 
             outside &= observed.to(x.device)[:, columns]
         if bool(outside.any()):
             sample, column = outside.nonzero()[0].tolist()
-            var = column if len(by_family) == 1 else variables[column]
+            var = column if len(by_family) == 1 else int(variables[column])
             raise ArgumentError(
                 f"{name}: expected {family.domain} of variable {var}, got {x[sample, var].item()} in sample "
                 f"{first_sample + sample}; mark unknown values as False in `observed`"
