@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -13,6 +12,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from circuits.errors import CheckpointError, StorageError
 from circuits.reading import checked_tensor_file, damaged, open_regular, unreadable
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.unfactor-tmp")
-_SYNC_FILE_RANGE_WRITE = 2
+_MOST_AT_ONCE = 16
 _WAYS_OUT = {
     errno.ENOSPC: "make room there, or give another place",
     errno.EDQUOT: "make room there, or give another place",
@@ -147,24 +147,17 @@ def hold(folder: Path, *, is_needed: bool = False) -> int | None:
 def sync(*paths: Path) -> None:
     """Wait until files, or the lists of what is in folders, are on the disk.
 
-    All files start on their way before the first one is waited for: so one commit of a journal is for all of them.
+    All are waited for at once: so one commit of a journal, and one emptying of the disk's own memory, is for all.
     """
-    # Where the system has it; on folders it fails, and does nothing.
-    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if start is not None and len(paths) > 1:
-        for path in paths:
-            with _opened(path) as descriptor:
-                start(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-    for path in paths:
-        with _opened(path) as descriptor, contextlib.suppress(*([OSError] if path.is_dir() else [])):
-            os.fsync(descriptor)  # not every file system syncs folders
+    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+        list(pool.map(_sync, paths))
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield descriptor
+        with contextlib.suppress(*([OSError] if path.is_dir() else [])):  # not every file system syncs folders
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

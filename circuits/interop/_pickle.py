@@ -111,6 +111,10 @@ _COUNTED = _BYTES | {"SHORT_BINUNICODE": 1, "BINUNICODE": 4, "BINUNICODE8": 8, "
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _MAX_INSTRUCTIONS = 1 << 22
 """Those of some ten thousand nodes; a million take a second or two."""
+_MAX_DEPTH = 64
+"""Of containers in each other, where PyJuice's have eight."""
+_MAX_OPEN = 1 << 14
+"""Containers that wait for what they belong to; a pickle fills them with a thousand at a time."""
 _LONG_RUN = 1 << 16
 _GREATEST_BITS = 64
 _CONSTANTS = _NUMBERS | _TEXTS | set(_BYTES)
@@ -184,6 +188,9 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.depths: dict[int, int] = {}
+        """Of tuples, by their identity: they are made after what is in them, so nothing else bounds their depth."""
+        self.checked_to = _MAX_OPEN
 
     def run(self, file: BinaryIO) -> Any:
         for name, argument in _instructions(file):
@@ -194,7 +201,7 @@ class _Machine:
             elif name in _FIXED:
                 self.stack.append(_FIXED[name])
             elif name in _TUPLE_SIZES:
-                self.stack.append(tuple(self._pop(_TUPLE_SIZES[name])))
+                self._push_tuple(self._pop(_TUPLE_SIZES[name]))
             elif name not in ("PROTO", "FRAME"):
                 self._step(name, argument)
         raise CheckpointError("pickle: expected its end, got none: the file is cut off")
@@ -202,12 +209,14 @@ class _Machine:
     def _step(self, name: str, argument: Any) -> None:
         if name == "MARK":
             self.marks.append(len(self.stack))
+            if len(self.marks) > _MAX_DEPTH:
+                raise _nested()
         elif name == "EMPTY_LIST":
-            self.stack.append([])
+            self._push([])
         elif name == "EMPTY_DICT":
-            self.stack.append({})
+            self._push({})
         elif name == "TUPLE":
-            self.stack.append(tuple(self._pop_to_mark()))
+            self._push_tuple(self._pop_to_mark())
         elif name in ("APPEND", "APPENDS"):
             values = self._pop(1) if name == "APPEND" else self._pop_to_mark()
             self._top(list).extend(values)
@@ -240,6 +249,21 @@ class _Machine:
         else:
             raise CheckpointError(f"pickle: expected plain data, got {name}; it is not read")
 
+    def _push(self, container: Any) -> None:
+        self.stack.append(container)
+        if len(self.stack) > self.checked_to:  # looked at each time that the stack has doubled
+            if sum(isinstance(value, (list, dict, tuple)) for value in self.stack) > _MAX_OPEN:
+                raise _nested()
+            self.checked_to = 2 * len(self.stack)
+
+    def _push_tuple(self, values: list[Any]) -> None:
+        made = tuple(values)
+        depth = 1 + max((self.depths.get(id(value), 0) for value in values if isinstance(value, tuple)), default=0)
+        if depth > _MAX_DEPTH:
+            raise _nested()
+        self.depths[id(made)] = depth
+        self._push(made)
+
     def _top(self, kind: type[T]) -> T:
         top = self.stack[-1]
         if not isinstance(top, kind):
@@ -258,6 +282,10 @@ class _Machine:
         values = self.stack[start:]
         del self.stack[start:]
         return values
+
+
+def _nested() -> CheckpointError:
+    return CheckpointError(f"pickle: expected at most {_MAX_DEPTH} containers in each other, got more")
 
 
 def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ What is read is never trusted: hashes find accidents, and every number is checke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -195,6 +196,7 @@ def _structure_hash(structure: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(structure, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+@functools.cache
 def _library_version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 

@@ -48,7 +48,7 @@ def test_what_is_pushed_is_what_is_pulled(pc, fake_hub):
 
 
 def test_what_is_not_there_says_so(fake_hub, tmp_path):
-    with pytest.raises(ct.CheckpointError, match="neither a folder nor a repository"):
+    with pytest.raises(ct.CheckpointError, match="expected a folder, or a repository"):
         ct.hub.from_pretrained("somebody/else")
     with pytest.raises(ct.CheckpointError, match=r"structure\.json"):
         ct.hub.from_pretrained(tmp_path)

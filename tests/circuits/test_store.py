@@ -305,6 +305,27 @@ def test_what_is_in_the_way_and_names_that_are_too_long_are_named(number, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "loop"]
 
 
+def test_every_new_file_and_folder_is_waited_for_once(tmp_path, monkeypatch):
+    """And the folder in which the new version is swapped in, after that."""
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    pc = ct.compile(ct.structures.hmm(3, 2, 2), seed=0)
+    ct.save(pc, tmp_path / "pc")
+    assert sorted(synced[:-1]) == ["manifest.json", "pc", "structure.json", "weights.safetensors"]
+    assert synced.pop() == tmp_path.name
+    synced.clear()
+    with store.replace_folder(tmp_path / "outer", ("pc", "note"), kind="a test") as new:
+        ct.save(pc, new / "pc")
+        (new / "note").write_text("x")
+    assert sorted(synced[:-1]) == ["manifest.json", "note", "outer", "pc", "structure.json", "weights.safetensors"]
+    assert synced[-1] == tmp_path.name
+
+
 @pytest.mark.parametrize(
     ("number", "way_out"),
     [
