@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import json
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -198,6 +199,8 @@ class Range:
 
 
 _ANY = Range(-(1 << 53), 1 << 53)
+_LISTS, _TABLES = (tuple, list, Sequence), (dict, Mapping)
+_WORDS = dict.fromkeys(_LISTS, "a list") | dict.fromkeys(_TABLES, "an object with keys")
 
 
 def record_of(kind: type[_T], content: Any, name: str = "record", *, optional: Collection[str] | None = None) -> _T:
@@ -229,24 +232,70 @@ def record_of(kind: type[_T], content: Any, name: str = "record", *, optional: C
         raise CheckpointError(f"{name}: {error}") from error
 
 
+def arguments_of(function: Callable[..., Any], content: Any, name: str = "arguments") -> dict[str, Any]:
+    """Return the keyword arguments of a function that a JSON record says: its signature is the schema.
+
+    Args:
+        function: or a class. Its parameters are of the types that fields of :func:`record_of` may have, lists or
+            tables of those; the ones of other types, or of none, take whatever JSON holds.
+        content: what was read.
+        name: of the record, for the message.
+
+    Raises:
+        CheckpointError: an argument is unknown or missing, or has another type.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name}: expected an object with keys, got {short(content)}")
+    parameters = inspect.signature(function).parameters.values()
+    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    takes_others = any(one.kind == one.VAR_KEYWORD for one in parameters)
+    try:
+        hints = get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)  # type: ignore[misc]
+    except NameError:  # of a module that is imported for type checkers alone
+        hints = {}
+    try:
+        known = {*content} if takes_others else {one.name for one in named}
+        check_keys(content, {one.name for one in named if one.default is one.empty}, known)
+        return {
+            key: _value_of(hints[key], value, key) if _is_of_json(hints.get(key)) else value
+            for key, value in content.items()
+        }
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _is_of_json(hint: Any) -> bool:
+    """Whether :func:`_value_of` knows a type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (*_LISTS, *_TABLES):
+        return all(_is_of_json(one) for one in arguments if one is not ...)
+    if origin in (Union, UnionType):
+        return len(arguments) == 2 and _is_of_json(arguments[0]) and arguments[1] is type(None)
+    return origin in (Annotated, Literal) or hint in (int, float, bool, str)
+
+
 def _value_of(hint: Any, value: Any, key: str) -> Any:
     """Return a value of a record as its type has it; raise CheckpointError if it is of another one."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _number_of(arguments[0], value, key, arguments[1])
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return record_of(cast(type, hint), value, key)
     if origin is Literal and isinstance(value, str) and value in arguments:
         return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value_of(arguments[0], item, key) for item in value)
+    if origin in _LISTS and isinstance(value, list):
+        return (tuple if origin is tuple else list)(_value_of(arguments[0], item, key) for item in value)
+    if origin in _TABLES and isinstance(value, dict):
+        return {name: _value_of(arguments[1], item, f"{key}[{short(name)}]") for name, item in value.items()}
     if origin in (Union, UnionType):
         return None if value is None else _value_of(arguments[0], value, key)
     if hint in (int, float):
         return _number_of(hint, value, key, _ANY)
     if hint in (bool, str) and isinstance(value, hint):
         return value
-    expected = f"one of {', '.join(map(str, arguments))}" if origin is Literal else getattr(hint, "__name__", hint)
+    expected = f"one of {', '.join(map(str, arguments))}" if origin is Literal else _WORDS.get(origin) or hint.__name__
     raise CheckpointError(f"{key}: expected {expected}, got {short(value)}")
 
 

@@ -373,7 +373,8 @@ class CoupledHead(OnHub, nn.Module):
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError) and str(folder) in str(error):
                 raise
-            raise CheckpointError(f"{folder / _FILE} is corrupt: {error}; {_WAY_OUT}") from error
+            problem = f"settings: expected some, got no {error}" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{folder / _FILE}: {problem}; {_WAY_OUT}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

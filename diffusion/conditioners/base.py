@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits.precision import own_precision
-from circuits.reading import parsed_json
+from circuits.reading import arguments_of, parsed_json, record_of, short
 from diffusion.coupling import CoupledDistribution
-from diffusion.errors import ArgumentError
+from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction
 
 
@@ -142,15 +143,55 @@ def described(conditioner: Conditioner) -> dict[str, Any]:
 
 
 def built(text: str | None, tensors: dict[str, Tensor]) -> list[Conditioner]:
-    """Build conditioners of JSON and their tensors; None: of the first format, which knew a calibration only."""
+    """Build conditioners of JSON and their tensors; None: of the first format, which knew a calibration only.
+
+    Raises:
+        CheckpointError: the JSON is no list of conditioners, a setting is none of its constructor's, or has another
+            type or value, or the tensors are not those of modules that are built so.
+    """
     if text is not None:
         records = parsed_json(text.encode())
+        if not isinstance(records, list):
+            raise CheckpointError(f"conditioners: expected a list, got {short(records)}")
     elif tensors:
         num_knots, num_tokens = tensors["bias"].shape
         records = [{"name": "noise_calibration", "settings": {"num_tokens": num_tokens, "num_knots": num_knots}}]
         tensors = {f"0.{name}": tensor for name, tensor in tensors.items()}
     else:
         records = []
-    made = [conditioner_class(one["name"])(**one["settings"]) for one in records]
-    nn.ModuleList(made).load_state_dict(tensors)
-    return made
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        with torch.device("meta"):  # without memory, whatever sizes the settings have
+            expected = {name: tuple(tensor.shape) for name, tensor in _modules(records).state_dict().items()}
+    except (NotImplementedError, RuntimeError):  # a constructor that looks at the numbers
+        expected = found
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"conditioners: tensor {name}: expected {expected.get(name, 'none')}, as the settings say, got "
+                f"{found.get(name, 'none')}"
+            )
+    made = _modules(records)
+    made.load_state_dict(tensors)
+    return list(made)  # type: ignore[arg-type]
+
+
+def _modules(records: list[Any]) -> nn.ModuleList:
+    return nn.ModuleList(_module(record, f"conditioners[{position}]") for position, record in enumerate(records))
+
+
+def _module(record: Any, name: str) -> Conditioner:
+    one = record_of(_Record, record, name)
+    try:
+        kind = conditioner_class(one.name)
+        return kind(**arguments_of(kind, one.settings, "settings"))
+    except (ArgumentError, CheckpointError, TypeError) as error:
+        raise CheckpointError(f"{name}: {one.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a file says of a conditioner."""
+
+    name: str
+    settings: Any

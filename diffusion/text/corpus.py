@@ -101,9 +101,9 @@ def load_corpus(
         documents = re.split(r"\n(?:[^\S\n]*\n)+", _read_text(name))
     else:
         raise CorpusError(
-            "corpus: expected 'embedded', 'arithmetic', 'gsm8k', 'dataset:NAME', or a path that ends in .parquet, in .txt, "
-            f".jsonl, .fasta or .fa, or one of these and .gz, got {name}; rename the file, or write it in one of these "
-            "formats"
+            "corpus: expected 'embedded', 'arithmetic', 'gsm8k', 'dataset:NAME', or a path that ends in .parquet, in "
+            f".txt, .jsonl, .fasta or .fa, or one of these and .gz, got {name}; rename the file, or write it in one of "
+            "these formats"
         )
     return _corpus(name, documents, held_out_fraction, seed)
 

@@ -1,15 +1,19 @@
 """Conditioners: a changed prediction, factors on latents, weights at run time; learnt with the head, kept with it."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hmm_cases import L, N, V, hmm, joint, joints, tables, texts
+from safetensors import safe_open
 from torch import nn
 
 import circuits as ct
+from circuits.files import write_tensors
+from circuits.store import write_manifest
 from diffusion import (
     CircuitTraining,
     Conditioned,
@@ -32,6 +36,7 @@ from diffusion.conditioners import register
 from diffusion.conditioners.base import conditioner_class
 from diffusion.decoding.constraints.coupled import ConstrainedCoupledDistribution
 from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.head import FORMAT
 from diffusion.testing.worlds import World
 from diffusion.training.circuit import coupled_loss
 
@@ -229,6 +234,82 @@ def test_a_file_with_a_conditioner_that_nobody_registered_is_refused(pc, said, t
     del base._registry["test_forgotten"]
     with pytest.raises(CheckpointError, match=r"test_forgotten.*import the module that registers it"):
         CoupledHead.load(tmp_path / "head")
+
+
+def with_conditioners(head, folder, change):
+    """Save a head, its conditioners' description changed and all hashes made again."""
+    head.save(folder)
+    path = folder / "head.safetensors"
+    with safe_open(path, "pt") as file:
+        texts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    records = json.loads(texts["conditioners"])
+    records = change(records) or records
+    write_tensors(path, tensors, format=FORMAT, version=3, metadata=texts | {"conditioners": json.dumps(records)})
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, format=FORMAT, version=3)
+
+
+def setting(index, **values):
+    return lambda records: records[index]["settings"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (setting(0, num_knots="5"), r"conditioners\[0\]: noise_calibration: settings: num_knots: expected an integer"),
+        (setting(0, num_knots=1), r"conditioners\[0\]: noise_calibration: num_knots: expected an integer >= 2, got 1"),
+        (setting(0, num_knots=True), "num_knots: expected an integer from .*, got True"),
+        (
+            setting(0, num_tokens=10**12),
+            r"tensor 0\.bias: expected \(5, 1000000000000\), as the settings say, got \(5, ",
+        ),
+        (setting(0, num_tokens=10**40), "num_tokens: expected an integer from .*, got a number beyond 64 bits"),
+        (setting(0, surprise=1), "settings: keys: expected no others, got 'surprise'"),
+        (
+            setting(1, positions=[1, 2]),
+            r"latent_potentials: settings: positions: expected an object with keys, got a list",
+        ),
+        (setting(1, positions={"initial": [0]}), r"settings: positions\['initial'\]: expected an integer"),
+        (setting(1, positions={"initial": -1}), r"conditioners\[1\]: latent_potentials: positions"),
+        (setting(1, num_features=None), "num_features: expected an integer"),
+        (setting(1, hidden=10**9, seed=0), "tensor 1.*, as the settings say"),
+        (
+            lambda records: records[1]["settings"].pop("num_units") and None,
+            "settings: keys: expected num_units, got none",
+        ),
+        (lambda records: records[1].update(settings=7), "settings: expected an object with keys, got 7"),
+        (lambda records: records[1].update(name=["x"]), r"conditioners\[1\]: name: expected str, got a list"),
+        (lambda records: [7], r"conditioners\[0\]: expected an object with keys, got 7"),
+        (lambda records: {"a": 1}, "conditioners: expected a list, got a dict"),
+        (lambda records: records[:1], r"conditioners: tensor 1\..*: expected none, as the settings say, got"),
+    ],
+)
+def test_settings_of_conditioners_in_a_file_are_of_their_types_and_sizes(change, message, pc, potentials, tmp_path):
+    head = CoupledHead(pc, conditioners=[NoiseCalibration(V), potentials])
+    with_conditioners(head, tmp_path / "head", lambda records: None)
+    assert [type(one) for one in CoupledHead.load(tmp_path / "head").conditioners] == [
+        NoiseCalibration,
+        LatentPotentials,
+    ]
+    with_conditioners(head, tmp_path / "head", change)
+    with pytest.raises(CheckpointError, match=rf"head\.safetensors: .*{message}.*; save the head again"):
+        CoupledHead.load(tmp_path / "head")
+
+
+def test_a_conditioner_without_types_is_built_of_what_it_said(pc, tmp_path):
+    @register("test_untyped")
+    class Untyped(Transitions):
+        def __init__(self, anything, **others):
+            super().__init__()
+            self.said = {"anything": anything, **others}
+
+        def settings(self):
+            return self.said
+
+    said = {"anything": [1, {"a": "b"}], "more": None}
+    CoupledHead(pc, conditioners=[Untyped(**said)]).save(tmp_path / "head")
+    (loaded,) = CoupledHead.load(tmp_path / "head").conditioners
+    assert loaded.settings() == said
 
 
 # With a real denoiser: features beside the logits, cached, trained on, decoded with.

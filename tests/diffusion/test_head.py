@@ -220,7 +220,7 @@ def old_file(folder, pc, calibration, settings=SETTINGS):
 )
 def test_settings_in_a_file_are_of_their_types(changed, message, pc, tmp_path):
     old_file(tmp_path, pc, None, SETTINGS | changed)
-    with pytest.raises(CheckpointError, match=rf"head\.safetensors is corrupt: {message}; save the head again"):
+    with pytest.raises(CheckpointError, match=rf"head\.safetensors: {message}; save the head again"):
         CoupledHead.load(tmp_path)
 
 
