@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from circuits.digests import digest
 from circuits.errors import ArgumentError, CheckpointError, StorageError
 from circuits.files import file_hash, hold, is_temporary, remove_litter, sync, system_errors, temporary_folder
-from circuits.reading import damaged, read_json, short, unreadable
+from circuits.reading import MAX_SMALL_JSON, damaged, read_json, short, unreadable
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -33,7 +33,7 @@ LOCK = ".lock"
 _T = TypeVar("_T")
 _WAY_OUT = "save the folder again"
 _ATTEMPTS = 100
-_MAX_MANIFEST_BYTES, _MAX_FILES = 1 << 20, 64
+_MAX_FILES = 64
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
@@ -324,7 +324,7 @@ def _verified(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path, limit=_MAX_MANIFEST_BYTES, way_out=_WAY_OUT)
+    content = read_json(path, limit=MAX_SMALL_JSON, way_out=_WAY_OUT)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected an object with keys, got {short(content)}; {_WAY_OUT}")
     return content

@@ -16,6 +16,8 @@ def write_json(path: str | os.PathLike[str], content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1))
 
 
-def read_json(path: str | os.PathLike[str], *, way_out: str = "delete it and start again") -> Any:
-    """Return what a JSON file holds; raise CheckpointError if it cannot be read."""
-    return reading.read_json(path, way_out=way_out)
+def read_json(
+    path: str | os.PathLike[str], *, limit: int = reading.MAX_SMALL_JSON, way_out: str = "delete it and start again"
+) -> Any:
+    """Return what a JSON file of at most ``limit`` bytes holds; raise CheckpointError if it cannot be read."""
+    return reading.read_json(path, limit=limit, way_out=way_out)

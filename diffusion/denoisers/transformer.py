@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuits.files import check_finite, not_finite, read_tensors, write_tensors
-from circuits.reading import checked_tensor_file, read_json, record_of, unreadable
+from circuits.reading import MAX_SMALL_JSON, checked_tensor_file, read_json, record_of, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.denoisers.layers import KeysValues, Layer, PrefixCache, rotation_of
@@ -27,7 +27,6 @@ FORMAT = "unfactor-transformer"
 FORMAT_VERSION = 2  # 1 had no hashes
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _WAY_OUT = "save the model again"
-_MAX_CONFIG = 1 << 20
 EMBEDDING_STD = 0.02
 """Tied embeddings with a standard deviation near 1 keep training on the unigram plateau."""
 
@@ -321,7 +320,7 @@ class TransformerDenoiser(nn.Module):
 
 def _read_config(path: Path) -> tuple[int, dict[str, Any]]:
     """Return the format version of a saved denoiser, and the rest of its configuration as it stands there."""
-    content = read_json(path, limit=_MAX_CONFIG, way_out=_WAY_OUT)
+    content = read_json(path, limit=MAX_SMALL_JSON, way_out=_WAY_OUT)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: format: expected {FORMAT}, got another; {_WAY_OUT}")
     version = content.pop("format_version", None)

@@ -54,7 +54,7 @@ class Table:
                 for column, value in zip(columns, row, strict=True):
                     if not isinstance(value, str) or not is_text(value):
                         found = "half of a surrogate pair" if isinstance(value, str) else type(value).__name__
-                        raise CorpusError(f"{self.name}, row {number}: {column!r} holds {found}, expected text")
+                        raise CorpusError(f"{self.name}, row {number}: {column}: expected text, got {found}")
                 yield row
 
 
@@ -93,9 +93,9 @@ def _parquet(path: str) -> Table:
         regular_size(path)
         file = ParquetFile(path)
     except FileNotFoundError as error:
-        raise CorpusError(f"{path}: there is no such file") from error
+        raise CorpusError(f"{path}: expected a file, got none there; look at the path") from error
     except (OSError, pyarrow.ArrowException) as error:
-        raise CorpusError(f"{path}: not a complete Parquet file: {_line(error)}") from error
+        raise CorpusError(f"{path}: expected a whole Parquet file, got {_line(error)}; copy it again") from error
 
     def parts(columns: Sequence[str]) -> Iterator[Mapping[str, list[Any]]]:
         try:

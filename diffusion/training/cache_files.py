@@ -18,6 +18,8 @@ from diffusion.json_files import read_json, write_json
 
 FORMAT_VERSION = 2
 _WAY_OUT = "delete the folder and cache again"
+_MAX_META = 1 << 24
+"""Bytes: all tokens of a vocabulary may be forbidden but one."""
 
 
 def _array_layout(meta: dict) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -128,7 +130,7 @@ def read_meta(folder: Path) -> dict:
     """Return how a cache is made and how far it has come; raises CheckpointError if there is none, or it is damaged."""
     path = folder / "meta.json"
     try:
-        meta = read_json(path)
+        meta = read_json(path, limit=_MAX_META)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: expected a logit cache, got none: {error}") from error
     numbers = ["num_examples", "block_length", "vocab_size", "num_listed", "batch_size"]

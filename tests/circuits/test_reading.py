@@ -5,12 +5,14 @@ import json
 import math
 import os
 import re
+import tracemalloc
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
 import pytest
 
+import circuits as ct
 from circuits.errors import CheckpointError
 from circuits.files import read_tensors
 from circuits.reading import (
@@ -24,6 +26,32 @@ from circuits.reading import (
     record_of,
     regular_size,
 )
+
+
+def peak_of(read):
+    """Return the most bytes that reading takes beside what was there."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        read()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+WORST = {"objects": b'{"a":1},', "lists": b"[1.5,1],", "numbers": b"1.5,", "texts": b'"ab",'}
+
+
+@pytest.mark.parametrize("kind", WORST)
+def test_json_takes_no_more_than_forty_times_its_bytes(kind):
+    content = b"[" + WORST[kind] * (200_000 // len(WORST[kind])) + b"0]"
+    assert peak_of(lambda: parsed_json(content)) < 40 * len(content)
+
+
+def test_the_structure_of_a_circuit_takes_ten_times_its_bytes_in_json(tmp_path):
+    ct.save(ct.compile(ct.structures.hmm(200, 2, 2), seed=0), tmp_path)
+    path = tmp_path / "structure.json"
+    assert peak_of(lambda: read_json(path, way_out="save it again")) < 10 * path.stat().st_size
 
 
 def no_regular_files(folder):

@@ -17,6 +17,8 @@ from circuits import store
 from circuits.files import is_litter
 from diffusion import CoupledHead, LogitCache, NoiseCalibration, TransformerConfig, TransformerDenoiser, cache_logits
 from diffusion import head as head_module
+from diffusion.app.recipe import PRESETS, read_recipe, write_recipe
+from diffusion.codd import CoddConfig
 from diffusion.decoding.baselines import CausalHead, CopulaHead, load_head
 from diffusion.denoisers import transformer
 from diffusion.errors import ArgumentError, CheckpointError
@@ -368,3 +370,41 @@ def test_what_was_written_before_there_were_hashes_still_loads(model, tmp_path):
         assert (loaded.top_k, loaded.normalization) == (model.top_k, model.normalization)
     loaded.save(tmp_path / "model")
     assert same(type(model).load(tmp_path / "model"), model)
+
+
+# Files of settings are small, whatever JSON they may hold
+
+
+def made_recipe(folder):
+    write_recipe(PRESETS["tiny"], folder / "recipe.json", {})
+
+
+def made_codd(folder):
+    (folder / "codd_config.json").write_text("{}")
+
+
+SMALL = {
+    "manifest.json": (lambda folder: new_head().save(folder), CoupledHead.load),
+    "config.json": (lambda folder: as_before(new_denoiser(), folder), TransformerDenoiser.load),
+    "recipe.json": (made_recipe, lambda folder: read_recipe(folder / "recipe.json")),
+    "codd_config.json": (made_codd, lambda folder: CoddConfig.read(folder / "codd_config.json")),
+    "meta.json": (cached, LogitCache.open),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_file_of_a_large_size_is_not_read(name, tmp_path):
+    make, load = SMALL[name]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    make(folder)
+    load(folder)
+    limit = 1 << (24 if name == "meta.json" else 20)
+    for size in (limit, limit + 1):
+        path = folder / name
+        path.write_bytes(path.read_bytes().ljust(size))  # with spaces it says what it did
+        if size == limit:
+            load(folder)
+            continue
+        with pytest.raises(CheckpointError, match=rf"{name}: expected a file .*, got {size} bytes, more than {limit};"):
+            load(folder)

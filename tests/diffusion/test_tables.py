@@ -148,9 +148,9 @@ def test_a_folder_is_trained_on_a_column(tmp_path, run_program):
     ("columns", "field", "message"),
     [
         ({"text": ["a"]}, "answer", "no column 'answer'; its columns are: text"),
-        ({"text": ["a", None]}, "text", "row 2: 'text' holds NoneType, expected text"),
-        ({"text": ["a"], "number": [1]}, "number", "row 1: 'number' holds int, expected text"),
-        ({"text": ["", " "]}, "text", "it holds no text"),
+        ({"text": ["a", None]}, "text", "row 2: text: expected text, got NoneType"),
+        ({"text": ["a"], "number": [1]}, "number", "row 1: number: expected text, got int"),
+        ({"text": ["", " "]}, "text", "expected text, got none"),
     ],
 )
 def test_what_is_no_text_is_refused(columns, field, message, tmp_path):
@@ -159,10 +159,10 @@ def test_what_is_no_text_is_refused(columns, field, message, tmp_path):
 
 
 def test_what_is_no_table_is_refused(tmp_path):
-    with pytest.raises(CorpusError, match="there is no such file"):
+    with pytest.raises(CorpusError, match="expected a file, got none there"):
         load_corpus(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("a text")
-    with pytest.raises(CorpusError, match="not a complete Parquet file"):
+    with pytest.raises(CorpusError, match="expected a whole Parquet file"):
         load_corpus(tmp_path / "text.parquet")
 
 
