@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _barrier_gate import Gate
 from _bed import Bed
 
 import circuits as ct
@@ -15,8 +16,13 @@ import diffusion as df
 from circuits.files import replace_file
 from diffusion.training.circuit import losses_by_ratio
 
-HEADS = ("plain", "calibrated", "potentials", "gates", "low rank", "all")
-"""Static ones first; the rest starts from ``calibrated``."""
+HEADS = ("plain", "calibrated", "aligned", "potentials", "aligned potentials", "gates", "low rank", "all")
+"""Contextual ones start from static ones, those of the bed's own circuit from ``aligned``."""
+GATES = {
+    "switched": ("calibrated", "aligned"),
+    "switched potentials": ("calibrated", "aligned", "potentials", "aligned potentials"),
+}
+"""Mixtures of the plain prediction and of heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,9 @@ class Sizes:
         epochs: of maximum likelihood at most, by mini-batch EM.
         masks: noisy versions of every training window.
         knots: noise levels of the calibration.
+        gate_knots: noise levels of the weights of mixtures of heads.
         batch_size: noisy windows an update.
+        learning_rate: of tables, at the peak.
         steps: updates of every fit on the coupled objective at most.
         validate_every: updates between two looks at the validation windows.
         patience: looks without a better one until a fit stops.
@@ -39,7 +47,9 @@ class Sizes:
     epochs: int = 12
     masks: int = 4
     knots: int = 9
+    gate_knots: int = 5
     batch_size: int = 32
+    learning_rate: float = 0.03
     steps: int = 400
     validate_every: int = 50
     patience: int = 5
@@ -58,17 +68,26 @@ class Fits:
     sizes: Sizes
     seed: int
 
-    def circuit(self) -> ct.CompiledCircuit:
-        """Return the circuit of maximum likelihood."""
-        path, bed = self.folder / "likeliest", self.bed
+    def has(self, kind: str) -> bool:
+        """Return whether the bed has what a head needs."""
+        return self.bed.aligned is not None or not kind.startswith("aligned")
+
+    def alone(self) -> ct.CompiledCircuit:
+        """Return the circuit of maximum likelihood: the chain, mixed with the bed's own circuit if it has one."""
+        parts = [self.circuit(is_aligned) for is_aligned in (False, True)[: 1 + self.has("aligned")]]
+        return ct.batteries.convex_combination(parts) if len(parts) > 1 else parts[0]
+
+    def circuit(self, is_aligned: bool) -> ct.CompiledCircuit:
+        """Return a homogeneous chain, or the bed's own circuit, of maximum likelihood."""
+        path, bed, sizes = self.folder / ("aligned" if is_aligned else "likeliest"), self.bed, self.sizes
         if not (path / "structure.json").is_file():
-            length, sizes = bed.block_length, self.sizes
             ids = torch.tensor(bed.vocabulary)
-            blocks = (part[:, -length:].contiguous() for part in (bed.text, bed.validation))
+            blocks = (part[:, -bed.block_length :].contiguous() for part in (bed.text, bed.validation))
             text, validation = (torch.searchsorted(ids, part) for part in blocks)
-            structure = (
-                ct.structures.hmm(length, sizes.states, len(ids)) if bed.structure is None else bed.structure(text)
-            )
+            structure = ct.structures.hmm(bed.block_length, sizes.states, len(ids))
+            if is_aligned:
+                assert bed.aligned is not None
+                structure = bed.aligned(sizes.states, text)
             pc = ct.compile(structure, seed=self.seed)
             optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.seed)
             result = ct.learning.fit(
@@ -77,12 +96,12 @@ class Fits:
                 optimizer=optimizer,
                 num_epochs=sizes.epochs,
                 validation_data=validation,
-                patience=sizes.patience,
-                checkpoint_path=self.folder / "likeliest.safetensors",
+                patience=min(2, sizes.patience),
+                checkpoint_path=path.with_suffix(".safetensors"),
                 progress=False,
             )
-            likelihoods = [f"{value / length:.3f}" for value in result.validation_log_likelihood]
-            print("likelihood of validation windows by epoch, nats per token:", *likelihoods, flush=True)
+            likelihoods = [f"{value / bed.block_length:.3f}" for value in result.validation_log_likelihood]
+            print(f"{path.name}: validation windows by epoch, nats per token:", *likelihoods, flush=True)
             ct.save(pc, path)
         return ct.load(path)
 
@@ -116,6 +135,7 @@ class Fits:
             config = df.CircuitTraining(
                 steps=sizes.steps,
                 batch_size=sizes.batch_size,
+                learning_rate=sizes.learning_rate,
                 validate_every=sizes.validate_every,
                 checkpoint_every=sizes.validate_every,
                 patience=sizes.patience,
@@ -128,30 +148,37 @@ class Fits:
             self._report(path, head, caches[1], curve.steps[-1], time.process_time() - began)
         return df.CoupledHead.load(path)
 
+    def gate(self, denoiser: df.Denoiser, kind: str, name: str) -> Gate:
+        """Return a mixture of :data:`GATES` for a denoiser of some name, fitted to its validation windows."""
+        heads = [self.head(denoiser, one, name) for one in GATES[kind] if self.has(one)]
+        gate = Gate(heads, torch.zeros(self.sizes.gate_knots, 1 + len(heads), dtype=torch.float64))
+        cache = self.cache(denoiser, "validation", name)
+        batch = cache.batch(slice(0, len(cache)))
+        return gate.fitted(batch.prediction, batch.tokens, batch.masked)
+
     def seconds(self) -> float:
-        """Return the processor time of predictions and fits behind the heads ``calibrated`` and ``potentials``."""
-        names = ("logits-train-shipped", "logits-validation-shipped", "shipped-calibrated", "shipped-potentials")
-        paths = [self.folder / f"{name}.json" for name in names]
+        """Return the processor time of predictions and fits behind ``switched potentials``."""
+        heads = [f"shipped-{one.replace(' ', '-')}" for one in GATES["switched potentials"] if self.has(one)]
+        paths = [self.folder / f"{name}.json" for name in ("logits-train-shipped", "logits-validation-shipped", *heads)]
         return sum(json.loads(path.read_text("ascii"))["seconds"] for path in paths)
 
     def _first(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
         bed, hidden = self.bed, self.sizes.hidden
-        if kind in ("plain", "calibrated"):
-            pc = self.circuit()
+        if kind in ("plain", "calibrated", "aligned"):
+            pc = self.circuit(kind == "aligned")
             ids = torch.tensor(bed.vocabulary)
-            counts = torch.bincount(
-                torch.searchsorted(ids, bed.train[:, -bed.block_length :].contiguous()).flatten(), minlength=len(ids)
-            )
+            blocks = bed.train[:, -bed.block_length :].contiguous()
+            counts = torch.bincount(torch.searchsorted(ids, blocks).flatten(), minlength=len(ids))
             made = [df.NoiseCalibration.dividing_out(counts, num_knots=self.sizes.knots)] if kind != "plain" else []
             return df.CoupledHead(pc, conditioners=made, vocabulary=bed.vocabulary)
-        static = self.head(denoiser, "calibrated", name)
+        static = self.head(denoiser, "aligned" if kind.startswith("aligned") else "calibrated", name)
         options = {"hidden": hidden, "seed": self.seed}
         of = {
             "potentials": (df.LatentPotentials,),
             "gates": (df.TransitionGates,),
             "low rank": (df.LowRankTransitions,),
             "all": (df.LatentPotentials, df.TransitionGates),
-        }[kind]
+        }[kind.removeprefix("aligned ")]
         made = [one.for_hmm(static.pc, bed.num_features, **options) for one in of]
         return df.CoupledHead(static.pc, conditioners=[*static.conditioners, *made], vocabulary=bed.vocabulary)
 

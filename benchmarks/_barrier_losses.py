@@ -76,13 +76,18 @@ def circuit_losses(pc: ct.CompiledCircuit, categories: Tensor, masks: Masks) -> 
     return masks.losses(lambda masked: -ct.queries.log_conditional(pc, categories, ~masked))
 
 
-def head_losses(head: df.CoupledHead, denoiser: df.Denoiser, windows: Tensor, masks: Masks) -> Losses:
-    """Return the losses of the product of a head's circuit and the denoiser's prediction in one step."""
-    forbidden = head.spec_for(denoiser.spec).forbidden_ids
+def head_losses(
+    log_likelihood: Callable[[df.Prediction, Tensor, Tensor], Tensor],
+    denoiser: df.Denoiser,
+    windows: Tensor,
+    masks: Masks,
+    forbidden: tuple[int, ...],
+) -> Losses:
+    """Return the losses of what a head, given prediction, block and mask, says in one step."""
 
     def nats(masked: Tensor) -> Tensor:
-        said = asked(denoiser, windows, masked, forbidden, features=head.needs_features)
-        return -head.conditional_log_likelihood(said, windows[:, -masked.shape[1] :], masked)
+        said = asked(denoiser, windows, masked, forbidden, features=True)
+        return -log_likelihood(said, windows[:, -masked.shape[1] :], masked)
 
     return masks.losses(nats)
 

@@ -26,12 +26,14 @@ class Bed:
         more: further windows for the coupled objective, which are masked once.
         validation: windows for early stopping, of no part of ``text`` or ``held_out``.
         held_out: windows to measure on, by what they are.
-        structure: returns the circuit before it is fitted, given the categories of ``text``, (N, L); None: a
-            homogeneous hidden Markov model.
+        aligned: returns a circuit for blocks whose places mean the same, before it is fitted, given the number of its
+            states and the categories of ``text``, (N, L); states and transitions are named like those of a hidden
+            Markov model. None: there is none.
         parts: for some kinds of held-out windows: what exactly is masked of their blocks, bool (N, L); of the others
             random places at several ratios are.
         fine_tune: returns the denoiser trained further on ``train`` for so many seconds of processor time, kept in a
             folder; None: there is no such column.
+        name: of the folders of its fits, another one where these are made in another way.
         ratios: shares of a block that are masked.
     """
 
@@ -44,7 +46,8 @@ class Bed:
     validation: Tensor
     held_out: dict[str, Tensor]
     more: Tensor | None = None
-    structure: Callable[[Tensor], ct.Circuit] | None = None
+    aligned: Callable[[int, Tensor], ct.Circuit] | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     fine_tune: Callable[[Path, float], df.Denoiser] | None = None
+    name: str = "seed"
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)

@@ -56,6 +56,7 @@ def antibody_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
     assert isinstance(whole, df.MaskedLMDenoiser)
     denoiser = in_bfloat16(whole)
     return Bed(
+        name="aligned",
         denoiser=denoiser,
         num_features=denoiser.model.config.hidden_size,  # type: ignore[union-attr,arg-type]
         block_length=LENGTH,
@@ -63,7 +64,7 @@ def antibody_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
         text=torch.cat([drawn_ids, train.repeat(4, 1)]),
         train=train,
         more=drawn_ids[torch.randperm(len(drawn_ids), generator=torch.Generator().manual_seed(seed))[:1000]],
-        structure=lambda categories: aligned_chain(4 if is_quick else 64, categories, seed=seed),
+        aligned=lambda states, categories: aligned_chain(states, categories, seed=seed),
         validation=ids_of(split["validation"]),
         held_out={
             "far": ids_of(split["far"]),

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _barrier_fits import HEADS, QUICK, Fits, Sizes
+from _barrier_fits import GATES, HEADS, QUICK, Fits, Sizes
 from _barrier_losses import Losses, Masks, circuit_losses, head_losses, one_step_losses, sequential_losses
 from _bed import Bed
 from _bed_antibody import antibody_bed
@@ -36,10 +36,14 @@ import diffusion as df
 from circuits.files import replace_file
 from diffusion.evaluation.gap import Estimate
 
-BEDS = {"antibody": (antibody_bed, Sizes()), "gsm8k": (gsm8k_bed, TEXT), "demo": (demo_bed, TEXT)}
+BEDS = {
+    "antibody": (antibody_bed, Sizes(states=64, epochs=8, masks=2, learning_rate=0.01)),
+    "gsm8k": (gsm8k_bed, TEXT),
+    "demo": (demo_bed, TEXT),
+}
 """What prepares a bed, and how much of everything it is given."""
-TUNED = tuple(f"tuned {name}" for name in ("one-step", "calibrated", "potentials", "sequential"))
-COLUMNS = ("one-step", "circuit alone", *HEADS, "sequential", *TUNED)
+TUNED = tuple(f"tuned {name}" for name in ("one-step", "switched", "switched potentials", "sequential"))
+COLUMNS = ("one-step", "circuit alone", *HEADS, *GATES, "sequential", *TUNED)
 CHUNK = 8
 """Windows of a cell."""
 
@@ -75,7 +79,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
     measures = []
     for seed in seeds:
         bed = prepare(home, seed=seed, is_quick=options.quick, **given)
-        folder = home / f"{'quick' if options.quick else 'seed'}-{seed}-masks-{sizes.masks}"
+        before = "quick" if options.quick else bed.name
+        folder = home / f"{before}-{seed}-masks-{sizes.masks}"
         measure = Measure(Fits(bed, folder, sizes, seed), folder / "cells", windows)
         for kind in options.held_out or bed.held_out:
             for column in options.columns:
@@ -135,7 +140,8 @@ class Measure:
     @torch.no_grad()
     def fill(self, kind: str, column: str) -> None:
         """Compute the cells of a column that are not there."""
-        if column in TUNED and self.bed.fine_tune is None:
+        is_missing = column in TUNED and self.bed.fine_tune is None
+        if is_missing or not self.fits.has(column):
             return
         windows, masks = self.bed.held_out[kind], self.masks(kind)
         for rows in self.chunks(kind):
@@ -159,10 +165,14 @@ class Measure:
         if what == "circuit alone":
             block = windows[:, -self.bed.block_length :].contiguous()
             categories = torch.searchsorted(torch.tensor(self.bed.vocabulary), block)
-            return circuit_losses(self.fits.circuit(), categories, masks)
+            return circuit_losses(self.fits.alone(), categories, masks)
         with torch.enable_grad():
+            if what in GATES:
+                gate = self.fits.gate(denoiser, what, name)
+                return head_losses(gate.log_likelihood, denoiser, windows, masks, self.forbidden)
             head = self.fits.head(denoiser, what, name)
-        return head_losses(head, denoiser, windows, masks)
+        forbidden = head.spec_for(denoiser.spec).forbidden_ids
+        return head_losses(head.conditional_log_likelihood, denoiser, windows, masks, forbidden)
 
     def read(self, kind: str, column: str) -> dict[str, np.ndarray] | None:
         """Return a column's losses on all windows; None if a cell is not there."""

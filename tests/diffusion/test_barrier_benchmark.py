@@ -19,6 +19,8 @@ from diffusion.errors import CorpusError
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that import what lies beside them
 
 import _antibody_data as antibody
+import _barrier_chains as drawn
+import _barrier_gate as gates
 import _barrier_losses as losses
 import _bed_antibody as bed
 import _bed_text as text
@@ -149,6 +151,59 @@ def test_states_of_an_aligned_chain_begin_as_chains():
     pc = ct.compile(bed.aligned_chain(2, chains, seed=0))
     expected = 100 * np.log(0.8) + np.log(0.5) + 99 * np.log(0.95)
     assert pc(chains).tolist() == pytest.approx([expected] * 2, abs=5)
+
+
+def test_a_mixture_of_heads_is_weighed_by_the_mask_ratio():
+    """At r = 1/4, half way between the first two of three knots, log-weights are the mean of theirs."""
+    log_weights = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    parts = torch.tensor([[-3.0, -2.0], [-5.0, -1.0]], dtype=torch.float64)
+    masked = torch.tensor([[True, False, False, False], [True] * 4])
+    weights = np.exp([1.0, 0.5]) / np.exp([1.0, 0.5]).sum()
+    expected = [np.log(weights @ np.exp([-3.0, -2.0])), np.log(0.5 * np.exp(-5.0) + 0.5 * np.exp(-1.0))]
+    assert gates.mixed(log_weights, parts, masked).tolist() == pytest.approx(expected)
+
+
+def test_a_mixture_leaves_out_a_head_that_is_never_right_and_is_sure_of_one_that_always_is():
+    """The first head multiplies with independent tokens that are wrong, the second with such that are right."""
+    tokens = torch.zeros(6, 4, dtype=torch.int64)
+    masked = torch.tensor([[True] * count + [False] * (4 - count) for count in (1, 2, 3, 4, 4, 2)])
+    said = df.Prediction.from_logits(torch.zeros(6, 4, 3))
+    heads = []
+    for right in (0, 1):
+        pc = ct.compile(ct.structures.fully_factorized(4, 3))
+        table = torch.full((3, 1), 0.05)
+        table[right] = 0.9
+        for leaf in pc.circuit.inputs:
+            pc.set_weights(leaf, table)
+        heads.append(df.CoupledHead(pc))
+    gate = gates.Gate(heads, torch.zeros(3, 3, dtype=torch.float64)).fitted(said, tokens, masked, decay=0.0)
+    best = masked.sum(1) * np.log(0.9)
+    torch.testing.assert_close(gate.log_likelihood(said, tokens, masked), best.double(), atol=1e-2, rtol=0)
+    parts = gate.parts(said, tokens, masked)
+    expected = masked.sum(1).double()[:, None] * torch.tensor([1 / 3, 0.9, 0.05]).double().log()
+    torch.testing.assert_close(parts, expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_residues_are_predicted_once_with_a_quarter_of_the_chain_masked():
+    denoiser = random_denoiser()
+    windows = torch.randint(0, 4, (2, 8), generator=torch.Generator().manual_seed(1))
+    found = drawn.quarter_losses(denoiser, windows, (4, 5), seed=3)
+    order = torch.rand(windows.shape, generator=torch.Generator().manual_seed(3)).argsort(1)
+    for row in range(2):
+        total = 0.0
+        for part in range(4):
+            places = order[row, 2 * part : 2 * part + 2]
+            canvas = windows[row : row + 1].clone()
+            canvas[0, places] = 5
+            said = torch.log_softmax(denoiser.logits(canvas)[0, :, :4], -1)
+            total -= float(said[places, windows[row, places]].sum())
+        assert found[row] == pytest.approx(total / 8, abs=1e-5)
+
+
+def test_distances_are_what_no_alignment_can_match():
+    one, other = chain("ARDV", 3)[-100:], chain("AKDV", 4)[-100:]
+    assert drawn.distances([one], [one, other]).tolist() == [[0, 100 - longest_common(one, other)]]
 
 
 def test_a_share_is_of_the_gap_and_there_is_none_without_a_gap():

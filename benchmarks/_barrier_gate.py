@@ -1,0 +1,79 @@
+"""A mixture of the plain prediction and of heads, weighed by the mask ratio.
+
+    p_hat(x) = g_0(r) prod_i q_i(x_i) + sum_k g_k(r) p_hat_k(x)
+
+Each head has a calibration and conditioners of its own, so components of one circuit, which share what they are
+multiplied with, cannot say this; and a block chooses by what it holds which of them was right. With weights that are
+fitted well the mixture is no worse than the best of its parts at any ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import diffusion as df
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A mixture.
+
+    Attributes:
+        heads: K of them.
+        log_weights: unnormalised, at M evenly spaced mask ratios from 0 to 1 and linear in between, (M, 1 + K); first
+            those of the plain prediction.
+    """
+
+    heads: Sequence[df.CoupledHead]
+    log_weights: Tensor
+
+    def log_likelihood(self, said: df.Prediction, tokens: Tensor, masked: Tensor) -> Tensor:
+        """Return the log-probability of the true tokens at masked places, float64 (B,)."""
+        return mixed(self.log_weights, self.parts(said, tokens, masked), masked)
+
+    @torch.no_grad()
+    def parts(self, said: df.Prediction, tokens: Tensor, masked: Tensor) -> Tensor:
+        """Return the log-probability under every component, float64 (B, 1 + K)."""
+        alone = said.log_prob_of(tokens).double().masked_fill(~masked, 0.0).sum(1)
+        heads = [head.conditional_log_likelihood(said, tokens, masked).double() for head in self.heads]
+        return torch.stack([alone, *heads], 1)
+
+    @torch.enable_grad()
+    def fitted(self, said: df.Prediction, tokens: Tensor, masked: Tensor, *, decay: float = 1e-3) -> Gate:
+        """Return the mixture whose weights are best on some blocks, in nats per masked token.
+
+        Args:
+            said: what the denoiser says of them.
+            tokens: int64 (B, L).
+            masked: bool (B, L).
+            decay: of the squares of log-weights, which keeps those that no block speaks of equal.
+        """
+        some = masked.any(1)
+        parts, masked = self.parts(said, tokens, masked)[some], masked[some]
+        log_weights = self.log_weights.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = -(mixed(log_weights, parts, masked) / masked.sum(1)).mean() + decay * log_weights.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return replace(self, log_weights=log_weights.detach())
+
+
+def mixed(
+    log_weights: Tensor,  # shape: (M, 1 + K)
+    parts: Tensor,  # shape: (B, 1 + K)
+    masked: Tensor,  # shape: (B, L)
+) -> Tensor:
+    """Return the log-probability of a mixture whose weights are those of each block's mask ratio, (B,)."""
+    place = masked.double().mean(1) * (len(log_weights) - 1)
+    lower = place.long().clamp(max=len(log_weights) - 2)
+    between = torch.lerp(log_weights[lower], log_weights[lower + 1], (place - lower).unsqueeze(1))
+    return (between.log_softmax(1) + parts).logsumexp(1)
