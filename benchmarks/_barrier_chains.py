@@ -45,10 +45,14 @@ def chains(
             temperature=1.0,
             generator=torch.Generator().manual_seed(seed),
         )
-        drawn = ["".join(VOCABULARY[id] for id in row) for row in out.tokens.tolist()]
         with replace_file(path) as temporary:
-            temporary.write_text(json.dumps(drawn), encoding="ascii")
+            temporary.write_text(json.dumps(texts_of(out.tokens)), encoding="ascii")
     return json.loads(path.read_text("ascii"))
+
+
+def texts_of(ids: Tensor) -> list[str]:
+    """Return chains as letters."""
+    return ["".join(VOCABULARY[id] for id in row) for row in ids.tolist()]
 
 
 @torch.no_grad()

@@ -5,13 +5,16 @@
     python benchmarks/barrier.py --bed demo                # Python's documentation; trains its denoiser first
     python benchmarks/barrier.py --bed antibody --quick    # the same, tiny, in a folder of its own
     python benchmarks/barrier.py --bed antibody --columns one-step sequential   # these only: for two runs side by side
+    python benchmarks/barrier.py --bed antibody --chains 32    # and whole chains in 1, 2, 4, 8, 16 calls
 
 Losses are nats per masked token. *one-step*: the denoiser, all masked tokens independently; *circuit alone*: the
 circuit of maximum likelihood; *plain*: their product, fitted; *calibrated*: with a calibration by noise; *potentials*,
-*gates*, *low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *sequential*: the
-denoiser, one token at a time; *tuned ...*: the same with the denoiser trained further on the same text, for as long as
-*calibrated* and *potentials* took. Every cell, a column on eight windows, is kept in a file of ``--folder``: an
-interrupted run goes on where it was, and one with more ``--windows`` or ``--seeds`` computes what is new.
+*gates*, *low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *aligned*, *aligned
+potentials*: of the bed's own circuit; *switched*: one step, *calibrated* and *aligned* behind a gate that reads the
+mask ratio, *switched potentials*: the heads with potentials too; *sequential*: the denoiser, one token at a time;
+*tuned ...*: the same with the denoiser trained further on the same text, for as long as *switched potentials* took.
+Every cell, a column on eight windows, is kept in a file of ``--folder``: an interrupted run goes on where it was, and
+one with more ``--windows`` or ``--seeds`` computes what is new.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _barrier_chains import CALLS, chains, described, texts_of
 from _barrier_fits import GATES, HEADS, QUICK, Fits, Sizes
 from _barrier_losses import Losses, Masks, circuit_losses, head_losses, one_step_losses, sequential_losses
 from _bed import Bed
@@ -61,6 +65,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--held-out", nargs="+", help="kinds of held-out windows to measure in this run; all of the bed"
     )
+    parser.add_argument(
+        "--chains", type=int, default=0, help="whole chains to generate in 1, 2, 4, ... calls, antibody"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny sizes, the first seed")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
@@ -90,6 +97,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
     for kind, rows in tables.items():
         print(f"\n{kind}, nats per masked token, and shares of the gap of the denoiser that a column is about:\n")
         print("\n".join(markdown(rows)))
+    if options.chains:
+        tables["chains"] = [row for measure in measures for row in chain_rows(measure, options.chains)]
+        print(f"\n{options.chains} whole chains of each seed:\n")
+        print("\n".join(markdown(tables["chains"])))
     with replace_file(home / "tables.json") as temporary:
         temporary.write_text(json.dumps(tables, indent=1), encoding="ascii")
     return tables
@@ -211,6 +222,24 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
             if ends[0] is not None and ends[1] is not None and not column.endswith(("one-step", "sequential")):
                 row[f"share {title}"] = share(ends[0][name], loss, ends[1][name], resamples)
         rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def chain_rows(measure: Measure, number: int, head: str = "aligned potentials") -> list[dict[str, str]]:
+    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with a head."""
+    denoiser, seed = measure.bed.denoiser, measure.fits.seed
+    training = texts_of(measure.bed.train)
+    rows = [
+        {"seed": str(seed), "calls": "", "head": "far reads"}
+        | described(denoiser, texts_of(measure.bed.held_out["far"][:number]), training, measure.forbidden, seed=seed)
+    ]
+    for calls in CALLS:
+        for name, chosen in (("", None), (head, measure.fits.head(denoiser, head, "shipped"))):
+            path = measure.folder / f"chains-{calls}-{number}{'-head' if name else ''}.json"
+            drawn = chains(denoiser, chosen, calls, number, path, seed=seed)
+            known = described(denoiser, drawn, training, measure.forbidden, seed=seed)
+            rows.append({"seed": str(seed), "calls": str(calls), "head": name, **known})
     return rows
 
 
