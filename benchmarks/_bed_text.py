@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from _barrier_fits import Sizes
 from _bed import Bed
 from torch import Tensor
 
+import circuits as ct
 from diffusion.app.packing import SHIPPED
 from diffusion.app.recipe import PRESETS
 from diffusion.app.workspace import Workspace
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.text.corpus import load_corpus, random_windows, windows
 
-TEXT = Sizes(states=512, epochs=6, masks=1, batch_size=128, steps=800, validate_every=100, hidden=256)
+TEXT = Sizes(states=256, epochs=5, masks=1, batch_size=128, steps=300, validate_every=100, patience=2, hidden=128)
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 NUM_PARTS = 3
 """Seeds whose held-out windows have nothing in common."""
@@ -81,18 +83,50 @@ def _bed(
     tokens, validation, rest = (models.stream(tuple(one)) for one in (train, held_out[::2], held_out[1::2]))
     generator = torch.Generator().manual_seed(seed)
     most = 16 if is_quick else None
-    known = set(denoiser.spec.forbidden_ids)
+    forbidden = set(denoiser.spec.forbidden_ids)
+    vocabulary = tuple(id for id in range(denoiser.spec.vocab_size) if id not in forbidden)
+    sizes = {"first": 4, "last": 8} if is_quick else {"first": 128, "last": TEXT.states}
     return Bed(
         denoiser=denoiser,
         num_features=denoiser.config.width,
         block_length=length,
-        vocabulary=tuple(id for id in range(denoiser.spec.vocab_size) if id not in known),
-        text=random_windows(tokens, length=span, num_windows=most or 60_000, generator=generator),
-        train=random_windows(tokens, length=span, num_windows=most or 24_576, generator=generator),
-        validation=windows(validation, length=span, max_windows=most or 512),
+        vocabulary=vocabulary,
+        text=random_windows(tokens, length=span, num_windows=most or 40_000, generator=generator),
+        train=random_windows(tokens, length=span, num_windows=most or 8192, generator=generator),
+        validation=windows(validation, length=span, max_windows=most or 256),
         held_out={"held-out": _part(windows(rest, length=span), seed)},
+        structure=partial(grown, num_categories=len(vocabulary), **sizes, seed=seed),
         ratios=RATIOS,
     )
+
+
+def grown(text: Tensor, num_categories: int, *, first: int, last: int, seed: int, noise: float = 0.3) -> ct.Circuit:
+    """Return a hidden Markov model whose states were split in two after every fit: better than from a random start.
+
+    Args:
+        text: categories, int64 (N, L).
+        num_categories: C.
+        first: states of the first fit, which starts from random weights.
+        last: states in the end, a power of two times as many.
+        seed: of the first weights, the order of the text, and what parts the copies of a state.
+        noise: standard deviation of the logarithm of the factors that part them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    circuit = ct.structures.hmm(text.shape[1], first, num_categories)
+    while first < last:
+        pc = ct.compile(circuit, seed=seed)
+        ct.learning.fit(pc, text, optimizer="anemone", num_epochs=2, batch_size=512, seed=seed, progress=False)
+        tables = [pc.log_weights(name).detach() for name in ("initial", "transition0", "emission0")]
+        tables = [tables[0][0], tables[1], tables[2].t()]
+        split = [table.repeat_interleave(2, 0) for table in tables]
+        split[1] = split[1].repeat_interleave(2, 1)
+        moved = [table + noise * torch.randn(table.shape, generator=generator) for table in split]
+        initial, transition, emission = (table.softmax(-1) for table in moved)
+        first *= 2
+        circuit = ct.structures.hmm(
+            text.shape[1], first, num_categories, initial=initial, transition=transition, emission=emission
+        )
+    return circuit
 
 
 def _part(found: Tensor, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 import zipfile
 from io import BytesIO
@@ -303,3 +304,12 @@ def test_another_text_than_that_of_the_denoiser_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"answer": "one"}\n{"answer": "two"}\n')
     with pytest.raises(CorpusError, match="made from"):
         text.gsm8k_bed(tmp_path, seed=0, is_quick=True, data=tmp_path / "train.jsonl")
+
+
+def test_states_are_split_until_there_are_enough_and_the_text_is_likelier_than_under_few():
+    """Sequences of period three have probability 1/3 under three states, and fewer states cannot keep the phase."""
+    data = (torch.arange(3)[:, None] + torch.arange(12)) % 3
+    pc = ct.compile(text.grown(data.repeat(100, 1), 3, first=2, last=8, seed=0))
+    assert pc.log_weights("transition0").shape == (8, 8)
+    ct.learning.fit(pc, data, optimizer="em", num_epochs=100, progress=False)
+    assert float(pc(data).detach().mean()) == pytest.approx(-math.log(3), abs=0.01)
