@@ -105,10 +105,8 @@ def source_at(generator: Source, position: int, node: Tensor, column: Tensor) ->
 def numbers_at(generator: Source, sizes: Mapping[int, int], num_samples: int) -> dict[int, Tensor]:
     """Return the first numbers that :func:`source_at` draws for all nodes of some layers, (F, S * B), by layer.
 
-    Args:
-        generator: generators by row; others draw in turn, so that there is nothing to draw at once.
-        sizes: F of each layer.
-        num_samples: S. Nothing is drawn either where there would be too many numbers.
+    By the F of each layer. Nothing is drawn of generators that are none by row, which draw in turn, nor where there
+    would be too many numbers.
     """
     if not isinstance(generator, RowGenerators):
         return {}

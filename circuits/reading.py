@@ -31,11 +31,7 @@ _NPY = re.compile(
 
 
 def regular_size(path: str | os.PathLike[str]) -> int:
-    """Return the size of a regular file in bytes.
-
-    Raises:
-        OSError: it is missing, or no regular file: a pipe would block its reader for ever, a device never ends.
-    """
+    """Return the size in bytes of a regular file; raises OSError for a pipe, which may block for ever, or a device."""
     found = os.stat(path)
     _check_regular(found, path)
     return found.st_size
@@ -54,15 +50,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Return what a regular file holds.
-
-    Args:
-        path: the file.
-        limit: the most bytes that it may have, which is looked at before anything is read.
-
-    Raises:
-        OSError: it cannot be read, is no regular file, or is larger.
-    """
+    """Return what a regular file of at most ``limit`` bytes holds; raises OSError if it is none, or cannot be read."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -71,16 +59,7 @@ def read_bytes(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, way_out: str) -> Any:
-    """Return what a JSON file holds.
-
-    Args:
-        path: the file, regular and of UTF-8.
-        limit: the most bytes that it may have.
-        way_out: what to do about a file that is of no use, for the message.
-
-    Raises:
-        CheckpointError: it cannot be read within these bounds, or is not JSON.
-    """
+    """Return what a JSON file of at most ``limit`` bytes holds; raises CheckpointError, with the way out."""
     try:
         return parsed_json(read_bytes(path, limit=limit))
     except OSError as error:
@@ -114,11 +93,7 @@ def parsed_json(content: bytes) -> Any:
 
 
 def checked_tensor_file(path: str | os.PathLike[str]) -> int:
-    """Return the size of a safetensors file whose header is within bounds, so that it may be opened.
-
-    Raises:
-        OSError: it is missing, no regular file, or its header is too long.
-    """
+    """Return the size of a safetensors file whose header is within bounds; raises OSError if it is none."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -132,10 +107,7 @@ def checked_tensor_file(path: str | os.PathLike[str]) -> int:
 class ArrayHeader:
     """What the header of a ``.npy`` file says, of an array by rows.
 
-    Attributes:
-        dtype: NumPy's code, such as ``<f2``.
-        shape: its sizes.
-        start: where in the file its numbers begin.
+    NumPy's code of its dtype, such as ``<f2``, its sizes, and where in the file its numbers begin.
     """
 
     dtype: str
@@ -144,15 +116,9 @@ class ArrayHeader:
 
 
 def read_array_header(file: BinaryIO) -> ArrayHeader:
-    """Return the header of a ``.npy`` file of format version 1.0, as NumPy writes it; nothing else is understood.
+    """Return the header of a ``.npy`` file of version 1.0, as NumPy writes it; raises ValueError for anything else.
 
     NumPy's own reader evaluates the text as Python, and fails on damaged ones in many ways.
-
-    Args:
-        file: at its beginning; afterwards behind the header.
-
-    Raises:
-        ValueError: it is not such a file.
     """
     start = file.read(10)
     length = int.from_bytes(start[8:], "little")

@@ -17,15 +17,9 @@ _WAY_OUT = "download the model again"
 
 
 def fetch(name_or_path: str | os.PathLike[str], patterns: tuple[str, ...], *, revision: str | None = None) -> Path:
-    """Return a local folder: the one that is named, or that of the hub's repository.
+    """Return a local folder: the one that is named, or that of the hub's repository, with the files of some patterns.
 
-    Args:
-        name_or_path: a folder, or the name of a repository.
-        patterns: of the files that are wanted.
-        revision: branch, tag or commit of the repository.
-
-    Raises:
-        ArgumentError: there is no such folder or repository.
+    Raises ArgumentError if there is no such folder or repository.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -44,11 +38,7 @@ def fetch(name_or_path: str | os.PathLike[str], patterns: tuple[str, ...], *, re
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        CheckpointError: the file is missing, too large, or holds something else.
-    """
+    """Return the JSON object in a file; raises CheckpointError if it is missing, too large, or holds something else."""
     content = reading.read_json(path, way_out=_WAY_OUT)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}; {_WAY_OUT}")

@@ -128,11 +128,7 @@ class OnHub:
 
 
 def options_of(decoding: Any) -> dict[str, Any]:
-    """Return the options of a decoding configuration by name.
-
-    Raises:
-        ArgumentError: it is neither a dataclass nor a table.
-    """
+    """Return the options of a decoding configuration, or of a table, by name; raises ArgumentError for others."""
     if is_dataclass(decoding) and not isinstance(decoding, type):
         return asdict(decoding)
     if isinstance(decoding, Mapping):

@@ -24,11 +24,7 @@ _NEGLIGIBLE = -1e4
 
 
 def checked_vocabulary(vocabulary: Sequence[int] | Tensor, pc: CompiledCircuit) -> Tensor:
-    """Return the ids of a circuit's categories, int64 (C,).
-
-    Raises:
-        ArgumentError: not one id of its own for every category.
-    """
+    """Return the ids of a circuit's categories, int64 (C,); raises ArgumentError unless each has one of its own."""
     categories = set(pc.circuit.num_categories)
     try:
         ids = torch.as_tensor(vocabulary)
@@ -47,10 +43,7 @@ def checked_vocabulary(vocabulary: Sequence[int] | Tensor, pc: CompiledCircuit) 
 def check_padding(prediction: Prediction, masked: Tensor, num_categories: int) -> None:
     """Raise ArgumentError unless a prediction is of a circuit's C tokens, and of padding ids that it never predicts.
 
-    Args:
-        prediction: of V tokens, (B, L).
-        masked: bool (B, L), where it matters.
-        num_categories: C.
+    It matters where it is ``masked``, bool (B, L).
     """
     if num_categories <= prediction.vocab_size:
         if prediction.values is None:

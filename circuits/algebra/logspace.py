@@ -188,13 +188,8 @@ def log_matmul(
 ) -> Tensor:  # shape: (F, O, B)
     """Return ``log sum_i exp(log_weights[f, o, i] + x[f, i, b])``, twice differentiable in ``log_weights`` and ``x``.
 
-    Args:
-        log_weights: (F, O, I), at most 0.
-        x: (F, I, B), any log-values; -inf is allowed.
-        weights: exp(log_weights) where the caller has it already.
-
-    Returns:
-        (F, O, B); -inf exactly where no term is possible, never NaN.
+    -inf exactly where no term is possible, never NaN. The log-weights are at most 0; ``weights`` are their
+    exponentials, where the caller has these already.
     """
     if torch.compiler.is_compiling():
         return contract_plain(log_weights, x)
@@ -214,14 +209,8 @@ def log_mix(
 ) -> Tensor:  # shape: (n, K)
     """Return ``log sum_j exp(log_factors[n, j] + log_table[values[n, j], k])``; only the listed rows are read.
 
-    Args:
-        log_table: (V, K), at most 0.
-        values: rows of the table, int64 (n, k).
-        log_factors: (n, k); -inf leaves a row out.
-        table: exp(log_table) where the caller has it already (then no gradient reaches the table).
-
-    Returns:
-        (n, K); -inf exactly where no term is possible, never NaN.
+    -inf exactly where no term is possible, never NaN. The log-table is at most 0; ``table`` is its exponential, where
+    the caller has it already (then no gradient reaches the table).
     """
     peak = log_factors.detach().amax(1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)

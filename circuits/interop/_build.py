@@ -46,18 +46,10 @@ def build_circuit(
     seed: int | None,
     limit: int | None = None,
 ) -> CompiledCircuit:
-    """Build and compile the circuit whose root is the last node that is no one's source only.
+    """Build and compile the circuit whose root is the last node, of nodes that stand after their children.
 
-    Args:
-        nodes: children before parents.
-        device: where the parameters go.
-        dtype: torch.float32 or torch.float64.
-        seed: for parameters that are not initialised; fresh entropy when omitted.
-        limit: how many numbers all tables, edges and units together may have; None: any.
-
-    Raises:
-        ArgumentError: edges or parameters do not fit, or there are too many of them.
-        StructureError: the nodes are no smooth and decomposable circuit with one root unit.
+    With a ``limit`` to how many numbers all tables, edges and units may have together. Raises ArgumentError where edges
+    or parameters do not fit, StructureError where the nodes are no smooth and decomposable circuit with one root unit.
     """
     builder = _Builder(nodes, seed, limit)
     for position in range(len(nodes)):

@@ -68,14 +68,7 @@ class FileBytes:
 
 @dataclass(frozen=True, eq=False)
 class StoredArray:
-    """A NumPy array in a pickle, of which parts can be read.
-
-    Attributes:
-        data: its bytes.
-        dtype: of its numbers.
-        shape: its sizes.
-        order: of its bytes, by rows (C) or by columns (F).
-    """
+    """A NumPy array in a pickle, of which parts can be read; its bytes lie by rows (C) or by columns (F)."""
 
     data: bytes | bytearray | FileBytes
     dtype: np.dtype[Any]
@@ -127,11 +120,7 @@ _NUMPY = ("numpy.core.", "numpy._core.")
 def read_pickle(source: bytes | BinaryIO) -> Any:
     """Return what a pickle describes, with a :class:`Call` wherever it wants something called.
 
-    Args:
-        source: the pickle, or a file of it, which has to stay open for as long as arrays of it are read.
-
-    Raises:
-        CheckpointError: the bytes are no pickle, or one that needs more than data.
+    A file has to stay open for as long as arrays of it are read. Raises CheckpointError if it needs more than data.
     """
     try:
         return _Machine().run(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -142,11 +131,7 @@ def read_pickle(source: bytes | BinaryIO) -> Any:
 
 
 def array_of(value: Any) -> StoredArray:
-    """Return the NumPy array of numbers or booleans that was pickled.
-
-    Raises:
-        CheckpointError: it is something else.
-    """
+    """Return the NumPy array of numbers or booleans that was pickled; raises CheckpointError for anything else."""
     if isinstance(value, Call) and value.function.module.startswith(_NUMPY):
         name = value.function.name
         if name == "_reconstruct" and isinstance(value.state, tuple) and len(value.state) == 5:

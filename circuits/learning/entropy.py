@@ -18,10 +18,10 @@ def entropic_maximum(log_shares: Tensor, is_possible: Tensor, strength: float, a
     Probabilistic Circuits") for the entropy of the choices of single sum units.
 
     Args:
-        log_shares: log p, whose exponentials sum to 1 along ``axis``.
+        log_shares: log p, whose exponentials sum to 1 along ``axis``, as those of w do.
         is_possible: where weights may be positive; elsewhere p is 0 and w stays so.
         strength: tau > 0, in nats of likelihood per nat of entropy.
-        axis: along which weights sum to 1.
+        axis: of p and w.
     """
     dtype = log_shares.dtype
     log_p = log_shares.double().masked_fill(~is_possible, -torch.inf)

@@ -20,14 +20,9 @@ ALL = "all"
 def frozen_parameters(pc: CompiledCircuit, frozen: Frozen | None, *, by_em: bool = False) -> dict[str, Tensor]:
     """Return where the parameters of each bank stay as they are: bool (P, S, 1); banks that all move are left out.
 
-    Args:
-        pc: the circuit.
-        frozen: nodes or names; or by node or name the parameter that is fixed, such as ``"mean"``, or ``"all"``. Nodes
-            that share their parameters are frozen together.
-        by_em: whether it is EM that moves the others, which for finite families can fix all parameters or none.
-
-    Raises:
-        ArgumentError: not a node with parameters, or not a parameter of its family.
+    Nodes that share their parameters are frozen together. With ``by_em`` it is EM that moves the others, which for
+    finite families can fix all parameters or none. Raises ArgumentError for what is no node with parameters, or none of
+    these.
     """
     masks: dict[str, Tensor] = {}
     if frozen is None:

@@ -33,8 +33,7 @@ class KnownState:
 def known_states(circuit: Circuit, states: Mapping[Input | Sum, Tensor]) -> tuple[KnownState, ...]:
     """Return the states, int64 (B,), of sum nodes (their child units) and input nodes (their units), sum by sum.
 
-    Raises:
-        ArgumentError: the units of an input node are no child units of sums.
+    Raises ArgumentError if the units of an input node are no child units of sums.
     """
     parents: dict[Node, list[Node]] = defaultdict(list)
     for node in circuit.nodes:

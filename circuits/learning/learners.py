@@ -21,12 +21,9 @@ _LEAST_MASS = 1e-300
 
 
 class Learner(ABC):
-    """Moves the weights of one circuit, batch by batch.
+    """Moves the weights of one circuit, batch by batch, of which each process gets its share.
 
-    Args:
-        pc: the circuit.
-        processes: those that learn together; the batches of each are its shares.
-        description: tells the learner from others.
+    The description tells the learner from others.
     """
 
     is_shuffled = True
@@ -155,12 +152,7 @@ class AnemoneLearner(Learner):
 class GradientLearner(Learner):
     """One step of a ``torch.optim`` optimizer a batch, down the mean negative log-likelihood.
 
-    Args:
-        pc: the circuit.
-        processes: those that learn together.
-        description: tells the learner from others.
-        optimizer: over parameters of the circuit.
-        held: where the parameters of a bank stay as they are, bool (P, S, 1).
+    Where the parameters of a bank are ``held``, bool (P, S, 1), they stay as they are.
     """
 
     def __init__(

@@ -211,8 +211,7 @@ OptimizerLike: TypeAlias = "EMName | Optimizer | torch.optim.Optimizer | Optimiz
 def optimizer_of(given: OptimizerLike, options: dict[str, Any]) -> Optimizer:
     """Return an optimizer: given as such, by name, or as one of torch; with other options where they are given.
 
-    Raises:
-        ArgumentError: no optimizer, or an option that it does not have.
+    Raises ArgumentError for what is no optimizer, and for an option that it does not have.
     """
     if isinstance(given, str):
         if given not in _BY_NAME:

@@ -137,11 +137,7 @@ class CheckedSamples:
 def checked_samples(pc: CompiledCircuit, name: str, data: Any, *, takes_labels: bool = True) -> CheckedSamples:
     """Return samples, or data without more, as tensors; raise ArgumentError unless they fit the circuit.
 
-    Args:
-        pc: the circuit.
-        name: of the argument.
-        data: :class:`Samples`, or the values alone.
-        takes_labels: a circuit with classes needs labels, but for those who do not ask the class.
+    A circuit with classes needs labels, but for those who do not ask the class: ``takes_labels`` is False.
     """
     check_compiled(pc)
     given = data if isinstance(data, Samples) else Samples(data)

@@ -25,13 +25,8 @@ def direct_moments(
     """Return ``E[(x_i - c_i)^order | e]``, (B, D).
 
     A variable's moment is the average of those of its input units, which are derivatives of their own tilted values.
-
-    Args:
-        pc: the circuit.
-        order: >= 1.
-        evidence: for B queries; None: no evidence, B = 1.
-        numbers: what the values of variables with finitely many values stand for, (D, C).
-        centre: c, (B, D); None: 0.
+    The values of variables with finitely many of them stand for ``numbers``, (D, C); ``centre`` is c, (B, D), or None
+    for 0.
     """
     refuse_relative(evidence, "moments of variables with infinitely many values")
     is_recorded = torch.is_grad_enabled()
@@ -68,11 +63,7 @@ def direct_moments(
 def direct_covariance(pc: CompiledCircuit, evidence: Evidence | None, numbers: Tensor, centre: Tensor) -> Tensor:
     """Return ``Cov[x_i, x_j | e]``, (B, D, D): the second derivatives of the tilted log Z.
 
-    Args:
-        pc: the circuit.
-        evidence: for B queries; None: no evidence, B = 1.
-        numbers: what the values of variables with finitely many values stand for, (D, C).
-        centre: (B, D), the means: any numbers would do, but these leave small ones to subtract.
+    The centre is the means, (B, D): any numbers would do, but these leave small ones to subtract.
     """
     refuse_relative(evidence, "moments of variables with infinitely many values")
     is_recorded = torch.is_grad_enabled()
@@ -121,14 +112,7 @@ def _tilted_log_z(
 
 
 def _tilted(layer: DirectLayer, evidence: Evidence, weights: Weights, slopes: Tensor, centre: Tensor) -> Tensor:
-    """Return the log-values of all units of a layer with the further factor ``exp(slope (v - centre))``, (F, K, B).
-
-    Args:
-        layer: whose units.
-        evidence: for B queries.
-        weights: of the layer's bank.
-        slopes, centre: broadcastable with (F, K, B).
-    """
+    """Return the log-values of all units of a layer with the further factor ``exp(slope (v - centre))``, (F, K, B)."""
     read = layer.parameter_rows.select(weights.log).double().transpose(1, 2).unsqueeze(2)  # (F, K, 1, S)
     slopes, centre = slopes.double().unsqueeze(-1), centre.double().unsqueeze(-1)
     coefficients = torch.cat([-slopes * centre, slopes], -1)

@@ -66,8 +66,7 @@ Step = SumStep | ProductStep | LeafStep
 def align(roots: Iterable[Meeting], known: Collection[Meeting] = ()) -> dict[Meeting, Step]:
     """Return every meeting below the given ones with its step, children first, but for those already ``known``.
 
-    Raises:
-        PropertyError: two products decompose a scope in ways that do not fit together.
+    Raises PropertyError if two products decompose a scope in ways that do not fit together.
     """
     steps: dict[Meeting, Step] = {}
     opened: dict[Meeting, Step] = {}

@@ -23,15 +23,9 @@ def log_matmul_average(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-space product, (F, O, B), and the average over its terms of ``average_i + edge_oi``, (F, O, B).
 
-    Args:
-        log_weights: (F, O, I).
-        x: (F, I, B), any log-values; -inf is allowed.
-        average: (F, I, B), finite; ignored where ``x`` is -inf.
-        weights: exp(log_weights) where the caller has it already (then no gradient flows through it).
-        edge: a quantity per edge; ignored where the weight is zero.
-
-    Returns:
-        Both differentiable; the average is 0 where no term is possible.
+    Both are differentiable; the average is 0 where no term is possible. Averages are ignored where ``x`` is -inf, a
+    quantity per edge where the weight is 0. ``weights`` are exp(log_weights), where the caller has them (then without a
+    gradient).
     """
     out = logspace.log_matmul(log_weights, x, weights=weights)
     if weights is None or log_weights.requires_grad:

@@ -152,9 +152,7 @@ def require_finite_values(pc: CompiledCircuit, query: str = "this query") -> Non
 def dense_evidence(pc: CompiledCircuit, evidence: Evidence | None, weights: CircuitWeights | None = None) -> Evidence:
     """Return the evidence with log-factors of all values, (B, D, C), -inf for values that a variable does not have.
 
-    Raises:
-        ArgumentError: the evidence does not fit the circuit.
-        PropertyError: a variable has infinitely many values, or the evidence does not name the class.
+    Raises ArgumentError if it does not fit the circuit, PropertyError for infinitely many values or without a class.
     """
     require_finite_values(pc)
     question = Question(pc, evidence, weights)
@@ -173,8 +171,7 @@ def factors_of(evidence: Evidence) -> Tensor:
 def dense_factors(pc: CompiledCircuit, evidence: Evidence | None, query: str) -> Tensor:
     """Return the log-factors of :func:`dense_evidence`, for a query that takes evidence on variables only.
 
-    Raises:
-        PropertyError: the circuit has classes or infinitely many values, or the evidence is on latents or relative.
+    Raises PropertyError for classes or infinitely many values, and for evidence on latents or relative to other.
     """
     require_finite_values(pc, query)
     if pc.circuit.num_classes is not None:
@@ -223,14 +220,8 @@ def queries_per_pass(pc: CompiledCircuit) -> int:
 def value_table(pc: CompiledCircuit, name: str, table: Tensor | None, *, extra_dim: bool = False) -> Tensor:
     """Return numbers per variable and value, (D, C), in the circuit's type; None: the value itself.
 
-    Args:
-        pc: the circuit.
-        name: the argument's name, for messages.
-        table: (D, C), with a further dimension allowed if ``extra_dim``.
-        extra_dim: whether (D, C, M) is allowed too.
-
-    Raises:
-        ArgumentError: a wrong type or shape, or a number that is not finite.
+    With ``extra_dim`` (D, C, M) is allowed too. Raises ArgumentError for another type or shape, or numbers that are
+    none.
     """
     num_vars, num_values = existing_values(pc).shape
     if table is None:

@@ -40,9 +40,6 @@ class KBestSemiring(Semiring):
     """The ``k`` largest log-scores, in descending order along one trailing dimension, -inf where there are fewer.
 
     Of every unit the k best explanations, in order (Huang and Chiang 2005, "Better k-best Parsing").
-
-    Args:
-        k: how many, >= 1.
     """
 
     def __init__(self, k: int) -> None:

@@ -251,14 +251,9 @@ def _shares(
 ) -> Tensor:  # shape: (n, k)
     """Return how probably n nodes explain their variable and it has each of k values: the adjoint of the layer.
 
-    Args:
-        layer: whose nodes.
-        weights: of the layer's bank.
-        node: rows of the layer.
-        values: of each node's variable; None: all C.
-        factors: their log-factors.
-        log_values: of the node's units under these factors.
-        flows: how probably each of the units explains the variable.
+    The nodes are rows of the layer, ``values`` those of each one's variable (None: all C), ``factors`` their
+    log-factors, ``log_values`` of the node's units under these, and ``flows`` how probably each of the units explains
+    the variable.
     """
     num_categories, num_units = weights.log.shape[1:]
     row = layer.parameter_rows.index[node]
@@ -284,13 +279,8 @@ def _mix_adjoint(
 ) -> Tensor:  # shape: (n, k)
     """Return the gradient of the factors, ``sum_u grad[n, u] e^(log_factors[n, j] + log_table[v_j, u] - mixed[n, u])``.
 
-    Args:
-        log_table: (V, K), at most 0.
-        table: exp(log_table).
-        values: rows of the table, int64 (n, k); None: all V, in order.
-        log_factors: (n, k); -inf leaves a row out.
-        log_mixed: what :func:`~circuits.algebra.logspace.log_mix` made of them, or of more of them.
-        grad: its gradient, 0 where it is -inf.
+    What :func:`~circuits.algebra.logspace.log_mix` made of the factors, or of more of them, is ``log_mixed``; ``grad``
+    is its gradient, 0 where it is -inf. Values None are all V rows of the table, in order.
     """
     peak = log_factors.amax(1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)

@@ -49,19 +49,10 @@ class Power:
 def log_sum_of_powers(
     powers: Sequence[Power], log_factors: Tensor, *, averaged: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``log sum_x prod_i e_i(x_i) prod_j p_j(x) ** a_j``, and the average of one circuit's logarithm.
+    """Return ``log sum_x prod_i e_i(x_i) prod_j p_j(x) ** a_j``, (B,), and an average of one circuit's logarithm.
 
-    Args:
-        powers: the circuits with their exponents, at least one.
-        log_factors: log e, (B, D, C).
-        averaged: which factor's ``log p_j(x) + sum_i log e_i(x_i)`` is averaged over the terms of the sum; that
-            circuit must be deterministic.
-
-    Returns:
-        (B,), and the average (B,) or None.
-
-    Raises:
-        PropertyError: the circuits are not compatible.
+    What is ``averaged`` over the terms of the sum is ``log p_j(x) + sum_i log e_i(x_i)`` of a deterministic circuit j.
+    Raises PropertyError if the circuits are not compatible.
     """
     root = tuple(Part(power.pc.circuit.root) for power in powers)
     log_value, average = tables_of_powers([root], powers, log_factors, averaged=averaged)[root]

@@ -21,10 +21,8 @@ class TemperedSemiring(ChoosingSemiring):
     """Explanations at a temperature: plus is ``tau log sum exp(. / tau)``, between the log and the max semiring.
 
     An explanation, latents and leaves together, is a product of weights, and so its power 1 / tau is one of theirs:
-    explanations are drawn exactly from ``p(x, z | e)^(1 / tau)``. What is missing is summed out as it is.
-
-    Args:
-        temperature: tau > 0; 1 is the log semiring, towards 0 it becomes the max semiring.
+    explanations are drawn exactly from ``p(x, z | e)^(1 / tau)``. What is missing is summed out as it is. At tau = 1 it
+    is the log semiring, towards 0 it becomes the max semiring.
     """
 
     def __init__(self, temperature: float) -> None:

@@ -19,11 +19,7 @@ class Partition(NamedTuple):
 
 
 class Builder:
-    """A region graph that is being built.
-
-    Args:
-        merge: whether asking twice for the same variables gives the same region.
-    """
+    """A region graph that is being built; with ``merge`` the same variables, asked for twice, are the same region."""
 
     def __init__(self, *, merge: bool = False) -> None:
         self.scopes: list[int] = []

@@ -135,10 +135,7 @@ def maximum_spanning_tree(weights: Tensor) -> list[tuple[int, int]]:
 def known_values(data: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return data as integers, with 0 in the place of missing values, and where values are known; None: everywhere.
 
-    Missing is what ``observed`` says, and NaN. Truth values are 0 and 1.
-
-    Raises:
-        ArgumentError: ``observed`` is no mask of the data, or a known value is no whole number.
+    Missing is what ``observed`` says, and NaN. Truth values are 0 and 1. Raises ArgumentError for other numbers.
     """
     if not isinstance(data, Tensor) or data.is_complex():
         got = f"{data.dtype}" if isinstance(data, Tensor) else type(data).__name__

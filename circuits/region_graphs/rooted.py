@@ -21,15 +21,9 @@ class RootedTree(Generic[Name]):
 
 
 def rooted_tree(edges: Iterable[tuple[Name, Name]], root: Name | None = None) -> RootedTree[Name]:
-    """Root a tree.
+    """Root a tree of edges in any order and direction; at its centre, so that the depth is least, if no root is named.
 
-    Args:
-        edges: pairs of nodes, in any order and direction.
-        root: the node at the top; None: the tree's centre, so that the depth is least.
-
-    Raises:
-        ArgumentError: ``root`` is not a node.
-        StructureError: the edges are not one tree.
+    Raises ArgumentError if the root is not a node, StructureError if the edges are not one tree.
     """
     neighbours: dict[Name, list[Name]] = {}
     num_edges = 0

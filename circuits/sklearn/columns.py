@@ -103,10 +103,7 @@ def columns_of(data: Array, categories: str | int | Sequence[int], num_bins: int
     """Learn how to encode data, (N, D): integers as categories, floating-point numbers as bins.
 
     Floating-point data are integers too where their ``categories`` are given. With ``shared`` all columns are encoded
-    in the same way.
-
-    Raises:
-        ArgumentError: ``categories`` or ``num_bins`` do not fit.
+    in the same way. Raises ArgumentError if ``categories`` or ``num_bins`` do not fit.
     """
     if not _is_count(num_bins):
         raise ArgumentError(f"num_bins: expected an integer >= 1, got {num_bins!r}")

@@ -34,11 +34,7 @@ def below_first(root: Node, below: Callable[[Node], Sequence[Node]]) -> Iterator
 
 
 class Graph:
-    """Nodes with all that they depend on; a pickle holds it once, and the nodes are positions in it.
-
-    Args:
-        nodes: each after its children and the node that it is tied to.
-    """
+    """Nodes, each after all that it depends on; a pickle holds it once, and the nodes are positions in it."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes

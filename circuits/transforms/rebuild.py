@@ -90,14 +90,9 @@ class Rebuild:
         key: Hashable = None,
         name: str | None = None,
     ) -> Input:
-        """Build input units of a family with one column of parameters (..., K') per unit, as an additional node.
+        """Build input units, with one column (..., K') of parameters or of a log-table each, as an additional node.
 
-        Args:
-            var: their variable.
-            distribution: their family.
-            parameters: as the family stores them, or a log-table.
-            key: what the parameters were made of; nodes of one key that have the same ones are tied. None: no node is.
-            name: of the node.
+        The key is what the parameters were made of: nodes of one key that have the same ones are tied; of None none is.
         """
         tied_to = self._heir(key, parameters, distribution)
         owner = tied_to if isinstance(tied_to, Input) else None
@@ -129,12 +124,7 @@ class Rebuild:
         return self._record(sum(*node.children, num_units=len(multiplied), name=node.name), multiplied)
 
     def compile(self, root: Node, *, has_classes: bool | None = None) -> CompiledCircuit:
-        """Compile what is below ``root``, with the recorded weights.
-
-        Args:
-            root: the new root.
-            has_classes: whether each unit of it is the distribution of a class; None: as in the old circuit.
-        """
+        """Compile what is below ``root``, with the recorded weights; by default with classes if the old circuit has."""
         if has_classes is None:
             has_classes = self.pc.circuit.num_classes is not None
         circuit = Circuit(root, num_classes=root.num_units if has_classes else None)
@@ -202,13 +192,7 @@ def normalise(log_weights: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def add_columns(log_weights: Tensor, units: Tensor, num_units: int) -> Tensor:
-    """Add up the weights of columns that become one: column i goes to column ``units[i]``, or nowhere where it is -1.
-
-    Args:
-        log_weights: (K, I).
-        units: int64 (I,), from -1 to ``num_units`` - 1.
-        num_units: I', the number of columns of the result.
-    """
+    """Add up the weights of columns that become one, (K, I) to (K, I'): i goes to ``units[i]``, at -1 nowhere."""
     if is_identity(units, num_units):
         return log_weights
     is_kept = units >= 0

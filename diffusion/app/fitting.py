@@ -55,10 +55,7 @@ def initial_denoiser(recipe: Recipe, tokenizer: TextTokenizer) -> TransformerDen
 def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache) -> CoupledHead:
     """Return a head on a circuit of maximum likelihood, with the conditioners that a recipe asks for.
 
-    Args:
-        pc: a hidden Markov model over the cache's blocks.
-        settings: which conditioners.
-        cache: the predictions that it will be fitted on, with features where ``settings.needs_features``.
+    The cache is of the predictions that it will be fitted on, with features where ``settings.needs_features``.
     """
     conditioners: list[Conditioner] = []
     if settings.is_calibrated:
@@ -85,8 +82,7 @@ def origin(recipe: Recipe) -> dict[str, Any]:
 def was_fitted(folder: Path, recipe: Recipe) -> bool:
     """Return whether a folder's head was fitted as a recipe says: by its manifest, or the file beside it of before.
 
-    Raises:
-        CheckpointError: the head is damaged.
+    Raises CheckpointError if the head is damaged.
     """
     found = made_from(folder / "head", HEAD)
     try:

@@ -109,11 +109,7 @@ class Folder:
         )
 
     def recipe(self) -> Recipe:
-        """Return what the folder was made from.
-
-        Raises:
-            CheckpointError: there is no such folder, or its recipe cannot be read.
-        """
+        """Return what the folder was made from; raises CheckpointError if that cannot be read, or is not there."""
         path = self.path / "recipe.json"
         if not path.exists():
             raise CheckpointError(
@@ -122,11 +118,7 @@ class Folder:
         return read_recipe(path)
 
     def denoiser(self) -> TransformerDenoiser:
-        """Load the denoiser, the one that the head was trained together with where it was.
-
-        Raises:
-            CheckpointError: it is not there.
-        """
+        """Load the denoiser, the one that the head was trained together with where it was."""
         joint = list(self.path.glob(f"{JOINT}-*"))  # others than the head's are of fits that were interrupted
         if joint:
             own = self.path / joint_name(made_from(self.path / "head", HEAD)) if (self.path / "head").exists() else None
@@ -159,8 +151,7 @@ class Folder:
     def finished(self, name: str, load: Callable[[], _Model | None]) -> _Model | None:
         """Return what a stage made, None where it has to be made: it is not there, or was damaged.
 
-        Raises:
-            CheckpointError: it is as it was written, and of no use to this version of the library.
+        Raises CheckpointError where it is as it was written, and of no use to this version of the library.
         """
         if not (self.path / name).exists():
             return None

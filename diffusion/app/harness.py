@@ -33,9 +33,6 @@ class UnfactorLM(DiffusionLM):
         others: ``dtype``, ``device``, ``revision`` and ``trust_remote_code`` of the model; and the options of
             :class:`~diffusion.evaluation.lm_eval.HarnessOptions` and of
             :class:`~diffusion.decoding.config.DecodingConfig`.
-
-    Raises:
-        ArgumentError: an unknown argument, or one that is not as it has to be.
     """
 
     def __init__(
@@ -84,11 +81,7 @@ def register() -> None:
 
 
 def run_harness(arguments: Sequence[str]) -> None:
-    """Run the harness's program with these arguments, as ``lm-eval`` would, and with the model ``unfactor`` in it.
-
-    Args:
-        arguments: what follows the program's name.
-    """
+    """Run the harness's program with these arguments, as ``lm-eval`` would, and with the model ``unfactor`` in it."""
     from lm_eval.__main__ import cli_evaluate
 
     register()

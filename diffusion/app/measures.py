@@ -15,8 +15,7 @@ def evaluate_annotations(
 ) -> AnnotationTable | None:
     """Measure the share of right calculator annotations by calls per block, and draw it; results/annotations.*.
 
-    Returns:
-        None where the held-out text has no right annotation.
+    None where the held-out text has no right annotation.
     """
     from diffusion.evaluation.plots import draw_annotations
 

@@ -54,13 +54,7 @@ _LICENCE_OF_TEXT = f"## Licence of the text\n\nGSM8K (Cobbe et al. 2021, arXiv 2
 
 
 def model_card(recipe: Recipe, workspace: Workspace, *, num_held_out: int) -> str:
-    """Return the card of a folder's models, as Markdown; every number in it is the recipe's or a table's.
-
-    Args:
-        recipe: what they were made from.
-        workspace: where they are, with their tables.
-        num_held_out: how many documents go with them.
-    """
+    """Return the card of a folder's models, as Markdown; every number in it is the recipe's or a table's."""
     is_gsm8k = recipe.text.corpus == "gsm8k"
     denoiser, circuit, training = recipe.denoiser, recipe.circuit, recipe.denoiser.training
     config, name = workspace.denoiser().config, "GSM8K answers" if is_gsm8k else recipe.text.corpus

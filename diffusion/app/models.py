@@ -24,15 +24,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """What decodes and is evaluated.
-
-    Attributes:
-        name: of the folder or model, for messages.
-        denoiser: the masked-token predictor.
-        tokenizer: text to its tokens and back.
-        head: the output layer on top of it, or None.
-        device: where both are.
-    """
+    """What decodes and is evaluated, and the name of its folder or model for messages."""
 
     name: str
     denoiser: Denoiser
@@ -71,10 +63,6 @@ def open_models(
         revision: of a named model.
         trust_remote_code: whether a named model may run code of its own.
         use_circuit: whether a head is loaded at all.
-
-    Raises:
-        ArgumentError: options that do not go together, or an unknown dtype.
-        CheckpointError: something cannot be loaded.
     """
     device = chosen_device(device)
     own_head = _head_at(head, device) if use_circuit and head is not None else None

@@ -13,12 +13,9 @@ GREATEST_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Options that several commands have, which get them as one object; those that are not named are None.
+    """Options that several commands have, which get them as one object, by name; those that are not named are None.
 
     A subclass lists them; a command takes the group by a parameter of that type, see :func:`with_options`.
-
-    Attributes:
-        given: the values, by name; also attributes of the group.
     """
 
     OPTIONS: ClassVar[Mapping[str, Any]]

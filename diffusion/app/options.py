@@ -156,11 +156,7 @@ class DecodingOptions(OptionGroup):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the default configuration, by name.
-
-        Raises:
-            ArgumentError: an option of another project that this library has not.
-        """
+        """What differs from the default configuration, by name; raises ArgumentError for other projects' options."""
         for flag, way_out in missing().items():
             if self.given[flag[2:].replace("-", "_")] is not None:
                 raise ArgumentError(f"{flag[2:]}: expected an option of this program, got another project's; {way_out}")

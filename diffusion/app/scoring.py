@@ -24,14 +24,7 @@ _OF_METHOD = {"decoder": ("num_steps", "strategy", "decode"), "elbo": ("num_samp
 
 @dataclass(frozen=True)
 class ScoredText:
-    """One text.
-
-    Attributes:
-        prompt: what stands before it.
-        text: what was scored.
-        num_tokens: of the text.
-        log_probs: in nats, without the circuit, and with it if there is one.
-    """
+    """A text after its prompt, with its log-probabilities in nats: without the circuit, and with it if there is one."""
 
     prompt: str
     text: str
@@ -45,13 +38,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Scores:
-    """Texts with their log-probabilities.
-
-    Attributes:
-        method: whose probability.
-        columns: of the numbers of a row.
-        rows: one a text.
-    """
+    """Texts with their log-probabilities, and what the numbers of a row are."""
 
     method: str
     columns: tuple[str, ...]
@@ -69,8 +56,7 @@ class Scores:
 def given_texts(texts: Sequence[str], file: Path | None, prompt: str) -> list[tuple[str, str]]:
     """Return pairs of prompt and text: those of the command line, or of a file.
 
-    Raises:
-        ArgumentError: there are none, or both, or the file is not as it has to be.
+    Raises ArgumentError if there are none, or both, or the file is not as it has to be.
     """
     if bool(texts) == (file is not None):
         raise ArgumentError("text: expected texts, or a --file with some, and not both")
@@ -105,16 +91,8 @@ def score_texts(
 ) -> Scores:
     """Return the log-probability of texts after their prompts, without the circuit, and with it if there is one.
 
-    Args:
-        models: whose.
-        pairs: prompt and text.
-        method: of :func:`~diffusion.evaluation.likelihood.log_likelihood`.
-        block_length: positions of a block; None: the circuit's, or all.
-        seed: of what is random; each text has the same.
-        options: of the method.
-
-    Raises:
-        ArgumentError: a text is empty or too long, the tokenizer does not know most of it, or an option does not fit.
+    Options are those of a method of :func:`~diffusion.evaluation.likelihood.log_likelihood`; each text has the same
+    seed. Raises ArgumentError if a text is empty or too long, or the tokenizer does not know most of it.
     """
     rows = [encoded_prompts(models.name, pair, models.tokenizer) for pair in pairs]
     if not all(text for _, text in rows):

@@ -32,14 +32,9 @@ _SPECIAL = re.compile(r"[\\.^$*+?{}\[\]()|\-]")
 
 @dataclass(frozen=True)
 class Shown:
-    """The same blocks after the same prompts, without and with the circuit.
+    """The same blocks after the same held-out prompts, without and with the circuit, each in so many calls.
 
-    Attributes:
-        num_calls: denoiser calls for each block.
-        prompts: texts from held-out documents.
-        without: what was written after each, each token on its own.
-        coupled: what was written with the circuit.
-        fillings: how blocks after these prompts fill in, in more calls.
+    The fillings are how blocks after these prompts fill in, in more calls.
     """
 
     num_calls: int
@@ -55,16 +50,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Infilled:
-    """A hole in a held-out text, filled without a constraint and with one.
-
-    Attributes:
-        before: the text before the hole.
-        after: the text after it.
-        pattern: what the hole has to match.
-        truth: what stood there.
-        free: what was filled in without the constraint.
-        constrained: with it.
-    """
+    """A hole between two parts of a held-out text, filled freely and so that it matches a pattern, and the truth."""
 
     before: str
     after: str
@@ -117,10 +103,8 @@ def fill_hole(workspace: Workspace, recipe: Recipe) -> Infilled | None:
     """Fill a hole in a held-out document with the circuit, freely and under a constraint, one token a call.
 
     The hole is the first calculator annotation of a document, and the constraint that it is one of whole numbers; in
-    texts without annotations it is the middle of the document's beginning, and must have the longest of its words.
-
-    Returns:
-        None where no document is long enough.
+    texts without annotations it is the middle of the document's beginning, and must have the longest of its words. None
+    where no document is long enough.
     """
     models = workspace.models(workspace.head())
     found = _hole(workspace, recipe)

@@ -18,11 +18,7 @@ MOST_UNKNOWN = 0.5
 
 
 def read_digests(folder: Path) -> dict[str, str]:
-    """Return the hashes in a folder's recipe.json, by name; none where it has none or was written before they were.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return the hashes in a folder's recipe.json, by name; none where it has none or was written before they were."""
     path = folder / "recipe.json"
     if not path.exists():
         return {}

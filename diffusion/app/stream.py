@@ -19,12 +19,7 @@ SEPARATOR = "-" * 40
 
 @contextmanager
 def streamed(tokenizer: Any, console: Console | None = None) -> Iterator[Callable[[Step], None]]:
-    """Yield an ``on_step`` that draws the texts of every step in place; where there is no terminal, a line per text.
-
-    Args:
-        tokenizer: with ``decode`` and ``mask_id``.
-        console: where; by default standard output.
-    """
+    """Yield an ``on_step`` that draws the texts of every step in place; where there is no terminal, a line per text."""
     console = console or Console()
 
     def texts(step: Step) -> list[str]:

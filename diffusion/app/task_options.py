@@ -101,11 +101,7 @@ class TaskOptions(OptionGroup):
             raise ArgumentError(f"task: expected one with --{name}, got none; name it with --task, or a --scorer")
 
     def list_of(self, name: str, kind: Callable[[str], _T]) -> tuple[_T, ...]:
-        """Return the values of an option that has several, separated by commas; () where it is not named.
-
-        Raises:
-            ArgumentError: one of them is not of its kind.
-        """
+        """Return the values of an option that has several, separated by commas; () where it is not named."""
         return parsed_list(name, self.given[name], kind)
 
 

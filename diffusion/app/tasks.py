@@ -44,14 +44,7 @@ def asked_grid(
     temperature: float | None,
     length: int | None = None,
 ) -> Grid:
-    """Return the ways of decoding that the options name.
-
-    Args:
-        options: of the task.
-        decode: how the circuit is used.
-        strategy: by commas.
-        temperature: of the tokens.
-    """
+    """Return the ways of decoding that the options name; strategies are separated by commas."""
     named: dict[str, Any] = {"decode": decode} if decode is not None else {}
     named_strategy: Callable[[str], Any] = strategy_named
     return Grid(
@@ -84,14 +77,6 @@ def run_task(
     """Answer a task, judge the answers, and write results/TASK.json, .txt and .png.
 
     With a scorer also TASK-texts.json and .txt. The answers are kept in ``TASK-answers``.
-
-    Args:
-        models: what answers.
-        task: the questions.
-        grid: the ways of decoding.
-        options: what else there is to say.
-        results: where files go.
-        progress: draw a progress bar.
     """
     from diffusion.evaluation.tasks.plots import draw_task
 
@@ -141,8 +126,7 @@ def run_scorer(
 def held_out_task(models: Models, folder: Path, recipe: Recipe, *, count: int, length: int) -> Task:
     """Return the task to continue parts of held-out text, spread evenly over it, with what really follows them.
 
-    Raises:
-        CorpusError: the held-out text is shorter than one part.
+    Raises CorpusError if that text is shorter than one part.
     """
     corpus, context = corpus_of(recipe), recipe.denoiser.context_length
     check_corpus(folder, corpus)

@@ -104,12 +104,7 @@ def with_interval(estimate: Any) -> Text:
 
 
 def print_cells(title: str, cells: Any) -> None:
-    """Print a table of words, a title row first; the first column is text, and the others are numbers.
-
-    Args:
-        title: of the table; "" for none.
-        cells: its rows.
-    """
+    """Print a table of words, a title row first; the first column is text, and the others are numbers."""
     titles, *rows = cells
     shown = new_table(title)
     for column, name in enumerate(titles):

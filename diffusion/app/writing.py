@@ -18,8 +18,7 @@ _HOLE = re.compile(r"(_{3,}|<mask(?:\*[0-9]{1,6})?>)")
 def encoded_holes(models: Models, texts: list[str]) -> list[list[int]]:
     """Return the tokens of texts with holes: ``___`` is as many masks as it has underscores, ``<mask*8>`` is eight.
 
-    Raises:
-        ArgumentError: a text without a hole, or the tokenizer does not know most of one.
+    Raises ArgumentError for a text without a hole, or if the tokenizer does not know most of one.
     """
     rows = []
     for text in texts:
@@ -46,15 +45,9 @@ def continue_prompts(
     seed: int = 0,
     **options: Any,
 ) -> Generation:
-    """Continue each prompt, in blocks of ``models.block_length``, or ``block_length``.
+    """Continue each prompt, in blocks of ``models.block_length``, or ``block_length``; by default in a call per token.
 
-    Args:
-        models: what decodes.
-        prompts: texts.
-        gen_length: tokens to generate.
-        num_steps: denoiser calls in all; None: one per token.
-        seed: of all draws.
-        options: of :func:`~diffusion.decoding.generation.generate`.
+    Options are those of :func:`~diffusion.decoding.generation.generate`.
     """
     rows = encoded_prompts(models.name, prompts, models.tokenizer)
     if "plan" not in options:
@@ -78,15 +71,7 @@ def fill_holes(
     seed: int = 0,
     **options: Any,
 ) -> Generation:
-    """Fill the holes of each text, see :func:`encoded_holes`.
-
-    Args:
-        models: what decodes.
-        texts: with holes.
-        num_steps: denoiser calls in all; None: one per token of a hole.
-        seed: of all draws.
-        options: of :func:`~diffusion.decoding.generation.infill`.
-    """
+    """Fill the holes of each text, see :func:`encoded_holes`; options are those of ``generation.infill``."""
     rows = encoded_holes(models, texts)
     return infill(
         models.denoiser,

@@ -56,24 +56,14 @@ Of ``low_confidence`` the earlier score is the best token's: the token that is d
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One round: what was drawn where somebody looked.
-
-    Attributes:
-        tokens: int64 (W, n), 0 elsewhere.
-        scores: (W, n), -inf elsewhere.
-    """
+    """One round: what was drawn where somebody looked, int64 (W, n), 0 elsewhere, and its scores, -inf elsewhere."""
 
     tokens: Tensor
     scores: Tensor
 
 
 class Outlook:
-    """What is known of the scores of W windows' positions without looking at them again.
-
-    Args:
-        dist: the windows' distribution.
-        config: how to decode; its strategy is one of those for which :meth:`serves` is True.
-    """
+    """What is known of the scores of W windows' positions without another look, where :meth:`serves` is True."""
 
     def __init__(self, dist: CoupledDistribution, config: DecodingConfig) -> None:
         self.config = config

@@ -90,12 +90,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, KeysValues]:  # shape: (B, L - wanted_from, width)
         """Return the features of the positions from ``wanted_from`` on, and the keys and values that they attend to.
 
-        Args:
-            x: the features below.
-            rotation: of all positions.
-            attended: True where a position attends to another; None: everywhere.
-            wanted_from: the first position whose features are wanted.
-            past: keys and values of P positions before these.
+        ``past`` are keys and values of P positions before these. With ``attended`` None all positions attend to all.
         """
         normalised = self.attention_norm(x)
         keys, values = self._heads(self.key_value(normalised), 2 * self.num_heads).chunk(2, dim=1)

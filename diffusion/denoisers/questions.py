@@ -16,11 +16,7 @@ def check_question(
     valid: Tensor | None,  # shape: (B, L)
     window: tuple[int, int] | None,
 ) -> tuple[int, int]:
-    """Check the arguments of ``logits``; return the window ``(start, stop)``, the whole text where there is none.
-
-    Raises:
-        ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
-    """
+    """Check the arguments of ``logits``; return the window ``(start, stop)``, the whole text where there is none."""
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ArgumentError(f"tokens: expected int64 (B, L), got {tokens.dtype} of shape {tuple(tokens.shape)}")
     check_stored("tokens", tokens)

@@ -23,13 +23,7 @@ def blocks_after(
 ) -> Iterator[Generation]:
     """Generate one block of ``length`` tokens after each prompt, and yield what came out batch by batch.
 
-    Args:
-        denoiser: the masked-token predictor.
-        prompts: int64.
-        length: L, of a block.
-        batch_size: prompts at a time.
-        seed: of the seeds that every row has one of.
-        **options: further ones of :func:`~diffusion.decoding.generation.generate`.
+    The seed draws one of its own for every row. Options are further ones of ``generation.generate``.
     """
     seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
     for prompt, own in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):

@@ -28,12 +28,8 @@ _NUM_ASKED = 4
 class KeptPoints:
     """A folder with the result of each setting, and what it depends on; results of anything else are measured anew.
 
-    A file is written when its setting is done, atomically. One that is damaged, or was written for another model,
-    other data or options, is as good as none.
-
-    Args:
-        folder: where the files are; None: nothing is kept.
-        identity: what all results depend on, with values that change whenever that does.
+    A file is written when its setting is done, atomically. One that is damaged, or was written for another model, other
+    data or options, is as good as none. Without a folder nothing is kept.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, str]) -> None:
@@ -48,10 +44,7 @@ class KeptPoints:
     def get(self, name: str, options: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the result of a setting as JSON has it: the one that is kept, or a new one, which is kept.
 
-        Args:
-            name: of the setting; names its file.
-            options: what else this result depends on.
-            measure: returns it.
+        The setting's name names the file; ``options`` are what else this result depends on.
         """
         if self.folder is None:
             return measure()
@@ -83,14 +76,9 @@ def _hash(content: object) -> str:
 
 
 def identity_of(denoiser: Denoiser, head: CoupledHead | None, data: Tensor) -> dict[str, str]:
-    """Return hashes that change whenever a denoiser, a head or the data do.
+    """Return hashes that change whenever a denoiser, a head or the data, int64 (N, T), do.
 
     A denoiser is known by its weights, where it or what it holds is a module, and by what it says of some of the data.
-
-    Args:
-        denoiser: the masked-token predictor.
-        head: on top of it.
-        data: int64 (N, T), texts.
     """
     return {
         "denoiser": digest(type(denoiser).__qualname__, repr(denoiser.spec), _weights(denoiser), _said(denoiser, data)),

@@ -151,14 +151,9 @@ def tune(
 
 
 def chosen_threshold(mask_ratios: Sequence[float], gains: Sequence[float]) -> float:
-    """Return the activation threshold below which the gains have the greatest sum.
+    """Return the activation threshold below which the gains, in nats per token, have the greatest sum.
 
-    Args:
-        mask_ratios: ascending.
-        gains: what the circuit gains at each, in nats per token.
-
-    Returns:
-        0: the circuit is never used; 1: always; else the middle between two of the ratios.
+    0: the circuit is never used; 1: always; else the middle between two of the ratios, which ascend.
     """
     best, threshold, total = 0.0, 0.0, 0.0
     following = [*mask_ratios[1:], None]

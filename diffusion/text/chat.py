@@ -17,12 +17,7 @@ _LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template in the language of Jinja, which is run in a sandbox.
-
-    Attributes:
-        source: the template.
-        tokens: names of special tokens that it may use, such as ``bos_token``.
-    """
+    """A template in the language of Jinja, run in a sandbox, with the special tokens that it may use by name."""
 
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -50,11 +45,7 @@ class ChatTemplate:
         return cls(source, tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """Return the conversation as text.
-
-        Raises:
-            ArgumentError: the template refuses these messages, or is none.
-        """
+        """Return the conversation as text; raises ArgumentError if the template refuses these messages, or is none."""
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 

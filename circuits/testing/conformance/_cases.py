@@ -67,13 +67,7 @@ def _for_all_cases(cls: type[ConformanceTestCase], inherited: Callable[..., None
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A circuit, the seed of its weights, and evidence on it.
-
-    Attributes:
-        circuit: symbolic.
-        seed: of the weights, and of all else that a law draws.
-        evidence: for two queries.
-    """
+    """A circuit, evidence on it for two queries, and a seed of its weights and of all else that a law draws."""
 
     circuit: Circuit
     seed: int

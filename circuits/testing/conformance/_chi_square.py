@@ -12,15 +12,10 @@ _LEAST_EXPECTED = 5.0
 
 
 def assert_distributed(draw: Callable[[int], Tensor], log_probs: Tensor, num_samples: int) -> None:
-    """Assert that samples follow a distribution.
+    """Assert that S samples, (S, B, D), follow normalised tables, (B, C_0, ..., C_D-1).
 
     Among thousands of right samplers some draw samples that look wrong. So what looks wrong is drawn again, in ten
     times the number, and only then counts: one wrong verdict in 1e8 remains, and a wrong sampler stays wrong.
-
-    Args:
-        draw: a function from S to int64 samples (S, B, D).
-        log_probs: (B, C_0, ..., C_D-1), each a normalised table.
-        num_samples: S.
     """
     suspects = [b for b, p in enumerate(_p_values(draw(num_samples), log_probs)) if p < _RARE]
     if suspects:

@@ -24,11 +24,7 @@ _NUM_ELEMENTS = 3
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SemiringCase(Case):
-    """A circuit with evidence, and the log-values that the elements under test are made of.
-
-    Attributes:
-        log_values: float64 (5, n).
-    """
+    """A circuit with evidence, and the log-values that the elements under test are made of, float64 (5, n)."""
 
     log_values: Tensor
 

@@ -78,15 +78,7 @@ def lengths(
 ) -> dict[str, Any]:
     """Return how long a text is, and the order in which it is decoded, as arguments of ``df.generate``.
 
-    Args:
-        decoding: says whether by blocks or in dynamic windows.
-        length: new tokens.
-        block_length: positions of a block, or at most of a window.
-        steps: denoiser calls; by default those of ``tokens_per_step``, or 4 a block.
-        tokens_per_step: in place of ``steps``.
-
-    Raises:
-        ArgumentError: both are given.
+    Denoiser calls are ``steps``, or those of ``tokens_per_step``, or 4 a block; raises ArgumentError if both are given.
     """
     if steps is not None and tokens_per_step is not None:
         raise ArgumentError(f"tokens_per_step: expected it or steps, got {tokens_per_step} and {steps}")

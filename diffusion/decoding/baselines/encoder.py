@@ -9,13 +9,7 @@ from diffusion.prediction import Prediction
 
 
 class BlockEncoder(nn.Module):
-    """A recurrent network in both directions over embeddings of tokens, or mean embeddings under the prediction.
-
-    Args:
-        vocab_size: V.
-        block_length: L.
-        width: of the features.
-    """
+    """A recurrent network in both directions over embeddings of tokens, or mean embeddings under the prediction."""
 
     def __init__(self, vocab_size: int, block_length: int, width: int) -> None:
         super().__init__()

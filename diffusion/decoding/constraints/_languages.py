@@ -87,8 +87,7 @@ class _Nondeterministic:
 def matching(pattern: Pattern) -> DeterministicAutomaton:
     """Return the automaton of the texts that match a pattern as a whole: the subset construction, minimised.
 
-    Raises:
-        ArgumentError: it needs too many states.
+    Raises ArgumentError if it needs too many states.
     """
     machine = _Nondeterministic()
     first = machine.state()

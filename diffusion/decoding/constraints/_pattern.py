@@ -58,11 +58,7 @@ def text(literal: str) -> Sequence:
 
 
 def parse(pattern: str) -> Pattern:
-    """Parse a regular expression.
-
-    Raises:
-        ArgumentError: the pattern is malformed, or uses what is not regular or has no meaning in a full match.
-    """
+    """Parse a regular expression; raises ArgumentError for what is malformed, not regular, or an anchor."""
     if not isinstance(pattern, str):
         raise ArgumentError(f"pattern: expected a string, got {type(pattern).__name__}")
     parser = _Parser(pattern)

@@ -56,12 +56,7 @@ class DecoderBackbone(nn.Module):
 
 
 def decoder(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """Return a decoder of transformers without memory for its weights.
-
-    Args:
-        kind: ``Llama``, ``Qwen2`` or ``Qwen3``.
-        config: options of its configuration.
-    """
+    """Return a decoder of transformers, ``Llama``, ``Qwen2`` or ``Qwen3``, without memory for its weights."""
     transformers = require("transformers")
     settings = getattr(transformers, f"{kind}Config")(**config)
     settings._attn_implementation = "sdpa"
@@ -73,12 +68,7 @@ def decoder(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def configured(source: Source, **more: Any) -> dict[str, Any]:
-    """Return the options of a decoder from a config with the keys of Llama, Qwen2 and Qwen3.
-
-    Args:
-        source: what is loaded.
-        more: options of this family alone.
-    """
+    """Return the options of a decoder from a config with the keys of Llama, Qwen2 and Qwen3, and more of its family."""
     source.check({"hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None})
     heads = source.number("num_attention_heads")
     return {
@@ -111,11 +101,7 @@ def llama_names(name: str) -> str | None:
 def filled(module: Model, source: Source, names: Names, *, tied: bool = False) -> Model:
     """Load a denoiser's weights, in the dtype and onto the device or devices of the source, for evaluation.
 
-    Args:
-        module: with ``backbone`` (a :class:`DecoderBackbone`) and ``head``.
-        source: what is loaded.
-        names: from names in the files to names in the module.
-        tied: whether the output layer is the embedding.
+    The module has a ``backbone``, a :class:`DecoderBackbone`, and a ``head``, which is the embedding if it is ``tied``.
     """
     places = _device_map(module, source)
 

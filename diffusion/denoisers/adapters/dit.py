@@ -45,16 +45,7 @@ _OUTSIDE = {
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """Shape of a :class:`DiT`.
-
-    Attributes:
-        vocab_size: rows of the embedding.
-        width: features per position.
-        num_layers: attention and feed-forward pairs.
-        num_heads: attention heads.
-        noise_width: features of the noise level.
-        modulated: whether there is a noise level at all.
-    """
+    """Shape of a :class:`DiT`; where it is not modulated there is no noise level at all."""
 
     vocab_size: int
     width: int
@@ -141,13 +132,8 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, list[KeysValues]]:
         """Return features (B, Q, width), and the keys and values of all K positions, if they are to be kept.
 
-        Args:
-            tokens: int64 ids.
-            attended: True where a position attends to another.
-            positions: in their texts.
-            past: keys and values of K - Q positions before these.
-            keep: whether keys and values are wanted.
-            sigma: total noise, ``-log(1 - p)`` with p the probability of a mask; None: 0.
+        ``past`` are those of K - Q positions before these, ``sigma`` the total noise, ``-log(1 - p)`` with p the
+        probability of a mask; None: 0.
         """
         x = self.embedding(tokens)
         noise, shift, scale = None, 0.0, 0.0

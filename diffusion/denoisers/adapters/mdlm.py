@@ -25,11 +25,7 @@ _LEAST_CLEAN = 1e-3
 class SubstitutionDenoiser(BackboneDenoiser):
     """A backbone whose logits are substituted: the mask is impossible, and a token that is there stays there.
 
-    Args:
-        spec: the facts.
-        backbone: a :class:`DiT`.
-        head: from features to logits.
-        timed: whether the backbone was trained with the noise level; else it is told 0.
+    The backbone is a :class:`DiT`; unless it is ``timed``, trained with the noise level, it is told 0.
     """
 
     def __init__(self, spec: DenoiserSpec, backbone: nn.Module, head: nn.Module, *, timed: bool = False) -> None:

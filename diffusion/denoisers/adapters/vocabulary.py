@@ -61,8 +61,7 @@ class Specials:
 def spec_of(source: Source, specials: Specials, *, vocab_size: int, max_length: int) -> DenoiserSpec:
     """Return the facts about a model; ids that its tokenizer does not know are never generated.
 
-    Raises:
-        CheckpointError: a special id is none, or mask or padding lie outside the vocabulary.
+    Raises CheckpointError if a special id is none, or mask or padding lie outside the vocabulary.
     """
     known = token_ids(source.folder)
     mask_id = next((known[name] for name in specials.masks if name in known), specials.mask_id)

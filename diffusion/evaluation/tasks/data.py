@@ -22,16 +22,9 @@ Reader = Callable[[dict[str, Any]], Example]
 def read_examples(
     path: str | os.PathLike[str], reader: Reader, *, name: str = "data", limit: int | None = None
 ) -> tuple[Example, ...]:
-    """Read a file with one JSON object a line, ``.jsonl`` or ``.jsonl.gz``.
+    """Read a file with one JSON object a line, ``.jsonl`` or ``.jsonl.gz``, up to a limit; ``name`` is the argument's.
 
-    Args:
-        path: the file.
-        reader: of a record.
-        name: the argument's, for messages.
-        limit: read no more than so many.
-
-    Raises:
-        ArgumentError: the file is missing, empty, or not as it has to be.
+    Raises ArgumentError if it is missing, empty, or not as it has to be.
     """
     found = []
     for number, line in enumerate(_lines(Path(path), name), 1):
@@ -61,15 +54,7 @@ def download_examples(
 ) -> tuple[Example, ...]:
     """Read a dataset of the Hugging Face hub; needs ``datasets`` (the extra [hf]) and a network, or its cache.
 
-    Args:
-        path: the dataset's name on the hub.
-        configuration: of the dataset.
-        split: of the dataset.
-        reader: of a record.
-        limit: read no more than so many.
-
-    Raises:
-        ArgumentError: it cannot be had.
+    Raises ArgumentError if it cannot be had.
     """
     try:
         from datasets import load_dataset

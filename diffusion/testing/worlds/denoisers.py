@@ -23,9 +23,6 @@ class BayesDenoiser:
     A row's text begins at its first valid position, may be shorter than the world's L (the rest is then unseen), and
     positions that are not valid are unseen. The whole text is looked at, with or without a window. Each distinct
     question is answered once, on its own, and remembered: so a row's answer has the same bits in every batch.
-
-    Args:
-        world: the distribution.
     """
 
     def __init__(self, world: World) -> None:
@@ -45,9 +42,6 @@ class BayesDenoiser:
         """Return the log-probabilities of the clean tokens, float32 (B, L or stop - start, V); -1e4 for log 0.
 
         ``t`` and ``cache`` are not used: what is visible says everything.
-
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit.
         """
         start, stop = check_question(self.spec, tokens, valid, window)
         if not tokens.numel():
@@ -73,11 +67,7 @@ class BayesDenoiser:
 
 
 class UniformDenoiser:
-    """A denoiser that knows nothing: all tokens are equally probable everywhere.
-
-    Args:
-        spec: its facts.
-    """
+    """A denoiser that knows nothing: all tokens are equally probable everywhere."""
 
     def __init__(self, spec: DenoiserSpec) -> None:
         self.spec = spec
@@ -91,10 +81,6 @@ class UniformDenoiser:
         window: tuple[int, int] | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Return zeros, float32 (B, L or stop - start, V).
-
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit.
-        """
+        """Return zeros, float32 (B, L or stop - start, V)."""
         start, stop = check_question(self.spec, tokens, valid, window)
         return torch.zeros(len(tokens), stop - start, self.spec.vocab_size, device=tokens.device)
