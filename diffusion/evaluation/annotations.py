@@ -7,10 +7,9 @@ arXiv 2110.14168).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -23,16 +22,15 @@ from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.blocks import blocks_after
-from diffusion.evaluation.gap import Estimate
+from diffusion.evaluation.intervals import Estimate, interval_of, resamples
+from diffusion.evaluation.result_tables import ResultTable
 from diffusion.head import CoupledHead
-from diffusion.json_files import write_json
 
 STRATEGY: Strategy = "entropy"
 """Which positions a step commits; it does not look at what was drawn, so that the law of decoding is kept."""
 _MARK = re.compile("<<|>>")
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/()]")
 _LONGEST = 200  # characters; a number of many digits would take the time of its square
-_NUM_BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True)
@@ -167,11 +165,9 @@ class AnnotationShare:
 
 
 def _share_of(total: NDArray[np.int64], right: NDArray[np.int64], seed: int) -> Estimate:
-    resamples = np.random.default_rng(seed).integers(len(total), size=(_NUM_BOOTSTRAP, len(total)))
-    totals, rights = total[resamples].sum(1), right[resamples].sum(1)
-    shares = rights[totals > 0] / totals[totals > 0]
-    low, high = np.quantile(shares, [0.025, 0.975], method="inverted_cdf")
-    return Estimate(float(right.sum() / total.sum()), float(low), float(high))
+    rows = resamples(len(total), seed)
+    totals, rights = total[rows].sum(1), right[rows].sum(1)
+    return interval_of(right.sum() / total.sum(), rights[totals > 0] / totals[totals > 0])
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class AnnotationRow:
 
 
 @dataclass(frozen=True)
-class AnnotationTable:
+class AnnotationTable(ResultTable):
     """Share of right calculator annotations against denoiser calls per block.
 
     Attributes:
@@ -216,15 +212,6 @@ class AnnotationTable:
         """What has to be said of the numbers."""
         shares = [one.share for row in self.rows for one in (row.without, row.coupled) if one.share is not None]
         return (CANNOT_CALCULATE,) if shares and max(share.high for share in shares) < FEW else ()
-
-    def __str__(self) -> str:
-        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
-        table = "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
-        return "".join([table, *(f"\n\n({note})" for note in self.notes)])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
-        write_json(path, asdict(self))
 
 
 def annotation_quality(

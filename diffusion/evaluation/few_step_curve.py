@@ -23,11 +23,11 @@ from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.blocks import blocks_after
-from diffusion.evaluation.gap import Estimate, rounded
+from diffusion.evaluation.intervals import Estimate, interval_of, resamples, rounded
 from diffusion.evaluation.kept_points import KeptPoints, identity_of
 from diffusion.evaluation.likelihood import log_likelihood
+from diffusion.evaluation.result_tables import ResultTable
 from diffusion.head import CoupledHead
-from diffusion.json_files import write_json
 
 TRUE_TEXT, WITHOUT = "true text", "without circuit"
 _LONGEST_GRAM = 3
@@ -69,7 +69,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class FewStepCurve:
+class FewStepCurve(ResultTable):
     """Quality against denoiser calls per block.
 
     Attributes:
@@ -100,14 +100,6 @@ class FewStepCurve:
         titles = ("decoding", "calls", "loss", *(f"distinct-{n + 1}" for n in range(num_grams)), "divergence")
         rows = [(point.curve, f"{point.num_calls:.3g}", *_words(point.quality)) for point in self.points]
         return [titles, *rows, (TRUE_TEXT, "", *_words(self.true_text))]
-
-    def __str__(self) -> str:
-        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
-        return "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
-        write_json(path, asdict(self))
 
 
 def few_step_curve(
@@ -268,18 +260,17 @@ class _Judge:
     batch_size: int
     seed: int
     samples: int | None = None
-    num_bootstrap: int = 1000
 
     def quality(self, texts: Tensor) -> Quality:
         """Return what blocks after the prompts are like, int64 (N, L)."""
         loss = self._loss(texts)
-        resamples = np.random.default_rng(self.seed).integers(len(loss), size=(self.num_bootstrap, len(loss)))
+        rows = resamples(len(loss), self.seed)
         tokens, held_out = texts.cpu().numpy(), self.reference.cpu().numpy()
         longest = min(_LONGEST_GRAM, tokens.shape[1])
         distinct = (distinct_share(tokens, n) for n in range(1, longest + 1))
         return Quality(
-            _bootstrap(loss, resamples),
-            tuple(_bootstrap(shares, resamples) for shares in distinct),
+            _bootstrap(loss, rows),
+            tuple(_bootstrap(shares, rows) for shares in distinct),
             gram_divergence(tokens, held_out, longest),
         )
 
@@ -334,9 +325,8 @@ def _jensen_shannon(counts: NDArray[np.float64], q: NDArray[np.float64]) -> NDAr
     return np.asarray(sum(part.sum(-1) for part in parts) / 2)
 
 
-def _bootstrap(values: NDArray[np.float64], resamples: NDArray[Any]) -> Estimate:
-    low, high = np.quantile(values[resamples].mean(1), [0.025, 0.975], method="inverted_cdf")
-    return Estimate(float(values.mean()), float(low), float(high))
+def _bootstrap(values: NDArray[np.float64], rows: NDArray[np.int64]) -> Estimate:
+    return interval_of(values.mean(), values[rows].mean(1))
 
 
 def _words(quality: Quality) -> tuple[str, ...]:

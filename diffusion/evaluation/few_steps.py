@@ -16,11 +16,10 @@ from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.decoding.generation import generate
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
-from diffusion.evaluation.gap import Estimate
-from diffusion.evaluation.intervals import wilson
+from diffusion.evaluation.intervals import Estimate, wilson
 from diffusion.evaluation.kept_points import KeptPoints, identity_of
+from diffusion.evaluation.result_tables import ResultTable
 from diffusion.head import CoupledHead
-from diffusion.json_files import write_json
 
 Judge = Callable[[Tensor, Tensor], bool]
 """Says whether one generated text is good: (prompt, generated), int64 (P,) and (gen_length,)."""
@@ -36,7 +35,7 @@ class FewStepRow:
 
 
 @dataclass(frozen=True)
-class FewStepTable:
+class FewStepTable(ResultTable):
     """Share of good texts against steps per block.
 
     Attributes:
@@ -55,14 +54,10 @@ class FewStepTable:
     temperature: float
     seed: int
 
-    def __str__(self) -> str:
-        lines = [f"| steps per block | without circuit | with circuit ({self.decode}) |", "|---|---|---|"]
-        lines += [f"| {row.num_steps} | {row.without} | {row.coupled} |" for row in self.rows]
-        return "\n".join(lines)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
-        write_json(path, asdict(self))
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table in words, a title row first."""
+        rows = [(str(row.num_steps), str(row.without), str(row.coupled)) for row in self.rows]
+        return [("steps per block", "without circuit", f"with circuit ({self.decode})"), *rows]
 
 
 def few_step_quality(

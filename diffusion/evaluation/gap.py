@@ -22,9 +22,10 @@ from circuits import CompiledCircuit, queries
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
+from diffusion.evaluation.intervals import Estimate, interval_of, resamples, rounded
 from diffusion.evaluation.kept_points import KeptPoints, circuit_digest, identity_of
+from diffusion.evaluation.result_tables import ResultTable
 from diffusion.head import CoupledHead
-from diffusion.json_files import write_json
 from diffusion.prediction import Prediction
 from diffusion.training.masking import count_masked, mask_fixed_ratio
 
@@ -43,31 +44,6 @@ ABOVE_ONE = (
 """What is printed wherever a share above 1 is."""
 
 _ROUNDING = 1e-5  # nats per token: what float32 makes of losses that are equal
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{rounded(self.value)} [{rounded(self.low)}, {rounded(self.high)}]"
-
-    def is_below(self, other: Estimate) -> bool:
-        """Whether this interval lies below the other one without touching it."""
-        return self.high < other.low
-
-
-def rounded(value: float, decimals: int = 2) -> str:
-    """Write a number with so many decimals, or up to four where fewer would make a 0 or a 1 of what is neither."""
-    if abs(value) >= 1e6:
-        return f"{value:.3g}"
-    while decimals < 4 and value not in (0.0, 1.0) and float(f"{value:.{decimals}f}") in (0.0, 1.0):
-        decimals += 1
-    return f"{value:.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +75,7 @@ class GapRow:
 
 
 @dataclass(frozen=True)
-class GapTable:
+class GapTable(ResultTable):
     """The misspecification gap at several mask ratios.
 
     Attributes:
@@ -120,11 +96,6 @@ class GapTable:
             rows.append((rounded(row.mask_ratio), *(str(getattr(row, name)) for name in MODELS), share))
         return [("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed (nats)"), *rows]
 
-    def __str__(self) -> str:
-        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
-        lines = [titles, "|" + "---|" * len(self.cells()[0]), *rows]
-        return "\n".join([*lines, *(f"\n({note})" for note in self.notes)])
-
     @property
     def notes(self) -> tuple[str, ...]:
         """What has to be said wherever the table is shown: about rows without a share, and about shares above 1."""
@@ -134,10 +105,6 @@ class GapTable:
         if any(row.is_meaningful and row.share_closed.value > 1 for row in self.rows):
             notes.append(ABOVE_ONE)
         return tuple(notes)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
-        write_json(path, asdict(self))
 
 
 @torch.no_grad()
@@ -300,24 +267,18 @@ def _summarise(
     ratio: float, count: int, losses: dict[str, NDArray[np.float64]], num_bootstrap: int, seed: int
 ) -> GapRow:
     """Turn losses per window, in nats per masked token, into perplexities with bootstrap intervals."""
-    num_windows = len(losses["one_step"])
-    resamples = np.random.default_rng(seed).integers(num_windows, size=(num_bootstrap, num_windows))
+    rows = resamples(len(losses["one_step"]), seed, num_bootstrap)
     means = {name: float(loss.mean()) for name, loss in losses.items()}
-    resampled = {name: loss[resamples].mean(1) for name, loss in losses.items()}
-    estimates = {name: _estimate(np.exp(means[name]), np.exp(resampled[name])) for name in MODELS}
+    resampled = {name: loss[rows].mean(1) for name, loss in losses.items()}
+    estimates = {name: interval_of(np.exp(means[name]), np.exp(resampled[name])) for name in MODELS}
     share = _share(means["one_step"], means["coupled"], means["sequential"])
     shares = _share(resampled["one_step"], resampled["coupled"], resampled["sequential"])
     with np.errstate(invalid="ignore"):  # of two infinities, which is not above anything
         advantages = [resampled[name] - resampled["sequential"] for name in ("one_step", "circuit_alone")]
-    is_meaningful = all(_estimate(math.nan, advantage).low > _ROUNDING for advantage in advantages)
-    return GapRow(ratio, count, **estimates, share_closed=_estimate(share, shares), is_meaningful=is_meaningful)
+    is_meaningful = all(interval_of(math.nan, advantage).low > _ROUNDING for advantage in advantages)
+    return GapRow(ratio, count, **estimates, share_closed=interval_of(share, shares), is_meaningful=is_meaningful)
 
 
 def _share(one_step: Any, coupled: Any, sequential: Any) -> Any:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(one_step - coupled, one_step - sequential)
-
-
-def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
-    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")  # which never subtracts infinities
-    return Estimate(float(value), float(low), float(high))

@@ -6,15 +6,16 @@ import itertools
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from circuits.files import replace_file
 from diffusion.evaluation.annotations import AnnotationTable
 from diffusion.evaluation.few_step_curve import TRUE_TEXT, WITHOUT, FewStepCurve
 from diffusion.evaluation.few_steps import FewStepTable
-from diffusion.evaluation.gap import Estimate, GapTable, rounded
+from diffusion.evaluation.gap import GapTable
+from diffusion.evaluation.intervals import Estimate, rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,22 +41,22 @@ def draw_gap(table: GapTable, path: str | os.PathLike[str], *, title: str = "") 
         path: the file, replaced in one piece.
         title: of the perplexities' half.
     """
-    _save(gap_figure(table, title=title), path)
+    write_png(gap_figure(table, title=title), path)
 
 
 def draw_few_steps(table: FewStepTable, path: str | os.PathLike[str]) -> None:
     """Draw the share of good texts against steps per block, with its intervals, as a PNG."""
-    _save(few_steps_figure(table), path)
+    write_png(few_steps_figure(table), path)
 
 
 def draw_few_step_curve(table: FewStepCurve, path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw loss and trigram divergence against denoiser calls, with their intervals and true text's, as a PNG."""
-    _save(few_step_curve_figure(table, title=title), path)
+    write_png(few_step_curve_figure(table, title=title), path)
 
 
 def draw_annotations(table: AnnotationTable, path: str | os.PathLike[str]) -> None:
     """Draw the share of right calculator annotations against denoiser calls, with intervals, as a PNG."""
-    _save(annotations_figure(table), path)
+    write_png(annotations_figure(table), path)
 
 
 def gap_figure(table: GapTable, *, title: str = "") -> Figure:
@@ -76,48 +77,48 @@ def gap_figure(table: GapTable, *, title: str = "") -> Figure:
     right.set_title(f"{table.num_windows} held-out blocks, 95 % intervals", fontsize=9, loc="right", color="#555555")
     if notes:
         figure.supxlabel(notes, fontsize=8, color="#555555", x=0.01, ha="left")
-    _tidy(left, right)
+    tidy(left, right)
     return figure
 
 
 def few_steps_figure(table: FewStepTable) -> Figure:
     """Return what :func:`draw_few_steps` writes."""
-    figure = _figure(6.4, 4.2)
-    axes = figure.subplots()
-    steps = [row.num_steps for row in table.rows]
-    _line(axes, steps, [row.without for row in table.rows], "factorized", _COLOURS["one_step"])
-    _line(axes, steps, [row.coupled for row in table.rows], f"with the circuit ({table.decode})", _COLOURS["coupled"])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(steps, map(str, steps))
-    axes.set(xlabel="denoiser calls per block", ylabel=f"share of texts: {table.criterion}", ylim=(-0.02, 1.02))
-    axes.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
+    figure, axes = _against_calls(table, lambda estimate: estimate, f"share of texts: {table.criterion}")
     axes.legend(frameon=False, fontsize=9)
-    _tidy(axes)
     return figure
 
 
 def annotations_figure(table: AnnotationTable) -> Figure:
     """Return what :func:`draw_annotations` writes; a number of calls at which there are none has no point."""
+    figure, axes = _against_calls(table, lambda counted: counted.share, "share of annotations that are right")
+    if table.true_text.share is not None:
+        axes.axhline(
+            table.true_text.share.value, color=_COLOURS["sequential"], linewidth=1, linestyle="--", label=TRUE_TEXT
+        )
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _against_calls(
+    table: FewStepTable | AnnotationTable, estimate_of: Callable[[Any], Estimate | None], ylabel: str
+) -> tuple[Figure, Axes]:
+    """Draw shares without and with the circuit against denoiser calls."""
     figure = _figure(6.4, 4.2)
     axes = figure.subplots()
     for name, label, colour in (
         ("without", "factorized", _COLOURS["one_step"]),
         ("coupled", f"with the circuit ({table.decode})", _COLOURS["coupled"]),
     ):
-        pairs = [(row.num_steps, getattr(row, name).share) for row in table.rows if getattr(row, name).share]
-        _line(axes, [pair[0] for pair in pairs], [pair[1] for pair in pairs], label, colour)
-    if table.true_text.share is not None:
-        axes.axhline(
-            table.true_text.share.value, color=_COLOURS["sequential"], linewidth=1, linestyle="--", label=TRUE_TEXT
-        )
+        found = {row.num_steps: estimate_of(getattr(row, name)) for row in table.rows}
+        drawn = {count: estimate for count, estimate in found.items() if estimate is not None}
+        _line(axes, list(drawn), list(drawn.values()), label, colour)
     steps = [row.num_steps for row in table.rows]
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, map(str, steps))
-    axes.set(xlabel="denoiser calls per block", ylabel="share of annotations that are right", ylim=(-0.02, 1.02))
+    axes.set(xlabel="denoiser calls per block", ylabel=ylabel, ylim=(-0.02, 1.02))
     axes.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
-    axes.legend(frameon=False, fontsize=9)
-    _tidy(axes)
-    return figure
+    tidy(axes)
+    return figure, axes
 
 
 def few_step_curve_figure(table: FewStepCurve, *, title: str = "") -> Figure:
@@ -142,7 +143,7 @@ def few_step_curve_figure(table: FewStepCurve, *, title: str = "") -> Figure:
     left.set_title(title or f"Text in few steps, judged {judged}", fontsize=11, loc="left")
     right.set_title(f"{table.num_texts} texts, 95 % intervals", fontsize=9, loc="right", color="#555555")
     left.legend(frameon=False, fontsize=9)
-    _tidy(left, right)
+    tidy(left, right)
     return figure
 
 
@@ -199,9 +200,8 @@ def _line(
     positions, shown = [pair[0] for pair in finite], [pair[1] for pair in finite]
     axes.plot(positions, [estimate.value for estimate in shown], marker=marker, markersize=4, color=colour, label=label)
     low, high = ([getattr(estimate, end) for estimate in shown] for end in ("low", "high"))
-    axes.fill_between(
-        positions, low, high, color=colour, alpha=0.12, linewidth=0
-    )  # two bars on each other are hard to read
+    # two bars on each other are hard to read
+    axes.fill_between(positions, low, high, color=colour, alpha=0.12, linewidth=0)
     _intervals(axes, positions, shown, colour)
 
 
@@ -222,13 +222,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return inside[:: 1 + len(inside) // 10]
 
 
-def _tidy(*all_axes: Axes) -> None:
+def tidy(*all_axes: Axes) -> None:
+    """Leave out two sides of the frame, and draw a faint grid."""
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def write_png(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a picture, replaced in one piece."""
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -8,19 +8,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.arguments import checked_count
 from diffusion.errors import ArgumentError, CheckpointError
-from diffusion.evaluation.gap import Estimate, rounded
-from diffusion.json_files import write_json
+from diffusion.evaluation.intervals import Estimate, interval_of, resamples, rounded
+from diffusion.evaluation.result_tables import ResultTable
 
 _GRAMS = (1, 2, 3)
 
@@ -158,14 +157,14 @@ class CausalScorer:
             [pair[0] for pair in kept], [pair[1] for pair in kept], batch_size=batch_size
         )
         ids = [self._plain_ids(text) for text, _ in kept]
-        rows = np.random.default_rng(seed).integers(len(kept), size=(1000, len(kept)))
+        rows = resamples(len(kept), seed)
         nll, number = -scores.numpy(), counts.numpy().astype(float)
         if not number.sum():
             raise ArgumentError("texts: expected some with more than one token, got none")
         value = math.exp(nll.sum() / number.sum())
         drawn = np.exp(nll[rows].sum(1) / np.maximum(1.0, number[rows].sum(1)))
         distinct = tuple(_mean([_distinct(row, n) for row in ids if len(row) >= n], seed) for n in _GRAMS)
-        return TextQuality(_interval(value, drawn), distinct, len(texts), int(number.sum()))
+        return TextQuality(interval_of(value, drawn), distinct, len(texts), int(number.sum()))
 
     def _rows(self, texts: Sequence[str], prompts: Sequence[str] | None) -> tuple[list[list[int]], list[int]]:
         """Return all tokens of each prompt and text, and where the text's begin."""
@@ -214,7 +213,7 @@ class QualityRow:
 
 
 @dataclass(frozen=True)
-class QualityTable:
+class QualityTable(ResultTable):
     """Texts written in several ways, judged from outside.
 
     Attributes:
@@ -238,14 +237,6 @@ class QualityTable:
         ]
         return [("decoding", "calls", f"perplexity ({self.scorer})", *(f"distinct-{n}" for n in _GRAMS)), *rows]
 
-    def __str__(self) -> str:
-        titles, *rows = ("| " + " | ".join(row) + " |" for row in self.cells())
-        return "\n".join([titles, "|" + "---|" * len(self.cells()[0]), *rows])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
-        write_json(path, asdict(self))
-
 
 def _distinct(ids: Sequence[int], n: int) -> float:
     """Return the share of a text's n-grams, of which it has some, that are different (Li et al. 2016, "distinct-n")."""
@@ -257,10 +248,4 @@ def _mean(shares: Sequence[float], seed: int) -> Estimate:
     if not shares:
         return Estimate(math.nan, math.nan, math.nan)
     values = np.asarray(shares)
-    rows = np.random.default_rng(seed).integers(len(values), size=(1000, len(values)))
-    return _interval(float(values.mean()), values[rows].mean(1))
-
-
-def _interval(value: float, drawn: NDArray[np.float64]) -> Estimate:
-    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
-    return Estimate(value, float(low), float(high))
+    return interval_of(values.mean(), values[resamples(len(values), seed)].mean(1))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from torch import Tensor
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
-from diffusion.evaluation.gap import Estimate, rounded
+from diffusion.evaluation.intervals import Estimate, rounded
+from diffusion.evaluation.result_tables import ResultTable, markdown
 from diffusion.head import CoupledHead
-from diffusion.json_files import write_json
 from diffusion.prediction import Prediction
 from diffusion.training.masking import count_masked, mask_fixed_ratio
 
@@ -45,7 +44,7 @@ class TuningRow:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(ResultTable):
     """What was chosen, and the figures behind it.
 
     Attributes:
@@ -60,29 +59,23 @@ class Tuning:
     temperature: float | None
     num_windows: int
 
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table in words, a title row first."""
+        titles = ("mask ratio", "without circuit", "with circuit", "gain (nats per token)", "used")
+        numbers = [(*map(rounded, (row.mask_ratio, row.without, row.coupled)), str(row.gain)) for row in self.rows]
+        used = ["yes" if row.uses_circuit else "no" for row in self.rows]
+        return [titles, *((*row, last) for row, last in zip(numbers, used, strict=True))]
+
     def __str__(self) -> str:
-        lines = [
-            "| mask ratio | without circuit | with circuit | gain (nats per token) | used |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {rounded(row.mask_ratio)} | {rounded(row.without)} | {rounded(row.coupled)} | {row.gain} | "
-            f"{'yes' if row.uses_circuit else 'no'} |"
-            for row in self.rows
-        ]
         chosen = [f"activation threshold {self.activation_threshold:g}"]
         chosen += [] if self.temperature is None else [f"temperature {self.temperature:g}"]
-        return "\n".join([*lines, "", f"Chosen on {self.num_windows} held-out blocks: {', '.join(chosen)}."])
+        return f"{markdown(self.cells())}\n\nChosen on {self.num_windows} held-out blocks: {', '.join(chosen)}."
 
     def apply(self, head: CoupledHead) -> None:
         """Store the choice in a head, which decoding then reads it from; a temperature of 1 counts as none."""
         head.activation_threshold = self.activation_threshold
         if self.temperature is not None:
             head.temperature = self.temperature
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything as JSON, atomically."""
-        write_json(path, asdict(self))
 
 
 @torch.no_grad()

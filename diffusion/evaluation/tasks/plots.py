@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from circuits.files import replace_file
+from diffusion.evaluation.plots import tidy, write_png
 from diffusion.evaluation.tasks.table import WITH, TaskTable
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def draw_task(table: TaskTable, path: str | os.PathLike[str], *, title: str = ""
         path: the file, replaced in one piece.
         title: in place of the table's own.
     """
-    with replace_file(path) as temporary:
-        task_figure(table, title=title).savefig(temporary, dpi=150, format="png")
+    write_png(task_figure(table, title=title), path)
 
 
 def task_figure(table: TaskTable, *, title: str = "") -> Figure:
@@ -60,8 +59,6 @@ def task_figure(table: TaskTable, *, title: str = "") -> Figure:
     axes.set(xlabel="tokens per denoiser call", ylabel="accuracy (%)")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.set_title(title or table.title, fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2)
     return figure

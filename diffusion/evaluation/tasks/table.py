@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffusion.decoding.config import DecodingConfig
-from diffusion.evaluation.gap import Estimate, rounded
-from diffusion.evaluation.intervals import wilson
+from diffusion.evaluation.intervals import Estimate, rounded, wilson
+from diffusion.evaluation.result_tables import ResultTable, markdown
 from diffusion.evaluation.tasks.measures import accuracy_at, accuracy_under_parallelism
 from diffusion.evaluation.tasks.samples import Sample
-from diffusion.json_files import write_json
 
 WITHOUT, WITH = "without circuit", "with circuit"
 
@@ -100,7 +98,7 @@ class TaskPoint:
 
 
 @dataclass(frozen=True)
-class TaskTable:
+class TaskTable(ResultTable):
     """Accuracy against parallelism.
 
     Attributes:
@@ -161,7 +159,7 @@ class TaskTable:
 
     def __str__(self) -> str:
         tables = [cells for cells in (self.cells(), self.comparison()) if cells]
-        return "\n\n".join([f"{self.title}.", *map(_markdown, tables)])
+        return "\n\n".join([f"{self.title}.", *map(markdown, tables)])
 
     @property
     def title(self) -> str:
@@ -172,10 +170,6 @@ class TaskTable:
     def as_record(self) -> dict[str, Any]:
         """Return all of it in values that JSON has."""
         return {**asdict(self), "aup": self.aup}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
-        write_json(path, self.as_record())
 
 
 def _pairs(points: Sequence[TaskPoint]) -> list[tuple[float, float]]:
@@ -193,8 +187,3 @@ def _percent(estimate: Estimate) -> str:
 
 def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _markdown(cells: Sequence[tuple[str, ...]]) -> str:
-    titles, *rows = ("| " + " | ".join(row) + " |" for row in cells)
-    return "\n".join([titles, "|" + "---|" * len(cells[0]), *rows])
