@@ -65,6 +65,16 @@ def checked_seed(name: str, value: int | None) -> int | None:
     return value
 
 
+def shape_of(value: object) -> str:
+    """Say of what shape a tensor is, or of what type something else; for messages."""
+    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def kind_of(value: object) -> str:
+    """Say of what dtype and shape a tensor is, or of what type something else; for messages."""
+    return f"{value.dtype} {shape_of(value)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_stored(name: str, value: Tensor) -> None:
     """Check that a tensor has all of its numbers: none on the device "meta", none of a sparse layout."""
     if value.layout != torch.strided:

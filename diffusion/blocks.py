@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from circuits import CompiledCircuit
+from circuits.arguments import kind_of
 from diffusion.errors import ArgumentError
 
 
@@ -20,8 +21,7 @@ def check_logits(pc: CompiledCircuit, logits: Tensor) -> None:
     check_circuit(pc)
     num_vars, categories = pc.circuit.num_vars, set(pc.circuit.num_categories)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ArgumentError(f"logits: expected floating point (B, L, V), got {got}")
+        raise ArgumentError(f"logits: expected floating point (B, L, V), got {kind_of(logits)}")
     if logits.shape[1] != num_vars or categories != {logits.shape[2]}:
         raise ArgumentError(
             f"logits: the circuit has {num_vars} variables of {sorted(categories)} categories, so expected (B, "
@@ -33,9 +33,8 @@ def check_blocks(tokens: Tensor, masked: Tensor, shape: torch.Size, name: str = 
     """Raise ArgumentError unless tokens are int64 and masks bool, both of the shape (B, L)."""
     for argument, value, dtype in (("tokens", tokens, torch.int64), (name, masked, torch.bool)):
         if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             kind = str(dtype).removeprefix("torch.")
-            raise ArgumentError(f"{argument}: expected {kind} of shape {tuple(shape)}, got {got}")
+            raise ArgumentError(f"{argument}: expected {kind} of shape {tuple(shape)}, got {kind_of(value)}")
 
 
 def check_tokens(name: str, tokens: Tensor, num_tokens: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from circuits.arguments import is_number
+from circuits.arguments import is_number, kind_of, shape_of
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.controls import Control, TopK, TopP
 from diffusion.decoding.generation import Generation
@@ -81,8 +81,7 @@ def generate(
         ArgumentError: an argument has a wrong type, shape or value, or the logits are broken.
     """
     if not isinstance(prompt, Tensor) or prompt.dim() != 2 or prompt.dtype != torch.int64:
-        got = f"{prompt.dtype} {tuple(prompt.shape)}" if isinstance(prompt, Tensor) else type(prompt).__name__
-        raise ArgumentError(f"prompt: expected int64 (B, P), got {got}")
+        raise ArgumentError(f"prompt: expected int64 (B, P), got {kind_of(prompt)}")
     if remasking not in get_args(Remasking):
         raise ArgumentError(f"remasking: expected one of {', '.join(get_args(Remasking))}, got {remasking!r}")
     if not is_number(cfg_scale) or not 0 <= cfg_scale < torch.inf:
@@ -260,8 +259,7 @@ class _Adapter:
             return self._model.logits(tokens, valid=None if attention is None else attention.bool())
         logits = self._model(tokens, attention_mask=attention).logits
         if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape or logits.dim() != 3:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ArgumentError(f"model: expected logits {(*tokens.shape, 'V')}, got {got}")
+            raise ArgumentError(f"model: expected logits {(*tokens.shape, 'V')}, got {shape_of(logits)}")
         return logits
 
 

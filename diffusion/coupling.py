@@ -27,6 +27,7 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
+from circuits.arguments import kind_of
 from circuits.distribution import kept, without_kept
 from diffusion.blocks import check_blocks, check_circuit, check_logits, check_tokens
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
@@ -241,10 +242,8 @@ class CoupledDistribution(CircuitDistribution):
             ImpossibleEvidenceError: the normaliser is zero.
         """
         if not isinstance(value, Tensor) or value.shape[-2:] != self.masked.shape or value.dtype != torch.int64:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ArgumentError(
-                f"value: expected int64 of shape (..., {self.masked.shape[0]}, {self.masked.shape[1]}), got {got}"
-            )
+            batch_size, length = self.masked.shape
+            raise ArgumentError(f"value: expected int64 of shape (..., {batch_size}, {length}), got {kind_of(value)}")
         value = torch.where((value == IGNORED_LABEL) & ~self.masked, self.tokens, value)
         check_tokens("value", value, self.num_tokens)
         with _explained():

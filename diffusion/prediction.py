@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.arguments import kind_of
 from circuits.progress import check_stop
 from diffusion.denoisers.base import Denoiser, FeatureDenoiser
 from diffusion.errors import ArgumentError
@@ -155,8 +156,7 @@ class Prediction:
                 ``top_k`` or ``include`` do not fit.
         """
         if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-            got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ArgumentError(f"logits: expected floating point (B, L, V), got {got}")
+            raise ArgumentError(f"logits: expected floating point (B, L, V), got {kind_of(logits)}")
         return _normalised(logits, "logits", masked, top_k=top_k, include=include, features=features, t=t)
 
     @property
@@ -341,8 +341,7 @@ def check_logits(denoiser: Denoiser, logits: Tensor, tokens: Tensor, window: tup
     """Raise ArgumentError unless a denoiser's answer is floating point (B, L, V) for a window (start, stop)."""
     who, vocab_size = type(denoiser).__name__, denoiser.spec.vocab_size
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ArgumentError(f"denoiser: expected floating-point logits (B, L, V) of {who}, got {got}")
+        raise ArgumentError(f"denoiser: expected floating-point logits (B, L, V) of {who}, got {kind_of(logits)}")
     expected = (len(tokens), window[1] - window[0], vocab_size)
     if tuple(logits.shape) == expected:
         return
@@ -368,8 +367,7 @@ def _check_listing(top_k: int, include: Tensor | None, shape: torch.Size, vocab_
 def check_token_ids(name: str, tokens: Tensor, shape: torch.Size, vocab_size: int) -> None:
     """Raise ArgumentError unless ``tokens`` are int64 of this shape, from 0 to ``vocab_size`` - 1."""
     if not isinstance(tokens, Tensor) or tokens.shape != shape or tokens.dtype != torch.int64:
-        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ArgumentError(f"{name}: expected int64 of shape {tuple(shape)}, got {got}")
+        raise ArgumentError(f"{name}: expected int64 of shape {tuple(shape)}, got {kind_of(tokens)}")
     outside = (tokens < 0) | (tokens >= vocab_size)
     if bool(outside.any()):
         raise ArgumentError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, kind_of
 from circuits.errors import ArgumentError
 from circuits.precision import own_precision
 from circuits.queries.flows import checked_sample_weights
@@ -42,8 +42,7 @@ def kmeans(
         ArgumentError: an argument has a wrong shape or value.
     """
     if not isinstance(data, Tensor) or data.dim() != 2 or 0 in data.shape or data.is_complex():
-        got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
-        raise ArgumentError(f"data: expected a tensor of numbers (N, D) with N, D >= 1, got {got}")
+        raise ArgumentError(f"data: expected a tensor of numbers (N, D) with N, D >= 1, got {kind_of(data)}")
     checked_count("num_clusters", num_clusters)
     checked_count("num_steps", num_steps, least=0)
     weights = torch.ones(len(data), device=data.device)

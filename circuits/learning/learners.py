@@ -28,10 +28,13 @@ class Learner(ABC):
 
     is_shuffled = True
 
-    def __init__(self, pc: CompiledCircuit, processes: Processes, description: str) -> None:
+    def __init__(
+        self, pc: CompiledCircuit, processes: Processes, description: str, options: dict[str, Any] | None = None
+    ) -> None:
         self.pc = pc
         self.processes = processes
         self.description = description
+        self._options = options or {}
 
     @abstractmethod
     def update(self, batch: Batch) -> Tensor:
@@ -70,8 +73,7 @@ class FullBatchLearner(Learner):
         options: dict[str, Any],
         flows_of: Callable[..., ExpectedFlows] = expected_flows,
     ) -> None:
-        super().__init__(pc, processes, description)
-        self._options = options
+        super().__init__(pc, processes, description, options)
         self._flows_of = flows_of
         self._total: BankFlows = {}
 
@@ -101,10 +103,6 @@ class FullBatchLearner(Learner):
 class MiniBatchLearner(Learner):
     """One EM step of size s a batch."""
 
-    def __init__(self, pc: CompiledCircuit, processes: Processes, description: str, options: dict[str, Any]) -> None:
-        super().__init__(pc, processes, description)
-        self._options = options
-
     def update(self, batch: Batch) -> Tensor:
         """Do a step."""
         flows, log_likelihood = expected_flows(self.pc, *batch)
@@ -115,10 +113,7 @@ class MiniBatchLearner(Learner):
 class AnemoneLearner(Learner):
     """One step of Anemone a batch."""
 
-    def __init__(self, pc: CompiledCircuit, processes: Processes, description: str, options: dict[str, Any]) -> None:
-        super().__init__(pc, processes, description)
-        self._options = options
-        self._state: em.AnemoneState | None = None
+    _state: em.AnemoneState | None = None
 
     def update(self, batch: Batch) -> Tensor:
         """Do a step."""

@@ -59,6 +59,7 @@ class _ByFlows(Optimizer):
     """The EM family: steps by expected flows. It moves all weights, also of parameters that require no gradient."""
 
     name: ClassVar[EMName]
+    makes: ClassVar[Callable[..., learners.Learner]] = learners.FullBatchLearner
     step_size: float = 1.0
     pseudocount: float = 0.01
     entropy: float = 0.0
@@ -71,8 +72,11 @@ class _ByFlows(Optimizer):
         shared = {f.name for f in fields(Optimizer)} | {"checkpointed"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
 
-    def _parts(self, pc: CompiledCircuit) -> tuple[CompiledCircuit, Processes, str, dict[str, Any]]:
-        """Return what all learners of the family are made of."""
+    def learner(self, pc: CompiledCircuit) -> learners.Learner:
+        """Return what moves the weights of a circuit."""
+        return type(self).makes(*self._parts(pc))
+
+    def _parts(self, pc: CompiledCircuit) -> tuple[Any, ...]:
         held = {} if self.frozen is None else frozen_parameters(pc, self.frozen, by_em=True)
         description = f"{self.name} {sorted(self._numbers().items())}{_described(held)}"
         return pc, self.processes, description, self._numbers() | {"frozen": self.frozen}
@@ -109,10 +113,7 @@ class ViterbiEM(_ByFlows):
     """
 
     name: ClassVar[EMName] = "viterbi_em"
-
-    def learner(self, pc: CompiledCircuit) -> learners.Learner:
-        """Return what moves the weights of a circuit."""
-        return learners.FullBatchLearner(*self._parts(pc), viterbi_flows)
+    makes = functools.partial(learners.FullBatchLearner, flows_of=viterbi_flows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +129,7 @@ class MiniBatchEM(_ByFlows):
 
     name: ClassVar[EMName] = "minibatch_em"
     step_size: float = 0.1
-
-    def learner(self, pc: CompiledCircuit) -> learners.Learner:
-        """Return what moves the weights of a circuit."""
-        return learners.MiniBatchLearner(*self._parts(pc))
+    makes = learners.MiniBatchLearner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +148,7 @@ class Anemone(_ByFlows):
     step_size: float = 0.4
     momentum: float = 0.9
     pseudocount: float = 1e-6
-
-    def learner(self, pc: CompiledCircuit) -> learners.Learner:
-        """Return what moves the weights of a circuit."""
-        return learners.AnemoneLearner(*self._parts(pc))
+    makes = learners.AnemoneLearner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from circuits.arguments import kind_of
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
 from circuits.engine.weights import CircuitWeights
@@ -44,8 +45,7 @@ def log_cdf(
     expected = "integers" if is_finite else "integers or floating point without NaN"
     is_tensor = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_complex()
     if not is_tensor or (is_finite and x.is_floating_point()) or x.dim() != 2 or x.shape[1] != num_vars:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ArgumentError(f"x: expected {expected} of shape (B, {num_vars}), got {got}")
+        raise ArgumentError(f"x: expected {expected} of shape (B, {num_vars}), got {kind_of(x)}")
     if x.is_floating_point() and bool(x.isnan().any()):
         raise ArgumentError(f"x: expected {expected}, got NaN; use +inf where there is no bound")
     given = dense_evidence(pc, evidence, weights) if is_finite else _with_dense_factors(pc, evidence, weights)

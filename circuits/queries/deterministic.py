@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, kind_of
 from circuits.errors import ArgumentError
 
 REJECTED = -1
@@ -44,8 +44,9 @@ class DeterministicAutomaton:
         named = {"classes": (self.classes, 1), "transition": (self.transition, 2)}
         for name, (table, dim) in named.items():
             if not isinstance(table, Tensor) or table.dtype != torch.int64 or table.dim() != dim or 0 in table.shape:
-                got = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
-                raise ArgumentError(f"{name}: expected int64 with {dim} dimension(s), none of them empty, got {got}")
+                raise ArgumentError(
+                    f"{name}: expected int64 with {dim} dimension(s), none of them empty, got {kind_of(table)}"
+                )
         num_states, num_classes = self.transition.shape
         if not isinstance(self.accepting, Tensor) or self.accepting.dtype != torch.bool:
             raise ArgumentError(f"accepting: expected bool ({num_states},), got {self.accepting!r}")

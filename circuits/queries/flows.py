@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import LogSemiring, MaxSemiring
+from circuits.arguments import shape_of
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, class_needed, nodes_of
 from circuits.engine.weights import CircuitWeights, Weights
@@ -251,8 +252,8 @@ def mean_statistics(family: Distribution, weights: Weights) -> Tensor:
 def checked_sample_weights(sample_weights: Tensor, log_z: Tensor) -> Tensor:
     """Return the weights of a batch's samples like ``log_z``, (B,); raise ArgumentError unless they are such."""
     if not isinstance(sample_weights, Tensor) or sample_weights.shape != log_z.shape or sample_weights.is_complex():
-        got = tuple(sample_weights.shape) if isinstance(sample_weights, Tensor) else type(sample_weights).__name__
-        raise ArgumentError(f"sample_weights: expected one number per sample, a tensor {tuple(log_z.shape)}, got {got}")
+        expected, got = tuple(log_z.shape), shape_of(sample_weights)
+        raise ArgumentError(f"sample_weights: expected one number per sample, a tensor {expected}, got {got}")
     if not bool(((sample_weights >= 0) & (sample_weights < torch.inf)).all()):
         raise ArgumentError(f"sample_weights: expected finite numbers >= 0, the least is {float(sample_weights.min())}")
     return sample_weights.to(log_z.device, log_z.dtype)

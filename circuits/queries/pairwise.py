@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from circuits.arguments import kind_of
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question, checked_possible
 from circuits.errors import ArgumentError
@@ -116,8 +117,7 @@ def _joints(
 
 def _check_pairs(pc: CompiledCircuit, pairs: Tensor) -> None:
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
-        got = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
-        raise ArgumentError(f"pairs: expected int64 of shape (P, 2), got {got}")
+        raise ArgumentError(f"pairs: expected int64 of shape (P, 2), got {kind_of(pairs)}")
     num_vars = pc.circuit.num_vars
     if bool(((pairs < 0) | (pairs >= num_vars)).any()):
         raise ArgumentError(f"pairs: expected variables from 0 to {num_vars - 1}, got {pairs.tolist()}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import Semiring
+from circuits.arguments import shape_of
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
@@ -77,10 +78,10 @@ class _Checked(Semiring):
         return self._checked("mix", mixed, len(values), log_table.shape[1])
 
     def _checked(self, method: str, value: Tensor, *shape: int) -> Tensor:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if not isinstance(value, Tensor) or value.shape[: len(shape)] != shape:
             raise ArgumentError(
                 f"semiring: expected {type(self.semiring).__name__}.{method} to return values of shape "
-                f"({', '.join(map(str, shape))}, *E), got {got}; ct.testing.SemiringTestCase tests a semiring"
+                f"({', '.join(map(str, shape))}, *E), got {shape_of(value)}; "
+                "ct.testing.SemiringTestCase tests a semiring"
             )
         return value

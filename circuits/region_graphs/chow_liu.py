@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from circuits.arguments import check_stored, checked_count
+from circuits.arguments import check_stored, checked_count, kind_of, shape_of
 from circuits.errors import ArgumentError
 from circuits.precision import own_precision
 
@@ -183,8 +183,7 @@ def pair_counts(
 def checked_categories(data: Tensor, num_categories: int | Sequence[int] | None) -> Tensor:
     """Return each variable's number of categories, int64 (D,), after a look at data."""
     if not isinstance(data, Tensor) or data.dim() != 2 or data.is_floating_point() or data.dtype == torch.bool:
-        got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
-        raise ArgumentError(f"data: expected an int64 tensor (N, D), got {got}")
+        raise ArgumentError(f"data: expected an int64 tensor (N, D), got {kind_of(data)}")
     check_stored("data", data)
     if 0 in data.shape:
         raise ArgumentError(f"data: expected at least one row and one variable, got shape {tuple(data.shape)}")
@@ -244,8 +243,7 @@ def _checked_weights(data: Tensor, weights: Tensor | None) -> Tensor | None:
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.shape != data.shape[:1] or weights.dtype == torch.bool:
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ArgumentError(f"weights: expected numbers of shape ({len(data)},), one per row, got {got}")
+        raise ArgumentError(f"weights: expected numbers of shape ({len(data)},), one per row, got {shape_of(weights)}")
     if not bool(((weights >= 0) & (weights < torch.inf)).all()) or float(weights.sum()) <= 0:
         raise ArgumentError("weights: expected finite numbers >= 0, not all 0")
     return weights.to(data.device, torch.float64)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, shape_of
 from circuits.errors import ArgumentError, StructureError
 from circuits.families import Literal
 from circuits.symbolic import Circuit, Input, Node, inputs, product, sum
@@ -62,8 +62,7 @@ def correlated_blocks(
         ArgumentError: an argument has a wrong type, shape or value.
     """
     if not isinstance(information, Tensor) or information.dim() != 2 or len(information) != information.shape[1]:
-        got = tuple(information.shape) if isinstance(information, Tensor) else type(information).__name__
-        raise ArgumentError(f"information: expected a tensor (D, D), got {got}")
+        raise ArgumentError(f"information: expected a tensor (D, D), got {shape_of(information)}")
     checked_count("max_values", max_values)
     num_vars = len(information)
     values = torch.tensor(checked_categories(num_categories, num_vars), dtype=torch.float64)

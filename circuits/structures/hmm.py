@@ -62,8 +62,6 @@ def hmm(
         ArgumentError: an argument has a wrong type or value.
         StructureError: a given table has a wrong shape.
     """
-    checked_count("seq_length", seq_length)
-    checked_count("num_states", num_states)
     nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     transitions = checked_table("transition", transition, (num_states, num_states), seq_length - 1, homogeneous)
     every = slice(0, num_states)
@@ -108,8 +106,6 @@ def low_rank_hmm(
         ArgumentError: an argument has a wrong type or value.
         StructureError: a given table has a wrong shape.
     """
-    checked_count("seq_length", seq_length)
-    checked_count("num_states", num_states)
     checked_count("rank", rank)
     if transition is not None and (not isinstance(transition, (tuple, list)) or len(transition) != 2):
         raise ArgumentError(
@@ -237,8 +233,6 @@ def second_order_hmm(
         ArgumentError: an argument has a wrong type or value.
         StructureError: a given table has a wrong shape.
     """
-    checked_count("seq_length", seq_length)
-    checked_count("num_states", num_states)
     nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     first = checked_table("first_transition", first_transition, (num_states, num_states), 1, True)
     num_pairs = max(seq_length - 2, 0)
@@ -283,6 +277,8 @@ class _Nodes:
     def __init__(
         self, seq_length: int, num_states: int, families: Families, homogeneous: bool, emission: Emission
     ) -> None:
+        checked_count("seq_length", seq_length)
+        checked_count("num_states", num_states)
         self._homogeneous = homogeneous
         self._sums: dict[Hashable, Sum] = {}
         self._inputs: dict[Hashable, Input] = {}

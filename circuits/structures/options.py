@@ -57,6 +57,3 @@ def families_of(
 
 def _kind(value: object) -> str:
     return f"{value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__}; wrap it in torch.as_tensor"
-
-
-__all__ = ["checked_table", "families_of", "family_of"]

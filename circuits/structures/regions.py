@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -55,6 +56,17 @@ def from_region_graph(
         ArgumentError: an argument has a wrong type or value.
         StructureError: "tucker" would need a product of more than 2^20 units.
     """
+    return _filled(region_graph, num_units, distribution, num_input_units, sum_product, num_classes)
+
+
+def _filled(
+    region_graph: RegionGraph,
+    num_units: int,
+    distribution: Distributions,
+    num_input_units: int | None,
+    sum_product: SumProduct,
+    num_classes: int | None,
+) -> Circuit:
     if not isinstance(region_graph, RegionGraph):
         raise ArgumentError(f"region_graph: expected a ct.RegionGraph, got {type(region_graph).__name__}")
     if sum_product not in get_args(SumProduct):
@@ -100,14 +112,7 @@ def rat_spn(
     See ``RegionGraph.random_binary_tree`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.random_binary_tree(num_vars, depth, num_repetitions, seed)
-    return from_region_graph(
-        graph,
-        num_units,
-        distribution,
-        num_input_units=num_input_units,
-        sum_product=sum_product,
-        num_classes=num_classes,
-    )
+    return _filled(graph, num_units, distribution, num_input_units, sum_product, num_classes)
 
 
 def poon_domingos(
@@ -126,14 +131,7 @@ def poon_domingos(
     See ``RegionGraph.poon_domingos`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.poon_domingos(shape, delta, max_depth=max_depth)
-    return from_region_graph(
-        graph,
-        num_units,
-        distribution,
-        num_input_units=num_input_units,
-        sum_product=sum_product,
-        num_classes=num_classes,
-    )
+    return _filled(graph, num_units, distribution, num_input_units, sum_product, num_classes)
 
 
 def quad_tree(
@@ -151,14 +149,7 @@ def quad_tree(
     See ``RegionGraph.quad_tree`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.quad_tree(shape, num_splits=num_splits)
-    return from_region_graph(
-        graph,
-        num_units,
-        distribution,
-        num_input_units=num_input_units,
-        sum_product=sum_product,
-        num_classes=num_classes,
-    )
+    return _filled(graph, num_units, distribution, num_input_units, sum_product, num_classes)
 
 
 def quad_graph(
@@ -175,14 +166,7 @@ def quad_graph(
     See ``RegionGraph.quad_graph`` and :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.quad_graph(shape)
-    return from_region_graph(
-        graph,
-        num_units,
-        distribution,
-        num_input_units=num_input_units,
-        sum_product=sum_product,
-        num_classes=num_classes,
-    )
+    return _filled(graph, num_units, distribution, num_input_units, sum_product, num_classes)
 
 
 def linear_tree(
@@ -203,14 +187,7 @@ def linear_tree(
     :func:`from_region_graph` for the arguments.
     """
     graph = RegionGraph.linear_tree(num_vars, order=order, num_repetitions=num_repetitions, seed=seed)
-    return from_region_graph(
-        graph,
-        num_units,
-        distribution,
-        num_input_units=num_input_units,
-        sum_product=sum_product,
-        num_classes=num_classes,
-    )
+    return _filled(graph, num_units, distribution, num_input_units, sum_product, num_classes)
 
 
 class _Joins:
@@ -237,9 +214,7 @@ class _Joins:
 
 
 def _check_outer_units(parts: Sequence[Node]) -> None:
-    total = 1
-    for part in parts:
-        total *= part.num_units
+    total = math.prod(part.num_units for part in parts)
     if total > _MAX_OUTER_UNITS:
         raise StructureError(
             f"sum_product: 'tucker' would multiply {len(parts)} parts into {total} units, more than "

@@ -5,7 +5,8 @@ It shares no code with the compiled circuit but the weights: every node becomes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -78,11 +79,7 @@ def evaluate_slowly(pc: CompiledCircuit, x: Tensor) -> Tensor:
             value = x[:, node.var]
             values[node] = torch.where(value.isnan(), 0.0, _log_probability(pc, node, value.nan_to_num(0.0)))
         elif isinstance(node, Product):
-            out = values[node.children[0]]
-            for child in node.children[1:]:
-                other = values[child]
-                out = (out.unsqueeze(1) + other.unsqueeze(0)).flatten(0, 1) if node.mode == "outer" else out + other
-            values[node] = out
+            values[node] = _multiplied(node, values)
         else:
             assert isinstance(node, Sum)
             children = torch.cat([values[child] for child in node.children])
@@ -115,9 +112,7 @@ def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
     circuit = pc.circuit
     if not all(circuit.num_categories):
         raise ArgumentError(f"pc: {circuit} has variables with infinitely many values; use testing.evaluate_slowly")
-    num_assignments = 1
-    for count in circuit.num_categories:
-        num_assignments *= count
+    num_assignments = math.prod(circuit.num_categories)
     if num_assignments > _MAX_ASSIGNMENTS:
         raise ArgumentError(
             f"pc: {circuit} has {num_assignments} assignments; enumeration is for at most {_MAX_ASSIGNMENTS}"
@@ -129,13 +124,7 @@ def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
             shape = _broadcast_shape(circuit.num_vars, node.var, weights.shape[1])
             tables[node] = weights.reshape(-1, *shape)
         elif isinstance(node, Product):
-            table = tables[node.children[0]]
-            for child in node.children[1:]:
-                other = tables[child]
-                table = (
-                    (table.unsqueeze(1) + other.unsqueeze(0)).flatten(0, 1) if node.mode == "outer" else table + other
-                )
-            tables[node] = table
+            tables[node] = _multiplied(node, tables)
         else:
             assert isinstance(node, Sum)
             weights = pc.log_weights(node).double().cpu()
@@ -143,6 +132,14 @@ def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
             tables[node] = plus(weights.reshape(*weights.shape, *[1] * circuit.num_vars) + children.unsqueeze(0))
     root = tables[circuit.root]
     return root[0] if circuit.num_classes is None else root
+
+
+def _multiplied(node: Product, values: Mapping[Node, Tensor]) -> Tensor:
+    total = values[node.children[0]]
+    for child in node.children[1:]:
+        other = values[child]
+        total = (total.unsqueeze(1) + other).flatten(0, 1) if node.mode == "outer" else total + other
+    return total
 
 
 def _broadcast_shape(num_vars: int, var: int, count: int) -> list[int]:

@@ -51,18 +51,14 @@ class Rebuild:
         raw, family = self.raw(old), old.distribution
         if units is not None:
             family, raw = family.select_units(raw, units.to(raw.device))
-        return self._input(old, family, raw, old.num_units if units is None else len(units), var)
+        num_units = old.num_units if units is None else len(units)
+        var, key = old.var if var is None else var, parameter_owner(old)
+        return self.extra_input(var, family, raw, num_units=num_units, key=key, name=old.name)
 
     def table(self, old: Input, log_weights: Tensor, *, var: int | None = None) -> Input:
         """Build input units with this log-table (C, K') in the place of ``old``, whose family becomes a categorical."""
-        return self._input(old, table_family(old.distribution), log_weights, log_weights.shape[1], var)
-
-    def _input(self, old: Input, family: Distribution, parameters: Tensor, num_units: int, var: int | None) -> Input:
-        key = parameter_owner(old)
-        tied_to = self._heir(key, parameters, family)
-        owner = tied_to if isinstance(tied_to, Input) else None
-        node = inputs(old.var if var is None else var, num_units, family, tied_to=owner, name=old.name)
-        return self._record(node, parameters, key)
+        var, family = old.var if var is None else var, table_family(old.distribution)
+        return self.extra_input(var, family, log_weights, key=parameter_owner(old), name=old.name)
 
     def sum(self, old: Sum, children: Sequence[Node], log_weights: Tensor) -> Sum:
         """Build sum units with these log-weights (K', I'), in the place of ``old``."""
@@ -76,10 +72,8 @@ class Rebuild:
             owner = tied_to if isinstance(tied_to, Input) else None
             leaf = inputs(old.var, old.num_units, old.distribution, tied_to=owner, name=old.name)
             return self._record(leaf, parameters)
-        mixed = sum(
-            *children, num_units=old.num_units, tied_to=tied_to if isinstance(tied_to, Sum) else None, name=old.name
-        )
-        return self._record(mixed, parameters)
+        mixed = tied_to if isinstance(tied_to, Sum) else None
+        return self._record(sum(*children, num_units=old.num_units, tied_to=mixed, name=old.name), parameters)
 
     def extra_input(
         self,
@@ -87,25 +81,24 @@ class Rebuild:
         distribution: Distribution,
         parameters: Tensor,
         *,
+        num_units: int | None = None,
         key: Hashable = None,
         name: str | None = None,
     ) -> Input:
-        """Build input units, with one column (..., K') of parameters or of a log-table each, as an additional node.
+        """Build input units, by default one per column (..., K') of parameters or a log-table, as an additional node.
 
         The key is what the parameters were made of: nodes of one key that have the same ones are tied; of None none is.
         """
-        tied_to = self._heir(key, parameters, distribution)
-        owner = tied_to if isinstance(tied_to, Input) else None
-        return self._record(inputs(var, parameters.shape[-1], distribution, tied_to=owner, name=name), parameters, key)
+        num_units = parameters.shape[-1] if num_units is None else num_units
+        owner = self._heir(Input, key, parameters, distribution)
+        return self._record(inputs(var, num_units, distribution, tied_to=owner, name=name), parameters, key)
 
     def extra_sum(
         self, children: Sequence[Node], log_weights: Tensor, *, key: Hashable = None, name: str | None = None
     ) -> Sum:
         """Build sum units with these log-weights (K', I'), as an additional node; see :meth:`extra_input`."""
-        tied_to = self._heir(key, log_weights)
-        owner = tied_to if isinstance(tied_to, Sum) else None
-        node = sum(*children, num_units=len(log_weights), tied_to=owner, name=name)
-        return self._record(node, log_weights, key)
+        owner = self._heir(Sum, key, log_weights)
+        return self._record(sum(*children, num_units=len(log_weights), tied_to=owner, name=name), log_weights, key)
 
     def select(self, node: Node, units: Tensor | None) -> Node:
         """Return a node whose unit k is the unit ``units[k]`` of ``node``: a sum with one-hot weights, if needed."""
@@ -136,12 +129,13 @@ class Rebuild:
                     new.bank[bank][row] = self._parameters[parameter_owner(node)].to(new.device, new.dtype)
         return new
 
-    def _heir(self, key: Hashable, parameters: Tensor, family: Distribution | None = None) -> ParametricNode | None:
+    def _heir(
+        self, kind: type[AnyParametric], key: Hashable, parameters: Tensor, family: Distribution | None = None
+    ) -> AnyParametric | None:
         for heir in self._heirs.get(key, []):
             known = self._parameters[heir]
-            if isinstance(heir, Input) and heir.distribution != family:
-                continue
-            if known.dtype == parameters.dtype and torch.equal(known, parameters):
+            is_alike = isinstance(heir, kind) and (not isinstance(heir, Input) or heir.distribution == family)
+            if is_alike and known.dtype == parameters.dtype and torch.equal(known, parameters):
                 return heir
         return None
 

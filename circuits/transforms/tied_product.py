@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from circuits.arguments import shape_of
 from circuits.constrained import ConstrainedDistribution
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.weights import check_compiled
@@ -82,8 +83,7 @@ class TiedProduct(nn.Module):
             ImpossibleEvidenceError: Z = 0.
         """
         if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != self.pc.circuit.num_vars:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ArgumentError(f"x: expected int64 (B, {self.pc.circuit.num_vars}), got {got}")
+            raise ArgumentError(f"x: expected int64 (B, {self.pc.circuit.num_vars}), got {shape_of(x)}")
         if not isinstance(self.other, CompiledCircuit):
             return self._under_automaton().log_prob(x.unsqueeze(1))[:, 0]
         log_partition = self.log_partition

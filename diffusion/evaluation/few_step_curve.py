@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from circuits.arguments import shape_of
 from circuits.digests import digest
 from circuits.progress import progress_bar
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
@@ -182,10 +183,10 @@ def _checked(head: CoupledHead, data: Tensor, reference: Tensor, steps: Sequence
     """Return the steps in order; raise ArgumentError if something does not fit."""
     length = head.block_length
     if not isinstance(data, Tensor) or data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
-        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {_shape(data)}")
+        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {shape_of(data)}")
     longest = min(_LONGEST_GRAM, length)
     if not isinstance(reference, Tensor) or reference.dim() != 2 or 0 in reference[:, longest - 1 :].shape:
-        raise ArgumentError(f"reference: expected int64 (M >= 1, at least {longest}), got {_shape(reference)}")
+        raise ArgumentError(f"reference: expected int64 (M >= 1, at least {longest}), got {shape_of(reference)}")
     if not steps or not all(isinstance(count, int) and 1 <= count <= length for count in steps):
         raise ArgumentError(f"steps: expected integers from 1 to the block length, {length}, got {steps!r}")
     return sorted(steps)
@@ -332,7 +333,3 @@ def _bootstrap(values: NDArray[np.float64], rows: NDArray[np.int64]) -> Estimate
 def _words(quality: Quality) -> tuple[str, ...]:
     shares = (rounded(share.value) for share in quality.distinct)
     return (str(quality.loss), *shares, str(quality.divergence))
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from circuits import RowGenerators
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, kind_of
 from diffusion.decoding.canvas import Canvas, Teacher
 from diffusion.decoding.config import KEEPS_LAW, MODES, DecodingConfig
 from diffusion.decoding.generation import fill
@@ -237,8 +237,7 @@ class _Text:
             order = places
         is_order = isinstance(order, Tensor) and order.dtype == torch.int64 and order.dim() in (1, 2)
         if not is_order or order.expand(num_rows, -1).shape != (num_rows, length):
-            got = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
-            raise ArgumentError(f"order: expected int64 ({length},) or ({num_rows}, {length}), got {got}")
+            raise ArgumentError(f"order: expected int64 ({length},) or ({num_rows}, {length}), got {kind_of(order)}")
         order = order.to(places.device).expand(num_rows, length)
         if not torch.equal(order.sort(1).values, places.expand(num_rows, length)):
             raise ArgumentError(

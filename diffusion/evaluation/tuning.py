@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuits.arguments import shape_of
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
@@ -111,8 +112,7 @@ def tune(
     """
     length = head.block_length
     if not isinstance(data, Tensor) or data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
-        got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
-        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {got}")
+        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {shape_of(data)}")
     if not mask_ratios or not all(0 < ratio <= 1 for ratio in mask_ratios):
         raise ArgumentError(f"mask_ratios: expected numbers in (0, 1], got {mask_ratios!r}")
     if temperatures is not None and (not temperatures or not all(0 < tau < math.inf for tau in temperatures)):
