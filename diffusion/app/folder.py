@@ -220,6 +220,10 @@ class Folder:
         """Return the tokens of :meth:`held_out`, with the end of each."""
         return self.stream(self.held_out(recipe))
 
+    def held_out_windows(self, recipe: Recipe, span: int, count: int) -> Tensor:
+        """Return at most so many windows of :meth:`held_out_stream`, where the models run."""
+        return windows(self.held_out_stream(recipe), length=span, max_windows=count).to(self.device)
+
     def stream(self, documents: tuple[str, ...], tokenizer: TextTokenizer | None = None) -> Tensor:
         """Return the tokens of documents, with the end of each; of the folder's tokenizer, or of one that is given."""
         tokenizer = tokenizer or self.tokenizer()

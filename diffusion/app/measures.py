@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from diffusion.app.recipe import Recipe
 from diffusion.app.workspace import STEPS, Workspace
 from diffusion.evaluation.annotations import AnnotationTable, annotation_quality, check_annotations
-from diffusion.text.corpus import windows
 
 
 def evaluate_annotations(
@@ -22,11 +21,10 @@ def evaluate_annotations(
     if not any(check_annotations("", document).num_right for document in workspace.held_out(recipe)):
         return None
     denoiser, tokenizer = workspace.denoiser(), workspace.tokenizer()
-    data = windows(workspace.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.texts)
     table = annotation_quality(
         denoiser,
         workspace.head(),
-        data.to(workspace.device),
+        workspace.held_out_windows(recipe, denoiser.config.span, recipe.texts),
         lambda ids: tokenizer.decode(ids.tolist()),
         steps=[count for count in steps if count <= denoiser.config.block_length],
         seed=recipe.seed,

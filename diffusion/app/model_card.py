@@ -84,9 +84,7 @@ def model_card(recipe: Recipe, workspace: Workspace, *, num_held_out: int) -> st
         cached=circuit.cached_blocks,
         command="unfactor demo --from-scratch" + ("" if is_gsm8k else f" --corpus {recipe.text.corpus}"),
         results=_results(workspace),
-        licence=f"## Licence of the text\n\nGSM8K (Cobbe et al. 2021, arXiv 2110.14168):\n\n{LICENCE}"
-        if is_gsm8k
-        else "",
+        licence=_LICENCE_OF_TEXT if is_gsm8k else "",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 import typer
 
-from diffusion.app.option_groups import OptionGroup
+from diffusion.app.option_groups import OptionGroup, flag, optional
 from diffusion.decoding.names import MODELS, elsewhere, flags
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
@@ -116,44 +116,28 @@ class ModelOptions(OptionGroup):
     """Which models to use: those of a folder, or a real one."""
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
-        "out": Annotated[
-            Path | None, typer.Option("--out", help="Folder of the models.", show_default=str(DEFAULT_OUT))
-        ],
-        "model": Annotated[
-            str | None,
-            typer.Option(
-                "--model",
-                *flags("model"),
-                help=f"In place of a folder: a model by its name on the hub, or a path.{elsewhere('model')}",
-            ),
-        ],
-        "model_alias": Annotated[
-            str | None,
-            typer.Option(
-                help="A model by CoDD's name: "
-                + ", ".join(f"{alias} is {name}" for alias, name in MODELS.items())
-                + "; --model says where else it is.",
-                show_default=False,
-            ),
-        ],
-        "head": Annotated[
-            Path | None,
-            typer.Option(
-                "--head",
-                *flags("head"),
-                help="A saved head; or a circuit that PyJuice wrote, as CoDD has them: a .jpc file, or a folder or "
-                f"repository of the hub with one.{elsewhere('head')}",
-                show_default="the folder's; none with --model",
-            ),
-        ],
-        "dtype": Annotated[
-            str | None,
-            typer.Option(help=f"Of a named model's weights: {', '.join(_DTYPES)}.", show_default="as stored"),
-        ],
-        "revision": Annotated[str | None, typer.Option(help="Of a named model.", show_default=False)],
-        "trust_remote_code": Annotated[
-            bool, typer.Option("--trust-remote-code", help="Let a named model run code of its own.")
-        ],
+        "out": optional(Path, "Folder of the models.", "--out", shown=str(DEFAULT_OUT)),
+        "model": optional(
+            str,
+            f"In place of a folder: a model by its name on the hub, or a path.{elsewhere('model')}",
+            *("--model", *flags("model")),
+        ),
+        "model_alias": optional(
+            str,
+            "A model by CoDD's name: "
+            + ", ".join(f"{alias} is {name}" for alias, name in MODELS.items())
+            + "; --model says where else it is.",
+        ),
+        "head": optional(
+            Path,
+            "A saved head; or a circuit that PyJuice wrote, as CoDD has them: a .jpc file, or a folder or repository "
+            f"of the hub with one.{elsewhere('head')}",
+            *("--head", *flags("head")),
+            shown="the folder's; none with --model",
+        ),
+        "dtype": optional(str, f"Of a named model's weights: {', '.join(_DTYPES)}.", shown="as stored"),
+        "revision": optional(str, "Of a named model."),
+        "trust_remote_code": flag("Let a named model run code of its own.", "--trust-remote-code"),
         "device": Annotated[str, typer.Option(help="'cpu', 'cuda', or 'auto'.")],
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"trust_remote_code": False, "device": "auto"}

@@ -5,10 +5,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import typer
+
+MOST = 1 << 20
+"""What an option can count at most."""
 GREATEST_SEED = (1 << 63) - 1
 """What every source of random numbers takes."""
+
+
+def optional(kind: Any, help: str, *names: str, shown: str | bool = False, **limits: Any) -> Any:
+    """Return an option of a group that need not be named: its type, its help, and what is shown as its default."""
+    return Annotated[kind | None, typer.Option(*names, help=help, show_default=shown, **limits)]
+
+
+def count(help: str, *names: str, shown: str | bool = False, most: int = MOST) -> Any:
+    """Return an option of a group that counts from 1 on, and need not be named."""
+    return optional(int, help, *names, shown=shown, min=1, max=most)
+
+
+def flag(help: str, *names: str) -> Any:
+    """Return an option of a group that is on or off."""
+    return Annotated[bool, typer.Option(*names, help=help)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from diffusion.app.option_groups import GREATEST_SEED, OptionGroup
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, flag, optional
 from diffusion.decoding import controls
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 from diffusion.decoding.names import STRATEGIES as OTHER_STRATEGIES
@@ -41,12 +41,8 @@ def _summary(cls: type) -> str:
     return plain(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0])
 
 
-def _float(help: str, *names: str) -> Any:
-    return Annotated[float | None, typer.Option(*names, help=help, show_default=False)]
-
-
-def _int(help: str, *names: str) -> Any:
-    return Annotated[int | None, typer.Option(*names, help=help, show_default=False)]
+def _named(kind: Any, name: str, help: str) -> Any:
+    return optional(kind, help, f"--{name.replace('_', '-')}", *flags(name))
 
 
 CONFIG_HELP = described(DecodingConfig)
@@ -83,65 +79,49 @@ OPTIONS: dict[str, Any] = {
     "decode": Decode,
     "strategy": StrategyName,
     "temperature": Temperature,
-    "threshold": _float(CONFIG_HELP["threshold"] + _IMPLIED, "--threshold", *flags("threshold")),
-    "entropy_bound": _float(CONFIG_HELP["entropy_bound"] + _IMPLIED, "--entropy-bound", *flags("entropy_bound")),
-    "activation_threshold": _float(
-        CONFIG_HELP["activation_threshold"] + elsewhere("activation_threshold"),
-        "--activation-threshold",
-        *flags("activation_threshold"),
+    "threshold": _named(float, "threshold", CONFIG_HELP["threshold"] + _IMPLIED),
+    "entropy_bound": _named(float, "entropy_bound", CONFIG_HELP["entropy_bound"] + _IMPLIED),
+    "activation_threshold": _named(
+        float, "activation_threshold", CONFIG_HELP["activation_threshold"] + elsewhere("activation_threshold")
     ),
-    "reverse_activation": Annotated[
-        bool,
-        typer.Option(
-            "--reverse-activation",
-            *flags("reverse_activation"),
-            help=CONFIG_HELP["reverse_activation"] + elsewhere("reverse_activation"),
-        ),
-    ],
-    "remask": _float(CONFIG_HELP["remask"], "--remask"),
-    "top_k": _int(_summary(controls.TopK), "--top-k"),
-    "top_p": _float(_summary(controls.TopP), "--top-p"),
-    "repetition_penalty": _float(_summary(controls.RepetitionPenalty), "--repetition-penalty"),
-    "guidance": _float(_summary(controls.Guidance) + elsewhere("guidance"), "--guidance", *flags("guidance")),
-    "min_length": _int(_summary(controls.MinLength), "--min-length"),
-    "logits_eos_inf": Annotated[bool, typer.Option("--logits-eos-inf", help="Never end the text.")],
-    "confidence_eos_eot_inf": Annotated[
-        bool, typer.Option("--confidence-eos-eot-inf", help=_summary(controls.EndLast))
-    ],
+    "reverse_activation": flag(
+        CONFIG_HELP["reverse_activation"] + elsewhere("reverse_activation"),
+        *("--reverse-activation", *flags("reverse_activation")),
+    ),
+    "remask": _named(float, "remask", CONFIG_HELP["remask"]),
+    "top_k": _named(int, "top_k", _summary(controls.TopK)),
+    "top_p": _named(float, "top_p", _summary(controls.TopP)),
+    "repetition_penalty": _named(float, "repetition_penalty", _summary(controls.RepetitionPenalty)),
+    "guidance": _named(float, "guidance", _summary(controls.Guidance) + elsewhere("guidance")),
+    "min_length": _named(int, "min_length", _summary(controls.MinLength)),
+    "logits_eos_inf": flag("Never end the text.", "--logits-eos-inf"),
+    "confidence_eos_eot_inf": flag(_summary(controls.EndLast), "--confidence-eos-eot-inf"),
     "stop": Annotated[
         list[str] | None, typer.Option(help=f"{_summary(controls.StopStrings)} May be given several times.")
     ],
-    "regex": Annotated[str | None, typer.Option(help="A regular expression that all of the new text matches.")],
+    "regex": optional(str, "A regular expression that all of the new text matches."),
     "keyword": Annotated[
         list[str] | None, typer.Option(help="What has to occur in the new text. May be given several times.")
     ],
     "seed": Annotated[
         int, typer.Option(min=0, max=GREATEST_SEED, help="Of all random numbers; the same seed gives the same result.")
     ],
-    "circuit": Annotated[bool, typer.Option("--circuit/--no-circuit", help="With or without the circuit.")],
-    "cache": Annotated[
-        bool,
-        typer.Option(
-            "--cache/--no-cache",
-            help="Keep what the denoiser computed about the text before a block, where it offers that: the same text "
-            "with block-causal attention, else an approximation.",
-        ),
-    ],
-    "dynamic_windows": Annotated[
-        bool,
-        typer.Option(
-            "--dynamic-windows/--blocks",
-            "/".join(name for option in ("dynamic_windows", "blocks") for name in flags(option)),
-            help="Decode the whole text at once, in windows of the circuit's length, or block by block."
-            + elsewhere("dynamic_windows")
-            + elsewhere("blocks"),
-        ),
-    ],
-    "record": Annotated[
-        Path | None, typer.Option(help="Draw how the text filled in: a .png, or a .gif, which is animated.")
-    ],
-    "stream": Annotated[bool, typer.Option("--stream", help="Show the text as it fills in.")],
-} | {flag[2:].replace("-", "_"): Annotated[str | None, typer.Option(flag, hidden=True)] for flag in missing()}
+    "circuit": flag("With or without the circuit.", "--circuit/--no-circuit"),
+    "cache": flag(
+        "Keep what the denoiser computed about the text before a block, where it offers that: the same text with "
+        "block-causal attention, else an approximation.",
+        "--cache/--no-cache",
+    ),
+    "dynamic_windows": flag(
+        "Decode the whole text at once, in windows of the circuit's length, or block by block."
+        + elsewhere("dynamic_windows")
+        + elsewhere("blocks"),
+        "--dynamic-windows/--blocks",
+        "/".join(name for option in ("dynamic_windows", "blocks") for name in flags(option)),
+    ),
+    "record": optional(Path, "Draw how the text filled in: a .png, or a .gif, which is animated."),
+    "stream": flag("Show the text as it fills in.", "--stream"),
+} | {name[2:].replace("-", "_"): Annotated[str | None, typer.Option(name, hidden=True)] for name in missing()}
 """Options of commands that decode, by name: their types and their help."""
 
 
@@ -157,9 +137,9 @@ class DecodingOptions(OptionGroup):
     @property
     def changes(self) -> dict[str, Any]:
         """What differs from the default configuration, by name; raises ArgumentError for other projects' options."""
-        for flag, way_out in missing().items():
-            if self.given[flag[2:].replace("-", "_")] is not None:
-                raise ArgumentError(f"{flag[2:]}: expected an option of this program, got another project's; {way_out}")
+        for name, way_out in missing().items():
+            if self.given[name[2:].replace("-", "_")] is not None:
+                raise ArgumentError(f"{name[2:]}: expected an option of this program, got another project's; {way_out}")
         names = DecodingConfig.__dataclass_fields__
         changes = {name: value for name, value in self.given.items() if name in names and value is not None}
         if "strategy" in changes:

@@ -128,11 +128,7 @@ PRESETS: dict[str, Recipe] = {
     ),
     "large": Recipe(
         denoiser=DenoiserRecipe(training=DenoiserTraining(steps=6000, validate_every=1000)),
-        circuit=CircuitRecipe(
-            likelihood_blocks=60_000,
-            cached_blocks=24_576,
-            training=CircuitTraining(steps=1200),
-        ),
+        circuit=CircuitRecipe(likelihood_blocks=60_000, cached_blocks=24_576, training=CircuitTraining(steps=1200)),
         gap_windows=1024,
     ),
     "gsm8k": Recipe(
@@ -144,10 +140,7 @@ PRESETS: dict[str, Recipe] = {
             training=DenoiserTraining(steps=12_000, batch_size=32, validate_every=1000),
         ),
         circuit=CircuitRecipe(
-            likelihood_blocks=60_000,
-            cached_blocks=24_576,
-            has_potentials=True,
-            training=CircuitTraining(steps=1200),
+            likelihood_blocks=60_000, cached_blocks=24_576, has_potentials=True, training=CircuitTraining(steps=1200)
         ),
         gap_windows=256,
     ),
@@ -169,11 +162,7 @@ PRESETS: dict[str, Recipe] = {
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read what :func:`write_recipe` wrote.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not complete, or of another format version.
-    """
+    """Read what :func:`write_recipe` wrote; raises CheckpointError if it is damaged, or of another format version."""
     content = recipe_content(path)
     try:
         found = content["format_version"]
@@ -193,10 +182,9 @@ def write_recipe(recipe: Recipe, path: Path, digests: Mapping[str, str]) -> None
 
 
 def recipe_content(path: Path) -> dict[str, Any]:
-    """Return what a recipe's file holds, as it was written; those of before have no hash.
+    """Return what a recipe's file holds, as written; raises CheckpointError if it cannot be read, or was changed.
 
-    Raises:
-        CheckpointError: the file cannot be read, or was changed.
+    Files of before have no hash.
     """
     content = read_json(path, way_out=_WAY_OUT)
     if not isinstance(content, dict):

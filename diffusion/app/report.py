@@ -175,10 +175,7 @@ def _player(fillings: Sequence[Filling]) -> str:
 
 
 def _described(filling: Filling) -> dict[str, Any]:
-    return {
-        "prompt": filling.prompt,
-        "sides": [{"name": name, "frames": frames} for name, frames in filling.sides],
-    }
+    return {"prompt": filling.prompt, "sides": [{"name": name, "frames": frames} for name, frames in filling.sides]}
 
 
 def _as_data(content: Any) -> str:

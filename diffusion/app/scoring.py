@@ -14,7 +14,7 @@ import torch
 from diffusion.app.models import Models
 from diffusion.app.sources import encoded_prompts
 from diffusion.errors import ArgumentError
-from diffusion.evaluation.likelihood import Method, log_likelihood
+from diffusion.evaluation.likelihood import log_likelihood
 from diffusion.evaluation.tasks.data import read_examples, text_of
 from diffusion.evaluation.tasks.task import Example
 from diffusion.json_files import write_json
@@ -99,29 +99,11 @@ def score_texts(
         raise ArgumentError("text: expected at least one token in each, got an empty text")
     block_length = block_length or (None if models.head is None else models.head.block_length)
     heads = (None,) if models.head is None else (None, models.head)
-    known: Method = method  # type: ignore[assignment]
-    found = []
-    for before, text in rows:
-        found.append(
-            tuple(
-                float(
-                    log_likelihood(
-                        models.denoiser,
-                        [torch.tensor(before, dtype=torch.int64)],
-                        [torch.tensor(text, dtype=torch.int64)],
-                        head=head,
-                        method=known,
-                        block_length=min(block_length or len(text), len(text)),
-                        seeds=[seed],
-                        **(options or {}),
-                    )[0]
-                )
-                for head in heads
-            )
-        )
-    scored = zip(pairs, rows, found, strict=True)
-    return Scores(
-        method,
-        ("without circuit", "with circuit")[: len(heads)],
-        tuple(ScoredText(*pair, len(ids), numbers) for pair, (_, ids), numbers in scored),
-    )
+    asked: dict[str, Any] = {"method": method, "seeds": [seed], **(options or {})}
+    scored = []
+    for pair, (before, text) in zip(pairs, rows, strict=True):
+        parts = [[torch.tensor(part, dtype=torch.int64)] for part in (before, text)]
+        asked["block_length"] = min(block_length or len(text), len(text))
+        numbers = [float(log_likelihood(models.denoiser, *parts, head=head, **asked)[0]) for head in heads]
+        scored.append(ScoredText(*pair, len(text), tuple(numbers)))
+    return Scores(method, ("without circuit", "with circuit")[: len(heads)], tuple(scored))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 
-from diffusion.app.option_groups import GREATEST_SEED, OptionGroup
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, count, flag, optional
 from diffusion.app.options import DecodingOptions
 from diffusion.decoding.names import flags
 from diffusion.errors import ArgumentError
@@ -19,70 +19,58 @@ RESULTS = Path("unfactor-results")
 """Where results of a model by name go, unless told otherwise."""
 
 
-def _text(help: str, *names: str, default: Any = False) -> Any:
-    return Annotated[str | None, typer.Option(*names, help=help, show_default=default)]
-
-
-def _file(help: str, *names: str) -> Any:
-    return Annotated[Path | None, typer.Option(*names, help=help, show_default=False)]
-
-
-def _count(help: str, *names: str, default: Any = False) -> Any:
-    return Annotated[int | None, typer.Option(*names, min=1, max=1 << 20, help=help, show_default=default)]
-
-
-def _flag(help: str, *names: str) -> Any:
-    return Annotated[bool, typer.Option(*names, help=help)]
-
-
 class TaskOptions(OptionGroup):
     """A task, and the ways of decoding that it compares; and a judge of texts."""
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
-        "task": _text("'gsm8k', 'math500', 'mbpp', or a .jsonl file (also .gz) with keys prompt and answer.", "--task"),
-        "data": _file("A .jsonl file (also .gz) with the questions of a named task; without it they are downloaded."),
-        "limit": _count("Only so many questions, from the first on."),
+        "task": optional(
+            str, "'gsm8k', 'math500', 'mbpp', or a .jsonl file (also .gz) with keys prompt and answer.", "--task"
+        ),
+        "data": optional(
+            Path, "A .jsonl file (also .gz) with the questions of a named task; without it they are downloaded."
+        ),
+        "limit": count("Only so many questions, from the first on."),
         "shots": Annotated[
             int, typer.Option("--shots", *flags("shots"), min=0, help="Worked examples before every question.")
         ],
-        "shots_data": _file("A file like --data that the worked examples come from."),
-        "template": _text("The text around a question, with {question} in it.", default="the task's"),
-        "answer_pattern": _text("Of a task of your own: a regular expression whose last match is the answer."),
-        "chat": _flag("Ask in the form for conversations that the tokenizer has.", "--chat"),
-        "allow_code_execution": _flag(
+        "shots_data": optional(Path, "A file like --data that the worked examples come from."),
+        "template": optional(str, "The text around a question, with {question} in it.", shown="the task's"),
+        "answer_pattern": optional(str, "Of a task of your own: a regular expression whose last match is the answer."),
+        "chat": flag("Ask in the form for conversations that the tokenizer has.", "--chat"),
+        "allow_code_execution": flag(
             "Run the programs that the model writes, which mbpp needs.", "--allow-code-execution"
         ),
-        "length": _count(
-            "Tokens of an answer at most.", "--length", "--gen-length", *flags("gen_length"), default="the task's"
+        "length": count(
+            "Tokens of an answer at most.", "--length", "--gen-length", *flags("gen_length"), shown="the task's"
         ),
-        "block": _count(
+        "block": count(
             "Tokens of a block, or at most of a window.",
             *("--block", "--block-length", *flags("block_length")),
-            default="the head's",
+            shown="the head's",
         ),
-        "steps": _text("Denoiser calls, several by commas.", "--num-steps", *flags("num_steps")),
-        "tokens_per_step": _text(
-            "In place of calls: tokens a call, several by commas.", "--tokens-per-step", default="1,2,4"
+        "steps": optional(str, "Denoiser calls, several by commas.", "--num-steps", *flags("num_steps")),
+        "tokens_per_step": optional(
+            str, "In place of calls: tokens a call, several by commas.", "--tokens-per-step", shown="1,2,4"
         ),
-        "threshold": _text("Bounds of the strategy threshold, by commas.", "--threshold"),
-        "entropy_bound": _text("Bounds of the strategy entropy_bound, by commas, in nats.", "--entropy-bound"),
-        "joint_entropy_bound": _text(
-            "Bounds of the strategy joint_entropy, by commas, in nats; only with the circuit.", "--joint-entropy-bound"
+        "threshold": optional(str, "Bounds of the strategy threshold, by commas.", "--threshold"),
+        "entropy_bound": optional(str, "Bounds of the strategy entropy_bound, by commas, in nats.", "--entropy-bound"),
+        "joint_entropy_bound": optional(
+            str,
+            "Bounds of the strategy joint_entropy, by commas, in nats; only with the circuit.",
+            "--joint-entropy-bound",
         ),
         **{name: DecodingOptions.OPTIONS[name] for name in _SHARED},
-        "circuit": _flag("With and without the circuit, or only without.", "--circuit/--no-circuit"),
+        "circuit": flag("With and without the circuit, or only without.", "--circuit/--no-circuit"),
         "batch_size": Annotated[int, typer.Option(min=1, help="Questions at a time; it changes no result.")],
         "seed": Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Of all draws.")],
-        "results": Annotated[
-            Path | None,
-            typer.Option(
-                "--results",
-                *flags("results"),
-                help="Folder of answers, tables and pictures.",
-                show_default=f"OUT/results, or {RESULTS}",
-            ),
-        ],
-        "scorer": _text(
+        "results": optional(
+            Path,
+            "Folder of answers, tables and pictures.",
+            *("--results", *flags("results")),
+            shown=f"OUT/results, or {RESULTS}",
+        ),
+        "scorer": optional(
+            str,
             "A causal model that judges the texts: a name on the hub, a folder, or a .gguf file. With a task the "
             "answers, else texts after parts of held-out text.",
             "--scorer",

@@ -24,26 +24,11 @@ SCORED_LENGTH = 64
 
 def asked_task(options: TaskOptions) -> Task:
     """Return the task that the options name; raises ArgumentError as :func:`load_task`."""
-    return load_task(
-        options.task,
-        data=options.data,
-        limit=options.limit,
-        shots=options.shots,
-        shots_data=options.shots_data,
-        template=options.template,
-        answer_pattern=options.answer_pattern,
-        allow_code_execution=options.allow_code_execution,
-    )
+    names = ("data", "limit", "shots", "shots_data", "template", "answer_pattern", "allow_code_execution")
+    return load_task(options.task, **{name: options.given[name] for name in names})
 
 
-def asked_grid(
-    options: TaskOptions,
-    *,
-    decode: str | None,
-    strategy: str | None,
-    temperature: float | None,
-    length: int | None = None,
-) -> Grid:
+def asked_grid(options: TaskOptions, *, decode: str | None, strategy: str | None, temperature: float | None) -> Grid:
     """Return the ways of decoding that the options name; strategies are separated by commas."""
     named: dict[str, Any] = {"decode": decode} if decode is not None else {}
     named_strategy: Callable[[str], Any] = strategy_named
@@ -81,25 +66,13 @@ def run_task(
     from diffusion.evaluation.tasks.plots import draw_task
 
     scorer = _scorer(models, options)
-    answers = answer_task(
-        models.denoiser,
-        models.tokenizer,
-        task,
-        grid,
-        head=models.head,
-        folder=results / f"{task.name}-answers",
-        seed=options.seed,
-        options=Options(batch_size=options.batch_size, chat=options.chat, progress=progress),
-    )
+    answering = Options(batch_size=options.batch_size, chat=options.chat, progress=progress)
+    answers = _answers(models, task, grid, results / f"{task.name}-answers", options.seed, answering)
     points = tuple(TaskPoint.of(setting, samples) for setting, samples in answers.items())
     table = TaskTable(task.name, points, len(task.shots), options.seed)
     _keep(table, results / task.name)
     draw_task(table, results / f"{task.name}.png")
-    if scorer is None:
-        return table, None
-    judged = judge_texts(task, answers, scorer, batch_size=options.batch_size, seed=options.seed)
-    _keep(judged, results / f"{task.name}-texts")
-    return table, judged
+    return table, None if scorer is None else _judged(task, answers, scorer, options, results / f"{task.name}-texts")
 
 
 def run_scorer(
@@ -108,19 +81,9 @@ def run_scorer(
     """Write texts after prompts, let the scorer judge them, and write results/texts.json and .txt."""
     scorer = _scorer(models, options)
     assert scorer is not None
-    answers = answer_task(
-        models.denoiser,
-        models.tokenizer,
-        task,
-        grid,
-        head=models.head,
-        folder=results / "texts-answers",
-        seed=options.seed,
-        options=Options(batch_size=options.batch_size, progress=progress),
-    )
-    table = judge_texts(task, answers, scorer, batch_size=options.batch_size, seed=options.seed)
-    _keep(table, results / "texts")
-    return table
+    answering = Options(batch_size=options.batch_size, progress=progress)
+    answers = _answers(models, task, grid, results / "texts-answers", options.seed, answering)
+    return _judged(task, answers, scorer, options, results / "texts")
 
 
 def held_out_task(models: Models, folder: Path, recipe: Recipe, *, count: int, length: int) -> Task:
@@ -141,6 +104,17 @@ def held_out_task(models: Models, folder: Path, recipe: Recipe, *, count: int, l
 
 def _scorer(models: Models, options: TaskOptions) -> CausalScorer | None:
     return None if options.scorer is None else CausalScorer.load(options.scorer, device=models.device)
+
+
+def _answers(models: Models, task: Task, grid: Grid, folder: Path, seed: int, options: Options) -> Any:
+    others: dict[str, Any] = {"head": models.head, "folder": folder, "seed": seed, "options": options}
+    return answer_task(models.denoiser, models.tokenizer, task, grid, **others)
+
+
+def _judged(task: Task, answers: Any, scorer: CausalScorer, options: TaskOptions, path: Path) -> QualityTable:
+    table = judge_texts(task, answers, scorer, batch_size=options.batch_size, seed=options.seed)
+    _keep(table, path)
+    return table
 
 
 def _keep(table: TaskTable | QualityTable, path: Path) -> None:

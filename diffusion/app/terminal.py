@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -39,14 +40,25 @@ def print_gap(table: Any) -> None:
     """Print the gap table."""
     from diffusion.evaluation.gap import MODELS, rounded
 
-    shown = new_table(f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)")
-    for column in ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed"):
-        shown.add_column(column, justify="right")
+    rows = []
     for row in table.rows:
         share = with_interval(row.share_closed) if row.is_meaningful else Text("not\nmeaningful")
-        shown.add_row(rounded(row.mask_ratio), *(with_interval(getattr(row, name)) for name in MODELS), share)
+        rows.append((Text(rounded(row.mask_ratio)), *(with_interval(getattr(row, name)) for name in MODELS), share))
+    title = f"Perplexity of masked tokens, {table.num_windows} held-out blocks (95 % interval)"
+    titles = ("mask ratio", "one-step", "circuit alone", "coupled", "sequential", "share closed")
+    _print_numbers(title, titles, rows, table.notes)
+
+
+def _print_numbers(
+    title: str, titles: Iterable[str], rows: Iterable[Iterable[Text]], notes: Iterable[str] = ()
+) -> None:
+    shown = new_table(title)
+    for name in titles:
+        shown.add_column(Text(name), justify="right")
+    for row in rows:
+        shown.add_row(*row)
     Console().print(shown)
-    for note in table.notes:
+    for note in notes:
         say(f"({note})")
 
 
@@ -63,36 +75,23 @@ def print_texts(cells: Any, title: str) -> None:
 
 def print_annotations(table: Any) -> None:
     """Print the share of right calculator annotations at each number of calls."""
-    shown = new_table(f"Calculator annotations that are right, {table.num_texts} texts (95 % interval)")
     titles, *rows = table.cells()
-    for title in titles:
-        shown.add_column(Text(title), justify="right")
-    for row in rows:
-        shown.add_row(*map(Text, row))
-    Console().print(shown)
-    for note in table.notes:
-        say(f"({note})")
+    title = f"Calculator annotations that are right, {table.num_texts} texts (95 % interval)"
+    _print_numbers(title, titles, (map(Text, row) for row in rows), table.notes)
 
 
 def print_few_steps(table: Any) -> None:
     """Print the share of right texts at each number of steps."""
-    shown = new_table(f"Share of {table.num_texts} texts: {table.criterion} (95 % interval)")
-    for column in ("steps per block", "without circuit", f"with circuit ({table.decode})"):
-        shown.add_column(column, justify="right")
-    for row in table.rows:
-        shown.add_row(str(row.num_steps), with_interval(row.without), with_interval(row.coupled))
-    Console().print(shown)
+    rows = ((Text(str(row.num_steps)), *map(with_interval, (row.without, row.coupled))) for row in table.rows)
+    titles = ("steps per block", "without circuit", f"with circuit ({table.decode})")
+    _print_numbers(f"Share of {table.num_texts} texts: {table.criterion} (95 % interval)", titles, rows)
 
 
 def print_curve(table: Any) -> None:
     """Print the few-step curve."""
     titles, *rows = table.cells()
     title = f"{table.block_length} tokens in few calls, {table.num_texts} texts (nats per token, 95 % intervals)"
-    shown = new_table(title)
-    for column, title in enumerate(titles):
-        shown.add_column(Text(title.replace("-", "-\n")), justify="right" if column else "left", overflow="fold")
-    _add_broken(shown, rows)
-    Console().print(shown)
+    print_cells(title, [[name.replace("-", "-\n") for name in titles], *rows], overflow="fold")
 
 
 def with_interval(estimate: Any) -> Text:
@@ -103,18 +102,16 @@ def with_interval(estimate: Any) -> Text:
     return Text.assemble(rounded(estimate.value), "\n", (f"{low}..{high}", "dim"))
 
 
-def print_cells(title: str, cells: Any) -> None:
-    """Print a table of words, a title row first; the first column is text, and the others are numbers."""
+def print_cells(title: str, cells: Any, overflow: Literal["fold", "ellipsis"] = "ellipsis") -> None:
+    """Print a table of words, a title row first; the first column is text, and the others are numbers.
+
+    Cells are broken where they can be: many columns are to fit a terminal of 80.
+    """
     titles, *rows = cells
     shown = new_table(title)
     for column, name in enumerate(titles):
-        shown.add_column(Text(name), justify="right" if column else "left")
-    _add_broken(shown, rows)
-    Console().print(shown)
-
-
-def _add_broken(shown: Table, rows: Any) -> None:
-    """Add rows, a name and numbers with intervals, in narrow cells: many columns are to fit a terminal of 80."""
+        shown.add_column(Text(name), justify="right" if column else "left", overflow=overflow)
     for name, *numbers in rows:
         broken = name.replace(", ", ",\n").replace(" (", "\n(")
         shown.add_row(Text(broken), *(Text(number.replace(" [", "\n[")) for number in numbers))
+    Console().print(shown)

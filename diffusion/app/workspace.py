@@ -100,31 +100,23 @@ class Workspace(Folder):
     @stage
     def cache(self, recipe: Recipe) -> tuple[LogitCache, LogitCache]:
         """Cache the denoiser's predictions on training blocks and on held-out blocks; continued if interrupted."""
-        denoiser, corpus = self.base_denoiser(), self.claimed_corpus(recipe)
-        span, shape = denoiser.config.span, recipe.denoiser
-        generator = torch.Generator().manual_seed(recipe.seed)
-        train = random_windows(
-            self.stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
-        )
-        held_out = windows(self.stream(corpus.held_out), length=span, max_windows=256)
-        caches, features = [], recipe.circuit.needs_features
-        for name, data in (("train", train), ("held-out", held_out)):
+        denoiser, corpus, features = self.base_denoiser(), self.claimed_corpus(recipe), recipe.circuit.needs_features
+        options: dict[str, Any] = {"seed": recipe.seed, "progress": self.progress, "device": self.device}
+        options |= {"block_length": recipe.denoiser.block_length, "features": features}
+        caches = []
+        for name, data in zip(("train", "held-out"), self._fitted_windows(recipe, corpus, denoiser), strict=True):
             folder = self.path / "cache" / f"{name}-{len(data)}{'-features' if features else ''}"
-            cache = None
-            if self.is_first:
-                cache = cache_logits(
-                    denoiser,
-                    data,
-                    folder,
-                    block_length=shape.block_length,
-                    features=features,
-                    seed=recipe.seed,
-                    progress=self.progress,
-                    device=self.device,
-                )
+            cache = cache_logits(denoiser, data, folder, **options) if self.is_first else None
             self.processes.wait()
             caches.append(cache or LogitCache.open(folder))
         return caches[0], caches[1]
+
+    def _fitted_windows(self, recipe: Recipe, corpus: Corpus, denoiser: TransformerDenoiser) -> tuple[Tensor, Tensor]:
+        """Return windows of the training text, drawn by the recipe's seed, and of the held-out text."""
+        span, generator = denoiser.config.span, torch.Generator().manual_seed(recipe.seed)
+        count = recipe.circuit.cached_blocks
+        train = random_windows(self.stream(corpus.train), length=span, num_windows=count, generator=generator)
+        return train, windows(self.stream(corpus.held_out), length=span, max_windows=256)
 
     @stage
     def fit(self, recipe: Recipe) -> CoupledHead:
@@ -182,11 +174,7 @@ class Workspace(Folder):
     ) -> TransformerDenoiser:
         """Train a copy of the denoiser together with the head, and return it."""
         denoiser = self.base_denoiser()
-        span, generator = denoiser.config.span, torch.Generator().manual_seed(recipe.seed)
-        train = random_windows(
-            self.stream(corpus.train), length=span, num_windows=recipe.circuit.cached_blocks, generator=generator
-        )
-        held_out = windows(self.stream(corpus.held_out), length=span, max_windows=256)
+        train, held_out = self._fitted_windows(recipe, corpus, denoiser)
         options: dict[str, Any] = {
             "process_group": self.processes.group,
             "log_dir": self.log(JOINT),
@@ -231,11 +219,10 @@ class Workspace(Folder):
                 f"{self.path}: expected likelihood and head of the same settings, got different ones: a fit was "
                 f"interrupted; go on with `unfactor fit --out {self.path}`"
             )
-        data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.gap_windows)
         table = misspecification_gap(
             denoiser,
             self.head(),
-            data.to(self.device),
+            self.held_out_windows(recipe, denoiser.config.span, recipe.gap_windows),
             circuit_alone=ct.load(self.path / "likelihood", device=self.device),
             seed=recipe.seed,
             folder=self.path / "checkpoints" / "gap",
@@ -295,8 +282,7 @@ class Workspace(Folder):
                 f"corpus: right and wrong are known for 'arithmetic' only, this is {recipe.text.corpus!r}"
             )
         denoiser, tokenizer = self.denoiser(), self.tokenizer()
-        length, context = denoiser.config.block_length, denoiser.config.context_length
-        data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.texts)
+        shape = denoiser.config
 
         def is_right(prompt: Tensor, generated: Tensor) -> bool:
             texts = (tokenizer.decode(part.tolist()) for part in (prompt, generated))
@@ -305,10 +291,10 @@ class Workspace(Folder):
         table = few_step_quality(
             denoiser,
             self.head(),
-            data[:, :context].to(self.device),
+            self.held_out_windows(recipe, shape.span, recipe.texts)[:, : shape.context_length],
             is_right,
             criterion="all lines well-formed and right",
-            steps=[count for count in STEPS if count <= length],
+            steps=[count for count in STEPS if count <= shape.block_length],
             decode=decode,
             strategy=strategy,
             temperature=temperature,
@@ -329,11 +315,10 @@ class Workspace(Folder):
             with_temperature: whether the temperature is chosen too.
         """
         denoiser, head = self.denoiser(), self.head()
-        data = windows(self.held_out_stream(recipe), length=denoiser.config.span, max_windows=recipe.gap_windows)
         tuning = tune(
             denoiser,
             head,
-            data.to(self.device),
+            self.held_out_windows(recipe, denoiser.config.span, recipe.gap_windows),
             temperatures=TEMPERATURES if with_temperature else None,
             seed=recipe.seed,
             progress=self.progress,

@@ -37,50 +37,28 @@ def encoded_holes(models: Models, texts: list[str]) -> list[list[int]]:
 
 
 def continue_prompts(
-    models: Models,
-    prompts: list[str],
-    *,
-    gen_length: int,
-    num_steps: int | None = None,
-    seed: int = 0,
-    **options: Any,
+    models: Models, prompts: list[str], *, gen_length: int, seed: int = 0, **options: Any
 ) -> Generation:
     """Continue each prompt, in blocks of ``models.block_length``, or ``block_length``; by default in a call per token.
 
     Options are those of :func:`~diffusion.decoding.generation.generate`.
     """
-    rows = encoded_prompts(models.name, prompts, models.tokenizer)
     if "plan" not in options:
         options.setdefault("block_length", models.block_length)
-    return generate(
-        models.denoiser,
-        [torch.tensor(ids, dtype=torch.int64, device=models.device) for ids in rows],
-        gen_length=gen_length,
-        num_steps=num_steps,
-        head=models.head,
-        generator=torch.Generator(device=models.device).manual_seed(seed),
-        **options,
-    )
+    rows = _on_device(models, encoded_prompts(models.name, prompts, models.tokenizer))
+    generator = torch.Generator(device=models.device).manual_seed(seed)
+    return generate(models.denoiser, rows, gen_length=gen_length, head=models.head, generator=generator, **options)
 
 
-def fill_holes(
-    models: Models,
-    texts: list[str],
-    *,
-    num_steps: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Generation:
+def fill_holes(models: Models, texts: list[str], *, seed: int = 0, **options: Any) -> Generation:
     """Fill the holes of each text, see :func:`encoded_holes`; options are those of ``generation.infill``."""
-    rows = encoded_holes(models, texts)
-    return infill(
-        models.denoiser,
-        [torch.tensor(ids, dtype=torch.int64, device=models.device) for ids in rows],
-        num_steps=num_steps,
-        head=models.head,
-        generator=torch.Generator(device=models.device).manual_seed(seed),
-        **options,
-    )
+    rows = _on_device(models, encoded_holes(models, texts))
+    generator = torch.Generator(device=models.device).manual_seed(seed)
+    return infill(models.denoiser, rows, head=models.head, generator=generator, **options)
+
+
+def _on_device(models: Models, rows: list[list[int]]) -> list[torch.Tensor]:
+    return [torch.tensor(ids, dtype=torch.int64, device=models.device) for ids in rows]
 
 
 def _size(hole: str) -> int:

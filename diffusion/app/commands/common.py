@@ -39,8 +39,6 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --num_steps is --num-steps
 )
 
-MOST = 1 << 20
-"""What an option can count at most."""
 Out = Annotated[Path, typer.Option("--out", help="Folder of the models and results.")]
 CorpusName = Annotated[
     str,

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import MOST, app
+from diffusion.app.commands.common import app
 from diffusion.app.models import ModelOptions, Models
-from diffusion.app.option_groups import with_options
+from diffusion.app.option_groups import MOST, with_options
 from diffusion.app.options import DecodingOptions
 from diffusion.decoding.names import elsewhere, flags
 from diffusion.decoding.plans import DynamicWindows

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.app.commands.common import MOST, Quiet, app, open_workspace
+from diffusion.app.commands.common import Quiet, app, open_workspace
 from diffusion.app.models import DEFAULT_OUT, ModelOptions
-from diffusion.app.option_groups import with_options
+from diffusion.app.option_groups import MOST, with_options
 from diffusion.app.options import CONFIG_HELP, Decode, StrategyName
 from diffusion.app.task_options import TaskOptions
 from diffusion.app.terminal import print_annotations, print_cells, print_curve, print_few_steps, print_gap, say

@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, get_args
 import typer
 
 from diffusion.app.commands.common import (
-    MOST,
     CorpusName,
     DeviceName,
     FieldName,
@@ -24,7 +23,7 @@ from diffusion.app.commands.common import (
     preset_recipe,
 )
 from diffusion.app.models import DEFAULT_OUT, ModelOptions
-from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, with_options
+from diffusion.app.option_groups import GREATEST_SEED, MOST, OptionGroup, count, flag, optional, with_options
 from diffusion.app.recipe import CircuitRecipe, Transitions
 from diffusion.app.terminal import say
 from diffusion.denoisers.transformer import Attention
@@ -68,40 +67,28 @@ class TextOptions(OptionGroup):
     """Which texts a denoiser's predictions are cached of, and how."""
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
-        "text": Annotated[
-            str | None,
-            typer.Option(
-                help="Texts of yours: .jsonl, .txt, .fasta or .fa, also .gz, .parquet, or "
-                "dataset:NAME:CONFIGURATION@SPLIT. By default the folder's own.",
-                show_default=False,
-            ),
-        ],
+        "text": optional(
+            str,
+            "Texts of yours: .jsonl, .txt, .fasta or .fa, also .gz, .parquet, or dataset:NAME:CONFIGURATION@SPLIT. By "
+            "default the folder's own.",
+        ),
         "field": Annotated[str, typer.Option(help="The key of the text in .jsonl; of a table its column.")],
-        "prompt_field": Annotated[
-            str | None,
-            typer.Option(
-                help="The key or column of what stands before a text, which is always visible.",
-                show_default="prompt, if it is there",
-            ),
-        ],
-        "to": Annotated[
-            Path | None, typer.Option(help="The cache's folder, with --text; torchrun's processes write shards of it.")
-        ],
+        "prompt_field": optional(
+            str,
+            "The key or column of what stands before a text, which is always visible.",
+            shown="prompt, if it is there",
+        ),
+        "to": optional(Path, "The cache's folder, with --text; torchrun's processes write shards of it."),
         "context": Annotated[int, typer.Option(min=0, max=MOST, help="Tokens before a block, with --text.")],
-        "block": Annotated[
-            int | None,
-            typer.Option(min=1, max=MOST, help="Tokens of a block, with --text.", show_default="the model's"),
-        ],
+        "block": count("Tokens of a block, with --text.", shown="the model's"),
         "suffix": Annotated[
             int, typer.Option(min=0, max=MOST, help="Mask tokens after a block, as block decoding shows them.")
         ],
         "masks": Annotated[
             str, typer.Option(help="Which tokens of a block are masked: 'random' ones, or its 'suffix', with --text.")
         ],
-        "top_k": Annotated[
-            int | None, typer.Option(min=1, max=MOST, help="Keep so many tokens of each position and the true one.")
-        ],
-        "features": Annotated[bool, typer.Option("--features", help="Keep the denoiser's hidden states too.")],
+        "top_k": count("Keep so many tokens of each position and the true one."),
+        "features": flag("Keep the denoiser's hidden states too.", "--features"),
         "seed": Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Of noise levels and masks.")],
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
@@ -144,47 +131,27 @@ class FitOptions(OptionGroup):
     """What a head is fitted as; what is not named is the preset's."""
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
-        "states": Annotated[int | None, typer.Option(min=1, max=1 << 16, help="States of the hidden Markov model.")],
-        "steps": Annotated[
-            int | None, typer.Option(min=1, max=1 << 31, help="Updates of the circuit on the coupled objective.")
-        ],
-        "optimizer": Annotated[
-            str | None,
-            typer.Option(
-                help="Of the circuit's weights on that objective: adam, or anemone, steps by flows.",
-                show_default="the preset's",
-            ),
-        ],
-        "calibration": Annotated[
-            bool, typer.Option("--calibration/--no-calibration", help="Calibrate the prediction by the noise level.")
-        ],
-        "potentials": Annotated[
-            bool | None,
-            typer.Option(
-                "--potentials/--no-potentials",
-                help="Read potentials on the latents from the denoiser's hidden states.",
-                show_default="the preset's",
-            ),
-        ],
-        "transitions": Annotated[
-            str | None,
-            typer.Option(
-                help="What the denoiser's hidden states make of transitions: static, gates or low_rank.",
-                show_default="the preset's",
-            ),
-        ],
-        "hidden": Annotated[
-            int | None,
-            typer.Option(min=1, max=1 << 16, help="Units of a hidden layer that reads the denoiser's hidden states."),
-        ],
-        "joint": Annotated[
-            bool | None,
-            typer.Option(
-                "--joint/--no-joint",
-                help="Train denoiser and circuit together after that.",
-                show_default="the preset's",
-            ),
-        ],
+        "states": count("States of the hidden Markov model.", most=1 << 16),
+        "steps": count("Updates of the circuit on the coupled objective.", most=1 << 31),
+        "optimizer": optional(
+            str, "Of the circuit's weights on that objective: adam, or anemone, steps by flows.", shown="the preset's"
+        ),
+        "calibration": flag("Calibrate the prediction by the noise level.", "--calibration/--no-calibration"),
+        "potentials": optional(
+            bool,
+            "Read potentials on the latents from the denoiser's hidden states.",
+            "--potentials/--no-potentials",
+            shown="the preset's",
+        ),
+        "transitions": optional(
+            str,
+            "What the denoiser's hidden states make of transitions: static, gates or low_rank.",
+            shown="the preset's",
+        ),
+        "hidden": count("Units of a hidden layer that reads the denoiser's hidden states.", most=1 << 16),
+        "joint": optional(
+            bool, "Train denoiser and circuit together after that.", "--joint/--no-joint", shown="the preset's"
+        ),
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"calibration": True}
 

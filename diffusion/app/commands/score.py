@@ -8,15 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from diffusion.app.commands.common import MOST, app
+from diffusion.app.commands.common import app
 from diffusion.app.models import ModelOptions, Models
-from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, with_options
+from diffusion.app.option_groups import GREATEST_SEED, OptionGroup, count, optional, with_options
 from diffusion.app.terminal import new_table
-
-
-def _option(kind: Any, help: str, default: str, *names: str, **limits: Any) -> Any:
-    limits |= {"max": MOST} if limits else {}
-    return Annotated[kind | None, typer.Option(*names, help=help, show_default=default, **limits)]
 
 
 class MethodOptions(OptionGroup):
@@ -24,11 +19,11 @@ class MethodOptions(OptionGroup):
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
         "method": Annotated[str, typer.Option(help="Whose probability: 'decoder', 'elbo' or 'sequential'.")],
-        "block": _option(int, "Tokens of a block.", "the head's, or all", "--block", "--block-length", min=1),
-        "steps": _option(int, "Calls of the decoder.", "one a token", "--steps", "--num-steps", min=1),
-        "strategy": _option(str, "Of the decoder.", "entropy"),
-        "decode": _option(str, "How the decoder uses the circuit.", "joint"),
-        "samples": _option(int, "Noise levels of elbo a block.", "32", min=1),
+        "block": count("Tokens of a block.", "--block", "--block-length", shown="the head's, or all"),
+        "steps": count("Calls of the decoder.", "--steps", "--num-steps", shown="one a token"),
+        "strategy": optional(str, "Of the decoder.", shown="entropy"),
+        "decode": optional(str, "How the decoder uses the circuit.", shown="joint"),
+        "samples": count("Noise levels of elbo a block.", shown="32"),
     }
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"method": "sequential"}
 
