@@ -137,6 +137,7 @@ class _Learner:
 
     def _groups(self, part: _Part) -> list[list[int]]:
         """Return the connected groups of variables that G-tests find dependent: ``G = 2 N I(i, j)``."""
+        from scipy.sparse.csgraph import connected_components
         from scipy.stats import chi2
 
         x = self._values(part)
@@ -147,7 +148,11 @@ class _Learner:
         freedom = torch.outer(num_seen - 1, num_seen - 1)
         threshold = torch.from_numpy(chi2.isf(self.significance, freedom.clamp_min(1).numpy()))
         is_dependent = (2 * len(x) * information > threshold) & (freedom > 0)
-        return [[part.variables[i] for i in group] for group in _connected(is_dependent)]
+        num_groups, group_of = connected_components(is_dependent.numpy(), directed=False)
+        groups: list[list[int]] = [[] for _ in range(num_groups)]
+        for variable, group in zip(part.variables, group_of, strict=True):
+            groups[group].append(variable)
+        return sorted(groups)
 
     def _clusters(self, part: _Part) -> list[Tensor]:
         """Return the rows of every cluster: the most probable component of a mixture that EM fits."""
@@ -192,21 +197,3 @@ class _Learner:
 
     def _values(self, part: _Part) -> Tensor:
         return self.data[part.rows][:, part.variables]
-
-
-def _connected(is_linked: Tensor) -> list[list[int]]:
-    """Return the connected components of a symmetric relation, in ascending order."""
-    neighbours = [row.nonzero().flatten().tolist() for row in is_linked]
-    seen: set[int] = set()
-    groups = []
-    for start in range(len(neighbours)):
-        if start in seen:
-            continue
-        seen.add(start)
-        group = [start]
-        for node in group:
-            new = [other for other in neighbours[node] if other not in seen]
-            seen.update(new)
-            group += new
-        groups.append(sorted(group))
-    return groups

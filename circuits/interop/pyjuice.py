@@ -15,6 +15,7 @@ from circuits.interop._build import build_circuit
 from circuits.interop._nodes import JuiceNode, list_nodes
 from circuits.queries.common import one_root_needed
 from circuits.symbolic import Circuit
+from circuits.symbolic.flat import below_first
 from circuits.transforms.rebuild import check_is_table
 
 Reader = Literal["pyjuice", "codd"]
@@ -73,11 +74,7 @@ def to_pyjuice(pc: CompiledCircuit, *, block_size: int | None = None, for_: Read
 
 
 def from_pyjuice(
-    root: Any,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int | None = None,
+    root: Any, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int | None = None
 ) -> CompiledCircuit:
     """Return the circuit of PyJuice's nodes, with their weights; those that have none yet are drawn.
 
@@ -142,27 +139,13 @@ def _children_first(root: Any) -> list[Any]:
     """List all nodes below the root, and before them the sources outside of it, each after its children; root last."""
     roots = [root]
     while True:
-        order = _below(roots)
+        order = dict.fromkeys(below_first(None, lambda node, roots=roots: roots if node is None else node.chs))  # type: ignore[misc]
+        del order[None]
         sources = (node._source_node for node in order if node._source_node is not None)
         outside = list(dict.fromkeys(source for source in sources if source not in order))
         if not outside:
             return list(order)
         roots = outside + roots
-
-
-def _below(roots: list[Any]) -> dict[Any, None]:
-    done: dict[Any, None] = {}
-    stack = [(node, False) for node in reversed(roots)]
-    while stack:
-        node, are_children_done = stack.pop()
-        if node in done:
-            continue
-        if are_children_done:
-            done[node] = None
-            continue
-        stack.append((node, True))
-        stack.extend((child, False) for child in reversed(node.chs) if child not in done)
-    return done
 
 
 def _listed(node: Any, position: dict[Any, int]) -> JuiceNode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -121,10 +122,7 @@ class RegionGraph:
 
     @classmethod
     def from_edges(
-        cls,
-        partitions: Iterable[tuple[Iterable[int], Sequence[Iterable[int]]]],
-        *,
-        shape: Sequence[int] | None = None,
+        cls, partitions: Iterable[tuple[Iterable[int], Sequence[Iterable[int]]]], *, shape: Sequence[int] | None = None
     ) -> RegionGraph:
         """Build a region graph of your own from its partitions, each a region and its parts, given as sets.
 
@@ -179,8 +177,7 @@ class RegionGraph:
             if len(above) != 1 or any(neighbour not in regions for neighbour in above + below):
                 raise StructureError(
                     f"graph: expected one region above the partition {node!r} and regions below it; regions are the "
-                    "nodes "
-                    "with an attribute scope"
+                    "nodes with an attribute scope"
                 )
             builder.partition(regions[above[0]], [regions[part] for part in below])
         return cls._built(builder, shape)
@@ -250,11 +247,7 @@ class RegionGraph:
 
     @classmethod
     def quad_graph(cls, shape: Sequence[int]) -> RegionGraph:
-        """Build the quad tree that splits every square both ways, into rows and into columns (Mari et al. 2023).
-
-        Args:
-            shape: (height, width), or (channels, height, width) with leaves of all channels of one pixel.
-        """
+        """Build the :meth:`quad_tree` of a shape that splits every square both ways, into rows and into columns."""
         return cls._built(quad.quad_graph(shape), shape)
 
     @classmethod
@@ -272,13 +265,9 @@ class RegionGraph:
         """Build the region graph of the tree with the most mutual information in data (Chow and Liu 1968).
 
         Args:
-            data: integers (N, D), or floating point with NaN for missing values.
-            num_categories: C, one for all variables or one each; by default one more than the largest value.
+            data: integers (N, D), or floating point with NaN for missing values; this and the other arguments are
+                those of :func:`~circuits.structures.empirical_mutual_information`.
             root: the variable at the top; None: the tree's centre.
-            pseudocount: added to the count of every pair of variables, spread over the pairs of values.
-            weights: (N,), how much each row counts.
-            observed: bool (N, D), False where a value is missing: each pair is counted in the rows that have both.
-            num_bins: merge neighbouring values of ordered variables into so many bins before counting.
         """
         edges = chow_liu.chow_liu_tree(
             data,
@@ -310,8 +299,7 @@ class RegionGraph:
     def load(cls, path: str | os.PathLike[str]) -> RegionGraph:
         """Read a region graph that :meth:`save` wrote.
 
-        Raises:
-            CheckpointError: the file is missing, corrupt, hostile, or of a newer format version.
+        Raises CheckpointError if the file is missing, corrupt, hostile, or of a newer format version.
         """
         return records.read(path, cls)
 
@@ -320,11 +308,7 @@ class RegionGraph:
 
     @classmethod
     def _built(cls, builder: Builder, shape: Sequence[int] | None = None) -> RegionGraph:
-        return cls(
-            tuple(builder.scopes),
-            tuple(builder.partitions),
-            None if shape is None else tuple(shape),
-        )
+        return cls(tuple(builder.scopes), tuple(builder.partitions), None if shape is None else tuple(shape))
 
     def _check_partition(self, partition: Partition) -> None:
         known = range(self.num_regions)
@@ -352,12 +336,10 @@ class RegionGraph:
             )
 
     def _check_shape(self) -> None:
-        total = 1
         assert self.shape is not None
-        for length in self.shape:
-            if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-                raise ArgumentError(f"shape: expected integers >= 1, got {self.shape!r}")
-            total *= length
+        if any(type(length) is not int or length < 1 for length in self.shape):
+            raise ArgumentError(f"shape: expected integers >= 1, got {self.shape!r}")
+        total = math.prod(self.shape)
         if total != self.num_vars:
             raise ArgumentError(
                 f"shape: expected {self.num_vars} cells, one per variable, got {self.shape} with {total}"

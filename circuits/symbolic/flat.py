@@ -6,21 +6,22 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from circuits.symbolic.nodes import Node
 
+T = TypeVar("T")
 _graph_of: WeakValueDictionary[Node, Graph] = WeakValueDictionary()
 """The graph by which a node is being written, for as long as somebody writes it."""
 _lock = threading.Lock()
 
 
-def below_first(root: Node, below: Callable[[Node], Sequence[Node]]) -> Iterator[Node]:
+def below_first(root: T, below: Callable[[T], Sequence[T]]) -> Iterator[T]:
     """Yield every node that ``below`` leads to from ``root`` once, each after those below it, and ``root`` last."""
-    done: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False)]
+    done: set[T] = set()
+    stack: list[tuple[T, bool]] = [(root, False)]
     while stack:
         node, below_is_done = stack.pop()
         if node in done:

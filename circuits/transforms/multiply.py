@@ -13,6 +13,7 @@ from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyErro
 from circuits.families import Gaussian
 from circuits.precision import own_precision
 from circuits.symbolic import Input, Node, ParametricNode, Product, Sum, format_scope, parameter_owner, product
+from circuits.symbolic.flat import below_first
 from circuits.transforms.rebuild import Rebuild, check_is_finite, normalise, table_family
 
 
@@ -112,15 +113,8 @@ class _Multiplication:
         return self.left.compile(self.left.select(root.node, root.units), has_classes=has_classes)
 
     def pair(self, left: Node, right: Node) -> _Pair:
-        """Multiply two nodes, with an explicit stack: chains can be deeper than Python's recursion."""
-        stack = [(left, right)]
-        while stack:
-            key = stack[-1]
-            missing = [] if key in self.pairs else [needed for needed in self._needs(*key) if needed not in self.pairs]
-            if missing:
-                stack.extend(missing)
-                continue
-            stack.pop()
+        """Multiply two nodes, without recursion: chains can be deeper than Python's recursion."""
+        for key in below_first((left, right), lambda key: [] if key in self.pairs else self._needs(*key)[::-1]):
             if key not in self.pairs:
                 self.pairs[key] = self._multiplied(*key)
         return self.pairs[left, right]

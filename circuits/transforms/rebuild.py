@@ -134,8 +134,12 @@ class Rebuild:
     ) -> AnyParametric | None:
         for heir in self._heirs.get(key, []):
             known = self._parameters[heir]
-            is_alike = isinstance(heir, kind) and (not isinstance(heir, Input) or heir.distribution == family)
-            if is_alike and known.dtype == parameters.dtype and torch.equal(known, parameters):
+            is_equal = known.dtype == parameters.dtype and torch.equal(known, parameters)
+            if (
+                is_equal
+                and isinstance(heir, kind)
+                and (family is None or getattr(heir, "distribution", None) == family)
+            ):
                 return heir
         return None
 

@@ -7,6 +7,8 @@ arXiv 2110.14168).
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,10 @@ STRATEGY: Strategy = "entropy"
 """Which positions a step commits; it does not look at what was drawn, so that the law of decoding is kept."""
 _MARK = re.compile("<<|>>")
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/()]")
+_SIGNS = "+-*/()"
+_BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv
+}  # fmt: skip
 _LONGEST = 200  # characters; a number of many digits would take the time of its square
 
 
@@ -72,60 +78,35 @@ def _sides(annotation: str) -> tuple[Fraction | None, Fraction] | None:
     if len(annotation) > _LONGEST or not equals or number is None:
         return None
     try:
-        return _Expression(left).value(), Fraction(_padded(right))
+        return _value(left), Fraction(_padded(right))
     except ValueError:
         return None
     except ZeroDivisionError:
         return None, Fraction(_padded(right))
 
 
-class _Expression:
-    """Sums of products of numbers and parentheses, read from left to right; ValueError where it is none of them."""
+def _value(expression: str) -> Fraction:
+    """Return what an expression of numbers is worth, exactly; ValueError where it is none."""
+    parts = _TOKEN.findall(expression)
+    numbers = {f"n{place}": Fraction(_padded(part)) for place, part in enumerate(parts) if part not in _SIGNS}
+    named = "".join(part if part in _SIGNS else f"n{place}" for place, part in enumerate(parts))
 
-    def __init__(self, text: str) -> None:
-        self.tokens = _TOKEN.findall(text)
-        if "".join(self.tokens) != text:
-            raise ValueError(text)
-        self.position = 0
-
-    def value(self) -> Fraction:
-        result = self._sum()
-        if self.position < len(self.tokens):
-            raise ValueError("something follows the expression")
-        return result
-
-    def _sum(self) -> Fraction:
-        result = self._product()
-        while sign := self._next("+-"):
-            result += self._product() if sign == "+" else -self._product()
-        return result
-
-    def _product(self) -> Fraction:
-        result = self._factor()
-        while sign := self._next("*/"):
-            factor = self._factor()
-            result = result * factor if sign == "*" else result / factor
-        return result
-
-    def _factor(self) -> Fraction:
-        if sign := self._next("+-"):
-            return self._factor() if sign == "+" else -self._factor()
-        if self._next("("):
-            result = self._sum()
-            if not self._next(")"):
-                raise ValueError("a parenthesis is not closed")
+    def worth(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.BinOp):
+            left, right = worth(node.left), worth(node.right)
+            result: Fraction = _BINARY[type(node.op)](left, right)
             return result
-        if self.position == len(self.tokens) or self.tokens[self.position] in "+-*/()":
-            raise ValueError("a number is missing")
-        self.position += 1
-        return Fraction(_padded(self.tokens[self.position - 1]))
+        if isinstance(node, ast.UnaryOp):
+            return worth(node.operand) if isinstance(node.op, ast.UAdd) else -worth(node.operand)
+        assert isinstance(node, ast.Name)
+        return numbers[node.id]
 
-    def _next(self, expected: str) -> str:
-        """Return the next token and step over it if it is one of these, else nothing."""
-        if self.position < len(self.tokens) and self.tokens[self.position] in expected:
-            self.position += 1
-            return str(self.tokens[self.position - 1])
-        return ""
+    try:
+        if "".join(parts) != expression:
+            raise ValueError(expression)
+        return worth(ast.parse(named, mode="eval").body)
+    except (SyntaxError, AssertionError, KeyError) as error:
+        raise ValueError(expression) from error
 
 
 def _padded(number: str) -> str:

@@ -27,7 +27,7 @@ class ResultTable:
 
     def as_record(self) -> dict[str, Any]:
         """Return all of it in values that JSON has."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return asdict(self)  # type: ignore[call-overload]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""
