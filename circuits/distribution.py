@@ -172,8 +172,7 @@ class CircuitDistribution(Distribution):
     def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Draw exact, independent samples: int64 (*sample_shape, *batch_shape, D).
 
-        Raises:
-            ImpossibleEvidenceError: Z(e) = 0.
+        Raises ImpossibleEvidenceError where Z(e) = 0.
         """
         shape = torch.Size(sample_shape)
         draws = self.query(queries.sample, max(1, shape.numel()), generator=generator)[: shape.numel()]
@@ -222,8 +221,7 @@ class CircuitDistribution(Distribution):
     def entropy(self) -> Tensor:
         """Return the entropy, in nats, of ``batch_shape``, where it is exact: independent variables, or a single one.
 
-        Raises:
-            PropertyError: the circuit has mixtures over several variables; their entropy is intractable in general.
+        Raises PropertyError for mixtures over several variables, whose entropy is intractable in general.
         """
         if not self.pc.circuit.is_deterministic and self.pc.circuit.num_vars > 1:
             raise PropertyError(

@@ -57,9 +57,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a new file; rename it onto ``path``, with all it holds on the disk, if the block succeeds.
 
     If the block fails, nothing is left of it. The new file has the name of ``path``, for writers that go by the suffix.
-
-    Raises:
-        StorageError: it cannot be written.
+    Raises StorageError if it cannot be written.
     """
     path = Path(path)
     with system_errors(path), temporary_folder(path.parent) as temporary:
@@ -195,11 +193,7 @@ def write_tensors(
 
 
 def write_safetensors(new: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous tensors as a new file of a temporary folder, with the mode that the umask gives.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write contiguous tensors as a new file of a temporary folder, with the umask's mode; raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

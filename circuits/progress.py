@@ -74,10 +74,8 @@ _messages: list[Callable[[str], str] | None] = []
 def request_stop(reason: str = "asked to stop") -> None:
     """Ask long work to end at its next update or batch; safe in a signal handler.
 
-    It then writes down how far it came and raises :class:`~circuits.errors.Interrupted`.
-
-    Args:
-        reason: why, for the message; for instance the name of a signal.
+    It then writes down how far it came and raises :class:`~circuits.errors.Interrupted` with the reason, for instance
+    the name of a signal.
     """
     global _stop_reason
     _stop_reason = reason
@@ -98,8 +96,7 @@ def forget_stop() -> None:
 def stoppable(message: Callable[[str], str] | None = None) -> Iterator[None]:
     """While the block runs, :func:`stop_requested` is looked at again and again; elsewhere nobody would notice it.
 
-    Args:
-        message: what :func:`check_stop` says, by reason; None: it lets the work go on, which looks itself.
+    ``message`` is what :func:`check_stop` says, by reason; None: it lets the work go on, which looks itself.
     """
     _messages.append(message)
     try:

@@ -64,10 +64,7 @@ class RowGenerators:
     def choose(self, scores: Tensor) -> Tensor:
         """Draw an index per row of ``scores``, (B, I) or (B, n, I), with probability proportional to exp(score).
 
-        By inversion of the cumulative distribution, with one number per choice.
-
-        Returns:
-            int64 (B,) or (B, n).
+        By inversion of the cumulative distribution, with one number per choice; int64 (B,) or (B, n).
         """
         weights = (scores - scores.amax(-1, keepdim=True)).double().exp()
         below = weights.cumsum(-1)

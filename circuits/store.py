@@ -94,8 +94,7 @@ def replace_folder(
 def remove_folder(path: Path) -> None:
     """Remove a folder, if it is there, as a whole: whoever looks finds all of it, or nothing.
 
-    Raises:
-        StorageError: it cannot be removed.
+    Raises StorageError if it cannot be removed.
     """
     with system_errors(path), contextlib.suppress(FileNotFoundError):
         if path.exists():
@@ -199,9 +198,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keep everybody else from working in a folder; it is made if it is not there, and goes if nothing came into it.
 
     The lock of a process that has died, however it did, is gone with it; what it left half done in the folder goes now.
-
-    Raises:
-        StorageError: somebody else works there, and who that is.
+    Raises StorageError if somebody else works there, and says who that is.
     """
     folder = Path(path)
     with system_errors(folder):

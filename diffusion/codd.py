@@ -94,8 +94,7 @@ class CoddConfig:
     def read(cls, path: str | os.PathLike[str]) -> CoddConfig:
         """Read ``codd_config.json``.
 
-        Raises:
-            CheckpointError: it is missing or corrupt, or has a setting of another name or type.
+        Raises CheckpointError if it is missing or corrupt, or has a setting of another name or type.
         """
         found = read_json(path, limit=MAX_SMALL_JSON, way_out=_WAY_OUT)
         try:

@@ -108,19 +108,14 @@ class CoupledDistribution(CircuitDistribution):
     ) -> CoupledDistribution:
         """Couple a circuit to a prediction of all tokens or of listed ones; nothing else is made dense.
 
+        Arguments and errors are those of the class, but for:
+
         Args:
-            pc: a circuit over L variables of V categories each.
             prediction: for B sequences and L positions; tokens that it does not list are ruled out.
-            tokens: int64 (B, L); entries at masked positions are ignored.
-            masked: bool (B, L).
-            normalization: "global" or "local".
             latents: log-factors on latents, by sum node or name, see :meth:`circuits.Evidence.with_latents`.
             weights: of ``pc.weights(external=...)``, in place of the circuit's own.
-            absent: bool (B, L), positions that a sequence does not have, which are summed out: whatever is said of
-                them is ignored, and what is answered means nothing. None: every sequence has all L.
-
-        Raises:
-            ArgumentError: shapes, dtypes or names that do not fit.
+            absent: bool (B, L), positions that a sequence does not have, which are summed out: whatever is said of them
+                is ignored, and what is answered means nothing. None: every sequence has all L.
         """
         dist = cls.__new__(cls)
         dist._couple(pc, prediction, tokens, masked, normalization, latents, weights, absent)
@@ -139,13 +134,11 @@ class CoupledDistribution(CircuitDistribution):
     ) -> CoupledDistribution:
         """Build the distribution from a prediction that lists k tokens per position, such as cached top-k logits.
 
+        Other arguments are those of the class.
+
         Args:
-            pc: a circuit over L variables.
             values: the listed tokens, int64 (B, L, k), distinct within a row.
             log_q: their log-probabilities, (B, L, k); every other token is ruled out.
-            tokens: int64 (B, L); entries at masked positions are ignored.
-            masked: bool (B, L).
-            normalization: "global" or "local".
         """
         check_circuit(pc)
         prediction = Prediction(log_q=log_q, vocab_size=max(pc.circuit.num_categories), values=values)
@@ -312,8 +305,7 @@ class CoupledDistribution(CircuitDistribution):
     def distance(self, other: CoupledDistribution) -> Tensor:
         """Return bounds of the total variation distances between marginals here and there, (B, L).
 
-        Args:
-            other: that this one was made of by :meth:`given`; positions that became known mean nothing.
+        ``other`` is what this one was made of by :meth:`given`; positions that became known mean nothing.
         """
         here, there = self._inputs(), other._inputs()
         if here is None or there is None:
@@ -382,10 +374,7 @@ class CoupledDistribution(CircuitDistribution):
         """Draw all tokens together at a temperature, int64 (B, L): at 1 an exact joint sample, at 0 the :attr:`mode`.
 
         Explanations, latents and tokens together, are drawn from their joint distribution to the power 1 / tau, see
-        :func:`circuits.queries.sample`.
-
-        Raises:
-            ImpossibleEvidenceError: the normaliser is zero.
+        :func:`circuits.queries.sample`. Raises ImpossibleEvidenceError if the normaliser is zero.
         """
         return self.query(ct.queries.sample, 1, generator=generator, temperature=temperature)[0]
 
@@ -409,6 +398,5 @@ def _explained() -> Iterator[None]:
     except ImpossibleEvidenceError as error:
         raise ImpossibleEvidenceError(
             "logits: circuit and denoiser rule out every text for some blocks; allow more tokens, raise top_k, or "
-            "give the "
-            f"circuit no zero weights ({error})"
+            f"give the circuit no zero weights ({error})"
         ) from error

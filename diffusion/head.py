@@ -230,11 +230,7 @@ class CoupledHead(OnHub, nn.Module):
         return replace(conditioned, prediction=conditioned.prediction.normalised())
 
     def vocabulary_in(self, num_tokens: int) -> Vocabulary:
-        """Return which of a denoiser's V tokens the circuit's categories are.
-
-        Raises:
-            ArgumentError: the denoiser has fewer.
-        """
+        """Return which of a denoiser's V tokens the categories are; raises ArgumentError if the denoiser has fewer."""
         ids = torch.arange(self.vocab_size, device=self.pc.device) if self.vocabulary is None else self.vocabulary
         return Vocabulary(ids, num_tokens)
 
@@ -262,8 +258,7 @@ class CoupledHead(OnHub, nn.Module):
     def spec_for(self, spec: DenoiserSpec) -> DenoiserSpec:
         """Return a denoiser's spec with all tokens forbidden that have no category: what decoding with this head obeys.
 
-        Raises:
-            ArgumentError: the head is for another vocabulary, see :meth:`unknown_ids`.
+        Raises ArgumentError if the head is for another vocabulary, see :meth:`unknown_ids`.
         """
         unknown = self.unknown_ids(spec.vocab_size, spec.forbidden_ids)
         return replace(spec, forbidden_ids=tuple(sorted({*spec.forbidden_ids, *unknown})))
@@ -322,8 +317,7 @@ class CoupledHead(OnHub, nn.Module):
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CoupledHead:
         """Read what :meth:`save` wrote.
 
-        Raises:
-            CheckpointError: a file is missing, corrupt, of a newer format, or does not belong to the others.
+        Raises CheckpointError if a file is missing, corrupt, of a newer format, or does not belong to the others.
         """
         return read_folder(path, cls._loaded, format=FORMAT).to(device)
 

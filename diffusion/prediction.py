@@ -202,8 +202,7 @@ class Prediction:
     def log_prob_of(self, tokens: Tensor) -> Tensor:
         """Return the log-probabilities of tokens, int64 (B, L): (B, L), -inf for tokens that are not listed.
 
-        Raises:
-            ArgumentError: a wrong shape, or a token outside the vocabulary.
+        Raises ArgumentError for a wrong shape, or a token outside the vocabulary.
         """
         check_token_ids("tokens", tokens, self.shape, self.vocab_size)
         if self.values is None:
@@ -222,11 +221,7 @@ class Prediction:
         return replace(self, log_q=torch.log_softmax(self.log_q, -1))
 
     def tempered(self, temperature: float) -> Prediction:
-        """Return ``q^(1 / tau)``, normalised over the tokens that are listed; at tau = 0 the best token has all of it.
-
-        Args:
-            temperature: tau >= 0.
-        """
+        """Return ``q^(1 / tau)``, normalised over the listed tokens, tau >= 0; at 0 the best token has all of it."""
         best, index = self.log_q.max(-1, keepdim=True)
         if temperature == 0:
             greedy = torch.full_like(self.log_q, -torch.inf).scatter(2, index, 0.0)
@@ -329,8 +324,7 @@ def raw_logits(
 ) -> Tensor:
     """Return a denoiser's own logits of a window, (B, L, V), for controls that combine several of them.
 
-    Raises:
-        ArgumentError: the logits have a wrong shape or dtype.
+    Raises ArgumentError if they have a wrong shape or dtype.
     """
     logits = denoiser.logits(tokens, valid=valid, t=t, window=window)
     check_logits(denoiser, logits, tokens, window)

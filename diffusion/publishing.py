@@ -17,13 +17,7 @@ from diffusion.errors import ArgumentError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FILES = (
-    "circuit/structure.json",
-    "circuit/weights.safetensors",
-    f"circuit/{MANIFEST}",
-    "head.safetensors",
-    MANIFEST,
-)
+FILES = ("circuit/structure.json", "circuit/weights.safetensors", f"circuit/{MANIFEST}", "head.safetensors", MANIFEST)
 TAGS = ("probabilistic-circuit", "masked-diffusion", "coupled-head")
 CARD = """---
 {{ card_data }}

@@ -84,11 +84,7 @@ class Vocabulary:
         return table[tokens.clamp(0, self.num_tokens - 1)].masked_fill((tokens < 0) | (tokens >= self.num_tokens), -1)
 
     def known(self, name: str, tokens: Tensor, where: Tensor) -> Tensor:
-        """Return the categories of tokens that matter where bool ``where`` is True; 0 for all others.
-
-        Raises:
-            ArgumentError: one that matters has no category.
-        """
+        """Return the categories of tokens, 0 where not bool ``where``; raises ArgumentError if another has none."""
         categories = self.categories(tokens)
         unknown = (categories < 0) & where
         if bool(unknown.any()):
@@ -102,8 +98,7 @@ class Vocabulary:
     def narrowed(self, prediction: Prediction, masked: Tensor) -> Prediction:
         """Return what a prediction of tokens says about categories; of all of them it is normalised over these.
 
-        Raises:
-            ArgumentError: it rules out all of them at a position that matters, bool ``masked``.
+        Raises ArgumentError if it rules out all of them at a position that matters, bool ``masked``.
         """
         if prediction.values is None:
             logits = prediction.log_q.index_select(2, self.ids.to(prediction.log_q.device))

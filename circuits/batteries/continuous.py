@@ -174,10 +174,8 @@ class _BlockGroup(nn.Module):
 def normal_points(num_points: int, dim: int, *, seed: int) -> Tensor:
     """Return quasi-random points whose distribution is the standard normal one, (num_points, dim).
 
-    A scrambled Sobol sequence through the normal quantile function (Owen 1998; L'Ecuyer 2018).
-
-    Raises:
-        ArgumentError: an argument is no integer in its range; there are sequences of up to 21,201 dimensions.
+    A scrambled Sobol sequence through the normal quantile function (Owen 1998; L'Ecuyer 2018). Raises ArgumentError if
+    an argument is no integer in its range; there are sequences of up to 21,201 dimensions.
     """
     checked_count("num_points", num_points)
     if checked_count("dim", dim) > torch.quasirandom.SobolEngine.MAXDIM:

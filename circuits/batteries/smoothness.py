@@ -13,12 +13,7 @@ from circuits.precision import own_precision
 
 
 @own_precision
-def roughness(
-    pc: CompiledCircuit,
-    *,
-    weights: CircuitWeights | None = None,
-    values: slice = slice(None),
-) -> Tensor:
+def roughness(pc: CompiledCircuit, *, weights: CircuitWeights | None = None, values: slice = slice(None)) -> Tensor:
     """Return ``sum_v (log p(v + 1) - log p(v))^2`` over all input units of finite families.
 
     Added to the negative log-likelihood of N samples with a strength ``s`` it is the prior of a random walk along the

@@ -305,18 +305,15 @@ class Evidence:
     def says_nothing(self, num_categories: Tensor) -> Tensor:
         """Return on which variables every value has the log-factor 0, as on missing ones: bool (B, D).
 
-        Evidence that is relative to other evidence says nothing only where that does not either.
-
-        Args:
-            num_categories: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
+        Evidence that is relative to other evidence says nothing only where that does not either. The numbers of
+        categories, int64 (D,), are C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
         """
         return self._even(num_categories) == 0
 
     def levelled(self, num_categories: Tensor) -> tuple[Evidence, Tensor]:
         """Take out the factors that all values of a variable share, which no posterior depends on.
 
-        Returns:
-            The evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
+        Returns the evidence with these variables missing, and the sum of their log-factors, (B,): what its log Z lacks.
         """
         even = self._even(num_categories)
         if not bool(((even != 0) & ~even.isnan()).any()):

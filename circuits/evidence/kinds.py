@@ -59,8 +59,7 @@ class Factors(ABC):
     def even(self, num_categories: Tensor) -> Tensor:
         """Return the finite log-factor that all values of a variable have, NaN where they differ: (B, D).
 
-        Args:
-            num_categories: int64 (D,): C for the values 0 .. C - 1, -1 for all whole numbers from 0 on, 0 for others.
+        Numbers of categories are those of :meth:`~circuits.evidence.evidence.Evidence.says_nothing`.
         """
         return self._all(torch.nan)
 

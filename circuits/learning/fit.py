@@ -146,12 +146,7 @@ class _CircuitTraining(Training):
     """Epochs of a learner over samples; an update is a batch."""
 
     def __init__(
-        self,
-        learner: Learner,
-        samples: CheckedSamples,
-        validation: CheckedSamples | None,
-        batch_size: int,
-        seed: int,
+        self, learner: Learner, samples: CheckedSamples, validation: CheckedSamples | None, batch_size: int, seed: int
     ) -> None:
         super().__init__(learner.pc, learner.processes)
         self.num_batches = samples.num_batches(batch_size)

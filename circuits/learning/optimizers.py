@@ -108,8 +108,7 @@ class EM(_ByFlows):
 class ViterbiEM(_ByFlows):
     """Hard EM: one step an epoch, from the most probable explanations; :func:`~circuits.learning.viterbi_flows`.
 
-    Args:
-        step_size: as of :class:`EM`, like all options.
+    Options are those of :class:`EM`.
     """
 
     name: ClassVar[EMName] = "viterbi_em"

@@ -90,11 +90,7 @@ class CheckedSamples:
         return len(self.x)
 
     def batches(
-        self,
-        batch_size: int,
-        order: Tensor | None = None,
-        processes: Processes = _ALONE,
-        num_done: int = 0,
+        self, batch_size: int, order: Tensor | None = None, processes: Processes = _ALONE, num_done: int = 0
     ) -> Iterator[Batch]:
         """Yield all samples in batches of nearly equal sizes, so that no last batch is too small to learn from.
 

@@ -120,8 +120,7 @@ def _step_of(meeting: Meeting) -> Step:
         raise PropertyError(
             f"not compatible: {first} and {second} decompose a scope in ways that cross each other, "
             f"{_partition_text(first)} and {_partition_text(second)}; expected products over the same variables to "
-            "split them "
-            "in the same way (compatible circuits; within one circuit: structured decomposable)"
+            "split them in the same way (compatible circuits; within one circuit: structured decomposable)"
         )
     return ProductStep(children, maps)
 

@@ -144,8 +144,7 @@ def require_finite_values(pc: CompiledCircuit, query: str = "this query") -> Non
         node = next(node for node in pc.circuit.inputs if not node.distribution.num_values)
         raise PropertyError(
             f"{query}: expected variables with finitely many values, got {node}, a {node.distribution}; condition on "
-            "its "
-            "variable, or use families over 0 .. C - 1"
+            "its variable, or use families over 0 .. C - 1"
         )
 
 

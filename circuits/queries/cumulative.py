@@ -89,6 +89,5 @@ def _bounded(factors: Factors, upper: Tensor, dtype: torch.dtype) -> Factors:
             return Dense(log_factors.masked_fill(is_above, -torch.inf))
     raise PropertyError(
         "log_cdf: expected hard or interval evidence on variables with infinitely many values, got a normal density; "
-        "no "
-        "family has a closed form of its product with an interval and a normal density"
+        "no family has a closed form of its product with an interval and a normal density"
     )

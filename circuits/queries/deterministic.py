@@ -162,11 +162,7 @@ class DeterministicAutomaton:
         return reaches
 
     def can_accept_in(self, num_values: int) -> Tensor:
-        """Return whether a sequence can end in an accepting state after exactly n more values: bool (n + 1, S).
-
-        Args:
-            num_values: the largest n.
-        """
+        """Return whether a sequence can be accepted after exactly 0, 1, .. n more values: bool (n + 1, S)."""
         checked_count("num_values", num_values, 0)
         table = [self.accepting]
         for _ in range(num_values):
@@ -181,8 +177,7 @@ class DeterministicAutomaton:
     def __and__(self, other: DeterministicAutomaton) -> DeterministicAutomaton:
         """Return the automaton that accepts what both accept, with as few states as possible.
 
-        Raises:
-            ArgumentError: the automata read different numbers of values.
+        Raises ArgumentError if they read different numbers of values.
         """
         if not isinstance(other, DeterministicAutomaton):
             return NotImplemented

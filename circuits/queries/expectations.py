@@ -155,11 +155,7 @@ def variance(
 @query
 @detached
 def covariance(
-    pc: CompiledCircuit,
-    evidence: Evidence | None = None,
-    *,
-    values: Tensor | None = None,
-    differentiable: bool = False,
+    pc: CompiledCircuit, evidence: Evidence | None = None, *, values: Tensor | None = None, differentiable: bool = False
 ) -> Tensor:
     """Return the posterior covariance matrix of the variables, ``Cov[x_i, x_j | e]``.
 
@@ -264,7 +260,5 @@ def _log_add(left: Tensor, right: Tensor) -> Tensor:
     """Return log(exp(left) + exp(right)) with gradient 0, not NaN, where both are -inf."""
     possible = torch.maximum(left, right) > -torch.inf
     return torch.where(
-        possible,
-        torch.logaddexp(torch.where(possible, left, 0.0), torch.where(possible, right, 0.0)),
-        -torch.inf,
+        possible, torch.logaddexp(torch.where(possible, left, 0.0), torch.where(possible, right, 0.0)), -torch.inf
     )

@@ -203,11 +203,7 @@ def _choose_child(
 
 
 def _split_product(
-    layer: ProductLayer,
-    semiring: KBestSemiring,
-    values: Sequence[Tensor],
-    at: Reached,
-    rank: Tensor,
+    layer: ProductLayer, semiring: KBestSemiring, values: Sequence[Tensor], at: Reached, rank: Tensor
 ) -> list[_Choices]:
     """Return which unit and rank of every child each of n reached product units multiplies."""
     node, unit, query = at

@@ -18,11 +18,7 @@ from circuits.queries.common import dense_evidence, detached, factors_of, querie
 @query
 @detached
 def pairwise_marginals(
-    pc: CompiledCircuit,
-    evidence: Evidence | None = None,
-    pairs: Tensor | None = None,
-    *,
-    differentiable: bool = False,
+    pc: CompiledCircuit, evidence: Evidence | None = None, pairs: Tensor | None = None, *, differentiable: bool = False
 ) -> Tensor:
     """Return the posterior of pairs of variables, ``p(x_i = u, x_j = v | e)``.
 

@@ -94,8 +94,7 @@ class Posterior:
     def log_partition(self) -> Tensor:
         """``log Z`` of the evidence, with the factor 1 for what became known since: (B,).
 
-        Raises:
-            ImpossibleEvidenceError: it is -inf for some query.
+        Raises ImpossibleEvidenceError if it is -inf for some query.
         """
         return self._solved[0]
 
@@ -143,11 +142,9 @@ class Posterior:
     def distance(self, other: Posterior) -> Tensor:
         """Return bounds of the total variation distances between single variables' posteriors here and there, (B, D).
 
-        Only the input units' shares differ where the evidence on a variable is the same, so that the distance is at
-        most that of the shares. Of variables that became known in between, the number means nothing.
-
-        Args:
-            other: that this one was made of by :meth:`given`, or the other way round.
+        ``other`` was made of this one by :meth:`given`, or the other way round. Only the input units' shares differ
+        where the evidence on a variable is the same, so that the distance is at most that of the shares. Of variables
+        that became known in between, the number means nothing.
         """
         total = torch.zeros(self.known.shape, dtype=self.pc.dtype, device=self.known.device)
         for layer, here, there in zip(self.pc.input_layers, self.flows, other.flows, strict=True):
@@ -158,11 +155,7 @@ class Posterior:
 @query
 @detached
 def listed_marginals(
-    pc: CompiledCircuit,
-    evidence: Evidence,
-    *,
-    weights: CircuitWeights | None = None,
-    differentiable: bool = False,
+    pc: CompiledCircuit, evidence: Evidence, *, weights: CircuitWeights | None = None, differentiable: bool = False
 ) -> Tensor:
     """Return ``p(x_i = v | e)`` of the values that the evidence lists, in one pass; nothing of size C is made.
 

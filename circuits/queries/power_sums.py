@@ -120,11 +120,7 @@ def _product(step: ProductStep, tables: Tables) -> tuple[Tensor, Tensor | None]:
 
 
 def _sum(
-    meeting: Meeting,
-    step: SumStep,
-    tables: Tables,
-    powers: Sequence[Power],
-    averaged: int | None,
+    meeting: Meeting, step: SumStep, tables: Tables, powers: Sequence[Power], averaged: int | None
 ) -> tuple[Tensor, Tensor | None]:
     node = meeting[step.axis].node
     assert isinstance(node, ParametricNode)

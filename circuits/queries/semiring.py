@@ -17,11 +17,7 @@ from circuits.queries.common import query
 
 @query
 def evaluate(
-    pc: CompiledCircuit,
-    semiring: Semiring,
-    evidence: Evidence | None = None,
-    *,
-    weights: CircuitWeights | None = None,
+    pc: CompiledCircuit, semiring: Semiring, evidence: Evidence | None = None, *, weights: CircuitWeights | None = None
 ) -> Tensor:
     """Return a circuit's value in any semiring: the sum over explanations of the products of what they use.
 

@@ -28,10 +28,7 @@ class DistinctSamples(NamedTuple):
 @query
 @torch.no_grad()
 def sample_without_replacement(
-    pc: CompiledCircuit,
-    num_samples: int,
-    evidence: Evidence | None = None,
-    generator: torch.Generator | None = None,
+    pc: CompiledCircuit, num_samples: int, evidence: Evidence | None = None, generator: torch.Generator | None = None
 ) -> DistinctSamples:
     """Draw k distinct assignments from ``p(x | e)`` without replacement, exactly.
 

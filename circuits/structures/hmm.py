@@ -91,20 +91,11 @@ def low_rank_hmm(
     in Structured Models"; Siddiqi, Boots, Gordon 2010). The sum node ``transition{t}`` (N units) mixes the R units of
     ``factor{t}``, which mixes the states of step t + 1.
 
-    Args:
-        seq_length: L >= 1, the number of steps.
-        num_states: N >= 1.
-        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
-        rank: R >= 1.
-        homogeneous: whether all steps share their tables.
-        initial: (N,) initial probabilities.
-        transition: (N, R) and (R, N), rows sum to 1, with a leading (L - 1) when not homogeneous.
-        emission: as in :func:`hmm`.
-        num_classes: as in :func:`hmm`.
+    Arguments and errors are those of :func:`hmm`, but for:
 
-    Raises:
-        ArgumentError: an argument has a wrong type or value.
-        StructureError: a given table has a wrong shape.
+    Args:
+        rank: R >= 1.
+        transition: (N, R) and (R, N), rows sum to 1, with a leading (L - 1) when not homogeneous.
     """
     checked_count("rank", rank)
     if transition is not None and (not isinstance(transition, (tuple, list)) or len(transition) != 2):
@@ -143,31 +134,23 @@ def block_sparse_hmm(
     """Build a hidden Markov model whose states come in groups, and a pattern says which group may follow which.
 
     Only the allowed blocks of the transition table exist and cost anything (Dedieu, Gothoskar, Swingle, Lehrach,
-    Lazaro-Gredilla, George 2019, "Learning higher-order sequential structure with cloned HMMs"; block-sparse
-    circuits: Dang, Liu, Van den Broeck 2022). The sum node ``transition{t}_{g}`` has one unit per state of group g at
-    step t, and ``emission{t}_{g}`` is its input node; groups of one size with equally many followers are evaluated
-    in one tensor operation.
+    Lazaro-Gredilla, George 2019, "Learning higher-order sequential structure with cloned HMMs"; block-sparse circuits:
+    Dang, Liu, Van den Broeck 2022). The sum node ``transition{t}_{g}`` has one unit per state of group g at step t, and
+    ``emission{t}_{g}`` is its input node; groups of one size with equally many followers are evaluated in one tensor
+    operation.
+
+    Arguments and errors are those of :func:`hmm`, but for:
 
     With a rank, any state may follow any other as well, by ways that all groups share: ``W_ij + sum_r U_ir V_rj``, W as
     the pattern allows. The node ``factor{t}`` (R units) mixes the states of step t + 1. N states in groups of sqrt(N)
     that are followed by their own cost about N^1.5 + 2 N R multiplications a step, instead of N^2.
 
     Args:
-        seq_length: L >= 1, the number of steps.
-        group_sizes: how many states each of the G groups has, N together.
-        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
+        group_sizes: how many states each of the G groups has, N together; given tables have them group after group.
         follows: bool (G, G): whether group h may follow group g, at [g, h]; at least one in every row.
-        homogeneous: whether all steps share one transition and one emission table.
-        initial: (N,) initial probabilities, group after group.
         transition: W, (N, N), zero outside of the pattern, or (L - 1, N, N) when not homogeneous. With a rank, W, U
             (N, R) and V (R, N); the rows of W and U together sum to 1, those of V too.
-        emission: as in :func:`hmm`.
-        num_classes: as in :func:`hmm`.
         rank: R >= 1, or None: no state follows outside of the pattern.
-
-    Raises:
-        ArgumentError: an argument has a wrong type or value.
-        StructureError: a given table has a wrong shape, or weight outside of the pattern.
     """
     checked_count("seq_length", seq_length)
     if not isinstance(group_sizes, Sequence) or not group_sizes:
@@ -215,23 +198,14 @@ def second_order_hmm(
 
     The states are pairs: ``transition{t}_{i}_{j}`` is a sum node of one unit for (z_t-1, z_t) = (i, j) that mixes the
     pairs (j, k). So a step has N^2 sum and N^2 product nodes, folded into one tensor operation each, N^3
-    multiplications, and N^3 B numbers in flight; building and compiling take time in proportion to L N^2 (measured
-    on one core: L = 32 and N = 16 are 16,000 nodes and take under a second, N = 32 are 63,000 nodes and take four).
+    multiplications, and N^3 B numbers in flight; building and compiling take time in proportion to L N^2 (measured on
+    one core: L = 32 and N = 16 are 16,000 nodes and take under a second, N = 32 are 63,000 nodes and take four).
+
+    Arguments and errors are those of :func:`hmm`, but for:
 
     Args:
-        seq_length: L >= 1, the number of steps.
-        num_states: N >= 1.
-        num_categories: C >= 1, or the input family of all steps; a list of M of them for M variables per step.
-        homogeneous: whether all steps share one transition and one emission table.
-        initial: (N,) initial probabilities p(z_0).
         first_transition: (N, N), p(z_1 = j | z_0 = i) at [i, j].
         transition: p(z_t = k | z_t-2 = i, z_t-1 = j) at [i, j, k], (N, N, N), or (L - 2, N, N, N) when not homogeneous.
-        emission: as in :func:`hmm`.
-        num_classes: as in :func:`hmm`.
-
-    Raises:
-        ArgumentError: an argument has a wrong type or value.
-        StructureError: a given table has a wrong shape.
     """
     nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
     first = checked_table("first_transition", first_transition, (num_states, num_states), 1, True)

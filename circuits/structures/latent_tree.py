@@ -80,10 +80,7 @@ def hclt(
         num_categories: C, or an input family; one for all variables, or one per variable; by default one more than
             each variable's largest value.
         root: the variable at the top; None: the tree's centre, so that the depth is least.
-        pseudocount: added to the count of every pair of variables, spread over the pairs of values.
-        weights: (N,), how much each row counts.
-        observed: bool (N, D), False where a value is missing: each pair is counted in the rows that have both.
-        num_bins: merge neighbouring values of ordered variables into so many bins before counting.
+        pseudocount: as in :func:`empirical_mutual_information`, like ``weights``, ``observed`` and ``num_bins``.
         num_trees: T > 1 builds a mixture of T trees: the first is that of the data, the others those of bootstrap
             samples of it. With T > 1 the names of nodes start with ``tree{t}_``.
         seed: of the bootstrap samples.

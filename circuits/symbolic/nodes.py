@@ -127,9 +127,8 @@ class Sum(Node):
         for child in self.children[1:]:
             if child.scope_bits != self.scope_bits:
                 raise StructureError(
-                    f"sum is not smooth: {self.children[0]} and {child} have different scopes; "
-                    "expected the same scope below a sum (multiply the smaller one with inputs on the missing "
-                    "variables)"
+                    f"sum is not smooth: {self.children[0]} and {child} have different scopes; expected "
+                    "the same scope below a sum (multiply the smaller one with inputs on the missing variables)"
                 )
         self.parameter_shape = (num_units, builtins.sum(child.num_units for child in self.children))
         self.tied_to = _checked_tie(self, tied_to)

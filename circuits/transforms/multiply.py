@@ -227,10 +227,8 @@ class _Multiplication:
             if len(group) > 1 and len(others) > 1:
                 raise PropertyError(
                     "other: expected a compatible circuit, whose products split their variables in the same way, got "
-                    "one "
-                    f"that is not compatible: {left} splits {format_scope(scope)} into {_scopes_text(group)} and "
-                    f"{right} "
-                    f"into {_scopes_text(others)}"
+                    f"one that is not compatible: {left} splits {format_scope(scope)} into {_scopes_text(group)} and "
+                    f"{right} into {_scopes_text(others)}"
                 )
             one, left_units = self._grouped(left, group)
             two, right_units = self._grouped(right, others)

@@ -98,8 +98,7 @@ class TiedProduct(nn.Module):
     def multiplied(self) -> NormalizedProduct:
         """Return the product as a circuit of its own, for queries; see :func:`multiply`.
 
-        Raises:
-            PropertyError: q is an automaton: :class:`circuits.ConstrainedDistribution` answers queries about that.
+        Raises PropertyError if q is an automaton: :class:`circuits.ConstrainedDistribution` answers queries about that.
         """
         if not isinstance(self.other, CompiledCircuit):
             raise PropertyError(

@@ -40,8 +40,7 @@ def share_parameters(pc: CompiledCircuit, groups: Sequence[Sequence[Node | str]]
             if _kind(owner) != _kind(owners[0]):
                 raise StructureError(
                     f"groups: expected one kind of node, one shape and one family in each, got {owners[0]} and "
-                    f"{owner} of "
-                    f"shapes {owners[0].parameter_shape} and {owner.parameter_shape}"
+                    f"{owner} of shapes {owners[0].parameter_shape} and {owner.parameter_shape}"
                 )
             owner_of[owner] = owners[0]
         means[owners[0]] = _mean_parameters(rebuild, owners)

@@ -80,10 +80,8 @@ def write_documents(documents: list[str], path: Path) -> None:
 def unpack(path: str | os.PathLike[str]) -> None:
     """Copy the shipped models into a folder of the user's, where they can be used, tuned and measured like any.
 
-    A folder that has them already is left as it is.
-
-    Raises:
-        CheckpointError: there are none to copy, or the folder holds something else.
+    A folder that has them already is left as it is. Raises CheckpointError if there are none to copy, or the folder
+    holds something else.
     """
     folder, source = Path(path), SHIPPED
     if not (source / "recipe.json").exists():

@@ -130,11 +130,7 @@ class DecodingConfig:
         return self.chosen_strategy == "random" or (self.chosen_strategy in KEEPS_LAW and not judged_by_draw)
 
     def changed(self, **changes: Any) -> DecodingConfig:
-        """Return the same options but for those that are not None in ``changes``.
-
-        Raises:
-            ArgumentError: an unknown option.
-        """
+        """Return the same options but for what is not None in ``changes``; raises ArgumentError for unknown ones."""
         unknown = sorted(set(changes) - set(self.__dataclass_fields__))
         if unknown:
             raise ArgumentError(f"{unknown[0]}: expected one of {', '.join(self.__dataclass_fields__)}; no such option")

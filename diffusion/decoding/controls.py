@@ -320,8 +320,7 @@ def all_controls(
 ) -> tuple[Control, ...]:
     """Return controls, functions among them wrapped, with a hook of the user's own at the end.
 
-    Raises:
-        ArgumentError: something is neither a control nor a function.
+    Raises ArgumentError for what is neither a control nor a function.
     """
     if isinstance(controls, Control) or not isinstance(controls, Sequence):
         raise ArgumentError(f"controls: expected a list of controls, got {type(controls).__name__}; put it in a list")

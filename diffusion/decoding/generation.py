@@ -223,19 +223,14 @@ def fill(
     record: bool = False,
     cache: bool = False,
 ) -> Generation:
-    """Fill a canvas by a plan: what :func:`generate` and :func:`infill` do once they know what was asked.
+    """Fill a canvas in place by a plan: what :func:`generate` and :func:`infill` do once they know what was asked.
+
+    Arguments are theirs, but for:
 
     Args:
-        denoiser: the masked-token predictor.
         canvas: is filled in place.
         plan: the order.
-        head: the circuit; None: tokens are predicted independently.
         config: how to decode.
-        stop_at_eos: end texts at their first end-of-text token.
-        controls: what steers decoding beside the model.
-        on_step: called after every denoiser call.
-        record: keep the tokens of every step.
-        cache: whether the denoiser keeps what it computed about the text before a window.
     """
     _check(denoiser, head, config, plan)
     config = config or DecodingConfig()

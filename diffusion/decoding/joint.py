@@ -132,14 +132,9 @@ class ConstrainableHead(Protocol):
         absent: Tensor | None = None,  # shape: (W, n)
         keeps_list: bool = False,
     ) -> Any:
-        """Return what :meth:`JointHead.distribution` does.
+        """Return what :meth:`JointHead.distribution` does of the same arguments.
 
-        Args:
-            prediction: what the denoiser says about the positions.
-            tokens: int64; entries at masked positions are ignored.
-            masked: bool, True where a token is to be predicted.
-            absent: bool, positions that a shorter window does not have.
-            keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
+        With ``keeps_list`` the prediction is listed as it should be, with no regard to ``top_k``.
         """
         ...
 

@@ -89,11 +89,7 @@ def draw_trajectory(
 
 
 def checked_picture(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of a picture's file name, in small letters.
-
-    Raises:
-        ArgumentError: it is neither .png nor .gif.
-    """
+    """Return the suffix of a picture's file name, in small letters; raises ArgumentError if it is not .png or .gif."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".png", ".gif"):
         raise ArgumentError(f"path: expected a .png or .gif file, got {str(path)!r}")

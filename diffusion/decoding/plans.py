@@ -135,11 +135,7 @@ class Blocks(Plan):
 
 @dataclass(frozen=True)
 class Anywhere(Plan):
-    """The whole canvas at once, without blocks.
-
-    Args:
-        num_steps: denoiser calls in all; None: one per position.
-    """
+    """The whole canvas at once, without blocks, in ``num_steps`` denoiser calls; None: one per position."""
 
     num_steps: int | None = None
 

@@ -92,8 +92,7 @@ def checked_seeds(seeds: Any, generator: torch.Generator | None, rows: Sequence[
 def token_rows(name: str, rows: Rows, spec: DenoiserSpec) -> list[Tensor]:
     """Return rows of token ids as int64 tensors (P,) of perhaps different lengths.
 
-    Raises:
-        ArgumentError: no rows, or rows of anything but ids of the denoiser's tokens.
+    Raises ArgumentError for no rows, or rows of anything but ids of the denoiser's tokens.
     """
     expected = f"{name}: expected int64 (B, P) or a sequence of B >= 1 sequences of token ids"
     if isinstance(rows, str) or (isinstance(rows, Sequence) and any(isinstance(row, str) for row in rows)):

@@ -28,10 +28,8 @@ Names = Callable[[str], "str | None"]
 def tensor_files(folder: Path) -> list[Path]:
     """Return the files that hold a model's weights: safetensors where there are any, else those of ``torch.save``.
 
-    An index file says which they are; without one it is the single file.
-
-    Raises:
-        CheckpointError: there are none, or one that the index names is missing or lies elsewhere.
+    An index file says which they are; without one it is the single file. Raises CheckpointError if there are none, or
+    one that the index names is missing or lies elsewhere.
     """
     for single in (SAFETENSORS, TORCH):
         index = folder / f"{single}{_INDEX}"
@@ -45,10 +43,8 @@ def tensor_files(folder: Path) -> list[Path]:
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the tensor of all weights, on the CPU, those of one file in memory at a time.
 
-    Files of ``torch.save`` are read without executing what they say.
-
-    Raises:
-        CheckpointError: a file is missing or corrupt.
+    Files of ``torch.save`` are read without executing what they say. Raises CheckpointError if one is missing or
+    corrupt.
     """
     for path in tensor_files(folder):
         yield from _of_safetensors(path) if path.suffix == ".safetensors" else _of_torch(path)

@@ -135,10 +135,8 @@ class MaskedLMDenoiser(nn.Module):
     ) -> Tensor:
         """Return logits of the clean tokens, float32, shape (B, L, V) or (B, stop - start, V).
 
-        A window is answered with regard to the whole text. ``t`` and ``cache`` are not used.
-
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
+        A window is answered with regard to the whole text. ``t`` and ``cache`` are not used. Raises ArgumentError if a
+        shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
         return self.logits_and_features(tokens, valid=valid, t=t, window=window, cache=cache)[0]
 
@@ -153,11 +151,7 @@ class MaskedLMDenoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the logits as :meth:`logits` does, and the model's last hidden states, which its head reads.
 
-        Returns:
-            float32 (B, L, V) and (B, L, H), or those of the window's positions.
-
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
+        They are float32 (B, L, V) and (B, L, H), or those of the window's positions.
         """
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         start, stop = self._checked(tokens, valid, window)
@@ -229,8 +223,7 @@ class MaskedLMDenoiser(nn.Module):
 def load(source: Source) -> MaskedLMDenoiser:
     """Load a masked language model with its tokenizer; see :func:`~diffusion.denoisers.pretrained.load_denoiser`.
 
-    Raises:
-        CheckpointError: a file is missing or corrupt, or weights are missing or do not fit the config.
+    Raises CheckpointError if a file is missing or corrupt, or weights are missing or do not fit the config.
     """
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 

@@ -40,11 +40,7 @@ class Source:
     trust_remote_code: bool = False
 
     def number(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of the config; ``default`` where it is absent or null.
-
-        Raises:
-            CheckpointError: it is absent without a default, or no whole number.
-        """
+        """Return a whole number of the config, ``default`` where it is absent or null; else raises CheckpointError."""
         value = self.config.get(key)
         if value is None:
             value = default

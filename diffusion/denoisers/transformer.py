@@ -160,8 +160,7 @@ class TransformerDenoiser(nn.Module):
         attention they keep what they saw of the window then (Wu et al. 2025, arXiv 2505.22618). Where gradients are
         on, it is not used.
 
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
+        Raises ArgumentError if a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
         return self.logits_and_features(tokens, valid=valid, t=t, window=window, cache=cache)[0]
 
@@ -283,8 +282,7 @@ class TransformerDenoiser(nn.Module):
     def load(cls, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> TransformerDenoiser:
         """Read what ``save`` wrote.
 
-        Raises:
-            CheckpointError: a file is missing or corrupt, of a newer format, or the two do not fit together.
+        Raises CheckpointError if a file is missing or corrupt, of a newer format, or the two do not fit together.
         """
         return read_folder(folder, cls._loaded, format=FORMAT).to(device)
 

@@ -161,18 +161,11 @@ def few_step_sketch(
     :func:`~diffusion.evaluation.likelihood.log_likelihood`, whose expectation is the mean of ``sequential`` over all
     orders. The strategies that decide themselves how many calls they take are left out.
 
+    Arguments and errors are those of :func:`few_step_curve`, but for:
+
     Args:
-        denoiser: the masked-token predictor; also the judge.
-        head: the circuit over one block of L positions.
-        data: held-out windows of prompt and block, int64, on the denoiser's device.
-        reference: held-out texts that are not in ``data``, int64, for their n-grams.
-        steps: denoiser calls per block, each from 1 to L.
         judge_samples: how many noise levels, evenly spread.
         seed: of draws, noise and the bootstrap.
-        progress: draw a progress bar.
-
-    Raises:
-        ArgumentError: data, reference or steps do not fit.
     """
     settings = [one for one in _settings(_checked(head, data, reference, steps), "joint") if one[1] is not None]
     judge = _Judge(denoiser, data[:, : -head.block_length], reference, len(data), seed, judge_samples)
@@ -231,9 +224,7 @@ def _measured(
 
 def _quality_of(kept: dict[str, Any]) -> Quality:
     return Quality(
-        Estimate(**kept["loss"]),
-        tuple(Estimate(**share) for share in kept["distinct"]),
-        Estimate(**kept["divergence"]),
+        Estimate(**kept["loss"]), tuple(Estimate(**share) for share in kept["distinct"]), Estimate(**kept["divergence"])
     )
 
 

@@ -137,8 +137,7 @@ class DiffusionLM(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as text, in the tokenizer's form; from then on names of special tokens are these.
 
-        Raises:
-            ArgumentError: the tokenizer has no such form, or an answer is to be continued that is begun already.
+        Raises ArgumentError if the tokenizer has no such form, or an answer is to be continued that is begun already.
         """
         if not add_generation_prompt:
             raise ArgumentError(

@@ -49,11 +49,7 @@ class Corpus:
 
 
 def load_corpus(
-    source: str | Path,
-    *,
-    field: str | None = None,
-    held_out_fraction: float = 0.1,
-    seed: int = 0,
+    source: str | Path, *, field: str | None = None, held_out_fraction: float = 0.1, seed: int = 0
 ) -> Corpus:
     """Read a corpus and split it by document.
 
@@ -262,11 +258,7 @@ def check_arithmetic(context: str, text: str) -> ArithmeticCheck:
 
 
 def join_documents(token_docs: Sequence[Sequence[int]], *, eos_id: int) -> Tensor:
-    """Concatenate tokenised documents, each followed by the end-of-text token.
-
-    Returns:
-        The token stream, int64, shape (number of all tokens + number of documents,).
-    """
+    """Concatenate tokenised documents, each followed by the end-of-text token; int64, of all their lengths together."""
     length = sum(len(tokens) + 1 for tokens in token_docs)
     stream = chain.from_iterable(chain(tokens, (eos_id,)) for tokens in token_docs)
     return torch.from_numpy(np.fromiter(stream, dtype=np.int64, count=length))

@@ -88,8 +88,7 @@ class HubTokenizer:
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return the text of token ids; special tokens are dropped, or with ``keep_special`` written by their names.
 
-        Raises:
-            ArgumentError: an id is outside the vocabulary.
+        Raises ArgumentError if an id is outside the vocabulary.
         """
         ids = [int(id) for id in ids]
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
@@ -101,8 +100,7 @@ class HubTokenizer:
     def token_bytes(self) -> list[bytes | None]:
         """Return what every token writes, in bytes of UTF-8; None for special tokens, which write nothing.
 
-        Raises:
-            ArgumentError: what a token writes depends on its neighbours, as with word pieces of several letters.
+        Raises ArgumentError if that depends on a token's neighbours, as with word pieces of several letters.
         """
         import json
 

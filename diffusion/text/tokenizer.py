@@ -51,8 +51,7 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text; unknown characters become ``unk_id``, nothing becomes a special token.
 
-        Raises:
-            ArgumentError: it is no text, but holds half of a surrogate pair.
+        Raises ArgumentError if it is no text, but holds half of a surrogate pair.
         """
         return list(self._tokenizer.encode(_checked_text(text), add_special_tokens=False).ids)
 
@@ -64,8 +63,7 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return the text of token ids; special tokens are dropped, or with ``keep_special`` written like ``<mask>``.
 
-        Raises:
-            ArgumentError: an id is outside the vocabulary.
+        Raises ArgumentError if an id is outside the vocabulary.
         """
         ids = [int(id) for id in ids]
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
@@ -95,11 +93,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TextTokenizer:
-        """Read what ``save`` wrote.
-
-        Raises:
-            CheckpointError: the file is missing, corrupt, or lacks the special tokens.
-        """
+        """Read what ``save`` wrote; raises CheckpointError if it is missing, corrupt, or lacks the special tokens."""
         from tokenizers import Tokenizer
 
         file = tokenizer_file(path)
@@ -145,10 +139,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def train_tokenizer(
-    documents: Iterable[str],
-    *,
-    kind: TokenizerKind = "characters",
-    vocab_size: int | None = None,
+    documents: Iterable[str], *, kind: TokenizerKind = "characters", vocab_size: int | None = None
 ) -> TextTokenizer:
     """Build a tokenizer for these documents.
 

@@ -141,11 +141,7 @@ class Constraint:
         return Reach(torch.cat(forward, 1) > 0, torch.cat(backward[::-1], 1) > 0)
 
     def check(self, tokens: Tensor, masked: Tensor, reads: Tensor | None = None) -> Reach:
-        """Return :meth:`reach` of a canvas that can be completed.
-
-        Raises:
-            ArgumentError: it cannot; says for which row, and why.
-        """
+        """Return :meth:`reach` of a canvas; raises ArgumentError if it cannot be completed, for which row, and why."""
         reach = self.reach(tokens, masked, reads)
         infeasible = (~reach.is_feasible).nonzero().flatten().tolist()
         if not infeasible:

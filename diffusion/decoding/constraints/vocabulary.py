@@ -101,11 +101,7 @@ def with_end(
 
 
 def vocabulary(
-    tokenizer: Any,
-    *,
-    vocab_size: int | None = None,
-    eos_ids: Sequence[int] | None = None,
-    pad_id: int | None = None,
+    tokenizer: Any, *, vocab_size: int | None = None, eos_ids: Sequence[int] | None = None, pad_id: int | None = None
 ) -> Vocabulary:
     """Read the vocabulary of a tokenizer.
 

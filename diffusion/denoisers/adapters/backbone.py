@@ -53,8 +53,7 @@ class BackboneDenoiser(nn.Module):
     ) -> Tensor:
         """Return logits of the clean tokens, float32, shape (B, L, V) or (B, stop - start, V).
 
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
+        Raises ArgumentError if a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
         """
         return self.logits_and_features(tokens, valid=valid, t=t, window=window, cache=cache)[0]
 
@@ -69,11 +68,7 @@ class BackboneDenoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the logits as :meth:`logits` does, and the hidden states that the output layer read them from.
 
-        Returns:
-            float32 (B, L, V) and (B, L, H), or those of the window's positions.
-
-        Raises:
-            ArgumentError: a shape, dtype, id or the window does not fit, or L exceeds ``spec.max_length``.
+        They are float32 (B, L, V) and (B, L, H), or those of the window's positions.
         """
         check_question(self.spec, tokens, valid, window)
         if cache is not None and not (isinstance(cache, BlockCache) and isinstance(self, CachingDenoiser)):

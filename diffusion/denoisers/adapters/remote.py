@@ -43,11 +43,7 @@ class RemoteBackbone(nn.Module):
 
 
 def load(source: Source) -> BlockCausalDenoiser:
-    """Return LLaDA2 or a mixture-of-experts SDAR, with the code in its repository.
-
-    Raises:
-        ArgumentError: that was not asked for.
-    """
+    """Return LLaDA2 or a mixture-of-experts SDAR, with its repository's code; raises ArgumentError unless asked to."""
     if not source.trust_remote_code:
         raise ArgumentError(
             f"{source.name}: expected trust_remote_code=True, got False: this model comes with code of its own, which "
@@ -61,10 +57,7 @@ def load(source: Source) -> BlockCausalDenoiser:
         source.folder, trust_remote_code=True, torch_dtype=source.dtype or "auto", **placed
     )
     spec = spec_of(
-        source,
-        specials,
-        vocab_size=source.number("vocab_size"),
-        max_length=source.number("max_position_embeddings"),
+        source, specials, vocab_size=source.number("vocab_size"), max_length=source.number("max_position_embeddings")
     )
     backbone = RemoteBackbone(model.get_decoder())
     size = source.number("block_size", block_size)

@@ -32,12 +32,7 @@ def text_task(prompts: Sequence[str], continuations: Sequence[str] | None = None
 
 
 def judge_texts(
-    task: Task,
-    answers: Mapping[Setting, Sequence[Sample]],
-    scorer: CausalScorer,
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
+    task: Task, answers: Mapping[Setting, Sequence[Sample]], scorer: CausalScorer, *, batch_size: int = 8, seed: int = 0
 ) -> QualityTable:
     """Return the perplexity and the different n-grams of what was written in each way, and of the true text.
 

@@ -61,11 +61,7 @@ class Grid:
     dynamic_windows: bool = False
 
     def settings(self, task: Task, head: JointHead | None) -> tuple[Setting, ...]:
-        """Return the ways of decoding a task, those without the circuit first.
-
-        Raises:
-            ArgumentError: a value is out of its range.
-        """
+        """Return the ways of decoding a task, those without the circuit first; raises ArgumentError for wrong ones."""
         gen_length = checked_count("gen_length", self.gen_length or task.gen_length)
         block_length = self.block_length or (gen_length if head is None else min(gen_length, head.block_length))
         checked_count("block_length", block_length)
@@ -157,17 +153,8 @@ def answer_task(
 
     A text depends on its question, its setting and the seed, neither on the batch nor on the other questions. Where a
     folder is named, every answer is kept in it, and a second call with the same model, task and settings answers only
-    what is not there yet: see :class:`~diffusion.evaluation.tasks.samples.SampleFile`.
-
-    Args:
-        denoiser: as of :func:`evaluate_task`, and so are all other arguments.
-        tokenizer: of the denoiser.
-        task: the questions.
-        grid: the ways of decoding.
-        head: the circuit.
-        folder: where answers are kept.
-        seed: of all draws.
-        options: what else there is to say.
+    what is not there yet: see :class:`~diffusion.evaluation.tasks.samples.SampleFile`. Arguments are those of
+    :func:`evaluate_task`.
     """
     options = options or Options()
     checked_count("batch_size", options.batch_size)

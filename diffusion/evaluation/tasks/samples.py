@@ -93,8 +93,7 @@ class SampleFile:
     def read(self) -> dict[int, Sample]:
         """Return what is there, by index.
 
-        Raises:
-            CheckpointError: a line other than the last is damaged, or the file was made with something else.
+        Raises CheckpointError if a line other than the last is damaged, or the file was made with something else.
         """
         self._file.seek(0)
         content = self._file.read()
@@ -120,8 +119,7 @@ class SampleFile:
     def append(self, samples: Sequence[Sample]) -> None:
         """Write samples to the disk, all of them or none after a crash of the machine but for a part that is cut off.
 
-        Raises:
-            ArgumentError: the disk is full, or the like.
+        Raises ArgumentError if the disk is full, or the like.
         """
         self._write([asdict(sample) for sample in samples])
 

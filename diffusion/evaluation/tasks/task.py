@@ -106,11 +106,7 @@ def encoded(task: Task, example: Example, tokenizer: Any, *, chat: bool = False)
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Return the tokens of a conversation, up to where the model's turn begins.
-
-    Raises:
-        ArgumentError: the tokenizer has no form for conversations.
-    """
+    """Return the tokens of a conversation, up to where the model's turn begins; raises as :func:`chat_text`."""
     text = chat_text(tokenizer, messages)
     return list(tokenizer.encode(text, special=True))
 
@@ -118,8 +114,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
 def chat_text(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     """Return a conversation as the tokenizer writes it, with the names of special tokens in it.
 
-    Raises:
-        ArgumentError: the tokenizer has no form for conversations, or refuses this one.
+    Raises ArgumentError if the tokenizer has no form for conversations, or refuses this one.
     """
     apply = getattr(tokenizer, "apply_chat_template", None)
     if apply is None:
