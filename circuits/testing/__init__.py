@@ -46,19 +46,9 @@ __all__ = [
     "law",
 ]
 
-_LAZY = {
-    "ClassStructureTestCase": "circuits.testing.conformance",
-    "DirectFamilyTestCase": "circuits.testing.conformance",
-    "FamilyTestCase": "circuits.testing.conformance",
-    "SemiringTestCase": "circuits.testing.conformance",
-    "StructureTestCase": "circuits.testing.conformance",
-    "law": "circuits.testing.conformance",
-    "circuits": "circuits.testing.strategies",
-    "evidence": "circuits.testing.strategies",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "strategies" if name in ("circuits", "evidence") else "conformance"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

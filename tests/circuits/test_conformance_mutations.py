@@ -16,7 +16,7 @@ from circuits.algebra.semirings import LogSemiring, MaxSemiring
 from circuits.engine.question import Question
 from circuits.engine.weights import Weights
 from circuits.learning import em
-from circuits.testing.conformance import _learning, _numerics
+from circuits.testing.conformance import _cases, _learning
 
 NOT_RAISED = pytest.fail.Exception
 
@@ -165,7 +165,7 @@ def adam_that_diverges(patch):
 
 
 def saving_in_single_precision(patch):
-    replaced(patch, _numerics, "load", lambda true, path: true(path).float().double())
+    replaced(patch, _cases, "load", lambda true, path: true(path).float().double())
 
 
 def random_weights_without_a_seed(patch):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,9 +15,11 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from circuits import learning
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
 from circuits.evidence.kinds import tensor_code
+from circuits.io import load, save
 from circuits.symbolic import Circuit, ParametricNode, parameter_owner
 
 _SUPPRESSED = [
@@ -124,6 +128,26 @@ class Case:
 def assert_close(actual: Tensor, expected: Tensor, *, rtol: float = 1e-9, atol: float = 1e-9) -> None:
     """Assert that two tensors agree to 1e-9; -inf equals -inf, and NaN equals nothing."""
     torch.testing.assert_close(actual.detach().cpu(), expected.detach().cpu(), rtol=rtol, atol=atol)
+
+
+def assert_em_climbs(
+    pc: CompiledCircuit, samples: Evidence | Tensor, *, num_steps: int = 3, rounding: float = 1e-9
+) -> None:
+    """Assert that no step of EM lowers the likelihood of samples, those left out that are impossible."""
+    before = None
+    for _ in range(num_steps):
+        flows, log_likelihood = learning.expected_flows(pc, samples)
+        total = log_likelihood[log_likelihood > -torch.inf].sum()
+        assert before is None or bool(total >= before - rounding)
+        before = total
+        learning.em_step(pc, flows)
+
+
+def reloaded(pc: CompiledCircuit) -> CompiledCircuit:
+    """Return a circuit that was saved, and loaded again."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(pc, Path(folder) / "circuit")
+        return load(Path(folder) / "circuit")
 
 
 def assert_code_rebuilds(case: Case) -> None:

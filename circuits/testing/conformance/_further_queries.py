@@ -105,9 +105,7 @@ class FurtherQueryLaws(StructureCases):
             lower, upper = bounds(case.pc, evidence)
             assert bool((lower <= expected + 1e-9).all())
             assert bool((upper >= expected - 1e-9).all())
-            found = _where_possible(entropy, case.pc, evidence)
-            if found is not None:
-                assert_close(found, expected)
+            _assert_where_possible(expected, entropy, case.pc, evidence)
 
     @law
     def test_the_best_explanations_come_first(self, case: Case) -> None:
@@ -164,15 +162,11 @@ class FurtherQueryLaws(StructureCases):
                 torch.logsumexp(one + other + 2 * scores_of(case, _dense(case, evidence)), 1)
                 for one, other in ((log_p, log_q), (log_p, log_p), (log_q, log_q))
             )
-            divergence = _where_possible(cauchy_schwarz, case.pc, q, evidence)
-            if divergence is not None:
-                assert_close(divergence, 0.5 * (own_p + own_q) - cross)
+            _assert_where_possible(0.5 * (own_p + own_q) - cross, cauchy_schwarz, case.pc, q, evidence)
 
     @law
     def test_divergences_are_enumerated_sums(self, case: Case) -> None:
         """Cross-entropy, Kullback-Leibler and Renyi divergence of two circuits with one structure."""
-        divergences = queries.cross_entropy, queries.kl_divergence, queries.renyi_divergence
-        cross_entropy, kl_divergence, renyi_divergence = divergences
         evidence = self.possible(case)
         if not evidence.batch_size:
             return
@@ -183,16 +177,10 @@ class FurtherQueryLaws(StructureCases):
         if bool((log_q[p > 0] == -torch.inf).any()):
             return
         surprise = -torch.where(p > 0, p * log_q, 0.0).sum(1)
-        found = _where_possible(cross_entropy, case.pc, q, evidence)
-        if found is not None:
-            assert_close(found, surprise, rtol=1e-7, atol=1e-7)
-        found = _where_possible(kl_divergence, case.pc, q, evidence)
-        if found is not None:
-            assert_close(found, surprise - _entropy(log_p), rtol=1e-7, atol=1e-7)
-        found = _where_possible(renyi_divergence, case.pc, q, 2.0, evidence)
-        if found is not None:
-            ratio = torch.where(p > 0, 2 * log_p - log_q, -torch.inf)
-            assert_close(found, torch.logsumexp(ratio, 1), rtol=1e-7, atol=1e-7)
+        renyi = torch.logsumexp(torch.where(p > 0, 2 * log_p - log_q, -torch.inf), 1)
+        _assert_where_possible(surprise, queries.cross_entropy, case.pc, q, evidence, within=1e-7)
+        _assert_where_possible(surprise - _entropy(log_p), queries.kl_divergence, case.pc, q, evidence, within=1e-7)
+        _assert_where_possible(renyi, queries.renyi_divergence, case.pc, q, 2.0, evidence, within=1e-7)
 
     @law
     def test_the_probability_of_an_order_is_the_sum_over_ordered_assignments(self, case: Case) -> None:
@@ -235,6 +223,12 @@ def _where_possible(query: Callable[..., Tensor], *args: Any, **options: Any) ->
         return query(*args, **options)
     except PropertyError:
         return None
+
+
+def _assert_where_possible(expected: Tensor, query: Callable[..., Tensor], *args: Any, within: float = 1e-9) -> None:
+    found = _where_possible(query, *args)
+    if found is not None:
+        assert_close(found, expected, rtol=within, atol=within)
 
 
 def _size(case: Case) -> tuple[int, int]:

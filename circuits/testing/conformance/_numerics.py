@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,8 +12,7 @@ from circuits import queries
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ImpossibleEvidenceError
 from circuits.evidence import Evidence
-from circuits.io import load, save
-from circuits.testing.conformance._cases import Case, assert_close, assert_code_rebuilds, law
+from circuits.testing.conformance._cases import Case, assert_close, assert_code_rebuilds, law, reloaded
 from circuits.testing.conformance._structure_cases import StructureCases
 from circuits.testing.oracle import enumerate_joint, enumerated_log_partition, enumerated_marginals
 
@@ -45,9 +42,7 @@ class NumericLaws(StructureCases):
     def test_saving_and_loading_keeps_every_bit(self, case: Case) -> None:
         """The loaded circuit has the same structure, parameters and answers."""
         _use_all_digits(case.pc)
-        with tempfile.TemporaryDirectory() as folder:
-            save(case.pc, Path(folder) / "circuit")
-            loaded = load(Path(folder) / "circuit")
+        loaded = reloaded(case.pc)
         assert repr(loaded.circuit) == repr(case.circuit)
         _assert_same_bits(loaded, case)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -15,10 +13,17 @@ from circuits import learning, queries
 from circuits.engine.compile import compile
 from circuits.evidence import Evidence
 from circuits.families import Distribution
-from circuits.io import load, save
 from circuits.symbolic import Circuit, inputs, product, sum
 from circuits.testing import strategies
-from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, assert_code_rebuilds, law
+from circuits.testing.conformance._cases import (
+    Case,
+    ConformanceTestCase,
+    assert_close,
+    assert_code_rebuilds,
+    assert_em_climbs,
+    law,
+    reloaded,
+)
 
 _NUM_SAMPLES = 1000
 _GREATEST_DISTANCE = 3.2
@@ -90,8 +95,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
     @law
     def test_densities_integrate_to_one(self, case: Case) -> None:
         """Sum_v p(x_0 = v) = 1, or the integral; and missing values are integrated out."""
-        values = self.grid(case.circuit.inputs[0].distribution)
-        total = self._marginal_of_first(case, values).exp().sum() * (values[1] - values[0])
+        total = self._masses(case)[1].sum()
         assert_close(total, torch.ones_like(total), rtol=1e-5, atol=1e-5)
         log_z = queries.log_partition(case.pc, case.nothing)
         assert_close(log_z, torch.zeros_like(log_z))
@@ -99,8 +103,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
     @law
     def test_intervals_are_sums_of_the_density(self, case: Case) -> None:
         """P(a < x_0 <= b) is the sum over the values between, or the integral."""
-        values = self.grid(case.circuit.inputs[0].distribution)
-        density = self._marginal_of_first(case, values).exp() * (values[1] - values[0])
+        values, density = self._masses(case)
         lower = torch.full((1, case.circuit.num_vars), -torch.inf, dtype=torch.float64)
         upper = torch.full_like(lower, torch.inf)
         is_discrete = case.circuit.inputs[0].distribution.is_discrete
@@ -113,8 +116,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
     @law
     def test_moments_are_averages_under_the_density(self, case: Case) -> None:
         """E[x_0] and Var[x_0] are sums over the values, or integrals."""
-        values = self.grid(case.circuit.inputs[0].distribution)
-        p = self._marginal_of_first(case, values).exp() * (values[1] - values[0])
+        values, p = self._masses(case)
         expected = (p * values).sum()
         assert_close(queries.mean(case.pc)[0, 0], expected, rtol=1e-4, atol=1e-4)
         assert_close(queries.variance(case.pc)[0, 0], (p * (values - expected) ** 2).sum(), rtol=1e-3, atol=1e-3)
@@ -123,11 +125,10 @@ class DirectFamilyTestCase(ConformanceTestCase):
     @law
     def test_samples_follow_the_density(self, case: Case) -> None:
         """Kolmogorov's distance of x_0's samples from its cumulative distribution on the grid."""
-        values = self.grid(case.circuit.inputs[0].distribution)
-        below = (self._marginal_of_first(case, values).exp() * (values[1] - values[0])).cumsum(0)
+        values, p = self._masses(case)
         x = queries.sample(case.pc, _NUM_SAMPLES, generator=case.generator)[:, 0].double()
         empirical = torch.searchsorted(x.sort().values, values, right=True) / len(x)
-        distance = float((empirical - below).abs().max()) * math.sqrt(len(x))
+        distance = float((empirical - p.cumsum(0)).abs().max()) * math.sqrt(len(x))
         assert distance < _GREATEST_DISTANCE, f"samples are too far from their distribution: {distance:.3g}"
 
     @law
@@ -165,12 +166,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
         pc = case.pc
         other = compile(case.circuit, dtype=torch.float64, seed=case.seed + 1)
         data = queries.sample(other, 8, generator=case.generator)
-        before = None
-        for _ in range(4):
-            flows, log_likelihood = learning.expected_flows(pc, data)
-            assert before is None or bool(log_likelihood.sum() >= before - 1e-8)
-            before = log_likelihood.sum()
-            learning.em_step(pc, flows)
+        assert_em_climbs(pc, data, num_steps=4, rounding=1e-8)
 
     @law
     def test_a_learning_step_on_complete_data_finds_the_best_fit(self, case: Case) -> None:
@@ -204,9 +200,7 @@ class DirectFamilyTestCase(ConformanceTestCase):
     @law
     def test_saving_and_loading_keeps_every_bit(self, case: Case) -> None:
         """The loaded circuit has the same structure, parameters and answers."""
-        with tempfile.TemporaryDirectory() as folder:
-            save(case.pc, Path(folder) / "circuit")
-            loaded = load(Path(folder) / "circuit")
+        loaded = reloaded(case.pc)
         assert repr(loaded.circuit) == repr(case.circuit)
         assert torch.equal(loaded(case.evidence), case.pc(case.evidence))
 
@@ -221,10 +215,12 @@ class DirectFamilyTestCase(ConformanceTestCase):
             gradients = torch.autograd.grad(log_p.sum(), list(pc.parameters()))
             assert not any(bool(gradient.isnan().any()) for gradient in gradients)
 
-    def _marginal_of_first(self, case: Case, values: Tensor) -> Tensor:
-        """Return log p(x_0 = v) of values, (N,)."""
+    def _masses(self, case: Case) -> tuple[Tensor, Tensor]:
+        """Return the grid's values v, (N,), and the mass of x_0 around each, its density times their distance."""
+        values = self.grid(case.circuit.inputs[0].distribution)
         x = torch.zeros(len(values), case.circuit.num_vars, dtype=torch.float64)
         x[:, 0] = values
         observed = (torch.arange(case.circuit.num_vars) == 0).expand_as(x)
         with torch.no_grad():
-            return queries.log_partition(case.pc, Evidence.observe(x, observed))
+            density = queries.log_partition(case.pc, Evidence.observe(x, observed)).exp()
+        return values, density * (values[1] - values[0])
