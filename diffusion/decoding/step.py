@@ -161,34 +161,19 @@ def _decode_part(
     rows, starts = part.windows.rows, part.windows.starts
     generators = canvas.generators(rows, starts - canvas.origin[rows])
     if head is None and canvas.constraint is None:
-        _write(canvas, part, _proposal(canvas, part, None, "independent", config, generators), None, config, generators)
+        turn = _Turn(canvas, part, config, generators)
+        turn.write(turn.proposal("independent"))
         return
     dist = _distribution(canvas, part, head, weights)
+    turn = _Turn(canvas, part, config, generators, dist)
     name = config.decode if head is not None else "joint"  # of independent tokens that the constraint ties together
     mode = MODES[name]
-    if mode.one_by_one and isinstance(dist, CoupledDistribution) and _is_free(canvas) and Outlook.serves(config):
-        _one_by_one(canvas, part, dist, config, generators)
-        return
-    if mode.one_by_one or (mode.each_alone and canvas.constraint is not None):
-        _in_rounds(canvas, part, dist, config, generators)
-        return
-    _write(canvas, part, _proposal(canvas, part, dist, name, config, generators), dist, config, generators)
-
-
-def _proposal(
-    canvas: Canvas,
-    part: Part,
-    dist: JointDistribution | None,
-    mode: DecodeMode,
-    config: DecodingConfig,
-    generators: RowGenerators,
-) -> Proposal:
-    """Return where tokens come from: the teacher, if there is one, or a draw."""
-    if canvas.teacher is not None:
-        tokens = canvas.teacher.tokens[part.windows.rows.unsqueeze(1), part.positions]
-        return given(tokens, part.prediction if dist is None else dist, mode)
-    proposal: Proposal = MODES[mode].propose(part.prediction if dist is None else dist, config, generators)
-    return proposal
+    if mode.one_by_one and isinstance(dist, CoupledDistribution) and turn.is_free and Outlook.serves(config):
+        turn.write_one_by_one(dist)
+    elif mode.one_by_one or (mode.each_alone and canvas.constraint is not None):
+        turn.write_in_rounds(dist)
+    else:
+        turn.write(turn.proposal(name))
 
 
 def _distribution(
@@ -220,63 +205,111 @@ def _distribution(
     return constrained
 
 
-def _write(
-    canvas: Canvas,
-    part: Part,
-    proposal: Proposal,
-    dist: JointDistribution | None,
-    config: DecodingConfig,
-    generators: RowGenerators,
-) -> Tensor:
-    """Commit the most reliable proposals; return where, bool (W, n)."""
-    is_filtered = canvas.constraint is not None and MODES[config.decode].each_alone
-    needs_scores = is_filtered or config.remask > 0
-    committed, scores = _committed(canvas, part, proposal, dist, config, generators, needs_scores=needs_scores)
-    if is_filtered:
-        committed = _compatible(canvas, part, proposal, committed, scores)
-    canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
-    if proposal.log_prob is not None:
-        canvas.count(part.windows.rows, proposal.log_prob(committed))
-    return committed
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """Windows of one step that are decoded together, on their own or by their joint distribution."""
 
+    canvas: Canvas
+    part: Part
+    config: DecodingConfig
+    generators: RowGenerators
+    dist: JointDistribution | None = None
 
-def _compatible(canvas: Canvas, part: Part, proposal: Proposal, committed: Tensor, scores: Tensor) -> Tensor:
-    """Leave out what was drawn on its own and cannot be written together with the more reliable ones."""
-    assert canvas.constraint is not None
-    rows, windows = part.windows.rows, part.windows
-    start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
-    order = scores.masked_fill(~committed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    ranked = torch.where(committed.gather(1, order), order, -1)
-    reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
-    return canvas.constraint.commit(
-        proposal.tokens, part.tokens, part.masked, ranked, reads=reads, start=start, accept=accept
-    )
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing but the distribution has a say in what is drawn and in its scores."""
+        has_scores = any(type(control).scores is not Control.scores for control in self.canvas.controls)
+        return self.canvas.constraint is None and self.canvas.teacher is None and not has_scores
 
+    def proposal(self, mode: DecodeMode) -> Proposal:
+        """Return where tokens come from: the teacher, if there is one, or a draw."""
+        part, source = self.part, self.part.prediction if self.dist is None else self.dist
+        if self.canvas.teacher is not None:
+            return given(self.canvas.teacher.tokens[part.windows.rows.unsqueeze(1), part.positions], source, mode)
+        proposal: Proposal = MODES[mode].propose(source, self.config, self.generators)
+        return proposal
 
-def _committed(
-    canvas: Canvas,
-    part: Part,
-    proposal: Proposal,
-    dist: JointDistribution | None,
-    config: DecodingConfig,
-    generators: RowGenerators,
-    *,
-    needs_scores: bool,
-) -> tuple[Tensor, Tensor]:
-    nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all())
-    if nothing_to_rank and not needs_scores:
-        return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
-    beliefs = proposal.beliefs()
-    if proposal.accepted is None:
-        scores = _scores(canvas, beliefs, proposal.tokens, config, generators.at(2))
-        dependence = None if dist is None else partial(dependence_of, dist)
-        committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
-    else:
-        scores = SCORES["low_confidence"](beliefs, proposal.tokens, generators)
-        from_left = part.candidates.cumsum(1) <= part.counts.unsqueeze(1)
-        committed = part.candidates & (proposal.accepted | from_left)
-    confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
-    return committed, confidence
+    def write(self, proposal: Proposal) -> Tensor:
+        """Commit the most reliable proposals; return where, bool (W, n)."""
+        canvas, part = self.canvas, self.part
+        is_filtered = canvas.constraint is not None and MODES[self.config.decode].each_alone
+        committed, scores = self._committed(proposal, needs_scores=is_filtered or self.config.remask > 0)
+        if is_filtered:
+            committed = self._compatible(proposal, committed, scores)
+        canvas.write(part.windows.rows, part.positions, proposal.tokens, committed, scores)
+        if proposal.log_prob is not None:
+            canvas.count(part.windows.rows, proposal.log_prob(committed))
+        return committed
+
+    def _compatible(self, proposal: Proposal, committed: Tensor, scores: Tensor) -> Tensor:
+        """Leave out what was drawn on its own and cannot be written together with the more reliable ones."""
+        canvas, part = self.canvas, self.part
+        assert canvas.constraint is not None
+        rows, windows = part.windows.rows, part.windows
+        start, accept = canvas.reach().ends(rows, windows.starts, windows.starts + windows.lengths)
+        order = scores.masked_fill(~committed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        ranked = torch.where(committed.gather(1, order), order, -1)
+        reads = canvas.reads[rows.unsqueeze(1), part.positions] & ~part.absent
+        return canvas.constraint.commit(
+            proposal.tokens, part.tokens, part.masked, ranked, reads=reads, start=start, accept=accept
+        )
+
+    def _committed(self, proposal: Proposal, *, needs_scores: bool) -> tuple[Tensor, Tensor]:
+        part, config, generators = self.part, self.config, self.generators
+        nothing_to_rank = bool((part.counts >= part.candidates.sum(1)).all())
+        if nothing_to_rank and not needs_scores:
+            return part.candidates, torch.ones_like(part.candidates, dtype=torch.float32)
+        beliefs = proposal.beliefs()
+        if proposal.accepted is None:
+            scores = _scores(self.canvas, beliefs, proposal.tokens, config, generators.at(2))
+            dependence = None if self.dist is None else partial(dependence_of, self.dist)
+            committed = commit(Ranking(scores, part.candidates, part.counts, lambda: beliefs, dependence), config)
+        else:
+            scores = SCORES["low_confidence"](beliefs, proposal.tokens, generators)
+            from_left = part.candidates.cumsum(1) <= part.counts.unsqueeze(1)
+            committed = part.candidates & (proposal.accepted | from_left)
+        confidence = SCORES["low_confidence"](beliefs, proposal.tokens, generators) if config.remask else scores
+        return committed, confidence
+
+    def write_one_by_one(self, dist: CoupledDistribution) -> None:
+        """Commit positions one after the other, as :meth:`write_in_rounds`, looking at few of them each time."""
+        part, outlook = self.part, Outlook(dist, self.config)
+        left, candidates = part.counts, part.candidates
+        for number in itertools.count():
+            turn = outlook.turn(dist, candidates & (left > 0).unsqueeze(1), self.generators.at(3, number))
+            ranking = Ranking(turn.scores, turn.scores > -torch.inf, left, dist.posterior)
+            committed = ranking.best(left.clamp(0, 1))
+            self.canvas.write(part.windows.rows, part.positions, turn.tokens, committed, turn.scores)
+            left, candidates = left - committed.sum(1), candidates & ~committed
+            if not bool(((left > 0) & candidates.any(1)).any()):
+                return
+            previous, dist = dist, dist.given(turn.tokens, committed)
+            outlook.after(dist, previous)
+
+    def write_in_rounds(self, dist: JointDistribution) -> None:
+        """Commit positions in rounds; each is given those before, without asking the denoiser again.
+
+        In ``any_order`` one position a round; with a threshold or a bound, all positions that these allow go together.
+        In ``marginal`` all of them, and in the next round those that the constraint refused. A window is done when its
+        own count is.
+        """
+        part, left = self.part, self.part.counts
+        most = 1 if MODES[self.config.decode].one_by_one else None
+        for number in itertools.count():
+            waits = (left <= 0).unsqueeze(1)
+            now = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(0, most))
+            one = replace(self, part=now, generators=self.generators.at(3, number), dist=dist)
+            proposal = one.proposal(self.config.decode)
+            committed = one.write(proposal)
+            is_over = self.canvas.ended[part.windows.rows]  # a teacher's text that cannot be written: nothing follows
+            left = (left - committed.sum(1)).masked_fill(is_over, 0)
+            committed = committed & ~is_over.unsqueeze(1)
+            if not bool((left > 0).any()):
+                return
+            dist = dist.given(proposal.tokens, committed)
+            tokens = torch.where(committed, proposal.tokens, part.tokens)
+            masked, candidates = part.masked & ~committed, part.candidates & ~committed
+            part = replace(part, tokens=tokens, masked=masked, candidates=candidates)
 
 
 def _scores(
@@ -287,58 +320,6 @@ def _scores(
     for control in canvas.controls:
         scores = control.scores(scores, tokens, canvas.spec)
     return scores
-
-
-def _is_free(canvas: Canvas) -> bool:
-    """Whether nothing but the distribution has a say in what is drawn and in its scores."""
-    has_scores = any(type(control).scores is not Control.scores for control in canvas.controls)
-    return canvas.constraint is None and canvas.teacher is None and not has_scores
-
-
-def _one_by_one(
-    canvas: Canvas, part: Part, dist: CoupledDistribution, config: DecodingConfig, generators: RowGenerators
-) -> None:
-    """Commit a step's positions one after the other, as :func:`_in_rounds`, looking at few of them each time."""
-    outlook, left, candidates = Outlook(dist, config), part.counts, part.candidates
-    for number in itertools.count():
-        turn = outlook.turn(dist, candidates & (left > 0).unsqueeze(1), generators.at(3, number))
-        ranking = Ranking(turn.scores, turn.scores > -torch.inf, left, dist.posterior)
-        committed = ranking.best(left.clamp(0, 1))
-        canvas.write(part.windows.rows, part.positions, turn.tokens, committed, turn.scores)
-        left, candidates = left - committed.sum(1), candidates & ~committed
-        if not bool(((left > 0) & candidates.any(1)).any()):
-            return
-        previous, dist = dist, dist.given(turn.tokens, committed)
-        outlook.after(dist, previous)
-
-
-def _in_rounds(
-    canvas: Canvas, part: Part, dist: JointDistribution, config: DecodingConfig, generators: RowGenerators
-) -> None:
-    """Commit a step's positions in rounds; each is given those before, without asking the denoiser again.
-
-    In ``any_order`` one position a round; with a threshold or a bound, all positions that these allow go together. In
-    ``marginal`` all of them, and in the next round those that the constraint refused. A window is done when its own
-    count is.
-    """
-    most = 1 if MODES[config.decode].one_by_one else None
-    left, rounds = part.counts, 0
-    while True:
-        waits = (left <= 0).unsqueeze(1)
-        one = replace(part, candidates=part.candidates & ~waits, counts=left.clamp(0, most))
-        source = generators.at(3, rounds)
-        proposal = _proposal(canvas, one, dist, config.decode, config, source)
-        committed = _write(canvas, one, proposal, dist, config, source)
-        is_over = canvas.ended[part.windows.rows]  # a teacher's text that cannot be written: nothing follows it
-        left = (left - committed.sum(1)).masked_fill(is_over, 0)
-        committed = committed & ~is_over.unsqueeze(1)
-        if not bool((left > 0).any()):
-            return
-        dist = dist.given(proposal.tokens, committed)
-        tokens = torch.where(committed, proposal.tokens, part.tokens)
-        masked, candidates = part.masked & ~committed, part.candidates & ~committed
-        part = replace(part, tokens=tokens, masked=masked, candidates=candidates)
-        rounds += 1
 
 
 def _take_back(canvas: Canvas, look: Look, share: float) -> None:

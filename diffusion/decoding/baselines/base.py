@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from circuits.arguments import checked_count
 from diffusion.decoding.baselines.models import AutoregressiveModel, BlockModel, CircuitModel, check_model
 from diffusion.decoding.baselines.saving import KINDS, Content, load_content, module_of, save_content
 from diffusion.errors import ArgumentError
@@ -46,17 +47,9 @@ class BlockHead(Generic[D]):
         absent: Tensor | None = None,  # shape: (W, L)
         keeps_list: bool = False,
     ) -> D:
-        """Return the joint distribution of W blocks.
+        """Return the joint distribution of W blocks; see :class:`~..joint.ConstrainableHead`.
 
-        Args:
-            prediction: what the denoiser says about their positions.
-            tokens: int64; entries at masked positions are ignored.
-            masked: bool, True where a token is to be predicted.
-            absent: bool, positions that a shorter block does not have: the last ones, if the head knows no others.
-            keeps_list: whether the prediction is listed as it should be, with no regard to ``top_k``.
-
-        Raises:
-            ArgumentError: a position is absent before one that is there, and the head cannot leave it out.
+        Raises ArgumentError if a position is absent before one that is there, and the head cannot leave it out.
         """
         if absent is not None:
             if self.from_left and bool((absent[:, :-1] & ~absent[:, 1:]).any()):
@@ -83,11 +76,9 @@ class BlockHead(Generic[D]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder: settings and weights in ``baseline.safetensors``, a circuit in ``circuit/``; no pickle.
 
-        The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one.
-
-        Raises:
-            ArgumentError: ``path`` holds something else, a weight is NaN or infinite, or the head is one of your own,
-                or around a model of your own.
+        The folder is swapped in as a whole: whoever loads it, at any time, gets the version before or this one. Raises
+        ArgumentError if ``path`` holds something else, a weight is NaN or infinite, or the head is one of your own, or
+        around a model of your own.
         """
         save_content(path, self.kind, type(self), self._content())
 
@@ -95,9 +86,8 @@ class BlockHead(Generic[D]):
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Self:
         """Read what :meth:`save` wrote.
 
-        Raises:
-            CheckpointError: a file is missing, corrupt, of a newer format, does not belong to the others, or holds
-                another kind of head.
+        Raises CheckpointError if a file is missing, corrupt, of a newer format, does not belong to the others, or holds
+        another kind of head.
         """
         return load_content(path, cls, device)
 
@@ -116,14 +106,17 @@ class BlockHead(Generic[D]):
 
 
 class NetworkHead(BlockHead[D], nn.Module):
-    """A head that is a network, built of its sizes."""
+    """A head that is a network, built of its sizes, ``vocab_size`` and ``block_length`` among them."""
 
-    def _sizes(self) -> dict[str, int]:
-        """Return the arguments that it was built with."""
-        raise NotImplementedError
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        for name, value in sizes.items():
+            checked_count(name, value)
+        self.vocab_size, self.block_length = sizes["vocab_size"], sizes["block_length"]
+        self._sizes = sizes
 
     def _content(self) -> Content:
-        return Content(self._sizes(), self.state_dict())
+        return Content(dict(self._sizes), self.state_dict())
 
     @classmethod
     def from_content(cls, content: Content) -> Self:
@@ -132,11 +125,7 @@ class NetworkHead(BlockHead[D], nn.Module):
 
 
 class ModelHead(BlockHead[D]):
-    """A head around a model of blocks.
-
-    Args:
-        model: see :class:`~.models.BlockModel`.
-    """
+    """A head around a model of blocks, a :class:`~.models.BlockModel`."""
 
     def __init__(self, model: BlockModel) -> None:
         check_model(model)

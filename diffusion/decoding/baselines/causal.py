@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from circuits import RowGenerators
-from circuits.arguments import checked_count
 from diffusion.decoding.baselines.base import DrawnDistribution, NetworkHead
 from diffusion.decoding.baselines.encoder import BlockEncoder
 from diffusion.prediction import Prediction
@@ -37,11 +36,7 @@ class CausalHead(NetworkHead["CausalDistribution"]):
     no_constraint: ClassVar[str | None] = "which cannot tell which beginnings can still be completed under its network"
 
     def __init__(self, vocab_size: int, block_length: int, *, width: int = 64, seed: int = 0) -> None:
-        super().__init__()
-        for name, value in (("vocab_size", vocab_size), ("block_length", block_length), ("width", width)):
-            checked_count(name, value)
-        self.vocab_size = vocab_size
-        self.block_length = block_length
+        super().__init__(vocab_size=vocab_size, block_length=block_length, width=width)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = BlockEncoder(vocab_size, block_length, width)
@@ -50,13 +45,6 @@ class CausalHead(NetworkHead["CausalDistribution"]):
             self.output = nn.Linear(width, vocab_size)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
-
-    def _sizes(self) -> dict[str, int]:
-        return {
-            "vocab_size": self.vocab_size,
-            "block_length": self.block_length,
-            "width": self.output.in_features,
-        }
 
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None

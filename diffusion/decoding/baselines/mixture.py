@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from circuits import RowGenerators
-from circuits.arguments import checked_count
 from circuits.queries import DeterministicAutomaton
 from diffusion.decoding.baselines.base import NetworkHead
 from diffusion.decoding.baselines.constrained_mixture import ConstrainedMixture
@@ -43,23 +42,14 @@ class MixtureHead(NetworkHead["MixtureDistribution"]):
     def __init__(
         self, vocab_size: int, block_length: int, num_components: int, *, width: int = 64, seed: int = 0
     ) -> None:
-        super().__init__()
         sizes = {"vocab_size": vocab_size, "block_length": block_length, "width": width}
-        for name, value in (*sizes.items(), ("num_components", num_components)):
-            checked_count(name, value)
-        self.vocab_size = vocab_size
-        self.block_length = block_length
+        super().__init__(**sizes, num_components=num_components)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = BlockEncoder(vocab_size, block_length, width)
             self.components = nn.Parameter(torch.randn(num_components, block_length, width))
             self.output = nn.Linear(width, vocab_size)
             self.weights = nn.Linear(width, num_components)
-
-    def _sizes(self) -> dict[str, int]:
-        num_components, block_length, width = self.components.shape
-        sizes = {"vocab_size": self.vocab_size, "block_length": block_length, "width": width}
-        return {**sizes, "num_components": num_components}
 
     def _of_blocks(
         self, prediction: Prediction, tokens: Tensor, masked: Tensor, absent: Tensor | None

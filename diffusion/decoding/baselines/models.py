@@ -26,20 +26,12 @@ class BlockModel(Protocol):
         self,
         blocks: Tensor,  # shape: (N, L)
     ) -> Tensor:  # shape: (N, L, V)
-        """Return ``log p(x_i = v | x_0 .. x_i-1)`` of every position and token; what stands at i or later is ignored.
-
-        Args:
-            blocks: int64.
-        """
+        """Return ``log p(x_i = v | x_0 .. x_i-1)`` of int64 blocks; what stands at i or later is ignored."""
         ...
 
 
 class CircuitModel:
-    """A circuit over blocks, asked from left to right: exact, in one batch of N L questions.
-
-    Args:
-        pc: over L positions, V categories each.
-    """
+    """A circuit over L positions of V categories, asked from left to right: exact, in one batch of N L questions."""
 
     def __init__(self, pc: ct.CompiledCircuit) -> None:
         check_circuit(pc)
@@ -97,11 +89,7 @@ class AutoregressiveModel(nn.Module):
 
     def sizes(self) -> dict[str, int]:
         """Return the arguments that it was built with."""
-        return {
-            "vocab_size": self.vocab_size,
-            "block_length": self.block_length,
-            "width": self.recurrence.hidden_size,
-        }
+        return {"vocab_size": self.vocab_size, "block_length": self.block_length, "width": self.recurrence.hidden_size}
 
     def log_conditionals(self, blocks: Tensor) -> Tensor:
         """Return ``log p(x_i = v | x_0 .. x_i-1)``, (N, L, V)."""
