@@ -33,10 +33,7 @@ __all__ = [
     "worlds",
 ]
 
-_LAZY = {
-    "DenoiserTestCase": "diffusion.testing.conformance",
-    "random_worlds": "diffusion.testing.strategies",
-}
+_LAZY = {"DenoiserTestCase": "diffusion.testing.conformance", "random_worlds": "diffusion.testing.strategies"}
 
 
 def __getattr__(name: str) -> Any:

@@ -37,11 +37,7 @@ class Components:
 
     @classmethod
     def of(cls, pc: ct.CompiledCircuit) -> Components:
-        """Enumerate the latent configurations of a circuit, those without weight left out.
-
-        Raises:
-            ArgumentError: there are more than 2**14 of them.
-        """
+        """Enumerate a circuit's latent configurations, those with weight; raises ArgumentError for more than 2**14."""
         units: dict[ct.Node, list[list[_Configuration]]] = {}
         for node in pc.circuit.nodes:
             children = [units[child] for child in node.children]
@@ -86,8 +82,7 @@ class Components:
     def given(self, tokens: Ids, observed: Bools) -> Components:
         """Return the mixture given tokens, (L,), where ``observed``, bool (L,), is True.
 
-        Raises:
-            ImpossibleEvidenceError: they are impossible.
+        Raises ImpossibleEvidenceError if they are impossible.
         """
         likelihood = np.where(observed, self.leaves[:, np.arange(len(tokens)), np.where(observed, tokens, 0)], 1.0)
         weights = self.weights * likelihood.prod(1)
@@ -105,8 +100,7 @@ class Components:
     def mutual_information(self, num_candidates: int = 4) -> Floats:
         """Return the mutual information of all pairs of positions, (L, L), in nats.
 
-        Args:
-            num_candidates: how many of its most probable tokens a position tells apart; all others are one.
+        A position tells so many candidates, its most probable tokens, apart; all others are one.
         """
         length, num_tokens = self.marginals.shape
         order = np.argsort(-np.round(self.marginals, 12), 1, kind="stable")

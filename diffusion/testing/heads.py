@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +12,7 @@ from diffusion.decoding.joint import JointHead
 from diffusion.denoisers.base import Denoiser
 from diffusion.prediction import Prediction
 from diffusion.testing.law import Masked, StepLaw, Tokens
-from diffusion.testing.reference import Draws, Rule, step_of
+from diffusion.testing.reference import Draws, Rule, possible_texts, step_of
 
 
 def with_head(denoiser: Denoiser, head: JointHead, rule: Rule) -> StepLaw:
@@ -33,7 +32,7 @@ def with_head(denoiser: Denoiser, head: JointHead, rule: Rule) -> StepLaw:
         row, is_open = torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(masked).unsqueeze(0)
         prediction = Prediction.ask(denoiser, row)
         dist = head.distribution(prediction, row, is_open)
-        texts = _texts(prediction, tokens, masked)
+        texts = possible_texts((prediction.dense()[0] > -torch.inf).numpy(), tokens, masked)
         probs = dist.log_prob(torch.from_numpy(texts).unsqueeze(1))[:, 0].double().exp().numpy()
         judge = dist.posterior().dense()[0].double().exp().numpy()
         yield Draws(1.0, texts, probs / probs.sum(), judge)
@@ -90,9 +89,3 @@ def _both(p: np.ndarray, q: np.ndarray, v: int) -> float:
     if p[v] == 0 or q[v] == 0:
         return 0.0
     return float(1 / np.maximum(p / p[v], q / q[v]).sum())
-
-
-def _texts(prediction: Prediction, tokens: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    possible = (prediction.dense()[0] > -torch.inf).numpy()
-    values = [np.flatnonzero(possible[i]).tolist() if masked[i] else [int(tokens[i])] for i in range(len(tokens))]
-    return np.array(list(itertools.product(*values)))

@@ -26,11 +26,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DecoderLaw(Table):
-    """The distribution of a decoder's texts.
-
-    Attributes:
-        expected_steps: how many steps it takes, in the mean.
-    """
+    """The distribution of a decoder's texts, with ``expected_steps``, how many steps it takes in the mean."""
 
     expected_steps: float = 0.0
 
@@ -83,8 +79,7 @@ def decoder_law(
 def advance(law: Law, step_law: StepLaw, step: int) -> Law:
     """Return the law of the states after one more step, equal states merged.
 
-    Raises:
-        ArgumentError: the outcomes of a state do not sum to 1.
+    Raises ArgumentError if the outcomes of a state do not sum to 1.
     """
     after: Law = {}
     for (tokens, masked), prob in law.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -331,14 +331,15 @@ def step_of(draws: Callable[[Ids, Bools], Iterator[Draws]], rule: Rule) -> StepL
     return step_law
 
 
-def _values(table: Floats, tokens: Ids, masked: Bools) -> list[list[int]]:
-    """Return the possible tokens of every position: those with a probability, or the one that is there."""
-    return [np.flatnonzero(table[i]).tolist() if masked[i] else [int(tokens[i])] for i in range(len(tokens))]
+def possible_texts(table: NDArray[Any], tokens: Ids, masked: Bools) -> Ids:
+    """Return all texts whose open positions have tokens that the rows of a table, (L, V), do not call 0: (S, L)."""
+    values = [np.flatnonzero(table[i]).tolist() if masked[i] else [int(tokens[i])] for i in range(len(tokens))]
+    return np.array(list(itertools.product(*values)))
 
 
 def _products(table: Floats, tokens: Ids, masked: Bools) -> tuple[Ids, Floats]:
     """Return all texts that draws from the rows of (L, V) at open positions may give, and their probabilities."""
-    texts = np.array(list(itertools.product(*_values(table, tokens, masked))))
+    texts = possible_texts(table, tokens, masked)
     return texts, np.prod(table[np.arange(len(tokens)), texts], 1, where=masked)
 
 

@@ -44,11 +44,7 @@ def cities(num_cities: int = 2, *, probs: Sequence[float] | None = None) -> Worl
 
 
 def alternating(length: int = 4) -> World:
-    """ABAB... or BABA..., half and half; the true circuit is a hidden Markov model with 2 states.
-
-    Args:
-        length: L >= 1.
-    """
+    """ABAB... or BABA... of some length, half and half; the true circuit is a hidden Markov model with 2 states."""
     _checked("length", length, 1)
     start = torch.tensor([[0], [1]])
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).expand(length - 1, 2, 2)
@@ -87,9 +83,6 @@ def parity(length: int = 4) -> World:
     """Bits with an even number of ones, all equally probable: every proper part of a text is fair coins.
 
     The true circuit is a hidden Markov model with 4 states: the bit, and the parity of the bits so far.
-
-    Args:
-        length: L >= 1.
     """
     _checked("length", length, 1)
     states = list(itertools.product((0, 1), (0, 1)))  # (bit, parity with it)
@@ -104,12 +97,9 @@ def parity(length: int = 4) -> World:
 
 
 def sums(largest: int = 9) -> World:
-    """Worked sums ``a + b = c`` of digits with c at most ``largest``, all equally probable.
+    """Worked sums ``a + b = c`` of digits with c at most ``largest``, 1 to 9, all equally probable.
 
     Any two of the numbers determine the third. The true circuit is a mixture with one component per sum.
-
-    Args:
-        largest: 1 to 9.
     """
     _checked("largest", largest, 1, 9)
     plus, equals = largest + 1, largest + 2

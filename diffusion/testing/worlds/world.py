@@ -86,8 +86,7 @@ class World(Table):
     def encode(self, text: str) -> Tensor:
         """Return the ids of words separated by spaces, ``_`` for the mask: int64 (number of words,).
 
-        Raises:
-            ArgumentError: a word that this world does not have.
+        Raises ArgumentError for a word that this world does not have.
         """
         ids = {word: id for id, word in enumerate([*self.words, "_"])}
         unknown = [word for word in text.split() if word not in ids]
@@ -99,13 +98,10 @@ class World(Table):
         self,
         tokens: Tensor,  # shape: (L,)
     ) -> Tensor:  # shape: (n,)
-        """Return the probability of each possible text given the tokens that are not masked.
+        """Return the probability of each possible text given the tokens that are not masked, int64 (L,).
 
-        Where no text agrees with all of them, those count that disagree in the fewest (the limit of rare misprints),
-        so that the posterior exists everywhere.
-
-        Args:
-            tokens: int64 (L,), ``mask_id`` where nothing is known.
+        Where no text agrees with all of them, those count that disagree in the fewest (the limit of rare misprints), so
+        that the posterior exists everywhere.
         """
         mismatches = (tokens != self.support).sum(1)  # a mask differs from all texts alike
         weights = torch.where(mismatches == mismatches.min(), self.probs, 0.0)
