@@ -15,7 +15,7 @@ def quad_tree(shape: Sequence[int], num_splits: int) -> Builder:
     """Merge four neighbours at a time, by rows first or all at once."""
     if num_splits not in (2, 4):
         raise ArgumentError(f"num_splits: expected 2 or 4, got {num_splits!r}")
-    return _grown(shape, _by_rows if num_splits == 2 else _at_once)
+    return _grown(shape, _by_rows if num_splits == 2 else Builder.merged)
 
 
 def quad_graph(shape: Sequence[int]) -> Builder:
@@ -45,10 +45,6 @@ def _joined(builder: Builder, block: list[list[int]], merge: Merge) -> int:
     if len(cells) == 1:
         return cells[0]
     return builder.merged(cells) if len(cells) == 2 else merge(builder, cells)
-
-
-def _at_once(builder: Builder, cells: list[int]) -> int:
-    return builder.merged(cells)
 
 
 def _by_rows(builder: Builder, cells: list[int]) -> int:

@@ -26,9 +26,6 @@ def trim(pc: CompiledCircuit) -> CompiledCircuit:
     """Remove the units that no sample can reach, because every way from the root to them has a zero weight.
 
     The distribution stays the same. A unit stays where its removal would break an elementwise product or a tie.
-
-    Args:
-        pc: the circuit.
     """
     rebuild = Rebuild(pc)
     reached: dict[Node, Tensor] = {node: torch.zeros(node.num_units, dtype=torch.bool) for node in pc.circuit.nodes}
@@ -43,7 +40,7 @@ def trim(pc: CompiledCircuit) -> CompiledCircuit:
             for child, choice in zip(node.children, unit_choices(node), strict=True):
                 reached[child][choice[units]] = True
     _keep_whole_ties(pc.circuit, reached)
-    _align(pc.circuit, reached, _union, lambda count: torch.ones(count, dtype=torch.bool))
+    _align(pc.circuit, reached, torch.logical_or, lambda count: torch.ones(count, dtype=torch.bool))
     groups = {node: (kept.cumsum(0) - 1).masked_fill(~kept, -1) for node, kept in reached.items()}
     return _regroup(rebuild, groups)
 
@@ -54,9 +51,6 @@ def merge_equal_units(pc: CompiledCircuit) -> CompiledCircuit:
 
     The distribution stays the same; the weights that lead to merged units add up. Units stay apart where merging them
     would break an elementwise product or a tie, and units of the root, if they are classes.
-
-    Args:
-        pc: the circuit.
     """
     rebuild = Rebuild(pc)
     classes: Groups = {node: torch.arange(node.num_units) for node in pc.circuit.nodes}
@@ -132,10 +126,6 @@ def _numbered(labels: Tensor) -> Tensor:
     first = torch.full((int(labels.max()) + 1,), len(labels))
     first = first.scatter_reduce(0, labels, torch.arange(len(labels)), "amin")
     return first.argsort().argsort()[labels]
-
-
-def _union(one: Tensor, other: Tensor) -> Tensor:
-    return one | other
 
 
 def _refinement(one: Tensor, other: Tensor) -> Tensor:
