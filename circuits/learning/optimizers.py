@@ -76,7 +76,7 @@ class _ByFlows(Optimizer):
         """Return what moves the weights of a circuit."""
         return type(self).makes(*self._parts(pc))
 
-    def _parts(self, pc: CompiledCircuit) -> tuple[Any, ...]:
+    def _parts(self, pc: CompiledCircuit) -> tuple[CompiledCircuit, Processes, str, dict[str, Any]]:
         held = {} if self.frozen is None else frozen_parameters(pc, self.frozen, by_em=True)
         description = f"{self.name} {sorted(self._numbers().items())}{_described(held)}"
         return pc, self.processes, description, self._numbers() | {"frozen": self.frozen}
@@ -101,7 +101,7 @@ class EM(_ByFlows):
     def learner(self, pc: CompiledCircuit) -> learners.Learner:
         """Return what moves the weights of a circuit."""
         flows_of = functools.partial(expected_flows, checkpointed=self.checkpointed)
-        return learners.FullBatchLearner(*self._parts(pc), flows_of)
+        return learners.FullBatchLearner(*self._parts(pc), flows_of=flows_of)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,11 +139,11 @@ def block_sparse_hmm(
     ``emission{t}_{g}`` is its input node; groups of one size with equally many followers are evaluated in one tensor
     operation.
 
-    Arguments and errors are those of :func:`hmm`, but for:
-
     With a rank, any state may follow any other as well, by ways that all groups share: ``W_ij + sum_r U_ir V_rj``, W as
     the pattern allows. The node ``factor{t}`` (R units) mixes the states of step t + 1. N states in groups of sqrt(N)
     that are followed by their own cost about N^1.5 + 2 N R multiplications a step, instead of N^2.
+
+    Arguments and errors are those of :func:`hmm`, but for:
 
     Args:
         group_sizes: how many states each of the G groups has, N together; given tables have them group after group.
