@@ -70,11 +70,10 @@ def mixture_of(components: Sequence[Circuit], *, weights: Tensor | None = None) 
     if len(num_classes) > 1:
         raise StructureError(f"components: expected equally many classes in all of them, got {num_classes}")
     count = len(components)
-    shares = checked_table(
-        "weights", torch.full((count,), 1 / count) if weights is None else weights, (count,), 1, True
-    )
+    shares = torch.full((count,), 1 / count) if weights is None else weights
+    checked_table("weights", shares, (count,), 1, True)
     roots = [one.with_prefix(f"member{k}.").root for k, one in enumerate(components)]
-    table = torch.kron(shares, torch.eye(roots[0].num_units, dtype=shares.dtype))
+    table = torch.kron(shares.unsqueeze(0), torch.eye(roots[0].num_units, dtype=shares.dtype))
     root = sum(*roots, num_units=roots[0].num_units, weights=table, name="members")
     return Circuit(root, num_classes=components[0].num_classes)
 
