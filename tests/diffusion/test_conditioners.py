@@ -125,6 +125,37 @@ def test_conditioners_are_applied_in_order_and_their_factors_add_up(pc, said, bl
     torch.testing.assert_close(found.marginal_probs, expected.marginal_probs, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_potentials_on_groups_of_states_are_those_of_the_dense_chain(rank, said, block, generator, tmp_path):
+    follows, sizes = torch.tensor([[True, True, False], [False, True, True], [True, False, True]]), [1, 2, 1]
+    sparse = ct.compile(ct.structures.block_sparse_hmm(L, sizes, V, follows, rank=rank), dtype=torch.float64, seed=0)
+    table = torch.zeros(4, 4, dtype=torch.float64)
+    starts = [0, 1, 3, 4]
+    for g, group in enumerate(range(3)):
+        own = sparse.log_weights(f"transition0_{g}").exp().detach()
+        rows, at = slice(starts[group], starts[group + 1]), 0
+        for h in torch.nonzero(follows[g]).flatten().tolist():
+            table[rows, starts[h] : starts[h + 1]] += own[:, at : at + sizes[h]]
+            at += sizes[h]
+        if rank is not None:
+            table[rows] += own[:, at:] @ sparse.log_weights("factor0").exp().detach()
+    emission = torch.cat([sparse.log_weights(f"emission0_{g}").exp().detach().T for g in range(3)])
+    initial = sparse.log_weights("initial").exp().detach()[0]
+    dense = ct.compile(
+        ct.structures.hmm(L, 4, V, initial=initial, transition=table, emission=emission), dtype=torch.float64
+    )
+    expected = moved(LatentPotentials.for_hmm(dense, H, hidden=3).double(), generator)
+    made = LatentPotentials.for_block_sparse_hmm(sparse, H, hidden=3).double()
+    made.load_state_dict(expected.state_dict())
+    head = CoupledHead(sparse, conditioners=[made])
+    head.save(tmp_path / "head")
+    law = CoupledHead(dense, conditioners=[expected])(said, *block).log_prob(texts(B))
+    for one in (head, CoupledHead.load(tmp_path / "head").double()):
+        torch.testing.assert_close(one(said, *block).log_prob(texts(B)), law, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ArgumentError, match="units: expected states from -1 to 3 of nodes that have a position"):
+        LatentPotentials({"initial": 0}, 4, H, units={"initial": [0, 1, 4, 2]})
+
+
 def test_potentials_on_a_tree_read_the_positions_that_its_hidden_variables_emit(said, block, generator):
     """By enumeration of the states of the two hidden variables of the tree 0 - 1 - 2, of which 2 is a leaf."""
     edges = [(0, 1), (1, 2), (1, 3), (3, 4)]
