@@ -20,6 +20,9 @@ from circuits.algebra.semirings import MaxSemiring
 
 _FEW_PRODUCTS, _MANY_STEPS = 1 << 10, 128
 """Blocks: with up to so many products in a step of the matrices of all columns, from so many steps on."""
+_FEW_NUMBERS, _FEW_COLUMNS, _NUM_GUESSED, _CHUNK = 1 << 7, 1 << 13, 8, 16
+"""Guesses: up to so many numbers, and so many products, in a step; so many blocks; compared every so many steps."""
+_MANY_STATES = 16
 _SMALL_STEP, _SMALL_MAXIMUM = 1 << 18, 1 << 14
 """NumPy: up to so many products in a step, which its libraries leave to one thread; else PyTorch and its threads."""
 
@@ -43,10 +46,20 @@ class Calls(NamedTuple):
     zero: float = 0.0
     one: float = 1.0
 
+    @property
+    def are_sums(self) -> bool:
+        """Whether plus adds; else it takes the maximum of logarithms."""
+        return self.one == 1.0
+
 
 def _best_of_small(columns: Any, x: Any, out: Any) -> None:
     """Maximise over what lies far apart in memory, which is faster than over neighbours: weights are (I, O, 1)."""
     np.maximum.reduce(np.add(columns, x[..., None, :]), axis=-3, out=out)
+
+
+def _best_of_many(rows: Any, x: Any, out: Any) -> None:
+    """The same of many states and few columns, (K, C): weights are (I, 1, O)."""
+    out[...] = np.maximum.reduce(np.add(rows, x[:, :, None]), axis=0).T
 
 
 def _best_of_large(log_weights: Any, x: Tensor, out: Tensor) -> None:
@@ -66,6 +79,7 @@ _MAX_SMALL = Calls(
     zero=-math.inf,
     one=0.0,
 )
+_MAX_MANY = _MAX_SMALL._replace(mix=_best_of_many)
 _MAX_LARGE = Calls(
     *(torch.detach, torch.add, torch.maximum, torch.amax, _best_of_large, _best_of_large, torch.amax, torch.sub),
     zero=-math.inf,
@@ -131,11 +145,15 @@ def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None, 
     """
     calls, matrix, offsets, in_blocks = _MAX_LARGE, log_weights, None, are_few(factors)
     if _is_small(factors, _SMALL_MAXIMUM):
-        calls, matrix = _MAX_SMALL, log_weights.t().unsqueeze(2).contiguous()
+        is_many = factors.shape[1] >= _MANY_STATES and not in_blocks
+        calls, matrix = (
+            _MAX_MANY if is_many else _MAX_SMALL,
+            log_weights.t().unsqueeze(1 if is_many else 2).contiguous(),
+        )
     if silent is not None:  # logarithms of weights are at most 0
         offsets = torch.full_like(silent, -math.inf, dtype=factors.dtype).masked_fill_(silent, 0.0)
     with np.errstate(invalid="ignore"):
-        found = _rise(calls, matrix, factors, offsets, every=0 if in_blocks else every, in_blocks=in_blocks)
+        found = _rise(calls, matrix, factors, offsets, every=every, in_blocks=in_blocks)
     assert found is not None
     return found
 
@@ -209,6 +227,11 @@ def _rise(
     calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int, in_blocks: bool
 ) -> Rise | None:
     """Evaluate ``y_t = W (f_t y_t+1) plus o_t`` in place of the factors; None where the blocks' matrices lost terms."""
+    is_thin = _is_small(factors, _FEW_COLUMNS) and factors[0].numel() <= _FEW_NUMBERS
+    if not in_blocks and is_thin and len(factors) >= 4 * _NUM_GUESSED * _CHUNK:
+        guessed = _guessed(calls, matrix, factors, offsets, every=every)
+        if guessed is not None:
+            return guessed
     table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
     length, end = _blocks(len(factors)) if in_blocks else (1, 0)
     parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
@@ -218,7 +241,7 @@ def _rise(
         return Rise(factors, results, scales, None)
     start = results[end] if end < len(factors) else start
     beside = [_beside(part[:end], length) for part in parts]
-    maps = _maps(calls, table, beside, every=every, batch_size=start.shape[1])
+    maps = _maps(calls, table, beside, every=every if calls.are_sums else 0, batch_size=start.shape[1])
     if maps is None:
         return None
     between = _between(calls, maps.flip(0), start, rescale=bool(every)).flip(0)
@@ -226,12 +249,48 @@ def _rise(
     _run(calls, table, beside, _columns(between[1:]), every=every, backwards=True)
     for whole, part in zip(parts[1:4], beside[1:4], strict=True):
         _apart(whole[:end], part)
-    if every:  # the vectors between the blocks have other scales than what was computed from them
-        firsts = torch.cat([results[:end:length], start.unsqueeze(0)])
-        scales[length - 1 : end : length] *= firsts[1:].sum(1, keepdim=True) / between[1:].sum(1, keepdim=True)
+    # the vectors between the blocks have other scales than what was computed from them
+    firsts, ends = torch.cat([results[:end:length], start.unsqueeze(0)]), scales[length - 1 : end : length]
+    if calls.are_sums:
+        ends *= firsts[1:].sum(1, keepdim=True) / between[1:].sum(1, keepdim=True)
         mapped = (maps * firsts[1:].unsqueeze(2)).sum((1, 2))
         maps *= (firsts[:-1].sum(1) / mapped)[:, None, None]
+    elif every:
+        ends += firsts[1:].amax(1, keepdim=True) - between[1:].amax(1, keepdim=True)
     return Rise(factors, results, scales, maps)
+
+
+def _guessed(calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int) -> Rise | None:
+    """Evaluate blocks of steps side by side from guessed vectors; None unless these are soon forgotten.
+
+    Such recurrences forget where they came from, up to a factor (Maleki, Musuvathi and Mytkowicz 2014, "Parallelizing
+    dynamic programming through rank convergence"). So each block begins once more, from what the guesses have made of
+    the block before it, until nothing but a factor changes; that is exact, as no step makes differences greater.
+    """
+    table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
+    states, length = torch.empty_like(factors), len(factors) // _NUM_GUESSED
+    end, batch_size = length * _NUM_GUESSED, factors.shape[2]
+    parts = (factors, states, results, scales, *(() if offsets is None else (offsets,)))
+    start = torch.full_like(factors[0], calls.one)
+    _run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
+    start = results[end] if end < len(factors) else start
+    beside = [_beside(part[:end], length) for part in parts]
+    _run(calls, table, beside, start.repeat(1, _NUM_GUESSED), every=every, backwards=True)
+    before = torch.cat([beside[2][0][:, batch_size:], start], 1)
+    for first in range(length - _CHUNK, 0, -_CHUNK):
+        guess = beside[2][first].clone()
+        _run(calls, table, [part[first : first + _CHUNK] for part in beside], before, every=every, backwards=True)
+        before = beside[2][first]
+        change = before / guess if calls.are_sums else before - guess
+        least, most = change.aminmax(dim=0)
+        size = most if calls.are_sums else before.abs().amax(0) + 1
+        if bool((most - least <= 16 * torch.finfo(change.dtype).eps * size).all()):
+            scale = beside[3][first - 1]
+            torch.mul(scale, most, out=scale) if calls.are_sums else torch.add(scale, most, out=scale)
+            for whole, part in zip(parts[1:4], beside[1:4], strict=True):
+                _apart(whole[:end], part)
+            return Rise(states, results, scales, None)
+    return None
 
 
 def _run(
@@ -301,7 +360,7 @@ def _between(calls: Calls, maps: Tensor, start: Tensor, *, rescale: bool) -> Ten
 
 def _blocks(num_steps: int) -> tuple[int, int]:
     """Return how many steps a block has, and how many all blocks have."""
-    count = num_steps // math.isqrt(2 * num_steps)
+    count = num_steps // max(1, math.isqrt(num_steps // 2))
     return num_steps // count, num_steps // count * count
 
 

@@ -98,6 +98,36 @@ def test_whatever_the_weights_float32_gives_what_layers_give_in_float64(schedule
             torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("stay", "is_forgotten"), [(0.2, True), (0.999, False)])
+def test_blocks_from_guesses_count_only_where_guesses_are_forgotten(monkeypatch, stay, is_forgotten):
+    length, num_states = 700, 12
+    mixed = torch.rand(num_states, num_states, generator=torch.Generator().manual_seed(0)).softmax(1)
+    transition = stay * torch.eye(num_states) + (1 - stay) * mixed
+    circuit = ct.structures.hmm(length, num_states, 4, transition=transition)
+    observed = torch.ones(3, length, dtype=torch.bool)
+    observed[1, 650:] = observed[2, 40:90] = False
+    evidence = ct.Evidence.observe(
+        torch.randint(4, observed.shape, generator=torch.Generator().manual_seed(0)), observed
+    )
+    guessed = []
+
+    def spied(*args, original=recurrence._guessed, **options):
+        guessed.append(original(*args, **options))
+        return guessed[-1]
+
+    monkeypatch.setattr(recurrence, "_guessed", spied)
+    pc = compiled(circuit, monkeypatch)
+    found, path = answers(pc, evidence), ct.queries.viterbi(pc, evidence)
+    assert guessed
+    assert all((one is not None) == is_forgotten for one in guessed)
+    monkeypatch.setattr(recurrence, "_guessed", lambda *args, **options: None)
+    for one, other in zip(found, answers(pc, evidence), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    step_by_step = ct.queries.viterbi(pc, evidence)
+    torch.testing.assert_close(path.log_score, step_by_step.log_score, **CLOSE)
+    assert torch.equal(path.path, step_by_step.path)
+
+
 def test_second_derivatives_go_through_the_layers(schedule, monkeypatch):
     pc = compiled(ct.structures.hmm(7, 2, 3), monkeypatch)
     factors = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
