@@ -205,6 +205,9 @@ def best_path(log_weights: Tensor, states: Tensor, first: Tensor) -> Tensor:
     if are_few(states):  # all units' choices at once, as flat indices, so that following them is one call a step
         columns = torch.arange(num_columns)
         followers = (log_weights.unsqueeze(2) + states.unsqueeze(1)).max(2).indices * num_columns + columns
+        if num_columns == 1:  # lists are faster than arrays of one number
+            states_of, state = followers[..., 0].tolist(), int(first)
+            return torch.tensor([[state := follower[state]] for follower in states_of])
         at = (first * num_columns + columns).numpy()
         for follower, there in zip(followers.numpy(), chosen, strict=True):
             follower.take(at, None, there, "clip")
