@@ -147,8 +147,12 @@ def sync(*paths: Path) -> None:
 
     All are waited for at once: so one commit of a journal, and one emptying of the disk's own memory, is for all.
     """
-    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
-        list(pool.map(_sync, paths))
+    try:
+        with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+            list(pool.map(_sync, paths))
+    except RuntimeError:  # the interpreter is ending, and starts no thread any more
+        for path in paths:
+            _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 import circuits as ct
 from circuits import files, store
 
+ROOT = Path(__file__).resolve().parents[2]
+
 NAMES = ("a", "b")
 
 
@@ -303,6 +305,14 @@ def test_what_is_in_the_way_and_names_that_are_too_long_are_named(number, tmp_pa
     if number:
         refused(lambda: save(tmp_path / "folder"), tmp_path / "folder", "remove the folder that is in the way")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "loop"]
+
+
+def test_what_is_saved_while_the_interpreter_ends_is_there(tmp_path):
+    code = "import atexit, sys, circuits as ct; pc = ct.compile(ct.structures.hmm(3, 2, 2), seed=0);"
+    code += "atexit.register(ct.save, pc, sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pc"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ct.load(tmp_path / "pc").circuit.num_vars == 3
 
 
 def test_every_new_file_and_folder_is_waited_for_once(tmp_path, monkeypatch):
