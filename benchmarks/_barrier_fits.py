@@ -22,7 +22,7 @@ GATES = {
     "switched": ("calibrated", "aligned"),
     "switched potentials": ("calibrated", "aligned", "potentials", "aligned potentials"),
 }
-"""Mixtures of the plain prediction and of heads."""
+"""Mixtures of the plain prediction, of the circuit alone and of heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,8 @@ class Fits:
     def gate(self, denoiser: df.Denoiser, kind: str, name: str) -> Gate:
         """Return a mixture of :data:`GATES` for a denoiser of some name, fitted to its validation windows."""
         heads = [self.head(denoiser, one, name) for one in GATES[kind] if self.has(one)]
-        gate = Gate(heads, torch.zeros(self.sizes.gate_knots, 1 + len(heads), dtype=torch.float64))
+        start = torch.zeros(self.sizes.gate_knots, 2 + len(heads), dtype=torch.float64)
+        gate = Gate(self.alone(), self.bed.vocabulary, heads, start)
         cache = self.cache(denoiser, "validation", name)
         batch = cache.batch(slice(0, len(cache)))
         return gate.fitted(batch.prediction, batch.tokens, batch.masked)

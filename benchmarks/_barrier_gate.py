@@ -1,6 +1,6 @@
-"""A mixture of the plain prediction and of heads, weighed by the mask ratio.
+"""A mixture of the plain prediction, of the circuit alone and of heads, weighed by the mask ratio.
 
-    p_hat(x) = g_0(r) prod_i q_i(x_i) + sum_k g_k(r) p_hat_k(x)
+    p_hat(x) = g_0(r) prod_i q_i(x_i) + g_1(r) p(x | visible) + sum_k g_k(r) p_hat_k(x)
 
 Each head has a calibration and conditioners of its own, so components of one circuit, which share what they are
 multiplied with, cannot say this; and a block chooses by what it holds which of them was right. With weights that are
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import circuits as ct
 import diffusion as df
 
 
@@ -23,11 +24,15 @@ class Gate:
     """A mixture.
 
     Attributes:
+        circuit: alone.
+        vocabulary: ids of its categories, in increasing order.
         heads: K of them.
-        log_weights: unnormalised, at M evenly spaced mask ratios from 0 to 1 and linear in between, (M, 1 + K); first
-            those of the plain prediction.
+        log_weights: unnormalised, at M evenly spaced mask ratios from 0 to 1 and linear in between, (M, 2 + K); first
+            those of the plain prediction and of the circuit.
     """
 
+    circuit: ct.CompiledCircuit
+    vocabulary: tuple[int, ...]
     heads: Sequence[df.CoupledHead]
     log_weights: Tensor
 
@@ -37,10 +42,12 @@ class Gate:
 
     @torch.no_grad()
     def parts(self, said: df.Prediction, tokens: Tensor, masked: Tensor) -> Tensor:
-        """Return the log-probability under every component, float64 (B, 1 + K)."""
+        """Return the log-probability under every component, float64 (B, 2 + K)."""
+        categories = torch.searchsorted(torch.tensor(self.vocabulary), tokens)
+        circuit = ct.queries.log_conditional(self.circuit, categories, ~masked).double()
         alone = said.log_prob_of(tokens).double().masked_fill(~masked, 0.0).sum(1)
         heads = [head.conditional_log_likelihood(said, tokens, masked).double() for head in self.heads]
-        return torch.stack([alone, *heads], 1)
+        return torch.stack([alone, circuit, *heads], 1)
 
     @torch.enable_grad()
     def fitted(self, said: df.Prediction, tokens: Tensor, masked: Tensor, *, decay: float = 1e-3) -> Gate:
@@ -68,8 +75,8 @@ class Gate:
 
 
 def mixed(
-    log_weights: Tensor,  # shape: (M, 1 + K)
-    parts: Tensor,  # shape: (B, 1 + K)
+    log_weights: Tensor,  # shape: (M, 2 + K)
+    parts: Tensor,  # shape: (B, 2 + K)
     masked: Tensor,  # shape: (B, L)
 ) -> Tensor:
     """Return the log-probability of a mixture whose weights are those of each block's mask ratio, (B,)."""

@@ -10,11 +10,11 @@
 Losses are nats per masked token. *one-step*: the denoiser, all masked tokens independently; *circuit alone*: the
 circuit of maximum likelihood; *plain*: their product, fitted; *calibrated*: with a calibration by noise; *potentials*,
 *gates*, *low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *aligned*, *aligned
-potentials*: of the bed's own circuit; *switched*: one step, *calibrated* and *aligned* behind a gate that reads the
-mask ratio, *switched potentials*: the heads with potentials too; *sequential*: the denoiser, one token at a time;
-*tuned ...*: the same with the denoiser trained further on the same text, for as long as *switched potentials* took.
-Every cell, a column on eight windows, is kept in a file of ``--folder``: an interrupted run goes on where it was, and
-one with more ``--windows`` or ``--seeds`` computes what is new.
+potentials*: of the bed's own circuit; *switched*: one step, the circuit alone, *calibrated* and *aligned* behind a gate
+that reads the mask ratio, *switched potentials*: the heads with potentials too; *sequential*: the denoiser, one token
+at a time; *tuned ...*: the same with the denoiser trained further on the same text, for as long as *switched
+potentials* took. Every cell, a column on eight windows, is kept in a file of ``--folder``: an interrupted run goes on
+where it was, and one with more ``--windows`` or ``--seeds`` computes what is new.
 """
 
 from __future__ import annotations

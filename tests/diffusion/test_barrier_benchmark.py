@@ -163,25 +163,25 @@ def test_a_mixture_of_heads_is_weighed_by_the_mask_ratio():
     assert gates.mixed(log_weights, parts, masked).tolist() == pytest.approx(expected)
 
 
-def test_a_mixture_leaves_out_a_head_that_is_never_right_and_is_sure_of_one_that_always_is():
-    """The first head multiplies with independent tokens that are wrong, the second with such that are right."""
+def test_a_mixture_leaves_out_parts_that_are_never_right_and_is_sure_of_one_that_always_is():
+    """The circuit and the first head expect wrong tokens, independently, and the second head the right ones."""
     tokens = torch.zeros(6, 4, dtype=torch.int64)
     masked = torch.tensor([[True] * count + [False] * (4 - count) for count in (1, 2, 3, 4, 4, 2)])
     said = df.Prediction.from_logits(torch.zeros(6, 4, 3))
-    heads = []
-    for right in (0, 1):
+    circuits = []
+    for right in (2, 1, 0):
         pc = ct.compile(ct.structures.fully_factorized(4, 3))
         table = torch.full((3, 1), 0.05)
         table[right] = 0.9
         for leaf in pc.circuit.inputs:
             pc.set_weights(leaf, table)
-        heads.append(df.CoupledHead(pc))
-    gate = gates.Gate(heads, torch.zeros(3, 3, dtype=torch.float64)).fitted(said, tokens, masked, decay=0.0)
+        circuits.append(pc)
+    heads, even = [df.CoupledHead(pc) for pc in circuits[1:]], torch.zeros(3, 4, dtype=torch.float64)
+    gate = gates.Gate(circuits[0], (0, 1, 2), heads, even).fitted(said, tokens, masked, decay=0.0)
     best = masked.sum(1) * np.log(0.9)
     torch.testing.assert_close(gate.log_likelihood(said, tokens, masked), best.double(), atol=1e-2, rtol=0)
-    parts = gate.parts(said, tokens, masked)
-    expected = masked.sum(1).double()[:, None] * torch.tensor([1 / 3, 0.9, 0.05]).double().log()
-    torch.testing.assert_close(parts, expected, atol=1e-4, rtol=1e-5)
+    expected = masked.sum(1).double()[:, None] * torch.tensor([1 / 3, 0.05, 0.05, 0.9]).double().log()
+    torch.testing.assert_close(gate.parts(said, tokens, masked), expected, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
