@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
                 measure.fill(kind, column)
         measures.append(measure)
     tables = {kind: rows_of(measures, kind) for kind in measures[0].bed.held_out}
-    for kind, rows in tables.items():
+    for kind, rows in ((kind, rows) for kind, rows in tables.items() if rows):
         print(f"\n{kind}, nats per masked token, and shares of the gap of the denoiser that a column is about:\n")
         print("\n".join(markdown(rows)))
     if options.chains:
