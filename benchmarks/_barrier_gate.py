@@ -43,7 +43,7 @@ class Gate:
     @torch.no_grad()
     def parts(self, said: df.Prediction, tokens: Tensor, masked: Tensor) -> Tensor:
         """Return the log-probability under every component, float64 (B, 2 + K)."""
-        categories = torch.searchsorted(torch.tensor(self.vocabulary), tokens)
+        categories = torch.searchsorted(torch.tensor(self.vocabulary), tokens.contiguous())
         circuit = ct.queries.log_conditional(self.circuit, categories, ~masked).double()
         alone = said.log_prob_of(tokens).double().masked_fill(~masked, 0.0).sum(1)
         heads = [head.conditional_log_likelihood(said, tokens, masked).double() for head in self.heads]
