@@ -130,7 +130,7 @@ class Chain:
     @torch.no_grad()
     def choose(self, found: Climb, num_samples: int, generator: Source) -> Choices:
         """Choose child units and arcs from the root down, for ``num_samples`` copies of the batch."""
-        choice = self._asked.choose(self.semiring, num_samples, generator, found=found)
+        choice = self.question.choose(self.semiring, num_samples, generator, found=found)
         pc, arcs, size = self.question.pc, self.semiring.arcs, self.semiring.num_entries
         units, labels = [], choice.query.new_zeros(len(choice.query), pc.circuit.num_vars)
         for position, (layer, reached) in enumerate(zip(pc.input_layers, choice.units, strict=True)):

@@ -438,6 +438,8 @@ def test_a_seed_decides_its_row_alone(structure, generator):
     together, alone = draw(dist, seeds), draw(some, seeds[rows])
     assert torch.equal(together[:, rows], alone)
     assert not torch.equal(draw(some, seeds[rows] + 1), alone)
+    with pytest.raises(ct.ArgumentError, match="generator: expected 3 seeds, one per query, got 2"):
+        draw(dist, seeds[:2])
 
 
 def branching():
