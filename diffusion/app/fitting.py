@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from circuits import CompiledCircuit
+import circuits as ct
+from circuits import Circuit, CompiledCircuit
 from circuits.reading import record_of
 from circuits.store import made_from
 from diffusion.app.recipe import CircuitRecipe, Recipe
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.low_rank_transitions import LowRankTransitions
+from diffusion.conditioners.mixture_weights import MixtureWeights
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.conditioners.transition_gates import TransitionGates
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
@@ -25,6 +27,9 @@ from diffusion.head import CoupledHead
 from diffusion.json_files import read_json
 from diffusion.text.tokenizer import TextTokenizer
 from diffusion.training.logit_cache import LogitCache
+
+_MOST_EMISSIONS = 1 << 24
+"""Of tables by position; beyond, a structure has none."""
 
 STAMP = "circuit.json"
 """What the head was fitted with, in folders of before; its manifest says it now."""
@@ -52,25 +57,46 @@ def initial_denoiser(recipe: Recipe, tokenizer: TextTokenizer) -> TransformerDen
     )
 
 
+def structures_of(settings: CircuitRecipe, block_length: int, num_tokens: int) -> dict[str, Circuit]:
+    """Return the structures, by name, that validation is to choose from."""
+    states = settings.num_states
+    if settings.structure == "hmm":
+        return {"hmm": ct.structures.hmm(block_length, states, num_tokens)}
+    sizes = sorted({max(1, states // 2), states, 2 * states})
+    found = {f"hmm-{size}": ct.structures.hmm(block_length, size, num_tokens) for size in sizes}
+    few = max(1, states // 4)
+    if block_length * few * num_tokens <= _MOST_EMISSIONS:
+        found[f"hmm-{few}-by-position"] = ct.structures.hmm(block_length, few, num_tokens, homogeneous=False)
+    return found
+
+
 def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache) -> CoupledHead:
     """Return a head on a circuit of maximum likelihood, with the conditioners that a recipe asks for.
 
     The cache is of the predictions that it will be fitted on, with features where ``settings.needs_features``.
     """
     conditioners: list[Conditioner] = []
+    calibration = None
     if settings.is_calibrated:
         counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
-        conditioners.append(NoiseCalibration.dividing_out(torch.from_numpy(counts)))
+        calibration = NoiseCalibration.dividing_out(torch.from_numpy(counts))
+        conditioners.append(calibration)
+    options: dict[str, Any] = {"hidden": settings.hidden_units}
+    if settings.has_mixture:
+        pc = MixtureWeights.with_independent(pc, calibration)
+        options["prefix"] = "member0."
+    num_features = None
     if settings.needs_features:
         assert cache.features is not None
-        num_features, hidden = cache.features.shape[2], settings.hidden_units
+        num_features = cache.features.shape[2]
         if settings.has_potentials:
-            conditioners.append(LatentPotentials.for_hmm(pc, num_features, hidden=hidden))
+            conditioners.append(LatentPotentials.for_hmm(pc, num_features, **options))
         if settings.transitions == "gates":
-            gates = TransitionGates.for_hmm(pc, num_features, num_tables=settings.num_tables, hidden=hidden)
-            conditioners.append(gates)
+            conditioners.append(TransitionGates.for_hmm(pc, num_features, num_tables=settings.num_tables, **options))
         if settings.transitions == "low_rank":
-            conditioners.append(LowRankTransitions.for_hmm(pc, num_features, rank=settings.rank, hidden=hidden))
+            conditioners.append(LowRankTransitions.for_hmm(pc, num_features, rank=settings.rank, **options))
+    if settings.has_mixture:
+        conditioners.append(MixtureWeights.for_mixture(pc, num_features, hidden=settings.hidden_units, power=1.0))
     return CoupledHead(pc, conditioners=conditioners).to(pc.device)
 
 

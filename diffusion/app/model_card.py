@@ -91,6 +91,7 @@ def model_card(recipe: Recipe, workspace: Workspace, *, num_held_out: int) -> st
 def _conditioners(recipe: Recipe) -> str:
     parts = {
         "its prediction calibrated by the noise level": recipe.circuit.is_calibrated,
+        "mixed with the plain prediction": recipe.circuit.has_mixture,
         "potentials on its states read from the denoiser's features": recipe.circuit.has_potentials,
         "transitions gated by the denoiser's features": recipe.circuit.transitions == "gates",
         "transitions moved by the denoiser's features": recipe.circuit.transitions == "low_rank",

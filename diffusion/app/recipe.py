@@ -63,6 +63,7 @@ class DenoiserRecipe:
     training: DenoiserTraining = field(default_factory=DenoiserTraining)
 
 
+Structure = Literal["hmm", "auto"]
 Transitions = Literal["static", "gates", "low_rank"]
 
 
@@ -71,11 +72,15 @@ class CircuitRecipe:
     """The circuit's size and training.
 
     Attributes:
+        structure: "hmm", or "auto": validation chooses among hidden Markov models of half, as many and twice the
+            states, and of a quarter of them with tables of their own at every position.
         num_states: N of the hidden Markov model over a block.
         likelihood_blocks: training blocks of the maximum-likelihood fit.
         likelihood_epochs: passes over them.
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
         is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.conditioners`.
+        has_mixture: whether the circuit is mixed with the plain prediction, by weights that noise and context decide,
+            see :class:`~diffusion.conditioners.mixture_weights.MixtureWeights`.
         has_potentials: whether potentials on the latents are read from the denoiser's hidden states.
         transitions: "static", or what the denoiser's hidden states make of them: "gates" over ``num_tables`` tables, or
             "low_rank", an update of rank ``rank``.
@@ -86,11 +91,13 @@ class CircuitRecipe:
         joint: the training of denoiser and head together after it; None: the denoiser stays as it is.
     """
 
+    structure: Structure = "hmm"
     num_states: Size = 128
     likelihood_blocks: Count = 40_000
     likelihood_epochs: Count = 5
     cached_blocks: Count = 16_384
     is_calibrated: bool = True
+    has_mixture: bool = False
     has_potentials: bool = False
     transitions: Transitions = "static"
     num_tables: Size = 4

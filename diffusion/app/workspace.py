@@ -31,7 +31,7 @@ from circuits.digests import digest
 from circuits.files import file_hash
 from circuits.io.saving import FORMAT as CIRCUIT
 from circuits.store import made_from, remove_folder
-from diffusion.app.fitting import STAMP, initial_denoiser, initial_head, origin, was_fitted
+from diffusion.app.fitting import STAMP, initial_denoiser, initial_head, origin, structures_of, was_fitted
 from diffusion.app.folder import HELD_OUT, JOINT, Folder, joint_name, stage
 from diffusion.app.recipe import PRESETS, CircuitRecipe, DenoiserRecipe, Recipe, TextRecipe
 from diffusion.decoding.config import DecodeMode, Strategy
@@ -165,9 +165,9 @@ class Workspace(Folder):
         for place in self.path.glob(f"{JOINT}-*"):
             if place.name != own:
                 remove_folder(place)
-        for place in (self.path / "checkpoints").glob("*.safetensors"):  # of other settings
+        for place in (self.path / "checkpoints").glob("*"):  # of other settings
             if place.stem.startswith(("likelihood", "head", JOINT)) and place.stem not in names:
-                place.unlink()
+                (remove_folder if place.is_dir() else Path.unlink)(place)
 
     def _fit_jointly(
         self, recipe: Recipe, corpus: Corpus, head: CoupledHead, config: JointTraining, checkpoint: Path
@@ -190,21 +190,19 @@ class Workspace(Folder):
             self.stream(corpus.train), length=length, num_windows=settings.likelihood_blocks, generator=generator
         )
         held_out = windows(self.stream(corpus.held_out), length=length, max_windows=512)
-        hmm = ct.structures.hmm(length, settings.num_states, self.tokenizer().vocab_size)
-        pc = ct.compile(hmm, device=self.device, seed=recipe.seed)
-        ct.learning.fit(
-            pc,
-            blocks,
-            optimizer="anemone",
-            num_epochs=settings.likelihood_epochs,
-            batch_size=512,
-            validation_data=held_out,
-            checkpoint_path=checkpoint,
-            seed=recipe.seed,
-            process_group=self.processes.group,
-            log_dir=self.log("likelihood"),
-            progress=self.progress,
-        )
+        candidates = structures_of(settings, length, self.tokenizer().vocab_size)
+        options: dict[str, Any] = {
+            "optimizer": ct.learning.Anemone(seed=recipe.seed, process_group=self.processes.group),
+            "num_epochs": settings.likelihood_epochs,
+            "batch_size": 512,
+            "validation_data": held_out,
+            "progress": self.progress,
+        }
+        if len(candidates) > 1:
+            where = {"device": self.device, "folder": checkpoint.with_suffix("")}
+            return ct.learning.choose_structure(candidates, blocks, seed=recipe.seed, **where, **options).pc
+        pc = ct.compile(candidates["hmm"], device=self.device, seed=recipe.seed)
+        ct.learning.fit(pc, blocks, checkpoint_path=checkpoint, log_dir=self.log("likelihood"), **options)
         return pc
 
     @stage

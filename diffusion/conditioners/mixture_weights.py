@@ -127,7 +127,7 @@ class MixtureWeights(Conditioner):
         for var in range(pc.circuit.num_vars):
             tie: dict[str, Any] = {"tied_to": leaves[0]} if leaves else {"weights": table}
             leaves.append(ct.inputs(var, 1, ct.Categorical(num_tokens), name=f"emission{var}", **tie))
-        independent = ct.compile(ct.Circuit(ct.sum(ct.product(*leaves), num_units=1)), device=pc.device, dtype=pc.dtype)
+        independent = ct.compile(ct.Circuit(ct.product(*leaves)), device=pc.device, dtype=pc.dtype)
         return ct.batteries.convex_combination([pc, independent], torch.tensor([1 - share, share], dtype=torch.float64))
 
     @property

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from tiny_folders import make_folder
 
 import circuits as ct
 from diffusion import (
@@ -12,14 +13,16 @@ from diffusion import (
     CoupledHead,
     LatentPotentials,
     LowRankTransitions,
+    MixtureWeights,
     TransformerConfig,
     TransformerDenoiser,
     TransitionGates,
     cache_logits,
     fit_coupled,
 )
-from diffusion.app.fitting import initial_head, was_fitted
+from diffusion.app.fitting import initial_head, structures_of, was_fitted
 from diffusion.app.recipe import PRESETS, CircuitRecipe
+from diffusion.app.workspace import Workspace
 from diffusion.training.circuit import coupled_loss
 
 
@@ -41,6 +44,8 @@ def test_a_head_that_was_fitted_before_an_option_existed_was_fitted_at_its_defau
         ({"has_potentials": True, "hidden_units": 5}, [LatentPotentials]),
         ({"has_potentials": True, "transitions": "gates", "num_tables": 3}, [LatentPotentials, TransitionGates]),
         ({"transitions": "low_rank", "rank": 2}, [LowRankTransitions]),
+        ({"has_mixture": True}, [MixtureWeights]),
+        ({"has_mixture": True, "has_potentials": True}, [LatentPotentials, MixtureWeights]),
     ],
 )
 def test_a_recipe_says_which_conditioners_are_learnt(options, kinds, tmp_path):
@@ -58,7 +63,8 @@ def test_a_recipe_says_which_conditioners_are_learnt(options, kinds, tmp_path):
     head = initial_head(pc, settings, cache)
     assert [type(made) for made in head.conditioners] == kinds
     before = coupled_loss(head, cache)
-    assert before == pytest.approx(coupled_loss(CoupledHead(pc), cache), rel=1e-6)
+    if "has_mixture" not in options:
+        assert before == pytest.approx(coupled_loss(CoupledHead(pc), cache), rel=1e-6)
     start = [parameter.detach().clone() for parameter in head.parameters()]
     fit_coupled(head, cache, config=settings.training, progress=False)
     assert coupled_loss(head, cache) < before
@@ -67,3 +73,25 @@ def test_a_recipe_says_which_conditioners_are_learnt(options, kinds, tmp_path):
     assert coupled_loss(CoupledHead.load(tmp_path / "head"), cache) == pytest.approx(
         coupled_loss(head, cache), rel=1e-5
     )
+
+
+def test_validation_chooses_the_structure_of_a_folders_circuit(tmp_path):
+    """Among half, as many and twice the states, and a quarter by position; and the fit goes on where it was."""
+    folder = make_folder(tmp_path, fits=False)
+    space = Workspace(folder, progress=False)
+    recipe = space.recipe()
+    settings = replace(recipe.circuit, structure="auto", num_states=4, has_mixture=True)
+    length, num_tokens = recipe.denoiser.block_length, space.tokenizer().vocab_size
+    names = {"hmm-2", "hmm-4", "hmm-8", "hmm-1-by-position"}
+    candidates = structures_of(settings, length, num_tokens)
+    assert set(candidates) == names
+    assert not any("by" in name for name in structures_of(settings, 1 << 12, 1 << 14))  # too many numbers
+    head = space.fit(replace(recipe, circuit=settings))
+    kept = ct.load(folder / "likelihood")
+    assert kept.circuit.num_parameters in {one.num_parameters for one in candidates.values()}
+    assert head.pc.circuit.node("member0.initial").parameter_shape == kept.circuit.node("initial").parameter_shape
+    (place,) = (path for path in (folder / "checkpoints").iterdir() if path.is_dir() and "likelihood" in path.name)
+    assert {path.stem for path in place.iterdir()} == names
+    assert was_fitted(folder, replace(recipe, circuit=settings))
+    space.fit(recipe)
+    assert not place.exists()

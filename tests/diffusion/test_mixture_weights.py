@@ -157,7 +157,7 @@ def test_with_an_independent_component_the_gate_is_between_coupled_and_plain_pre
     visible = ((texts(B) == tokens) | masked).all(-1)
     expected = 0.8 * coupled + 0.2 * one_step(said, masked).exp() * visible
     torch.testing.assert_close(dist.log_prob(texts(B)).exp(), expected, rtol=1e-6, atol=1e-12)
-    assert mixture.circuit.num_parameters == chain.circuit.num_parameters + V + 1 + 2
+    assert mixture.circuit.num_parameters == chain.circuit.num_parameters + V + 2
 
 
 def test_what_is_committed_later_conditions_the_same_joint_distribution(pc, said, block, generator):

@@ -24,7 +24,7 @@ from diffusion.app.commands.common import (
 )
 from diffusion.app.models import DEFAULT_OUT, ModelOptions
 from diffusion.app.option_groups import GREATEST_SEED, MOST, OptionGroup, count, flag, optional, with_options
-from diffusion.app.recipe import CircuitRecipe, Transitions
+from diffusion.app.recipe import CircuitRecipe, Structure, Transitions
 from diffusion.app.terminal import say
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import ArgumentError
@@ -132,11 +132,22 @@ class FitOptions(OptionGroup):
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
         "states": count("States of the hidden Markov model.", most=1 << 16),
+        "structure": optional(
+            str,
+            "hmm, or auto: validation chooses among models of half to twice the states, and by position.",
+            shown="the preset's",
+        ),
         "steps": count("Updates of the circuit on the coupled objective.", most=1 << 31),
         "optimizer": optional(
             str, "Of the circuit's weights on that objective: adam, or anemone, steps by flows.", shown="the preset's"
         ),
         "calibration": flag("Calibrate the prediction by the noise level.", "--calibration/--no-calibration"),
+        "mixture": optional(
+            bool,
+            "Mix the circuit with the plain prediction, by weights that noise and context decide.",
+            "--mixture/--no-mixture",
+            shown="the preset's",
+        ),
         "potentials": optional(
             bool,
             "Read potentials on the latents from the denoiser's hidden states.",
@@ -157,13 +168,15 @@ class FitOptions(OptionGroup):
 
     def changed(self, circuit: CircuitRecipe) -> CircuitRecipe:
         """Return a recipe with what is named; raises ArgumentError for a name that is not known."""
-        for name, known in (("transitions", Transitions), ("optimizer", OptimizerName)):
+        for name, known in (("structure", Structure), ("transitions", Transitions), ("optimizer", OptimizerName)):
             if self.given[name] is not None:
                 one_of(name, self.given[name], get_args(known))
         training = {"steps": self.steps, "optimizer": self.optimizer}
         chosen = {
+            "structure": self.structure,
             "num_states": self.states,
             "is_calibrated": self.calibration,
+            "has_mixture": self.mixture,
             "has_potentials": self.potentials,
             "transitions": self.transitions,
             "hidden_units": self.hidden,
