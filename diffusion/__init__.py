@@ -14,6 +14,7 @@ from diffusion.coupling import CoupledDistribution
 from diffusion.decoding import baselines, constraints, controls
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.generation import Generation, generate, infill
+from diffusion.decoding.head_mixture import HeadMixture
 from diffusion.decoding.joint import JointHead
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows
 from diffusion.denoisers import (
@@ -52,6 +53,7 @@ __all__ = [
     "DynamicWindows",
     "FeatureDenoiser",
     "Generation",
+    "HeadMixture",
     "HubTokenizer",
     "JointHead",
     "JointTraining",

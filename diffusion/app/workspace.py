@@ -199,7 +199,7 @@ class Workspace(Folder):
             "progress": self.progress,
         }
         if len(candidates) > 1:
-            where = {"device": self.device, "folder": checkpoint.with_suffix("")}
+            where: dict[str, Any] = {"device": self.device, "folder": checkpoint.with_suffix("")}
             return ct.learning.choose_structure(candidates, blocks, seed=recipe.seed, **where, **options).pc
         pc = ct.compile(candidates["hmm"], device=self.device, seed=recipe.seed)
         ct.learning.fit(pc, blocks, checkpoint_path=checkpoint, log_dir=self.log("likelihood"), **options)
