@@ -84,11 +84,9 @@ class Fits:
             ids = torch.tensor(bed.vocabulary)
             blocks = (part[:, -bed.block_length :].contiguous() for part in (bed.text, bed.validation))
             text, validation = (torch.searchsorted(ids, part) for part in blocks)
+            begun = bed.aligned if is_aligned else bed.chain
             structure = ct.structures.hmm(bed.block_length, sizes.states, len(ids))
-            if is_aligned:
-                assert bed.aligned is not None
-                structure = bed.aligned(sizes.states, text)
-            pc = ct.compile(structure, seed=self.seed)
+            pc = ct.compile(structure if begun is None else begun(sizes.states, text), seed=self.seed)
             optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.seed)
             result = ct.learning.fit(
                 pc,

@@ -85,7 +85,6 @@ def _bed(
     most = 16 if is_quick else None
     forbidden = set(denoiser.spec.forbidden_ids)
     vocabulary = tuple(id for id in range(denoiser.spec.vocab_size) if id not in forbidden)
-    sizes = {"first": 4, "last": 8} if is_quick else {"first": 128, "last": TEXT.states}
     return Bed(
         denoiser=denoiser,
         num_features=denoiser.config.width,
@@ -95,25 +94,27 @@ def _bed(
         train=random_windows(tokens, length=span, num_windows=most or 8192, generator=generator),
         validation=windows(validation, length=span, max_windows=most or 256),
         held_out={"held-out": _part(windows(rest, length=span), seed)},
-        structure=partial(grown, num_categories=len(vocabulary), **sizes, seed=seed),
+        chain=partial(grown, num_categories=len(vocabulary), first=2 if is_quick else 128, seed=seed),
         ratios=RATIOS,
     )
 
 
-def grown(text: Tensor, num_categories: int, *, first: int, last: int, seed: int, noise: float = 0.3) -> ct.Circuit:
+def grown(
+    num_states: int, text: Tensor, *, num_categories: int, first: int, seed: int, noise: float = 0.3
+) -> ct.Circuit:
     """Return a hidden Markov model whose states were split in two after every fit: better than from a random start.
 
     Args:
+        num_states: in the end, a power of two times ``first``.
         text: categories, int64 (N, L).
         num_categories: C.
         first: states of the first fit, which starts from random weights.
-        last: states in the end, a power of two times as many.
         seed: of the first weights, the order of the text, and what parts the copies of a state.
         noise: standard deviation of the logarithm of the factors that part them.
     """
     generator = torch.Generator().manual_seed(seed)
     circuit = ct.structures.hmm(text.shape[1], first, num_categories)
-    while first < last:
+    while first < num_states:
         pc = ct.compile(circuit, seed=seed)
         ct.learning.fit(pc, text, optimizer="anemone", num_epochs=2, batch_size=512, seed=seed, progress=False)
         tables = [pc.log_weights(name).detach() for name in ("initial", "transition0", "emission0")]
