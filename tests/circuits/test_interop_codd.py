@@ -238,7 +238,7 @@ def test_what_a_file_lacks_is_drawn_up_to_a_bound_in_all(tmp_path, monkeypatch):
 def test_the_instructions_of_a_pickle_are_counted(monkeypatch, tmp_path):
     path = written(records(), tmp_path / "model.jpc")
     monkeypatch.setattr(_pickle, "_MAX_INSTRUCTIONS", 100)
-    with pytest.raises(ct.CheckpointError, match="more than 100 instructions"):
+    with pytest.raises(ct.CheckpointError, match="expected at most 100 instructions"):
         load_jpc(path)
 
 
