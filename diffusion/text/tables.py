@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from circuits.reading import regular_size
+from circuits.reading import regular_size, short
 from diffusion.errors import ArgumentError, CorpusError
 from diffusion.text.tokenizer import is_text
 
@@ -44,8 +44,7 @@ class Table:
         for column in columns:
             if column not in self.columns:
                 raise CorpusError(
-                    f"{self.name}: no column {column!r}; its columns are: {', '.join(self.columns):.200}; name one of "
-                    "them"
+                    f"{self.name}: expected a column {column!r}, got {', '.join(self.columns):.200}; name one of them"
                 )
         number = 0
         for part in self.parts(columns):
@@ -53,7 +52,7 @@ class Table:
                 number += 1
                 for column, value in zip(columns, row, strict=True):
                     if not isinstance(value, str) or not is_text(value):
-                        found = "half of a surrogate pair" if isinstance(value, str) else type(value).__name__
+                        found = "half of a surrogate pair in it" if isinstance(value, str) else short(value)
                         raise CorpusError(f"{self.name}, row {number}: {column}: expected text, got {found}")
                 yield row
 
@@ -103,7 +102,7 @@ def _parquet(path: str) -> Table:
                 for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=list(columns)):
                     yield batch.to_pydict()
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise CorpusError(f"{path}: damaged, it cannot be read to its end: {_line(error)}") from error
+            raise CorpusError(f"{path}: expected rows to its end, got {_line(error)}; copy it again") from error
 
     return Table(path, tuple(file.schema_arrow.names), parts)
 

@@ -133,7 +133,7 @@ def fit_coupled(
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
     plan = plan_of(config, held_out, log_dir=log_dir, title="fitting the circuit")
-    training = _Training(head, cache, held_out, config, checked_processes(process_group))
+    training = CacheTraining(head, cache, held_out, config, checked_processes(process_group))
     identity = {
         "configuration": json.dumps(settings_of(config)),
         "head": described(head),
@@ -276,7 +276,7 @@ class HeadTraining(ModuleTraining, ABC):
         self._flows.restore(state["flows"])
 
 
-class _Training(HeadTraining):
+class CacheTraining(HeadTraining):
     """Updates of a head on the examples of a cache."""
 
     def __init__(

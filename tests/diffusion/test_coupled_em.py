@@ -10,7 +10,7 @@ import torch
 
 import circuits as ct
 import diffusion as df
-from diffusion.training.circuit import _Training, coupled_loss
+from diffusion.training.circuit import CacheTraining, coupled_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V, L, N = 4, 3, 60
@@ -43,7 +43,7 @@ def linear(pc):
 def test_without_evidence_the_step_is_that_of_anemone_on_the_true_tokens():
     blank = cache_of(np.zeros((N, L, V)), np.ones((N, L), dtype=bool))
     ours, theirs = head_of(), head_of()
-    _Training(ours, blank, None, config_of(step_size=0.3)).update(0)
+    CacheTraining(ours, blank, None, config_of(step_size=0.3)).update(0)
     flows, _ = ct.learning.expected_flows(theirs.pc, torch.from_numpy(blank.tokens))
     ct.learning.anemone_step(theirs.pc, flows, N, step_size=0.3, momentum=0.0)
     for name, weights in linear(theirs.pc).items():
@@ -61,7 +61,7 @@ def test_a_small_step_goes_down_the_gradient_of_every_unit(normalization, weight
         loss = loss[batch.masked.any(1)] / batch.masked.sum(1)[batch.masked.any(1)]
     before = linear(head.pc)
     gradients = dict(zip(head.pc.bank, torch.autograd.grad(loss.sum(), list(head.pc.bank.values())), strict=True))
-    _Training(head, cache, None, config_of(step_size=1e-3, weighting=weighting)).update(0)
+    CacheTraining(head, cache, None, config_of(step_size=1e-3, weighting=weighting)).update(0)
     for name, weights in linear(head.pc).items():
         axis = -1 if name in head.pc.sum_banks else -2
         moved = (weights - before[name]).movedim(axis, -1).flatten(0, -2)
@@ -74,7 +74,7 @@ def test_a_small_step_goes_down_the_gradient_of_every_unit(normalization, weight
 @pytest.mark.parametrize("normalization", ["global", "local"])
 def test_full_batches_raise_the_objective_at_every_step(normalization):
     cache, head = cache_of(), head_of(normalization=normalization)
-    training = _Training(head, cache, None, config_of(step_size=0.3))
+    training = CacheTraining(head, cache, None, config_of(step_size=0.3))
     losses = [coupled_loss(head, cache)]
     for step in range(12):
         training.update(step)
@@ -107,14 +107,14 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, monkeypatch):
     cache, config = cache_of(), config_of(steps=9, batch_size=20, momentum=0.9, checkpoint_every=2)
     straight, resumed, path = head_of(), head_of(), tmp_path / "fit.safetensors"
     curve = df.fit_coupled(straight, cache, config=config, progress=False)
-    update = _Training.update
+    update = CacheTraining.update
 
     def stopping(self, step):
         if step == 5:
             raise KeyboardInterrupt
         return update(self, step)
 
-    monkeypatch.setattr(_Training, "update", stopping)
+    monkeypatch.setattr(CacheTraining, "update", stopping)
     with pytest.raises(KeyboardInterrupt):
         df.fit_coupled(head_of(), cache, config=config, checkpoint_path=path, progress=False)
     monkeypatch.undo()
@@ -128,7 +128,7 @@ def test_blocks_without_a_mask_move_nothing():
     before = linear(head.pc)
     cache = cache_of(masked=np.zeros((N, L), dtype=bool))
     assert math.isnan(coupled_loss(head, cache))
-    _Training(head, cache, None, config_of(step_size=1.0)).update(0)
+    CacheTraining(head, cache, None, config_of(step_size=1.0)).update(0)
     for name, weights in linear(head.pc).items():
         assert torch.equal(weights, before[name])
 
