@@ -305,12 +305,15 @@ class Workspace(Folder):
         return table
 
     @stage
-    def tune(self, recipe: Recipe, *, with_temperature: bool = False) -> Tuning:
-        """Choose when the circuit is used on held-out text, and store it in the head; results/tuning.json, .txt.
+    def tune(self, recipe: Recipe, *, with_temperature: bool = False, num_steps: int | None = None) -> Tuning:
+        """Choose how the head is decoded with on held-out text, and store it in it; results/tuning.json, .txt.
+
+        What was measured is kept in checkpoints/tuning/, where an interrupted run goes on.
 
         Args:
             recipe: of the folder.
             with_temperature: whether the temperature is chosen too.
+            num_steps: denoiser calls a block at which modes and strategies are compared; None: they are not.
         """
         denoiser, head = self.denoiser(), self.head()
         tuning = tune(
@@ -318,7 +321,9 @@ class Workspace(Folder):
             head,
             self.held_out_windows(recipe, denoiser.config.span, recipe.gap_windows),
             temperatures=TEMPERATURES if with_temperature else None,
+            num_steps=num_steps,
             seed=recipe.seed,
+            folder=self.path / "checkpoints" / "tuning",
             progress=self.progress,
         )
         tuning.apply(head)

@@ -11,13 +11,14 @@ from diffusion.evaluation.annotations import (
 from diffusion.evaluation.few_step_curve import CurvePoint, FewStepCurve, Quality, few_step_curve, few_step_sketch
 from diffusion.evaluation.few_steps import FewStepRow, FewStepTable, few_step_quality
 from diffusion.evaluation.gap import Estimate, GapRow, GapTable, misspecification_gap
-from diffusion.evaluation.tuning import Tuning, TuningRow, tune
+from diffusion.evaluation.tuning import Candidate, Tuning, TuningRow, tune
 
 __all__ = [
     "AnnotationCheck",
     "AnnotationRow",
     "AnnotationShare",
     "AnnotationTable",
+    "Candidate",
     "CurvePoint",
     "Estimate",
     "FewStepCurve",

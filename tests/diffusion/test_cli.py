@@ -69,11 +69,13 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert run(*options)[1] == first
     assert run(*options, "--no-circuit")[0] == 0
     check_what_is_written(run, out, options, first)
-    code, text, _ = run("tune", "--out", out, "--windows", 6, "--temperature", "--quiet")
+    code, text, _ = run("tune", "--out", out, "--windows", 6, "--temperature", "--strategy", "--quiet")
     assert code == 0
     assert "Chosen on 6 held-out blocks: activation threshold" in text
     tuned, stored = workspace.Workspace(out).head(), json.loads((out / "results" / "tuning.json").read_text())
     assert (tuned.activation_threshold, tuned.temperature) == (stored["activation_threshold"], stored["temperature"])
+    assert (tuned.decoding["decode"], tuned.decoding["strategy"]) == (stored["decode"], stored["strategy"])
+    assert (out / "checkpoints" / "tuning" / "joint-entropy-4.json").exists()  # where a run that was killed goes on
     assert run("fit", "--out", out, "--no-calibration", "--potentials", "--quiet")[0] == 0
     (potentials,) = workspace.Workspace(out).head().conditioners
     assert isinstance(potentials, LatentPotentials)

@@ -8,7 +8,7 @@ import torch
 
 import circuits as ct
 import diffusion as df
-from diffusion.evaluation.tuning import chosen_threshold, tune
+from diffusion.evaluation.tuning import DECODINGS, chosen_threshold, tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,6 +146,92 @@ def test_what_cannot_be_tuned_is_refused():
         (world.support, {"mask_ratios": (0.0,)}, "mask_ratios"),
         (world.support, {"temperatures": (0.0,)}, "temperatures"),
         (world.support, {"temperatures": ()}, "temperatures"),
+        (world.support, {"num_steps": 0}, "num_steps"),
+        (world.support, {"num_steps": 3}, "num_steps"),
     ]:
         with pytest.raises(df.errors.ArgumentError, match=f"{name}: expected"):
             tune(world.denoiser(), head, data, **options)
+
+
+def correlated(strength=0.9):
+    """Two pairs of coins: within a pair they agree more often than not, and which pair is sure is visible."""
+    pairs = torch.tensor([[a, a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+    probs = torch.where(pairs[:, 2] == pairs[:, 3], strength, 1 - strength) / 4
+    return df.testing.worlds.World(pairs, probs.double())
+
+
+def test_modes_and_strategies_are_chosen_by_the_likelihood_of_their_decoder():
+    """Each candidate's figure is the decoder's own log-likelihood; the best is stored where decoding reads it."""
+    world = correlated()
+    head, denoiser = df.CoupledHead(world.circuit(), decoding={"threshold": 0.5}), world.denoiser()
+    data = world.sample(40, generator=torch.Generator().manual_seed(0))
+    tuning = tune(denoiser, head, data, num_steps=2)
+    prompt = torch.zeros(40, 0, dtype=torch.int64)
+    found = {one.setting: one for one in tuning.candidates}
+    assert list(found) == [f"{mode}, {strategy}" for mode, strategy in DECODINGS]
+    for mode, strategy in (("joint", "entropy"), ("any_order", "margin"), ("marginal", "top_prob")):
+        expected = df.log_likelihood(
+            denoiser, prompt, data, head=head, num_steps=2, decode=mode, strategy=strategy,
+            activation_threshold=tuning.activation_threshold,
+        )  # fmt: skip
+        one = found[f"{mode}, {strategy}"]
+        assert one.log_likelihood == pytest.approx(float(expected.mean()) / 4, abs=1e-6)
+    best = max(tuning.candidates, key=lambda one: one.log_likelihood)
+    (chosen,) = (one for one in tuning.candidates if one.is_chosen)
+    assert chosen.log_likelihood == pytest.approx(best.log_likelihood, abs=1e-5)
+    assert chosen.setting == f"{tuning.decode}, {tuning.strategy}"
+    worst = min(tuning.candidates, key=lambda one: one.log_likelihood)
+    assert worst.setting.startswith("marginal")  # which does not know that coins agree
+    assert worst.gain.high < 0 == tuning.candidates[0].gain.value
+    tuning.apply(head)
+    assert head.decoding == {
+        "threshold": 0.5, "activation_threshold": tuning.activation_threshold,
+        "decode": tuning.decode, "strategy": tuning.strategy,
+    }  # fmt: skip
+    out = df.generate(denoiser, [[]] * 200, gen_length=4, num_steps=1, head=head, temperature=1.0, seeds=range(200))
+    assert bool((out.generated[:, 0] == out.generated[:, 1]).all())  # joint draws
+
+
+def test_what_is_stored_is_what_decoding_takes():
+    """A head whose options of decoding are its own is tuned there: they go before its threshold and temperature."""
+    head = df.CoupledHead(correlated().circuit(), decoding={"temperature": 0.3, "activation_threshold": 0.2})
+    Tuning = df.evaluation.Tuning
+    Tuning((), 0.75, None, 2).apply(head)
+    assert head.decoding == {"temperature": 0.3, "activation_threshold": 0.75}
+    Tuning((), 0.5, 0.8, 2, (), "joint", "margin", 4).apply(head)
+    assert head.decoding == {
+        "temperature": 0.8, "activation_threshold": 0.5, "decode": "joint", "strategy": "margin",
+    }  # fmt: skip
+    Tuning((), 0.5, 1.0, 2).apply(head)
+    assert "temperature" not in head.decoding
+
+
+def test_an_interrupted_tuning_goes_on_point_by_point(tmp_path, monkeypatch):
+    from diffusion.evaluation import tuning as module
+
+    world = correlated()
+    data = world.sample(20, generator=torch.Generator().manual_seed(0))
+    options = {"temperatures": (0.5, 1.0, 2.0), "num_steps": 2}
+    whole = tune(world.denoiser(), df.CoupledHead(world.circuit()), data, **options)
+    asked, score, likelihood = [], module._scores, module.log_likelihood
+
+    def watched(function, most):
+        def call(*arguments, **given):
+            if len(asked) == most:
+                raise KeyboardInterrupt
+            asked.append(function.__name__)
+            return function(*arguments, **given)
+
+        return call
+
+    def run(most):
+        asked.clear()
+        monkeypatch.setattr(module, "_scores", watched(score, most))
+        monkeypatch.setattr(module, "log_likelihood", watched(likelihood, most))
+        return tune(world.denoiser(), df.CoupledHead(world.circuit()), data, folder=tmp_path, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(6)
+    assert run(100) == whole
+    assert len(asked) == 4 + len(DECODINGS) - 6  # mask ratios and ways of decoding
+    assert run(0) == whole

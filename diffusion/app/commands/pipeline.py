@@ -225,14 +225,22 @@ def tune(
     out: Out = DEFAULT_OUT,
     windows: Annotated[int | None, typer.Option(min=2, max=MOST, help="Held-out blocks.")] = None,
     temperature: Annotated[bool, typer.Option("--temperature", help="Choose the temperature too.")] = False,
+    strategy: Annotated[bool, typer.Option("--strategy", help="Choose mode and strategy of decoding too.")] = False,
+    num_steps: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Denoiser calls a block at which these are compared.")
+    ] = 4,
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Choose on held-out text at which mask ratios the circuit is used, and store it in the folder's head."""
+    """Choose on held-out text how the folder's head is decoded with, and store it there.
+
+    That is at which mask ratios the circuit is used; and if asked temperature, mode and strategy. The rule is one: what
+    makes the text most probable.
+    """
     workspace = open_workspace(out, device, quiet)
     recipe = workspace.recipe()
     recipe = replace(recipe, gap_windows=windows or recipe.gap_windows)
-    print(workspace.tune(recipe, with_temperature=temperature))
+    print(workspace.tune(recipe, with_temperature=temperature, num_steps=num_steps if strategy else None))
 
 
 @app.command(hidden=True)
