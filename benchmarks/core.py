@@ -168,24 +168,30 @@ def benchmark_long_chains(num_states: int, batch_size: int, length: int, num_cat
 
 
 def benchmark_memory_of_chains(num_states: int, batch_size: int) -> None:
-    """By how many MB a process's peak grows with posteriors and an E-step; a process for each length."""
-    print(f"\npeak memory of posteriors and one epoch of EM, N={num_states}, B={batch_size}")
-    for length in (1000, 2000, 4000, 8000):
-        code = (
-            "import torch, circuits as ct\nfrom _memory import peak_resident_kb\n"
-            "small = ct.compile(ct.structures.hmm(8, 2, 5))\n"
-            "ct.learning.fit(small, torch.zeros(1, 8).long(), num_epochs=1, progress=False)\n"
-            f"pc = ct.compile(ct.structures.hmm({length}, {num_states}, 5), seed=0)\n"
-            f"x = torch.randint(5, ({batch_size}, {length}))\n"
-            "before = peak_resident_kb()\n"
-            "ct.queries.latent_marginals(pc, ct.Evidence.observe(x))\n"
-            "ct.learning.fit(pc, x, optimizer='em', num_epochs=1, progress=False)\n"
-            "print((peak_resident_kb() - before) / 1024)"
-        )
-        places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        print(f"  {length:>5} steps {float(done.stdout):10.1f} MB")
+    """By how many MB a process's peak grows with an E-step, and posteriors; a process for each length."""
+    posteriors = "ct.queries.latent_marginals(pc, ct.Evidence.observe(x))\n"
+    for title, first, option in (
+        ("posteriors and one epoch of EM", posteriors, ""),
+        ("one epoch of EM, checkpointed", "", ", checkpointed=True"),
+    ):
+        print(f"\npeak memory of {title}, N={num_states}, B={batch_size}")
+        for length in (1000, 2000, 4000, 8000):
+            code = (
+                "import torch, circuits as ct\nfrom _memory import peak_resident_kb\n"
+                "small = ct.compile(ct.structures.hmm(80, 2, 5))\n"
+                f"ct.learning.fit(small, torch.zeros(1, 80).long(), num_epochs=1, progress=False{option})\n"
+                f"pc = ct.compile(ct.structures.hmm({length}, {num_states}, 5), seed=0)\n"
+                f"x = torch.randint(5, ({batch_size}, {length}))\n"
+                "before = peak_resident_kb()\n"
+                f"{first}"
+                f"ct.learning.fit(pc, x, optimizer='em', num_epochs=1, progress=False{option})\n"
+                "print((peak_resident_kb() - before) / 1024)"
+            )
+            places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+            call = [sys.executable, "-c", code]
+            done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+            print(f"  {length:>5} steps {float(done.stdout):10.1f} MB")
 
 
 def benchmark_peers(num_states: int, batch_size: int, length: int, num_categories: int, rounds: int) -> None:

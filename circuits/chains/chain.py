@@ -161,7 +161,9 @@ class Chain:
         reached = units[self.positions[0]][0]
         chosen = reached.new_full((len(states), len(reached)), -1)
         if isinstance(semiring, MaxSemiring) and states.device.type == "cpu":
-            chosen[:, column] = best_path(log_weights, states[:, :, query], reached[column])
+            is_whole = len(column) == len(reached) == states.shape[2]  # then both are in order
+            path = best_path(log_weights, states if is_whole else states[:, :, query], reached[column])
+            chosen = path if is_whole else chosen.index_copy_(1, column, path)
         else:
             size, by_column = max(1, _MAX_SCORES // len(log_weights)), states.mT.contiguous()
             for number, (at, of) in enumerate(zip(column.split(size), query.split(size), strict=True)):

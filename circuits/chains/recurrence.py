@@ -100,9 +100,10 @@ class Rise(NamedTuple):
     """Makes the first result of a block of that of the next block: (blocks, K, K, B), by input and output."""
 
 
-def are_few(states: Tensor) -> bool:
-    """Whether the states (T, K, B) are so few that a step's matrices are cheaper than its calls."""
-    return states.shape[1] ** 3 * states.shape[2] <= _FEW_PRODUCTS and len(states) >= _MANY_STEPS
+def are_few(states: Tensor, *, calls: int = 1) -> bool:
+    """Whether the states (T, K, B) are so few that a step's matrices are cheaper than its calls, or so many of them."""
+    products = states.shape[1] ** 3 * states.shape[2]
+    return products <= calls * _FEW_PRODUCTS and len(states) >= _MANY_STEPS
 
 
 def rise_of_sums(
@@ -143,7 +144,7 @@ def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None, 
 
     Where nothing is possible the result is -inf; NaN if ``every`` is not 0, as differences of maxima are computed then.
     """
-    calls, matrix, offsets, in_blocks = _MAX_LARGE, log_weights, None, are_few(factors)
+    calls, matrix, offsets, in_blocks = _MAX_LARGE, log_weights, None, are_few(factors, calls=2)
     if _is_small(factors, _SMALL_MAXIMUM):
         is_many = factors.shape[1] >= _MANY_STATES and not in_blocks
         calls, matrix = (
@@ -172,7 +173,7 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
     states, results, maps = found.states, found.results, found.maps
     length, end = (1, 0) if maps is None else _blocks(len(states))
     calls = _SUM_SMALL if _is_small(states, _SMALL_STEP) else _SUM_LARGE
-    ratios, start = torch.ones_like(states), grad / results[0]
+    ratios, start = torch.empty_like(states), grad / results[0]
     torch.div(states[:-1], results[1:], out=ratios[1:])
     ratios[:end:length] = 1.0  # here it goes on from vectors g
     ratios[end : end + 1] = 1.0
