@@ -182,7 +182,7 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
     table, grads = calls.view(weights.t().contiguous()), torch.empty_like(states)
     with np.errstate(all="ignore"):
         if maps is not None:
-            between = _between(calls, maps.transpose(1, 2), start, rescale=False)
+            between, _ = _between(calls, maps.transpose(1, 2), start)
             beside = _beside(ratios[:end], length)
             made = torch.empty_like(beside)
             _run(calls, table, (beside, beside, made), _columns(between[:-1]))
@@ -248,7 +248,10 @@ def _rise(
     maps = _maps(calls, table, beside, every=every if calls.are_sums else 0, batch_size=start.shape[1])
     if maps is None:
         return None
-    between = _between(calls, maps.flip(0), start, rescale=bool(every)).flip(0)
+    between, is_exact = _between(calls, maps.flip(0), start, every=every)
+    if calls.are_sums and not is_exact:
+        return None
+    between = between.flip(0)
     beside[1] = beside[0]
     _run(calls, table, beside, _columns(between[1:]), every=every, backwards=True)
     for whole, part in zip(parts[1:4], beside[1:4], strict=True):
@@ -350,16 +353,25 @@ def _maps(calls: Calls, table: Any, parts: Sequence[Tensor], *, every: int, batc
     return y.unflatten(2, (-1, batch_size)).permute(2, 0, 1, 3).contiguous()
 
 
-def _between(calls: Calls, maps: Tensor, start: Tensor, *, rescale: bool) -> Tensor:
-    """Return a vector, (K, B), and what maps, (n, K, K, B), make of it one after the other: (n + 1, K, B)."""
+def _between(calls: Calls, maps: Tensor, start: Tensor, *, every: int = 0) -> tuple[Tensor, bool]:
+    """Return a vector, (K, B), and what maps, (n, K, K, B), make of it one after the other: (n + 1, K, B).
+
+    The vectors are divided by their maximum every so many maps. The second value is whether no maximum was so small
+    that terms that underflowed could count.
+    """
     vectors = torch.cat([start.unsqueeze(0), torch.empty_like(maps[:, 0])])
-    products, views = calls.view(torch.empty_like(maps[0])), calls.view(vectors)
+    peaks = torch.ones_like(vectors[:, 0])
+    products, divisors = calls.view(torch.empty_like(maps[0])), list(calls.view(peaks))
+    columns, views = list(calls.view(vectors.unsqueeze(2))), list(calls.view(vectors))
     for step, table in enumerate(calls.view(maps)):
-        calls.times(table, views[step][:, None], out=products)
-        calls.total(products, axis=0, out=views[step + 1])
-        if rescale:
-            calls.divide(views[step + 1], calls.peak(views[step + 1], axis=0), out=views[step + 1])
-    return vectors
+        after = views[step + 1]
+        calls.times(table, columns[step], out=products)
+        calls.total(products, axis=0, out=after)
+        if every and not (step + 1) % every:
+            calls.peak(after, axis=0, out=divisors[step])
+            calls.divide(after, divisors[step], out=after)
+    least = torch.minimum(peaks, vectors.amax(1)).min()
+    return vectors, bool(least >= smallest_safe_sum(vectors.dtype, len(start)))
 
 
 def _blocks(num_steps: int) -> tuple[int, int]:
