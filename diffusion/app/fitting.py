@@ -97,7 +97,7 @@ def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache
             conditioners.append(LowRankTransitions.for_hmm(pc, num_features, rank=settings.rank, **options))
     if settings.has_mixture:
         conditioners.append(MixtureWeights.for_mixture(pc, num_features, hidden=settings.hidden_units, power=1.0))
-    return CoupledHead(pc, conditioners=conditioners).to(pc.device)
+    return CoupledHead(pc, conditioners=conditioners, normalization=settings.normalization).to(pc.device)
 
 
 def origin(recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from circuits.digests import digest
 from circuits.reading import Range, record_of, short
+from diffusion.coupling import Normalization
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import CheckpointError
 from diffusion.json_files import read_json, write_json
@@ -87,6 +88,7 @@ class CircuitRecipe:
         num_tables: T of the gates, with the circuit's own table.
         rank: R of the update.
         hidden_units: of a hidden layer in the networks that read hidden states; None: they are linear.
+        normalization: of the product of prediction and circuit, "global" or "local", see :mod:`diffusion.coupling`.
         training: the coupled fit.
         joint: the training of denoiser and head together after it; None: the denoiser stays as it is.
     """
@@ -103,6 +105,7 @@ class CircuitRecipe:
     num_tables: Size = 4
     rank: Size = 4
     hidden_units: Size | None = None
+    normalization: Normalization = "global"
     training: CircuitTraining = field(default_factory=CircuitTraining)
     joint: JointTraining | None = None
 
@@ -150,6 +153,26 @@ PRESETS: dict[str, Recipe] = {
             likelihood_blocks=60_000, cached_blocks=24_576, has_potentials=True, training=CircuitTraining(steps=1200)
         ),
         gap_windows=256,
+    ),
+    "gpu": Recipe(
+        text=TextRecipe(tokenizer="bpe", vocab_size=2048),
+        denoiser=DenoiserRecipe(
+            context_length=96,
+            width=512,
+            num_layers=12,
+            num_heads=8,
+            training=DenoiserTraining(
+                steps=5000, batch_size=256, learning_rate=1e-3, warmup_steps=200, validate_every=1000
+            ),
+        ),
+        circuit=CircuitRecipe(
+            num_states=1024,
+            likelihood_blocks=200_000,
+            likelihood_epochs=3,
+            has_potentials=True,
+            training=CircuitTraining(steps=1200),
+        ),
+        gap_windows=1024,
     ),
     "tiny": Recipe(
         denoiser=DenoiserRecipe(

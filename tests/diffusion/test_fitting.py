@@ -30,6 +30,7 @@ def test_a_head_that_was_fitted_before_an_option_existed_was_fitted_at_its_defau
     recipe, stamp = PRESETS["default"], tmp_path / "circuit.json"
     older = {"circuit": asdict(recipe.circuit), "seed": recipe.seed}
     del older["circuit"]["transitions"], older["circuit"]["hidden_units"], older["circuit"]["has_potentials"]
+    del older["circuit"]["normalization"]
     del older["circuit"]["training"]["feature_learning_rate"]
     stamp.write_text(json.dumps(older))
     assert was_fitted(tmp_path, recipe)
@@ -46,6 +47,7 @@ def test_a_head_that_was_fitted_before_an_option_existed_was_fitted_at_its_defau
         ({"transitions": "low_rank", "rank": 2}, [LowRankTransitions]),
         ({"has_mixture": True}, [MixtureWeights]),
         ({"has_mixture": True, "has_potentials": True}, [LatentPotentials, MixtureWeights]),
+        ({"normalization": "local", "has_potentials": True}, [LatentPotentials]),
     ],
 )
 def test_a_recipe_says_which_conditioners_are_learnt(options, kinds, tmp_path):
@@ -62,9 +64,11 @@ def test_a_recipe_says_which_conditioners_are_learnt(options, kinds, tmp_path):
     pc = ct.compile(ct.structures.hmm(4, 3, 9), seed=0)
     head = initial_head(pc, settings, cache)
     assert [type(made) for made in head.conditioners] == kinds
+    assert head.normalization == settings.normalization
     before = coupled_loss(head, cache)
     if "has_mixture" not in options:
-        assert before == pytest.approx(coupled_loss(CoupledHead(pc), cache), rel=1e-6)
+        plain = CoupledHead(pc, normalization=settings.normalization)
+        assert before == pytest.approx(coupled_loss(plain, cache), rel=1e-6)
     start = [parameter.detach().clone() for parameter in head.parameters()]
     fit_coupled(head, cache, config=settings.training, progress=False)
     assert coupled_loss(head, cache) < before

@@ -51,8 +51,8 @@ FieldName = Annotated[str | None, typer.Option(help="The key of the text in a .j
 PresetName = Annotated[
     str,
     typer.Option(
-        help="'default', 'large' (better figures, about 10 minutes), 'gsm8k' (for worked answers, two hours) or "
-        "'tiny' (a test)."
+        help="'default', 'large' (better figures, about 10 minutes), 'gsm8k' (for worked answers, two hours), 'gpu' (a "
+        "denoiser of 39 million parameters and 1,024 states, planned for 8 minutes of one H100) or 'tiny' (a test)."
     ),
 ]
 LogDir = Annotated[

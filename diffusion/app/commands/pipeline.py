@@ -26,6 +26,7 @@ from diffusion.app.models import DEFAULT_OUT, ModelOptions
 from diffusion.app.option_groups import GREATEST_SEED, MOST, OptionGroup, count, flag, optional, with_options
 from diffusion.app.recipe import CircuitRecipe, Structure, Transitions
 from diffusion.app.terminal import say
+from diffusion.coupling import Normalization
 from diffusion.denoisers.transformer import Attention
 from diffusion.errors import ArgumentError
 from diffusion.training.circuit import OptimizerName
@@ -159,6 +160,9 @@ class FitOptions(OptionGroup):
             "What the denoiser's hidden states make of transitions: static, gates or low_rank.",
             shown="the preset's",
         ),
+        "normalization": optional(
+            str, "Of the product of prediction and circuit: global, or local, by input unit.", shown="the preset's"
+        ),
         "hidden": count("Units of a hidden layer that reads the denoiser's hidden states.", most=1 << 16),
         "joint": optional(
             bool, "Train denoiser and circuit together after that.", "--joint/--no-joint", shown="the preset's"
@@ -168,7 +172,13 @@ class FitOptions(OptionGroup):
 
     def changed(self, circuit: CircuitRecipe) -> CircuitRecipe:
         """Return a recipe with what is named; raises ArgumentError for a name that is not known."""
-        for name, known in (("structure", Structure), ("transitions", Transitions), ("optimizer", OptimizerName)):
+        known_names = {
+            "structure": Structure,
+            "transitions": Transitions,
+            "optimizer": OptimizerName,
+            "normalization": Normalization,
+        }
+        for name, known in known_names.items():
             if self.given[name] is not None:
                 one_of(name, self.given[name], get_args(known))
         training = {"steps": self.steps, "optimizer": self.optimizer}
@@ -180,6 +190,7 @@ class FitOptions(OptionGroup):
             "has_potentials": self.potentials,
             "transitions": self.transitions,
             "hidden_units": self.hidden,
+            "normalization": self.normalization,
             "training": replace(circuit.training, **_named(training)),
         }
         if self.joint is not None:
