@@ -53,7 +53,7 @@ def parsed() -> argparse.Namespace:
 
 
 def updates(options: argparse.Namespace) -> None:
-    """Print what an update costs, in multiples of log Z and its gradients under the same evidence."""
+    """Print what an update costs, in multiples of log Z and its gradients in the weights under the same evidence."""
     print("| block, states, tokens, listed | log Z and gradients (ms) | adam | calibrated, adam | anemone |")
     print("|---|---|---|---|---|")
     for size in SIZES[:1] if options.quick else SIZES:

@@ -122,11 +122,13 @@ class CircuitDistribution(Distribution):
             return torch.zeros((), dtype=self.pc.dtype, device=self.pc.device)
         return self.pc.log_partition(self.evidence, self.weights)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor, *, log_partition: Tensor | None = None) -> Tensor:
         """Return ``log p(value | e)``, in nats; -inf where the circuit or the evidence rules a value out.
 
         Args:
             value: (*sample_shape, *batch_shape, D), int64 if all families are discrete.
+            log_partition: ``log Z(e)`` where the caller has it; with one that is detached, the gradients are those of
+                ``log p(value) prod_i e_i(value_i)``.
 
         Returns:
             (*sample_shape, *batch_shape).
@@ -146,7 +148,7 @@ class CircuitDistribution(Distribution):
         x = value.reshape(num_samples, *tail)
         if self.evidence is None:
             return self.pc.log_partition(Evidence.observe(x), self.weights).reshape(value.shape[:-1])
-        log_partition: Tensor = self.log_partition
+        log_partition = self.log_partition if log_partition is None else log_partition
         if bool((log_partition == -torch.inf).any()):
             raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
         Evidence.observe(x.flatten(0, 1)).check(self.pc.num_categories)

@@ -220,11 +220,12 @@ class CoupledDistribution(CircuitDistribution):
         vars(dist).pop("_posterior", None)
         return dist
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor, *, log_partition: Tensor | None = None) -> Tensor:
         """Return ``log p_hat(value | observed tokens)``; -inf where ``value`` differs from an observed token.
 
         Args:
             value: int64 (*sample_shape, B, L) or (B, L); labels of -100 at observed positions are ignored.
+            log_partition: see :meth:`circuits.CircuitDistribution.log_prob`.
 
         Returns:
             (*sample_shape, B), in nats. For masked positions with the true tokens as value this is the conditional
@@ -240,7 +241,7 @@ class CoupledDistribution(CircuitDistribution):
         value = torch.where((value == IGNORED_LABEL) & ~self.masked, self.tokens, value)
         check_tokens("value", value, self.num_tokens)
         with _explained():
-            return super().log_prob(value)
+            return super().log_prob(value, log_partition=log_partition)
 
     def log_prob_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return ``log p_hat(x_C | observed tokens)`` of tokens at some positions C, the others summed out.

@@ -164,12 +164,13 @@ class MappedDistribution:
         """The tokens of the most probable explanation, int64 (B, L)."""
         return self.vocabulary.tokens(self.of_categories.mode)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor, *, log_partition: Tensor | None = None) -> Tensor:
         """Return the log-probability of tokens, see :meth:`CoupledDistribution.log_prob`; -inf: one has no category."""
         categories = self.vocabulary.categories(value)
         ignored = (value == IGNORED_LABEL) & ~self.masked
         is_impossible = ((categories < 0) & ~ignored).any(-1)
-        log_prob = self.of_categories.log_prob(categories.clamp_min(0).masked_fill(ignored, IGNORED_LABEL))
+        known = categories.clamp_min(0).masked_fill(ignored, IGNORED_LABEL)
+        log_prob = self.of_categories.log_prob(known, log_partition=log_partition)
         return log_prob.masked_fill(is_impossible, -torch.inf)
 
     def log_prob_at(self, tokens: Tensor, positions: Tensor) -> Tensor:

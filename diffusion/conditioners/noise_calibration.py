@@ -84,7 +84,9 @@ class NoiseCalibration(Conditioner):
         scale, bias = log_scale.exp(), bias.unsqueeze(1)  # (B,), (B, 1, V)
         if values is not None:
             bias = bias.expand(-1, log_q.shape[1], -1).gather(2, values)
-        is_possible = log_q > -torch.inf
+        if bool((log_q.detach().amin(-1) > -torch.inf).all()):
+            return torch.addcmul(bias, scale[:, None, None], log_q.to(scale.dtype))
+        is_possible = log_q > -torch.inf  # where it is not, the scale would have no gradient
         factors = scale[:, None, None] * log_q.masked_fill(~is_possible, 0.0).to(scale.dtype) + bias
         return factors.masked_fill(~is_possible, -torch.inf)
 

@@ -190,6 +190,9 @@ class HeadTraining(ModuleTraining, ABC):
         self.processes = processes
         self.head, self.config = head, config
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        own = set(map(id, head.pc.parameters()))
+        moved = [one for group in self.optimizer.param_groups for one in group["params"] if one.requires_grad]
+        self._others = [one for one in moved if id(one) not in own]
         is_by_flows = config.optimizer == "anemone"  # then Adam finds no gradients of the circuit's parameters
         self._flows = CoupledAnemone(head.pc, config.momentum, processes) if is_by_flows else None
 
@@ -234,7 +237,10 @@ class HeadTraining(ModuleTraining, ABC):
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * decay
         dist = batch.distribution(self.head, weights=None if flows is None else flows.weights())
-        losses = per_block(-dist.log_prob(batch.tokens), batch.masked, config.weighting)
+        log_partition = None if flows is None else dist.log_partition
+        constant = None if log_partition is None else log_partition.detach()
+        log_prob = dist.log_prob(batch.tokens, log_partition=constant)
+        losses = per_block(-log_prob, batch.masked, config.weighting)
         own = torch.tensor([float(losses.detach().sum()), len(losses)], dtype=torch.float64)
         total, num_losses = self.processes.summed(own).tolist()
         num_losses = max(1.0, num_losses)
@@ -243,17 +249,19 @@ class HeadTraining(ModuleTraining, ABC):
                 f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of "
                 f"{total / num_losses} at step {step}; lower it"
             )
-        if flows is not None:
-            flows.count(per_block(dist.log_partition, batch.masked, config.weighting).sum())
         self.optimizer.zero_grad()
-        (losses.sum() / num_losses).backward()
+        if flows is None:
+            (losses.sum() / num_losses).backward()
+        else:
+            normalisers = per_block(log_partition, batch.masked, config.weighting)
+            flows.differentiate(-losses.sum(), normalisers.sum(), self._others, num_losses)
         self._sum_gradients()
         self.clip()
         self.optimizer.step()
         if flows is not None:
             ones = torch.ones(len(batch.masked), dtype=torch.float64)
             mass = self.processes.summed(per_block(ones, batch.masked.cpu(), config.weighting).sum())
-            flows.step(float(mass), scale=num_losses, step_size=config.step_size * decay)
+            flows.step(float(mass), step_size=config.step_size * decay)
         is_first = self.processes.rank == 0
         return torch.tensor([total / num_losses, 1.0], dtype=torch.float64) * is_first
 

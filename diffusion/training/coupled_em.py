@@ -13,10 +13,11 @@ the step is that of Anemone on F+. Where nothing is negative, a step of size s -
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CircuitWeights, CompiledCircuit
@@ -38,6 +39,7 @@ class CoupledAnemone:
         self._flows: dict[str, Tensor] | None = None
         self._mass = 0.0
         self._traced: dict[str, Tensor] = {}
+        self._net: dict[str, Tensor] = {}
         self._under_evidence: dict[str, Tensor] = {}
 
     def weights(self) -> CircuitWeights:
@@ -47,44 +49,52 @@ class CoupledAnemone:
         self._traced = {name: own.log for name, own in traced.own.items()}
         return traced
 
-    def count(self, log_partitions: Tensor) -> None:
-        """Note the flows under the evidence; the graph of the batch stays.
+    def differentiate(
+        self, log_joint: Tensor, log_partition: Tensor, others: Sequence[nn.Parameter], num_losses: float
+    ) -> None:
+        """Note the flows of a batch, and give the conditioners' parameters the gradients of its mean loss.
+
+        The loss is the difference of two sums, and the step asks for both: each is differentiated once.
 
         Args:
-            log_partitions: the sum of the blocks' ``log Z``, each times the block's share in the objective.
+            log_joint: the sum of the blocks' ``log p(x) prod_i e_i(x_i)``, each times the block's share.
+            log_partition: the sum of the blocks' ``log Z``, likewise.
+            others: parameters that are not the circuit's.
+            num_losses: how many blocks of all processes the loss is the mean of.
 
         Raises:
             ArgumentError: the batch did not use the weights, for the head makes others of them at run time.
         """
-        sources = list(self._traced.values())
-        flows = torch.autograd.grad(log_partitions, sources, retain_graph=True, allow_unused=True)
-        if any(flow is None for name, flow in zip(self._traced, flows, strict=True) if name in self._pc.sum_banks):
+        sources = [*self._traced.values(), *others]
+        plus = torch.autograd.grad(log_joint, sources, retain_graph=True, allow_unused=True)
+        minus = torch.autograd.grad(log_partition, sources, allow_unused=True)
+        if any(flow is None for name, flow in zip(self._traced, minus, strict=False) if name in self._pc.sum_banks):
             raise ArgumentError(
                 "optimizer: expected adam for a head whose transitions depend on the context, got anemone; their "
                 "weights have no flows of their own"
             )
-        own = {
-            name: torch.zeros_like(source) if flow is None else flow.clamp_min(0)
-            for (name, source), flow in zip(self._traced.items(), flows, strict=True)
-        }
-        self._under_evidence = self._processes.summed_all(own)
+        found = [
+            [torch.zeros_like(one) if f is None else f for one, f in zip(sources, p, strict=True)]
+            for p in (plus, minus)
+        ]
+        difference = [one - other for one, other in zip(*found, strict=True)]
+        self._net = self._processes.summed_all(dict(zip(self._traced, difference, strict=False)))
+        under_evidence = {name: flow.clamp_min(0) for name, flow in zip(self._traced, found[1], strict=False)}
+        self._under_evidence = self._processes.summed_all(under_evidence)
+        for parameter, flow in zip(others, difference[len(self._traced) :], strict=True):
+            parameter.grad = -flow / num_losses
 
     @torch.no_grad()
-    def step(self, mass: float, *, scale: float, step_size: float) -> None:
-        """Do the step of a batch whose loss was differentiated.
+    def step(self, mass: float, *, step_size: float) -> None:
+        """Do the step of a batch that was differentiated.
 
         Args:
             mass: N, the sum of the blocks' shares in all processes; a batch of mass 0 moves nothing.
-            scale: by how much the gradients are those of the sum of the blocks' losses.
             step_size: s, 0 < s <= 1.
         """
         if mass <= 0:
             return
-        own = {
-            name: torch.zeros_like(source) if source.grad is None else -scale * source.grad
-            for name, source in self._traced.items()
-        }
-        net = self._processes.summed_all(own)
+        net = self._net
         if self._flows is None:
             self._flows = {name: torch.zeros_like(flow) for name, flow in net.items()}
         self._flows = {name: torch.lerp(old, net[name], 1 - self._momentum) for name, old in self._flows.items()}
@@ -92,7 +102,7 @@ class CoupledAnemone:
         kept = self._kept(mass)
         flows = {name: (old + self._flows[name] / self._mass).clamp_min(0) for name, old in kept.items()}
         ct.learning.anemone_step(self._pc, flows, 1.0, step_size=step_size, momentum=0.0, own_flows=kept)
-        self._traced = {}
+        self._traced, self._net = {}, {}
 
     def _kept(self, mass: float) -> dict[str, Tensor]:
         """Return ``D_n w_nc`` of every weight."""
