@@ -237,7 +237,7 @@ class HeadTraining(ModuleTraining, ABC):
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * decay
         dist = batch.distribution(self.head, weights=None if flows is None else flows.weights())
-        log_partition = None if flows is None else dist.log_partition
+        log_partition: Tensor | None = None if flows is None else dist.log_partition
         constant = None if log_partition is None else log_partition.detach()
         log_prob = dist.log_prob(batch.tokens, log_partition=constant)
         losses = per_block(-log_prob, batch.masked, config.weighting)
@@ -250,7 +250,7 @@ class HeadTraining(ModuleTraining, ABC):
                 f"{total / num_losses} at step {step}; lower it"
             )
         self.optimizer.zero_grad()
-        if flows is None:
+        if flows is None or log_partition is None:
             (losses.sum() / num_losses).backward()
         else:
             normalisers = per_block(log_partition, batch.masked, config.weighting)

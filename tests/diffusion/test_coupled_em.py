@@ -142,3 +142,27 @@ def test_what_has_no_flows_is_refused():
     for name, value in (("optimizer", "em"), ("step_size", 0.0), ("momentum", 1.0)):
         with pytest.raises(df.errors.ArgumentError, match=f"{name}: expected"):
             df.CircuitTraining(**{name: value})
+
+
+def test_an_update_asks_for_numerator_and_normaliser_once_each(monkeypatch):
+    asked, log_partition = [], ct.CompiledCircuit.log_partition
+
+    def watched(self, *arguments, **options):
+        asked.append(self)
+        return log_partition(self, *arguments, **options)
+
+    monkeypatch.setattr(ct.CompiledCircuit, "log_partition", watched)
+    CacheTraining(head_of(), cache_of(), None, config_of()).update(0)
+    assert len(asked) == 2
+
+
+def test_with_a_constant_normaliser_the_gradient_is_that_of_the_numerator():
+    """log p_hat(x) = log p(x) + sum_i log q_i(x_i) - log Z: the second sum has no weights in it, all is masked."""
+    head, cache = head_of(), cache_of(masked=np.ones((N, L), dtype=bool))
+    batch = cache.batch(slice(None))
+    dist = batch.distribution(head)
+    log_prob = dist.log_prob(batch.tokens, log_partition=dist.log_partition.detach())
+    torch.testing.assert_close(log_prob, dist.log_prob(batch.tokens))
+    found = torch.autograd.grad(log_prob.sum(), list(head.pc.parameters()))
+    expected = torch.autograd.grad(head.pc(batch.tokens).sum(), list(head.pc.parameters()))
+    torch.testing.assert_close(found, expected)

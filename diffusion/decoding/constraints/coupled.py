@@ -102,11 +102,12 @@ class ConstrainedCoupledDistribution(CoupledDistribution):
         """Log-probability that the constraint holds without being imposed, (B,), in nats."""
         return self.constrained.log_acceptance
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor, *, log_partition: Tensor | None = None) -> Tensor:
         """Return the log-probability of tokens, int64 (*sample_shape, B, L): (*sample_shape, B); see the base class."""
         if isinstance(value, Tensor) and value.shape[-2:] == self.masked.shape:
             value = torch.where((value == IGNORED_LABEL) & ~self.masked, self.tokens, value)
-        return self.constrained.log_prob(value)
+        log_prob = self.constrained.log_prob(value)
+        return log_prob if log_partition is None else log_prob + self.log_partition - log_partition
 
     @property
     def marginal_probs(self) -> Tensor:
