@@ -62,7 +62,7 @@ class ArcSemiring(StateSemiring):
         if len(orders) > 1:
             chosen = [entry.clone() for _ in factors]
             for rows in orders.values():
-                here = torch.isin(node, node.new_tensor(rows)).nonzero().flatten()
+                here = torch.isin(node, torch.tensor(rows, device=node.device)).nonzero().flatten()
                 source = generator.rows(here) if isinstance(generator, RowGenerators) else generator
                 part = self.split([nodes[rows[0]]], [x[here] for x in factors], node[here], entry[here], source)
                 for own, found in zip(chosen, part, strict=True):

@@ -105,6 +105,25 @@ def test_likelihoods_and_gradients(circuit, elsewhere):
     assert_same(*found)
 
 
+def in_two_orders():
+    leaves = [ct.inputs(var, 3, ct.Categorical(4)) for var in range(5)]
+    rest = ct.sum(ct.product(*leaves[1:]), num_units=3)
+    return ct.Circuit(ct.sum(ct.product(leaves[0], rest), ct.product(rest, leaves[0]), num_units=1))
+
+
+@pytest.mark.parametrize("circuit", [chain(), in_two_orders()], ids=["hmm", "two orders"])
+def test_under_an_automaton(circuit, elsewhere):
+    counting = torch.tensor([[0, 1, 0, 2], [1, 2, 0, 0], [2, 0, 1, 1]])
+    automaton, found = ct.queries.DeterministicAutomaton.from_table(counting, [0]), []
+    for pc in both(circuit, elsewhere):
+        dist = ct.ConstrainedDistribution(pc, soft_evidence().to(pc.device), automaton)
+        seeds = ct.RowGenerators(torch.tensor([5, 6, 7], device=pc.device))
+        weighted = ct.queries.Automaton.deterministic(counting, [0])
+        log_p = ct.queries.automaton_log_probability(pc, weighted, soft_evidence().to(pc.device))
+        found.append([dist.log_partition, dist.marginal_probs, dist.mode, dist.sample((4,), generator=seeds), log_p])
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("form", ["sparse", "mixed", "interval", "where", "latents"])
 def test_forms_of_evidence(form, elsewhere):
     pc, there = both(chain(), elsewhere)
