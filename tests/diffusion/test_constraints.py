@@ -215,6 +215,8 @@ def test_probability_of_the_constraint(generator):
     accepted = automaton.accepts(x)
     expected = coupled.log_prob(x.unsqueeze(1))[accepted].exp().sum(0)
     torch.testing.assert_close(dist.log_acceptance.exp(), expected, **RELATIVE)
+    joint = dist.log_prob(x[accepted].unsqueeze(1), log_partition=torch.zeros(1))  # nothing is divided by
+    torch.testing.assert_close(joint.logsumexp(0), dist.log_partition, **RELATIVE)
 
 
 def test_a_list_of_the_best_token_alone_rules_out_no_path(generator):
