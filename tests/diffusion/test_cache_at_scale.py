@@ -95,7 +95,7 @@ def test_shards_are_read_as_one_cache(denoiser, tmp_path, top_k):
     shards = []
     for index in (2, 0):
         shards.append(cached(denoiser, windows, path, shard=(index, 3), top_k=top_k, features=True))
-    with pytest.raises(df.errors.CheckpointError, match="holds 2 shards of 3"):
+    with pytest.raises(df.errors.CheckpointError, match="expected 3 shards, got 2"):
         df.LogitCache.open(path)
     shards.append(cached(denoiser, windows, path, shard=(1, 3), top_k=top_k, features=True))
     whole, parts = df.LogitCache.open(path), [shards[1], shards[2], shards[0]]
