@@ -3,6 +3,8 @@
 The other device is a GPU where there is one, and a pretended one everywhere, see ``tests/pretended_device.py``.
 """
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def on_cpu(result):
     """Return what a query returned as a flat list of tensors on the CPU."""
     if isinstance(result, torch.Tensor):
         return [result.detach().cpu()]
-    if isinstance(result, dict):
+    if isinstance(result, Mapping):
         result = list(result.values())
     if isinstance(result, (tuple, list)):
         return [tensor for part in result for tensor in on_cpu(part)]
