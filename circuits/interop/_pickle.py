@@ -174,7 +174,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.depths: dict[int, int] = {}
-        """Of tuples, by their identity: they are made after what is in them, so nothing else bounds their depth."""
+        """Of tuples in tuples, by identity: they are made after what is in them, so nothing else bounds that."""
         self.checked_to = _MAX_OPEN
 
     def run(self, file: BinaryIO) -> Any:
@@ -192,14 +192,20 @@ class _Machine:
         raise CheckpointError("pickle: expected its end, got none: the file is cut off")
 
     def _step(self, name: str, argument: Any) -> None:
-        if name == "MARK":
+        if name == "MEMOIZE":  # the most frequent ones first
+            self.memo[len(self.memo)] = self.stack[-1]
+        elif name == "MARK":
             self.marks.append(len(self.stack))
             if len(self.marks) > _MAX_DEPTH:
                 raise _nested()
         elif name == "EMPTY_LIST":
-            self._push([])
+            self.stack.append([])
+            if len(self.stack) > self.checked_to:
+                self._check_open()
         elif name == "EMPTY_DICT":
-            self._push({})
+            self.stack.append({})
+            if len(self.stack) > self.checked_to:
+                self._check_open()
         elif name == "TUPLE":
             self._push_tuple(self._pop_to_mark())
         elif name in ("APPEND", "APPENDS"):
@@ -210,8 +216,6 @@ class _Machine:
             if not all(isinstance(key, str) for key in values[::2]):  # the hash of a deep tuple overflows C's stack
                 raise CheckpointError("pickle: expected texts as keys of a dictionary, got others")
             self._top(dict).update(zip(values[::2], values[1::2], strict=True))
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = self.stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -234,20 +238,22 @@ class _Machine:
         else:
             raise CheckpointError(f"pickle: expected plain data, got {name}; it is not read")
 
-    def _push(self, container: Any) -> None:
-        self.stack.append(container)
-        if len(self.stack) > self.checked_to:  # looked at each time that the stack has doubled
-            if sum(isinstance(value, (list, dict, tuple)) for value in self.stack) > _MAX_OPEN:
-                raise _nested()
-            self.checked_to = 2 * len(self.stack)
+    def _check_open(self) -> None:
+        """Count the containers on the stack, each time that it has doubled."""
+        if sum(isinstance(value, (list, dict, tuple)) for value in self.stack) > _MAX_OPEN:
+            raise _nested()
+        self.checked_to = 2 * len(self.stack)
 
     def _push_tuple(self, values: list[Any]) -> None:
         made = tuple(values)
-        depth = 1 + max((self.depths.get(id(value), 0) for value in values if isinstance(value, tuple)), default=0)
-        if depth > _MAX_DEPTH:
-            raise _nested()
-        self.depths[id(made)] = depth
-        self._push(made)
+        inner = [self.depths.get(id(value), 1) for value in values if type(value) is tuple]
+        if inner:
+            depth = self.depths[id(made)] = 1 + max(inner)
+            if depth > _MAX_DEPTH:
+                raise _nested()
+        self.stack.append(made)
+        if len(self.stack) > self.checked_to:
+            self._check_open()
 
     def _top(self, kind: type[T]) -> T:
         top = self.stack[-1]
