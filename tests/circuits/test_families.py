@@ -640,7 +640,7 @@ def test_any_change_of_a_saved_mixed_circuit_is_refused_or_is_a_circuit(data):
 def test_tables_that_no_file_bounds_are_refused(tmp_path):
     ct.save(single(ct.Binomial(3)), tmp_path / "pc")
     rewrite(tmp_path / "pc", lambda structure: structure["nodes"][0].update(num_trials=1 << 30))
-    with pytest.raises(ct.CheckpointError, match="too much memory"):
+    with pytest.raises(ct.CheckpointError, match=r"expected at most .* numbers that are derived from it"):
         ct.load(tmp_path / "pc")
 
 

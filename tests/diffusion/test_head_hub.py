@@ -64,7 +64,7 @@ def test_what_is_pushed_is_what_is_pulled(head, fake_hub):
 
 
 def test_what_is_not_there_says_so(fake_hub, tmp_path):
-    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+    with pytest.raises(CheckpointError, match="expected a folder, or a repository"):
         df.CoupledHead.from_pretrained("somebody/else")
     with pytest.raises(CheckpointError):
         df.CoupledHead.from_pretrained(tmp_path)
