@@ -107,6 +107,9 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{file}: expected a tokenizer, got something else: {error}; save it again"
             ) from error
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        if unknown is not None and tokenizer.model.token_to_id(unknown) is None:  # else encoding would fail one day
+            raise CheckpointError(f"{file}: unk_token: expected a token of the model, got {unknown!r}; save it again")
         return cls(tokenizer)
 
     def _id_of(self, token: str) -> int:

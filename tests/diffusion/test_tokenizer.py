@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_vocabulary_size_keeps_the_most_frequent_characters() -> None:
 def test_corrupt_file_is_a_checkpoint_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError):
+        TextTokenizer.load(tmp_path)
+
+
+def test_an_unknown_token_that_the_model_lacks_is_a_checkpoint_error(tmp_path: Path) -> None:
+    train_tokenizer(["some text"]).save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<unl>"] = vocabulary.pop(content["model"]["unk_token"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: unk_token: expected a token of the model, got '<unk>'"):
         TextTokenizer.load(tmp_path)
 
 
