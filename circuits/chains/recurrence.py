@@ -290,8 +290,8 @@ def _guessed(calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | No
         before = beside[2][first]
         change = before / guess if calls.are_sums else before - guess
         least, most = change.aminmax(dim=0)
-        size = most if calls.are_sums else before.abs().amax(0) + 1
-        if bool((most - least <= 16 * torch.finfo(change.dtype).eps * size).all()):
+        size = least if calls.are_sums else before.abs().amax(0) + 1
+        if bool(((most - least <= 16 * torch.finfo(change.dtype).eps * size) & (least.abs() < math.inf)).all()):
             scale = beside[3][first - 1]
             torch.mul(scale, most, out=scale) if calls.are_sums else torch.add(scale, most, out=scale)
             for whole, part in zip(parts[1:4], beside[1:4], strict=True):
@@ -356,7 +356,7 @@ def _maps(calls: Calls, table: Any, parts: Sequence[Tensor], *, every: int, batc
 def _between(calls: Calls, maps: Tensor, start: Tensor, *, every: int = 0) -> tuple[Tensor, bool]:
     """Return a vector, (K, B), and what maps, (n, K, K, B), make of it one after the other: (n + 1, K, B).
 
-    The vectors are divided by their maximum every so many maps. The second value is whether no maximum was so small
+    The vectors are divided by their maximum every so many maps. The second value is whether no number was so small
     that terms that underflowed could count.
     """
     vectors = torch.cat([start.unsqueeze(0), torch.empty_like(maps[:, 0])])
@@ -370,8 +370,8 @@ def _between(calls: Calls, maps: Tensor, start: Tensor, *, every: int = 0) -> tu
         if every and not (step + 1) % every:
             calls.peak(after, axis=0, out=divisors[step])
             calls.divide(after, divisors[step], out=after)
-    least = torch.minimum(peaks, vectors.amax(1)).min()
-    return vectors, bool(least >= smallest_safe_sum(vectors.dtype, len(start)))
+    least = torch.minimum(peaks, torch.ones_like(peaks)) * vectors.amin(1)
+    return vectors, bool(least.min() >= smallest_safe_sum(vectors.dtype, len(start)))
 
 
 def _blocks(num_steps: int) -> tuple[int, int]:

@@ -128,6 +128,38 @@ def test_blocks_from_guesses_count_only_where_guesses_are_forgotten(monkeypatch,
     assert torch.equal(path.path, step_by_step.path)
 
 
+def test_blocks_are_exact_or_refused_where_entries_between_them_underflow():
+    num_exact = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        transition = 10 ** (torch.rand(2, 2, generator=generator) * -24).fill_diagonal_(0.0)
+        runs = torch.randint(1, 9, (150,), generator=generator)  # of steps that favour the same state
+        factors = 10 ** (torch.rand(150, 2, 1, generator=generator) * -9)
+        factors = (factors / factors.amax(1, keepdim=True)).repeat_interleave(runs, 0)[:150]
+        found = recurrence.rise_of_sums(transition, factors.clone(), None, every=4, in_blocks=True)
+        if found is None:
+            continue
+        num_exact += 1
+        log_y = torch.zeros(2, dtype=torch.float64)
+        for factor in factors.double().log().flip(0):
+            log_y = (transition.double().log() + (factor[:, 0] + log_y)).logsumexp(1)
+        log_found = found.results[0, :, 0].double().log() + found.scales.double().log().sum()
+        torch.testing.assert_close(log_found, log_y, rtol=1e-5, atol=1e-3)
+    assert num_exact
+
+
+def test_a_guess_of_what_turns_out_to_be_impossible_is_not_soon_forgotten(monkeypatch):
+    emission = torch.tensor([0.5, 0.125, 0.375]).repeat(16, 1)
+    emission[0] = torch.tensor([0.5, 0.5, 0.0])  # value 1 is best in state 0, which value 2, much later, rules out
+    circuit = ct.structures.hmm(1024, 16, 3, transition=torch.eye(16), emission=emission)
+    x = torch.zeros(1, 1024, dtype=torch.int64)
+    x[0, :80], x[0, 900] = 1, 2
+    found = ct.queries.viterbi(compiled(circuit, monkeypatch), ct.Evidence.observe(x))
+    layers = ct.queries.viterbi(compiled(circuit, monkeypatch, shortest=2000), ct.Evidence.observe(x))
+    torch.testing.assert_close(found.log_score, layers.log_score, **CLOSE)
+    assert 0 not in found.path
+
+
 def test_second_derivatives_go_through_the_layers(schedule, monkeypatch):
     pc = compiled(ct.structures.hmm(7, 2, 3), monkeypatch)
     factors = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
