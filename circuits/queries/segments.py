@@ -70,13 +70,19 @@ def segmented_log_z(question: Question) -> Tensor:
 
     Raises:
         PropertyError: the circuit is no chain of equal steps, weights are given at run time, or there is evidence on
-            latents, or evidence that is relative to other evidence.
+            latents, or evidence that is relative to other evidence, or whose gradient is wanted.
     """
     pc, evidence = question.pc, question.evidence
     if question.weights.given or evidence.latents or evidence.reference is not None:
         raise PropertyError(
             "checkpointed: expected the circuit's own weights, and evidence on variables and classes that is relative "
             "to nothing; leave checkpointed out"
+        )
+    parts = [*evidence.factors.tensors(), *(() if evidence.classes is None else [evidence.classes])]
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        raise PropertyError(
+            "checkpointed: expected evidence without a gradient, got tensors that require one; detach them, or leave "
+            "checkpointed out"
         )
     found = _SEGMENTS.get(pc)
     if found is None or (found.first.pc.device, found.first.pc.dtype) != (pc.device, pc.dtype):

@@ -110,3 +110,5 @@ def test_what_segments_do_not_know_is_refused():
     weights = pc.weights(external={"initial": torch.zeros(1, 2)})
     with pytest.raises(ct.PropertyError, match="checkpointed"):
         ct.queries.log_partition(pc, evidence, weights=weights, checkpointed=True)
+    with pytest.raises(ct.PropertyError, match="evidence without a gradient"):
+        ct.queries.log_partition(pc, ct.Evidence.soft(torch.zeros(1, 30, 3, requires_grad=True)), checkpointed=True)
