@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits import RowGenerators
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, checked_number
 from circuits.precision import own_precision
 from diffusion.conditioners.context import at_mask_ratio
 from diffusion.errors import ArgumentError
@@ -63,6 +63,8 @@ class HeadMixture(nn.Module):
         super().__init__()
         if not isinstance(heads, Sequence) or not heads or not all(isinstance(one, CoupledHead) for one in heads):
             raise ArgumentError(f"heads: expected one or more df.CoupledHead, got {heads!r:.60}")
+        if vocab_size is not None:
+            checked_count("vocab_size", vocab_size)
         sizes = {(one.block_length, one.vocab_size if vocab_size is None else vocab_size) for one in heads}
         if len(sizes) > 1:
             raise ArgumentError(f"heads: expected as many positions and tokens in all of them, got {sorted(sizes)}")
@@ -101,7 +103,13 @@ class HeadMixture(nn.Module):
             batches: of blocks that the heads were not fitted on, such as ``[cache.batch(slice(None))]`` of a cache for
                 validation.
             decay: of the squares of log-weights, which keeps those that no block speaks of equal.
+
+        Raises:
+            ArgumentError: a block is impossible under prediction and heads alike, none has masked tokens, or the decay
+                is no number >= 0.
         """
+        if checked_number("decay", decay) < 0:
+            raise ArgumentError(f"decay: expected a number >= 0, got {decay!r}; 0 is none")
         scores, ratios = [], []
         with torch.no_grad():
             for batch in batches:
@@ -109,7 +117,16 @@ class HeadMixture(nn.Module):
                 some = batch.masked.any(1)
                 scores.append(torch.stack([part.log_prob(batch.tokens) for part in parts], 1)[some])
                 ratios.append(batch.masked[some])
+        if not any(map(len, ratios)):
+            raise ArgumentError(
+                "batches: expected blocks with masked tokens, got none; take those of a validation cache"
+            )
         masked, given = torch.cat(ratios), torch.cat(scores)
+        if not bool((given > -torch.inf).any(1).all()):
+            raise ArgumentError(
+                "batches: expected blocks that the prediction or a head holds possible, got some with probability 0 "
+                "under all; leave them out"
+            )
         optimizer = torch.optim.LBFGS([self.log_weights], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
@@ -202,6 +219,8 @@ class MixedDistribution:
         """Return the mixture given more tokens: components that foresaw them gain."""
         here = observed & self.masked
         foreseen = torch.stack([part.log_prob_at(tokens, here) for part in self.parts], 1)
+        ruled_out = (foreseen == -torch.inf).all(1, keepdim=True)  # by all: they weigh what they did, as heads go on
+        foreseen = foreseen.masked_fill(ruled_out, 0.0)
         agrees = here.unsqueeze(2) & (foreseen > -torch.inf).unsqueeze(1)  # what ruled them out has no weight any more
         return replace(
             self,

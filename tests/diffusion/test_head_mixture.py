@@ -165,3 +165,38 @@ def test_heads_that_do_not_fit_together_are_named(heads):
     assert HeadMixture(heads).needs_features
     assert not HeadMixture(heads[:1]).needs_features
     assert len(TEXTS) == V**L
+
+
+@pytest.mark.parametrize(
+    ("masked", "q", "decay", "message"),
+    [
+        (False, 0.0, 0.0, "batches: expected blocks with masked tokens, got none"),
+        (True, -torch.inf, 0.0, "batches: expected blocks that the prediction or a head holds possible"),
+        (True, 0.0, -1.0, "decay: expected a number >= 0, got -1.0"),
+    ],
+)
+def test_weights_are_not_fitted_to_what_says_nothing(heads, masked, q, decay, message):
+    tokens = torch.zeros(B, L, dtype=torch.int64)
+    log_q = torch.zeros(B, L, V, dtype=DOUBLE)
+    log_q[..., 0] = q
+    batch = SimpleNamespace(
+        prediction=Prediction.from_logits(log_q),
+        tokens=tokens,
+        masked=torch.full_like(tokens, masked, dtype=torch.bool),
+    )
+    with pytest.raises(ArgumentError, match=message):
+        HeadMixture(heads[:1]).fit([batch], decay=decay)
+    with pytest.raises(ArgumentError, match="batches: expected blocks with masked tokens"):
+        HeadMixture(heads[:1]).fit([])
+    with pytest.raises(ArgumentError, match="vocab_size"):
+        HeadMixture(heads[:1], vocab_size=-1)
+
+
+def test_what_all_components_rule_out_makes_no_weight_nan(mixture, said):
+    tokens, every = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
+    some = torch.zeros(B, L, dtype=torch.bool)
+    some[0, 0] = True
+    ruled_out = mixture.distribution(said.with_observed(tokens + 1, some), tokens, every).given(tokens, some)
+    assert bool(ruled_out.log_weights.isfinite().all())
+    torch.testing.assert_close(ruled_out.log_weights.exp().sum(1), torch.ones(B, dtype=DOUBLE))
+    assert not bool(ruled_out.posterior().log_q.isnan().any())
