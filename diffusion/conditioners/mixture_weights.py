@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits.arguments import checked_count, checked_number
+from circuits.arguments import checked_count, checked_number, is_number, kind_of
 from diffusion.blocks import check_circuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.context import at_mask_ratio, check_sizes, is_zero, network, read_block
@@ -116,11 +116,13 @@ class MixtureWeights(Conditioner):
             ArgumentError: the calibration is for another number of tokens, or the share is out of range.
         """
         check_circuit(pc)
-        if not 0 < share < 1:
+        if not is_number(share) or not 0 < share < 1:
             raise ArgumentError(f"share: expected a number between 0 and 1, got {share!r}")
         num_tokens = max(pc.circuit.num_categories)
         table = torch.full((num_tokens, 1), 1 / num_tokens, dtype=torch.float64)
         if calibration is not None:
+            if not isinstance(calibration, NoiseCalibration):
+                raise ArgumentError(f"calibration: expected df.NoiseCalibration or None, got {kind_of(calibration)}")
             calibration.check(pc)
             table = (-calibration.bias.detach().double().cpu().mean(0)).softmax(0).unsqueeze(1)
         leaves: list[ct.Input] = []

@@ -108,8 +108,7 @@ class HeadMixture(nn.Module):
             ArgumentError: a block is impossible under prediction and heads alike, none has masked tokens, or the decay
                 is no number >= 0.
         """
-        if checked_number("decay", decay) < 0:
-            raise ArgumentError(f"decay: expected a number >= 0, got {decay!r}; 0 is none")
+        checked_number("decay", decay)
         scores, ratios = [], []
         with torch.no_grad():
             for batch in batches:

@@ -256,6 +256,10 @@ def test_what_does_not_fit_is_named(pc, said, block):
         )
     with pytest.raises(ArgumentError, match="share: expected a number between 0 and 1, got 1"):
         MixtureWeights.with_independent(pc, share=1)
+    with pytest.raises(ArgumentError, match="share: expected a number between 0 and 1, got 'half'"):
+        MixtureWeights.with_independent(pc, share="half")
+    with pytest.raises(ArgumentError, match=r"calibration: expected df\.NoiseCalibration or None, got"):
+        MixtureWeights.with_independent(pc, 0.5)
     with pytest.raises(ArgumentError, match="it is for 7 tokens"):
         MixtureWeights.with_independent(pc, NoiseCalibration(7))
     with pytest.raises(ArgumentError, match="num_knots: expected"):
