@@ -325,7 +325,13 @@ def _rooted(states: Sequence[Node], num_states: int, initial: Tensor | None, num
 
 
 def _followers_of(follows: Tensor | Sequence[Sequence[bool]], num_groups: int) -> list[list[int]]:
-    pattern = torch.as_tensor(follows)
+    try:
+        pattern = torch.as_tensor(follows)
+    except (TypeError, ValueError, RuntimeError) as error:  # no numbers, or rows of several lengths
+        raise ArgumentError(
+            f"follows: expected bool of shape {(num_groups, num_groups)}, one row and one column per group, got "
+            f"{follows!r:.60}"
+        ) from error
     if pattern.dtype != torch.bool or tuple(pattern.shape) != (num_groups, num_groups):
         raise ArgumentError(
             f"follows: expected bool of shape {(num_groups, num_groups)}, one row and one column per group, got "

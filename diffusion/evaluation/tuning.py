@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count, shape_of
+from circuits.arguments import checked_count, is_number, kind_of, shape_of
 from circuits.progress import progress_bar
 from diffusion.decoding.config import DecodeMode, Strategy
 from diffusion.denoisers.base import Denoiser
@@ -182,15 +182,7 @@ def tune(
         ArgumentError: shapes, ratios, temperatures or calls that do not fit.
         Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
-    length = head.block_length
-    if not isinstance(data, Tensor) or data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
-        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {shape_of(data)}")
-    if not mask_ratios or not all(0 < ratio <= 1 for ratio in mask_ratios):
-        raise ArgumentError(f"mask_ratios: expected numbers in (0, 1], got {mask_ratios!r}")
-    if temperatures is not None and (not temperatures or not all(0 < tau < math.inf for tau in temperatures)):
-        raise ArgumentError(f"temperatures: expected numbers above 0, got {temperatures!r}")
-    if num_steps is not None and not 1 <= checked_count("num_steps", num_steps) <= length:
-        raise ArgumentError(f"num_steps: expected at most the block's {length} tokens, got {num_steps}")
+    length = _checked_length(head, data, mask_ratios, temperatures, num_steps, batch_size, seed)
     counts = sorted({count_masked(length, ratio) for ratio in mask_ratios})
     points = _Points(denoiser, head, data, batch_size, seed, folder)
     taus = tuple(temperatures or ())
@@ -215,6 +207,38 @@ def tune(
             chosen, found = _compared("decoding", [", ".join(way) for way in DECODINGS], torch.stack(losses))
             (decode, strategy), candidates = DECODINGS[chosen], [*candidates, *found]
     return Tuning(rows, threshold, temperature, len(data), tuple(candidates), decode, strategy, num_steps)
+
+
+def _checked_length(
+    head: CoupledHead,
+    data: Tensor,
+    mask_ratios: Sequence[float],
+    temperatures: Sequence[float] | None,
+    num_steps: int | None,
+    batch_size: int,
+    seed: int,
+) -> int:
+    """Return the length of a head's blocks, if the arguments of :func:`tune` fit it."""
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"head: expected df.CoupledHead, got {kind_of(head)}")
+    length = head.block_length
+    if not isinstance(data, Tensor) or data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
+        raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {shape_of(data)}")
+    if not _are_numbers(mask_ratios) or not all(0 < ratio <= 1 for ratio in mask_ratios):
+        raise ArgumentError(f"mask_ratios: expected numbers in (0, 1], got {mask_ratios!r}")
+    if temperatures is not None and not (
+        _are_numbers(temperatures) and all(0 < tau < math.inf for tau in temperatures)
+    ):
+        raise ArgumentError(f"temperatures: expected numbers above 0, got {temperatures!r}")
+    if num_steps is not None and not 1 <= checked_count("num_steps", num_steps) <= length:
+        raise ArgumentError(f"num_steps: expected at most the block's {length} tokens, got {num_steps}")
+    checked_count("batch_size", batch_size)
+    checked_count("seed", seed, 0)
+    return length
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, Sequence) and len(values) > 0 and all(map(is_number, values))
 
 
 def _chosen_rows(ratios: Sequence[float], scores: Sequence[Tensor]) -> tuple[tuple[TuningRow, ...], float]:

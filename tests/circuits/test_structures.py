@@ -567,6 +567,11 @@ def test_learn_spn_ends_where_all_rows_are_the_same():
             r"follows: expected bool of shape \(2, 2\).*got torch.float32",
         ),
         (
+            lambda: structures.block_sparse_hmm(3, [1, 1], 2, [[True], [True, True]]),
+            ct.ArgumentError,
+            r"follows: expected bool of shape \(2, 2\).*got \[\[True\]",
+        ),
+        (
             lambda: structures.block_sparse_hmm(3, [1, 1], 2, [[True, True], [False, False]]),
             ct.ArgumentError,
             "follows: no group may follow group 1",

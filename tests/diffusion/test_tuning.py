@@ -148,6 +148,12 @@ def test_what_cannot_be_tuned_is_refused():
         (world.support, {"temperatures": ()}, "temperatures"),
         (world.support, {"num_steps": 0}, "num_steps"),
         (world.support, {"num_steps": 3}, "num_steps"),
+        (world.support, {"mask_ratios": 0.5}, "mask_ratios"),
+        (world.support, {"mask_ratios": ("half",)}, "mask_ratios"),
+        (world.support, {"temperatures": 1.0}, "temperatures"),
+        (world.support, {"temperatures": ("warm",)}, "temperatures"),
+        (world.support, {"batch_size": 0}, "batch_size"),
+        (world.support, {"seed": "x"}, "seed"),
     ]:
         with pytest.raises(df.errors.ArgumentError, match=f"{name}: expected"):
             tune(world.denoiser(), head, data, **options)
