@@ -103,7 +103,7 @@ class Rise(NamedTuple):
 def are_few(states: Tensor, *, calls: int = 1) -> bool:
     """Whether the states (T, K, B) are so few that a step's matrices are cheaper than its calls, or so many of them."""
     products = states.shape[1] ** 3 * states.shape[2]
-    return products <= calls * _FEW_PRODUCTS and len(states) >= _MANY_STEPS
+    return 0 < products <= calls * _FEW_PRODUCTS and len(states) >= _MANY_STEPS
 
 
 def rise_of_sums(

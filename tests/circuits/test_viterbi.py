@@ -159,3 +159,11 @@ def test_impossible_evidence_has_no_path():
     pc = ct.compile(ct.structures.hmm(5, 2, 3, **{**TABLES, "emission": torch.tensor([[0.5, 0.5, 0]] * 2)}))
     with pytest.raises(ct.ImpossibleEvidenceError, match="probability zero"):
         ct.queries.viterbi(pc, ct.Evidence.observe(torch.tensor([[0, 1, 2, 0, 0]])))
+
+
+@pytest.mark.parametrize("length", [40, 200, 600])
+def test_no_queries_have_no_path(length):
+    pc = ct.compile(ct.structures.hmm(length, 2, 3), seed=0)
+    found = ct.queries.viterbi(pc, ct.Evidence.observe(torch.zeros(0, length, dtype=torch.int64)))
+    assert found.path.shape == (0, length)
+    assert found.log_score.shape == (0,)
