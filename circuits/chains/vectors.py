@@ -43,8 +43,6 @@ class VectorSemiring(ChoosingSemiring):
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Concatenate values; vectors shorter than others end in impossible entries."""
-    if len(parts) == 1:
-        return parts[0]
     length = max(part.shape[-1] for part in parts)
     return torch.cat([part if part.shape[-1] == length else padded(part, length) for part in parts], dim)
 

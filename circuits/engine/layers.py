@@ -68,7 +68,7 @@ class Gather(Part):
             values[layer][at] if isinstance(at, slice) else values[layer].index_select(0, at)
             for layer, at in self.pieces
         ]
-        gathered = joined(pieces, 0)
+        gathered = pieces[0] if len(pieces) == 1 else joined(pieces, 0)
         return gathered if self.inverse is None else gathered.index_select(0, self.inverse)
 
     def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
@@ -329,7 +329,7 @@ class SumLayer(_InnerLayer):
     def _gather_stacks(self, values: LayerValues) -> Tensor:
         """Return the children's units side by side, once for all siblings, shape (F / S, I, B, *E)."""
         parts = [slot(values) for slot in self.slots]
-        return joined(parts, 1)
+        return parts[0] if len(parts) == 1 else joined(parts, 1)
 
     def _select(self, bank: Tensor, num_stacks: int) -> Tensor:
         """Return the rows of a bank that the nodes use, those of siblings below each other, (F / S, S * O, I)."""
