@@ -82,6 +82,12 @@ def absolute_source(source: str) -> str:
 
 def _parquet(path: str) -> Table:
     try:
+        regular_size(path)
+    except FileNotFoundError as error:
+        raise CorpusError(f"{path}: expected a file, got none there; look at the path") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: expected a regular file, got {_line(error)}; copy it to one") from error
+    try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
@@ -89,10 +95,7 @@ def _parquet(path: str) -> Table:
             f"pyarrow: expected the package to be installed, for {path}, got none; pip install pyarrow"
         ) from error
     try:
-        regular_size(path)
         file = ParquetFile(path)
-    except FileNotFoundError as error:
-        raise CorpusError(f"{path}: expected a file, got none there; look at the path") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise CorpusError(f"{path}: expected a whole Parquet file, got {_line(error)}; copy it again") from error
 

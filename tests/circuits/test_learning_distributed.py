@@ -174,7 +174,7 @@ def test_errors_are_raised_in_all_processes(folder):
         assert lines[0].startswith("ArgumentError process_group: the processes called fit with a different data;")
         assert "different num_epochs" in lines[1]
         assert lines[2].startswith("CheckpointError")
-        assert "another run" in lines[2]
+        assert "expected this run, got one with a different data" in lines[2]
         assert "lower its learning rate" in lines[3]
         assert "already initialised" in lines[4]
 

@@ -201,7 +201,9 @@ def test_a_stage_that_a_signal_stopped_goes_on_to_the_same_weights(stage, number
     monkeypatch.setitem(workspace.PRESETS, "tiny", SMALLEST)
     calls = []
     (tmp_path / "corpus.txt").write_text("\n\n".join(f"The {i}th text says {i} and {2 * i}. " * 6 for i in range(40)))
-    training = getattr(diffusion.training, stage)._Training
+    training = {"denoiser": diffusion.training.denoiser._Training, "circuit": diffusion.training.circuit.CacheTraining}[
+        stage
+    ]
 
     def run(out):
         first = run_program("train", "--corpus", tmp_path / "corpus.txt", "--preset", "tiny", "--out", out, "--quiet")

@@ -158,9 +158,13 @@ def test_what_is_no_text_is_refused(columns, field, message, tmp_path):
         load_corpus(parquet(tmp_path / "texts.parquet", columns), field=field)
 
 
-def test_what_is_no_table_is_refused(tmp_path):
+def test_a_table_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(CorpusError, match="expected a file, got none there"):
         load_corpus(tmp_path / "none.parquet")
+
+
+def test_what_is_no_table_is_refused(tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet files are read by pyarrow")
     (tmp_path / "text.parquet").write_text("a text")
     with pytest.raises(CorpusError, match=r"expected a whole Parquet file, got .*; copy it again"):
         load_corpus(tmp_path / "text.parquet")
@@ -170,7 +174,9 @@ def test_what_is_no_table_is_refused(tmp_path):
     ("package", "source", "way_out"),
     [("pyarrow", "a.parquet", "pip install pyarrow"), ("datasets", "dataset:a", r"pip install 'unfactor\[hf\]'")],
 )
-def test_a_package_that_is_missing_is_named(package, source, way_out, monkeypatch):
+def test_a_package_that_is_missing_is_named(package, source, way_out, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").touch()
     imported = builtins.__import__
 
     def without(name, *arguments, **options):
