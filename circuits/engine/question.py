@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
 
 _LOG = LogSemiring()
+_LARGE_STEP = 1 << 15  # numbers: layers of a chain that are so large are faster one by one, in the processor's cache
 
 
 class Question:
@@ -304,8 +305,8 @@ class Question:
         """
         values = dict(enumerate(inputs))
         for step in self.schedule:
-            chain, scan = step.chain, None
-            if scans and chain is not None:
+            chain, scan, size = step.chain, None, self.pc.layer_sizes[step.position][1] * self.evidence.batch_size
+            if scans and chain is not None and (saved is not None or size < _LARGE_STEP):
                 scan = chain.scan(values, self.weights.own[chain.bank], self.latents, self.silent)
             if scan is not None:
                 values[step.position] = scan.first
