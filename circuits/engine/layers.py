@@ -184,10 +184,13 @@ class ProductLayer(_InnerLayer):
             return semiring.multiply(self.nodes, self.factors(values))
         if self.is_stacked:
             return semiring.product(self.slots[0](values).unflatten(0, (-1, self.num_children)))
-        factors = (slot(values) for slot in self.slots)
-        if self.mode == "elementwise":
-            return functools.reduce(semiring.times, factors)
-        return functools.reduce(lambda x, y: semiring.times(x.unsqueeze(2), y.unsqueeze(1)).flatten(1, 2), factors)
+        out = self.slots[0](values)
+        for slot in self.slots[1:]:  # a loop frees each factor at once, which a fold keeps for one turn more
+            if self.mode == "outer":
+                out = semiring.times(out.unsqueeze(2), slot(values).unsqueeze(1)).flatten(1, 2)
+            else:
+                out = semiring.times(out, slot(values))
+        return out
 
     def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
         """Send the gradient of the output, (F, K, B), to the children (log semiring)."""
