@@ -17,6 +17,7 @@ from torch import Tensor
 
 import circuits as ct
 import diffusion as df
+from diffusion.decoding.head_mixture import fit_weights, mixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,6 @@ class Gate:
         heads = [head.conditional_log_likelihood(said, tokens, masked).double() for head in self.heads]
         return torch.stack([alone, circuit, *heads], 1)
 
-    @torch.enable_grad()
     def fitted(self, said: df.Prediction, tokens: Tensor, masked: Tensor, *, decay: float = 1e-3) -> Gate:
         """Return the mixture whose weights are best on some blocks, in nats per masked token.
 
@@ -62,25 +62,5 @@ class Gate:
         some = masked.any(1)
         parts, masked = self.parts(said, tokens, masked)[some], masked[some]
         log_weights = self.log_weights.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = -(mixed(log_weights, parts, masked) / masked.sum(1)).mean() + decay * log_weights.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        fit_weights(log_weights, parts, masked, decay=decay)
         return replace(self, log_weights=log_weights.detach())
-
-
-def mixed(
-    log_weights: Tensor,  # shape: (M, 2 + K)
-    parts: Tensor,  # shape: (B, 2 + K)
-    masked: Tensor,  # shape: (B, L)
-) -> Tensor:
-    """Return the log-probability of a mixture whose weights are those of each block's mask ratio, (B,)."""
-    place = masked.double().mean(1) * (len(log_weights) - 1)
-    lower = place.long().clamp(max=len(log_weights) - 2)
-    between = torch.lerp(log_weights[lower], log_weights[lower + 1], (place - lower).unsqueeze(1))
-    return (between.log_softmax(1) + parts).logsumexp(1)

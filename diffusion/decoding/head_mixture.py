@@ -126,17 +126,44 @@ class HeadMixture(nn.Module):
                 "batches: expected blocks that the prediction or a head holds possible, got some with probability 0 "
                 "under all; leave them out"
             )
-        optimizer = torch.optim.LBFGS([self.log_weights], max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            log_prob = (at_mask_ratio(masked, self.log_weights)[0].log_softmax(1) + given).logsumexp(1)
-            value = -(log_prob / masked.sum(1)).mean() + decay * self.log_weights.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        fit_weights(self.log_weights, given, masked, decay=decay)
         return self
+
+
+def mixed(
+    log_weights: Tensor,  # shape: (M, K)
+    given: Tensor,  # shape: (B, K)
+    masked: Tensor,  # shape: (B, L)
+) -> Tensor:
+    """Return the log-probability of blocks under a mixture, (B,), in nats, from that under its K components.
+
+    Args:
+        log_weights: unnormalised, at M evenly spaced mask ratios from 0 to 1 and linear in between.
+        given: log-probabilities under each component.
+        masked: bool, whose mean is the mask ratio.
+    """
+    return (at_mask_ratio(masked, log_weights)[0].log_softmax(1) + given).logsumexp(1)
+
+
+@torch.enable_grad()
+def fit_weights(log_weights: Tensor, given: Tensor, masked: Tensor, *, decay: float) -> None:
+    """Overwrite the log-weights of :func:`mixed` by those that are best in nats per masked token, by L-BFGS.
+
+    Args:
+        log_weights: a leaf that requires a gradient.
+        given: of :func:`mixed`.
+        masked: of :func:`mixed`; every block has masked tokens.
+        decay: of the squares of log-weights.
+    """
+    optimizer = torch.optim.LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -(mixed(log_weights, given, masked) / masked.sum(1)).mean() + decay * log_weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
 
 
 @dataclass(frozen=True, eq=False)
