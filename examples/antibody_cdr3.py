@@ -2,7 +2,8 @@
 
 AntiBERTy (Ruffolo, Gray, Sulam 2021) predicts masked residues one by one; a circuit that was fitted to 1,000 reads of
 human antibodies ties them together. Both come from the Python package registry (100 MB, kept in a folder); two
-minutes on two cores. Run: python examples/antibody_cdr3.py
+minutes on two cores. Needs transformers, the extra [hf].
+Run: python examples/antibody_cdr3.py
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 python examples/own_masked_lm.py --model answerdotai/ModernBERT-base --text my.txt --to my-head
 python examples/own_masked_lm.py      # a tiny model with random weights, so that this runs anywhere, in seconds
+
+It needs transformers: pip install -c constraints.txt -e '.[hf]'
 """
 
 import argparse

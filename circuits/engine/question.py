@@ -300,7 +300,7 @@ class Question:
             semiring: what plus and times mean.
             inputs: the values of the input layers.
             keep: whether the values of all layers are.
-            scans: whether a chain is evaluated at once: log semiring, own weights, no gradients by autograd.
+            scans: whether a chain may be evaluated at once: log semiring, own weights, no gradients by autograd.
             saved: where what :mod:`~circuits.engine.adjoint` needs is kept, by layer, with ``scans``; None: nowhere.
         """
         values = dict(enumerate(inputs))
