@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from contextual_cases import CONTEXT, LENGTH, TOKENS, small_denoiser, told_windows
 from hmm_cases import L, N, V, hmm, joint, joints, tables, texts
 from safetensors import safe_open
 from torch import nn
@@ -23,8 +24,6 @@ from diffusion import (
     LowRankTransitions,
     NoiseCalibration,
     Prediction,
-    TransformerConfig,
-    TransformerDenoiser,
     TransitionGates,
     cache_logits,
     constraints,
@@ -345,23 +344,15 @@ def test_a_conditioner_without_types_is_built_of_what_it_said(pc, tmp_path):
 
 # With a real denoiser: features beside the logits, cached, trained on, decoded with.
 
-CONTEXT, LENGTH, TOKENS = 4, 4, 9
-
 
 @pytest.fixture(scope="module")
 def denoiser():
-    config = TransformerConfig(
-        vocab_size=TOKENS, mask_id=8, pad_id=7, eos_id=6, context_length=CONTEXT, block_length=LENGTH, width=16,
-        num_layers=1, num_heads=2,
-    )  # fmt: skip
-    return TransformerDenoiser(config, seed=0).eval()
+    return small_denoiser()
 
 
 @pytest.fixture(scope="module")
 def windows():
-    """Blocks of one token four times, which the first token of the context tells."""
-    first = torch.randint(0, 6, (60, 1), generator=torch.Generator().manual_seed(0))
-    return torch.cat([first, torch.zeros(60, CONTEXT - 1, dtype=torch.int64), first.expand(-1, LENGTH)], 1)
+    return told_windows()
 
 
 def test_features_are_what_the_logits_are_read_from(denoiser, windows):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contextual_cases import DOUBLE, B, H, random_block, random_prediction
 from hmm_cases import TEXTS, L, V, texts
 
 import circuits as ct
@@ -18,19 +19,15 @@ from diffusion import (
 from diffusion.errors import ArgumentError
 from diffusion.testing.worlds import alternating
 
-B, H, DOUBLE = 3, 2, torch.float64
-
 
 @pytest.fixture
 def said(generator):
-    logits = 2 * torch.randn(B, L, V, dtype=DOUBLE, generator=generator)
-    return Prediction.from_logits(logits, features=torch.randn(B, L, H, dtype=DOUBLE, generator=generator))
+    return random_prediction(generator)
 
 
 @pytest.fixture
 def block(generator):
-    masked = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
-    return torch.randint(V, (B, L), generator=generator), masked
+    return random_block(generator)
 
 
 @pytest.fixture

@@ -3,6 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from contextual_cases import (
+    CONTEXT,
+    DOUBLE,
+    LENGTH,
+    TOKENS,
+    B,
+    H,
+    random_block,
+    random_prediction,
+    small_denoiser,
+    told_windows,
+)
 from hmm_cases import TEXTS, L, V, texts
 
 import circuits as ct
@@ -14,8 +26,6 @@ from diffusion import (
     MixtureWeights,
     NoiseCalibration,
     Prediction,
-    TransformerConfig,
-    TransformerDenoiser,
     TransitionGates,
     cache_logits,
     constraints,
@@ -27,7 +37,7 @@ from diffusion.errors import ArgumentError
 from diffusion.testing.worlds import World
 from diffusion.training.circuit import coupled_loss
 
-B, H, K, DOUBLE = 3, 2, 3, torch.float64
+K = 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -50,14 +60,12 @@ def pc():
 
 @pytest.fixture
 def said(generator):
-    logits = 2 * torch.randn(B, L, V, dtype=DOUBLE, generator=generator)
-    return Prediction.from_logits(logits, features=torch.randn(B, L, H, dtype=DOUBLE, generator=generator))
+    return random_prediction(generator)
 
 
 @pytest.fixture
 def block(generator):
-    masked = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
-    return torch.randint(V, (B, L), generator=generator), masked
+    return random_block(generator)
 
 
 def moved(pc, generator, num_features=H, **options):
@@ -270,23 +278,15 @@ def test_what_does_not_fit_is_named(pc, said, block):
 
 # With a real denoiser, and in a world that is in the family.
 
-CONTEXT, LENGTH, TOKENS = 4, 4, 9
-
 
 @pytest.fixture(scope="module")
 def denoiser():
-    config = TransformerConfig(
-        vocab_size=TOKENS, mask_id=8, pad_id=7, eos_id=6, context_length=CONTEXT, block_length=LENGTH, width=16,
-        num_layers=1, num_heads=2,
-    )  # fmt: skip
-    return TransformerDenoiser(config, seed=0).eval()
+    return small_denoiser()
 
 
 @pytest.fixture(scope="module")
 def windows():
-    """Blocks of one token four times, which the first token of the context tells."""
-    first = torch.randint(0, 6, (60, 1), generator=torch.Generator().manual_seed(0))
-    return torch.cat([first, torch.zeros(60, CONTEXT - 1, dtype=torch.int64), first.expand(-1, LENGTH)], 1)
+    return told_windows()
 
 
 @pytest.mark.parametrize("decode", ["latent", "marginal", "any_order", "joint"])
