@@ -188,3 +188,12 @@ def test_a_chain_moves_copies_and_samples_like_any_circuit(monkeypatch):
 def test_other_circuits_have_no_chain(circuit):
     pc = ct.compile(circuit, seed=0)
     assert not any(step.chain for step in pc.schedule)
+
+
+def test_large_steps_without_a_gradient_give_what_they_give_with_one(generator):
+    """They go layer by layer, and with a gradient as one recurrence."""
+    pc = ct.compile(ct.structures.hmm(5, 512, 3), seed=0)
+    x = torch.randint(3, (64, 5), generator=generator)
+    with torch.no_grad():
+        alone = pc(x)
+    torch.testing.assert_close(alone, pc(x).detach(), rtol=1e-5, atol=1e-5)
