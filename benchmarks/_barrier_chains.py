@@ -21,13 +21,13 @@ QUARTERS = 4
 
 
 def chains(
-    denoiser: df.Denoiser, head: df.CoupledHead | None, calls: int, number: int, path: Path, *, seed: int
+    denoiser: df.Denoiser, head: df.JointHead | None, calls: int, number: int, path: Path, *, seed: int
 ) -> list[str]:
     """Return chains drawn in so many calls, from the joint distribution of each call; kept in a file.
 
     Args:
         denoiser: that is called.
-        head: its circuit; None: residues of one call are independent.
+        head: its joint output layer; None: residues of one call are independent.
         calls: that whole chains take.
         number: of chains.
         path: the file.

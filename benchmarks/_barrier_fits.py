@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _barrier_gate import Gate
 from _bed import Bed
 
 import circuits as ct
@@ -146,14 +145,14 @@ class Fits:
             self._report(path, head, caches[1], curve.steps[-1], time.process_time() - began)
         return df.CoupledHead.load(path)
 
-    def gate(self, denoiser: df.Denoiser, kind: str, name: str) -> Gate:
+    def gate(self, denoiser: df.Denoiser, kind: str, name: str) -> df.HeadMixture:
         """Return a mixture of :data:`GATES` for a denoiser of some name, fitted to its validation windows."""
+        alone = df.CoupledHead(self.alone(), conditioners=[df.CircuitAlone()], vocabulary=self.bed.vocabulary)
         heads = [self.head(denoiser, one, name) for one in GATES[kind] if self.has(one)]
-        start = torch.zeros(self.sizes.gate_knots, 2 + len(heads), dtype=torch.float64)
-        gate = Gate(self.alone(), self.bed.vocabulary, heads, start)
+        size = denoiser.spec.vocab_size
+        gate = df.HeadMixture([alone, *heads], vocab_size=size, num_knots=self.sizes.gate_knots)
         cache = self.cache(denoiser, "validation", name)
-        batch = cache.batch(slice(0, len(cache)))
-        return gate.fitted(batch.prediction, batch.tokens, batch.masked)
+        return gate.fit([cache.batch(slice(0, len(cache)))])
 
     def seconds(self) -> float:
         """Return the processor time of predictions and fits behind ``switched potentials``."""

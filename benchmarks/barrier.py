@@ -180,7 +180,7 @@ class Measure:
         with torch.enable_grad():
             if what in GATES:
                 gate = self.fits.gate(denoiser, what, name)
-                return head_losses(gate.log_likelihood, denoiser, windows, masks, self.forbidden)
+                return head_losses(gate.conditional_log_likelihood, denoiser, windows, masks, self.forbidden)
             head = self.fits.head(denoiser, what, name)
         forbidden = head.spec_for(denoiser.spec).forbidden_ids
         return head_losses(head.conditional_log_likelihood, denoiser, windows, masks, forbidden)
@@ -226,17 +226,18 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
 
 
 @torch.no_grad()
-def chain_rows(measure: Measure, number: int, head: str = "aligned potentials") -> list[dict[str, str]]:
-    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with a head."""
+def chain_rows(measure: Measure, number: int, head: str = "switched potentials") -> list[dict[str, str]]:
+    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with a mixture."""
     denoiser, seed = measure.bed.denoiser, measure.fits.seed
     training = texts_of(measure.bed.train)
+    mixture = measure.fits.gate(denoiser, head, "shipped")
     rows = [
         {"seed": str(seed), "calls": "", "head": "far reads"}
         | described(denoiser, texts_of(measure.bed.held_out["far"][:number]), training, measure.forbidden, seed=seed)
     ]
     for calls in CALLS:
-        for name, chosen in (("", None), (head, measure.fits.head(denoiser, head, "shipped"))):
-            path = measure.folder / f"chains-{calls}-{number}{'-head' if name else ''}.json"
+        for name, chosen in (("", None), (head, mixture)):
+            path = measure.folder / f"chains-{calls}-{number}{'-' + name.replace(' ', '-') if name else ''}.json"
             drawn = chains(denoiser, chosen, calls, number, path, seed=seed)
             known = described(denoiser, drawn, training, measure.forbidden, seed=seed)
             rows.append({"seed": str(seed), "calls": str(calls), "head": name, **known})

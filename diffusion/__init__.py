@@ -2,6 +2,7 @@
 
 from diffusion import codd, compat, evaluation, testing
 from diffusion.conditioners import (
+    CircuitAlone,
     Conditioned,
     Conditioner,
     LatentPotentials,
@@ -41,6 +42,7 @@ __all__ = [
     "Anywhere",
     "Blocks",
     "CachingDenoiser",
+    "CircuitAlone",
     "CircuitTraining",
     "Conditioned",
     "Conditioner",

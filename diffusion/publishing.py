@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FILES = ("circuit/structure.json", "circuit/weights.safetensors", f"circuit/{MANIFEST}", "head.safetensors", MANIFEST)
+"""Of one head."""
 TAGS = ("probabilistic-circuit", "masked-diffusion", "coupled-head")
 CARD = """---
 {{ card_data }}
@@ -26,23 +27,13 @@ CARD = """---
 A joint output layer for masked diffusion language models, by the library `unfactor`: tokens that are decoded in the
 same step are drawn together from the product of the model's prediction and a probabilistic circuit, exactly.
 
-| | |
-|---|---|
-| circuit | {{ circuit }} |
-| block | {{ block_length }} positions |
-| tokens | {{ tokens }} |
-| tokenizer | {{ tokenizer }} |
-| normalisation | {{ normalization }} |
-| evidence | {{ evidence }} |
-| conditioners | {{ conditioners }} |
-| used where | {{ used_where }} |
-| decoding | {{ decoding }} |
+{{ facts }}
 
 ```python
 import diffusion as df
 
 denoiser = df.load_denoiser("name/of-the-model")
-head = df.CoupledHead.from_pretrained("name/of-this-repository")  # or the folder; nothing in it is executed
+head = df.{{ kind }}.from_pretrained("name/of-this-repository")  # or the folder; nothing in it is executed
 out = df.generate(denoiser, prompt, gen_length={{ block_length }}, head=head)
 ```
 """
@@ -50,6 +41,9 @@ out = df.generate(denoiser, prompt, gen_length={{ block_length }}, head=head)
 
 class OnHub:
     """What a head needs to be saved in, loaded from and uploaded to repositories of the hub."""
+
+    downloaded: ClassVar[tuple[str, ...]] = FILES
+    """Patterns of the names of its files."""
 
     decoding: dict[str, Any]
     """Options of :class:`~diffusion.decoding.config.DecodingConfig` that decoding with the head takes by default."""
@@ -104,7 +98,7 @@ class OnHub:
         Raises:
             CheckpointError: there is no such head, or it is corrupt or hostile.
         """
-        folder = local_folder(name_or_folder, FILES, revision=revision, **options)
+        folder = local_folder(name_or_folder, cls.downloaded, revision=revision, **options)
         return cast(Any, cls).load(folder, device=device)
 
     def _published(self, decoding: Any) -> Published:
@@ -118,7 +112,18 @@ class OnHub:
             finally:
                 head.decoding = before
 
-        return Published(write, FILES, CARD, facts(head, chosen), TAGS)
+        rows = {"block": f"{head.block_length} positions"} | self.facts() | {"decoding": _said(chosen)}
+        table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+        filled = {"kind": type(self).__name__, "block_length": str(head.block_length), "facts": table}
+        return Published(write, self.files(), CARD, filled, TAGS)
+
+    def files(self) -> tuple[str, ...]:
+        """Return the names of its files, the manifest last."""
+        return FILES
+
+    def facts(self) -> dict[str, str]:
+        """Return what a model card says about it."""
+        return facts(self)
 
 
 def options_of(decoding: Any) -> dict[str, Any]:
@@ -130,20 +135,22 @@ def options_of(decoding: Any) -> dict[str, Any]:
     raise ArgumentError(f"decoding: expected df.DecodingConfig(...) or its options by name, got {decoding!r:.80}")
 
 
-def facts(head: Any, decoding: Mapping[str, Any]) -> dict[str, str]:
+def facts(head: Any) -> dict[str, str]:
     """Return what a model card says about a df.CoupledHead, from the head itself."""
     named = [getattr(made, "name", type(made).__name__) for made in head.conditioners]
-    said = ", ".join(f"{name}={value!r}" for name, value in decoding.items() if value is not None)
     own = "" if head.vocabulary is None else ", with ids of their own in the model's vocabulary"
     threshold = head.activation_threshold
     return {
         "circuit": str(head.pc.circuit),
-        "block_length": str(head.block_length),
         "tokens": f"{head.vocab_size}{own}",
         "tokenizer": f"fingerprint {head.tokenizer_fingerprint}" if head.tokenizer_fingerprint else "unknown",
-        "normalization": head.normalization,
+        "normalisation": head.normalization,
         "evidence": "on all tokens" if head.top_k is None else f"on the {head.top_k} best tokens of every position",
         "conditioners": ", ".join(named) or "none",
-        "used_where": "everywhere" if threshold >= 1 else f"less than {threshold:g} of a block is masked",
-        "decoding": said or "the library's defaults",
+        "used where": "everywhere" if threshold >= 1 else f"less than {threshold:g} of a block is masked",
     }
+
+
+def _said(decoding: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{name}={value!r}" for name, value in decoding.items() if value is not None)
+    return told or "the library's defaults"

@@ -16,6 +16,7 @@ from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.commit import SCORES, Ranking, commit
 from diffusion.decoding.config import MODES, DecodeMode, DecodingConfig
 from diffusion.decoding.constraints import ConstrainedCoupledDistribution
+from diffusion.decoding.constraints.coupled import under
 from diffusion.decoding.controls import Control
 from diffusion.decoding.joint import ConstrainableHead, JointDistribution, JointHead
 from diffusion.decoding.plans import Look, Plan, Windows
@@ -23,7 +24,6 @@ from diffusion.decoding.proposers import Proposal, dependence_of, given
 from diffusion.decoding.rounds import Outlook
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction
-from diffusion.vocabulary import MappedDistribution
 
 if TYPE_CHECKING:
     from circuits import CircuitWeights
@@ -196,12 +196,7 @@ def _distribution(
     prediction = part.prediction if head.top_k is None else constraint.listed(part.prediction, head.top_k)
     assert isinstance(head, CoupledHead | ConstrainableHead)  # checked before the first call
     dist = head.distribution(prediction, part.tokens, part.masked, absent=absent, keeps_list=True, **told)
-    if isinstance(dist, CoupledDistribution):
-        return ConstrainedCoupledDistribution.under(dist, constraint.automaton, **options)
-    if isinstance(dist, MappedDistribution):
-        automaton = dist.vocabulary.automaton(constraint.automaton)
-        return dist.mapped(lambda own: ConstrainedCoupledDistribution.under(own, automaton, **options))
-    constrained: JointDistribution = dist.under(constraint.automaton, **options)
+    constrained: JointDistribution = under(dist, constraint.automaton, **options)
     return constrained
 
 

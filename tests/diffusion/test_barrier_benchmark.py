@@ -20,7 +20,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that 
 
 import _antibody_data as antibody
 import _barrier_chains as drawn
-import _barrier_gate as gates
 import _barrier_losses as losses
 import _bed_antibody as bed
 import _bed_text as text
@@ -151,37 +150,6 @@ def test_states_of_an_aligned_chain_begin_as_chains():
     pc = ct.compile(bed.aligned_chain(2, chains, seed=0))
     expected = 100 * np.log(0.8) + np.log(0.5) + 99 * np.log(0.95)
     assert pc(chains).tolist() == pytest.approx([expected] * 2, abs=5)
-
-
-def test_a_mixture_of_heads_is_weighed_by_the_mask_ratio():
-    """At r = 1/4, half way between the first two of three knots, log-weights are the mean of theirs."""
-    log_weights = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    parts = torch.tensor([[-3.0, -2.0], [-5.0, -1.0]], dtype=torch.float64)
-    masked = torch.tensor([[True, False, False, False], [True] * 4])
-    weights = np.exp([1.0, 0.5]) / np.exp([1.0, 0.5]).sum()
-    expected = [np.log(weights @ np.exp([-3.0, -2.0])), np.log(0.5 * np.exp(-5.0) + 0.5 * np.exp(-1.0))]
-    assert gates.mixed(log_weights, parts, masked).tolist() == pytest.approx(expected)
-
-
-def test_a_mixture_leaves_out_parts_that_are_never_right_and_is_sure_of_one_that_always_is():
-    """The circuit and the first head expect wrong tokens, independently, and the second head the right ones."""
-    tokens = torch.zeros(6, 4, dtype=torch.int64)
-    masked = torch.tensor([[True] * count + [False] * (4 - count) for count in (1, 2, 3, 4, 4, 2)])
-    said = df.Prediction.from_logits(torch.zeros(6, 4, 3))
-    circuits = []
-    for right in (2, 1, 0):
-        pc = ct.compile(ct.structures.fully_factorized(4, 3))
-        table = torch.full((3, 1), 0.05)
-        table[right] = 0.9
-        for leaf in pc.circuit.inputs:
-            pc.set_weights(leaf, table)
-        circuits.append(pc)
-    heads, even = [df.CoupledHead(pc) for pc in circuits[1:]], torch.zeros(3, 4, dtype=torch.float64)
-    gate = gates.Gate(circuits[0], (0, 1, 2), heads, even).fitted(said, tokens, masked, decay=0.0)
-    best = masked.sum(1) * np.log(0.9)
-    torch.testing.assert_close(gate.log_likelihood(said, tokens, masked), best.double(), atol=1e-2, rtol=0)
-    expected = masked.sum(1).double()[:, None] * torch.tensor([1 / 3, 0.05, 0.05, 0.9]).double().log()
-    torch.testing.assert_close(gate.parts(said, tokens, masked), expected, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 import circuits as ct
 from circuits import store
 from circuits.files import is_litter
-from diffusion import CoupledHead, LogitCache, NoiseCalibration, TransformerConfig, TransformerDenoiser, cache_logits
+from diffusion import (
+    CoupledHead,
+    HeadMixture,
+    LogitCache,
+    NoiseCalibration,
+    TransformerConfig,
+    TransformerDenoiser,
+    cache_logits,
+)
 from diffusion import head as head_module
 from diffusion.app.recipe import PRESETS, read_recipe, write_recipe
 from diffusion.codd import CoddConfig
@@ -81,6 +89,7 @@ def same(one, other):
 SAVED = {
     "denoiser": (lambda path: new_denoiser().save(path), TransformerDenoiser.load),
     "head": (lambda path: new_head().save(path), CoupledHead.load),
+    "mixture": (lambda path: HeadMixture([new_head()]).save(path), HeadMixture.load),
     "network": (lambda path: new_network().save(path), CausalHead.load),
     "copula": (lambda path: CopulaHead(new_head().pc).save(path), load_head),
     "cache": (cached, LogitCache.open),
@@ -89,6 +98,7 @@ SAVED = {
 FILES = {
     "denoiser": ["manifest.json", "config.json", "model.safetensors"],
     "head": ["manifest.json", "head.safetensors", "circuit/structure.json", "circuit/weights.safetensors"],
+    "mixture": ["manifest.json", "mixture.safetensors", "head0/manifest.json", "head0/head.safetensors"],
     "network": ["manifest.json", "baseline.safetensors"],
     "copula": ["baseline.safetensors", "circuit/structure.json", "circuit/weights.safetensors"],
     "cache": ["meta.json", "tokens.npy", "masked.npy", "log_q.npy", "values.npy"],

@@ -63,6 +63,31 @@ def test_what_is_pushed_is_what_is_pulled(head, fake_hub):
     assert same(df.CoupledHead.from_pretrained("somebody/head"), head)
 
 
+def test_a_mixture_of_heads_travels_too(head, fake_hub, tmp_path):
+    mixture = df.HeadMixture([head, df.CoupledHead(head.pc, vocabulary=(5, 1, 2))], vocab_size=V, num_knots=3)
+    torch.nn.init.normal_(mixture.log_weights)
+    mixture.save_pretrained(tmp_path, decoding={"decode": "marginal"})
+    text = (tmp_path / "README.md").read_text()
+    assert "df.HeadMixture.from_pretrained(" in text
+    assert f"the plain prediction; {head.pc.circuit}, conditioners: noise_calibration; " in text
+    assert "decode='marginal'" in text
+    assert mixture.push_to_hub("mixture") == "https://example.org/somebody/mixture"
+    generator = torch.Generator().manual_seed(0)
+    said = df.Prediction.from_logits(torch.randn(2, LENGTH, V, dtype=torch.float64, generator=generator))
+    tokens, masked = torch.tensor([[5, 1, 2, 5]] * 2), torch.tensor([[True, True, False, True]] * 2)
+    expected = mixture.conditional_log_likelihood(said, tokens, masked)
+    for found in (df.HeadMixture.from_pretrained(tmp_path), df.HeadMixture.from_pretrained("somebody/mixture")):
+        assert torch.equal(found.conditional_log_likelihood(said, tokens, masked), expected)
+    assert df.HeadMixture.load(tmp_path).decoding == {"decode": "marginal"}
+    mixture.save(tmp_path / "smaller")
+    df.HeadMixture([head], vocab_size=V).save(tmp_path / "smaller")
+    assert len(df.HeadMixture.load(tmp_path / "smaller").heads) == 1
+    mixture.log_weights.data[0, 0] = torch.nan
+    with pytest.raises(ArgumentError, match="log_weights: expected finite numbers"):
+        mixture.save(tmp_path / "smaller")
+    assert len(df.HeadMixture.load(tmp_path / "smaller").heads) == 1
+
+
 def test_what_is_not_there_says_so(fake_hub, tmp_path):
     with pytest.raises(CheckpointError, match="expected a folder, or a repository"):
         df.CoupledHead.from_pretrained("somebody/else")

@@ -8,7 +8,9 @@ from contextual_cases import DOUBLE, B, H, random_block, random_prediction
 from hmm_cases import TEXTS, L, V, texts
 
 import circuits as ct
+from circuits.queries import DeterministicAutomaton
 from diffusion import (
+    CircuitAlone,
     CoupledHead,
     HeadMixture,
     LatentPotentials,
@@ -16,7 +18,7 @@ from diffusion import (
     Prediction,
     generate,
 )
-from diffusion.errors import ArgumentError
+from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.testing.worlds import alternating
 
 
@@ -119,6 +121,23 @@ def test_draws_have_its_law(through_latents, mixture, heads, said, block):
     assert float(scores) >= float(dist.log_prob(drawn).max()) - 3
 
 
+def test_fitted_weights_leave_out_what_is_never_right():
+    """One circuit and one head expect wrong tokens, independently, and the last head the right ones."""
+    tokens = torch.zeros(6, 4, dtype=torch.int64)
+    masked = torch.tensor([[True] * count + [False] * (4 - count) for count in (1, 2, 3, 4, 4, 2)])
+    heads = []
+    for right, made in ((2, [CircuitAlone()]), (1, []), (0, [])):
+        table = torch.full((3, 1), 0.05)
+        table[right] = 0.9
+        pc = ct.compile(ct.structures.hmm(4, 1, 3, emission=table.T))
+        heads.append(CoupledHead(pc, conditioners=made))
+    batch = SimpleNamespace(prediction=Prediction.from_logits(torch.zeros(6, 4, 3)), tokens=tokens, masked=masked)
+    mixture = HeadMixture(heads, num_knots=3).fit([batch], decay=0.0)
+    best = masked.sum(1) * torch.tensor(0.9).log()
+    found = mixture.conditional_log_likelihood(batch.prediction, tokens, masked)
+    torch.testing.assert_close(found, best, atol=1e-2, rtol=0)
+
+
 def test_fitted_weights_are_no_worse_than_any_part(heads, said, block, generator):
     tokens, masked = block
     batch = SimpleNamespace(prediction=said, tokens=tokens, masked=masked)
@@ -133,6 +152,73 @@ def test_fitted_weights_are_no_worse_than_any_part(heads, said, block, generator
     assert found <= min(parts) + 1e-6
 
 
+def test_the_circuit_alone_does_not_listen(heads, said, block):
+    tokens, masked = block
+    pc = heads[0].pc
+    with torch.no_grad():
+        found = CoupledHead(pc, conditioners=[CircuitAlone()]).conditional_log_likelihood(said, tokens, masked)
+        torch.testing.assert_close(found, ct.queries.log_conditional(pc, tokens, ~masked))
+        never = torch.nn.functional.one_hot(torch.full((B, L), 3), V).bool()
+        narrow = Prediction.from_logits(said.log_q.masked_fill(never, -torch.inf))
+        drawn = CoupledHead(pc, conditioners=[CircuitAlone()])(narrow, tokens, masked).sample((200,))
+        assert not bool(((drawn == 3) & masked).any())
+
+
+NO_TWO_ALIKE = DeterministicAutomaton.from_table(
+    torch.tensor([[1 + v if s != 1 + v else -1 for v in range(V)] for s in range(1 + V)]), list(range(1 + V))
+)
+"""No token twice in a row."""
+
+
+def ends(automaton, size=B):
+    start = torch.zeros(size, automaton.num_states, dtype=torch.bool)
+    start[:, 0] = True
+    return {"start": start, "accept": torch.ones_like(start), "reads": torch.ones(size, L, dtype=torch.bool)}
+
+
+def test_a_constraint_conditions_it(mixture, heads, said, block):
+    """The law is that of the mixture over the texts that are accepted; so are that of more tokens and the marginals."""
+    tokens, masked = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
+    accepted = (texts(B)[..., 1:] != texts(B)[..., :-1]).all(-1)
+    with torch.no_grad():
+        law = law_of(mixture, heads, said, tokens, masked) * accepted
+        dist = mixture.distribution(said, tokens, masked).under(NO_TWO_ALIKE, **ends(NO_TWO_ALIKE))
+        torch.testing.assert_close(dist.log_prob(texts(B)).exp(), law / law.sum(0))
+        one_hot = torch.nn.functional.one_hot(texts(B), V).double()
+        marginals = (law[..., None, None] * one_hot).sum(0) / law.sum(0)[:, None, None]
+        torch.testing.assert_close(dist.posterior().log_q.exp(), marginals)
+        observed = torch.tensor([[False, True, False]]).expand(B, -1)
+        law = law * (texts(B)[..., 1] == 2)
+        given = dist.given(torch.full((B, L), 2), observed)
+        torch.testing.assert_close(given.log_prob(texts(B)).exp(), law / law.sum(0))
+        drawn = given.draw(1.0, ct.RowGenerators(torch.arange(B)))
+        assert bool((drawn[:, 1:] != drawn[:, :-1]).all())
+
+
+def test_a_component_that_cannot_keep_a_constraint_has_no_weight(said):
+    """The circuit says token 0 three times: nothing is left of it where no token may come twice in a row."""
+    always = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=DOUBLE)
+    pc = ct.compile(ct.structures.hmm(L, 1, V, emission=always), dtype=DOUBLE)
+    tokens, masked = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
+    with torch.no_grad():
+        dist = HeadMixture([CoupledHead(pc)]).distribution(said, tokens, masked)
+        constrained = dist.under(NO_TWO_ALIKE, **ends(NO_TWO_ALIKE))
+        assert constrained.log_weights[:, 1].tolist() == [-torch.inf] * B
+        for seed in range(20):
+            drawn = constrained.draw(1.0, ct.RowGenerators(torch.arange(B) + 100 * seed))
+            assert bool((drawn[:, 1:] != drawn[:, :-1]).all())
+        sure = said.with_observed(tokens, masked)
+        with pytest.raises(ImpossibleEvidenceError, match="constraint: prediction and heads rule out"):
+            HeadMixture([CoupledHead(pc)]).distribution(sure, tokens, masked).under(NO_TWO_ALIKE, **ends(NO_TWO_ALIKE))
+
+
+def test_only_chains_are_decoded_under_a_constraint(heads):
+    tree = ct.compile(ct.structures.quad_tree((2, 4), 2, ct.Categorical(V)), dtype=DOUBLE)
+    HeadMixture(heads).check_constraint()
+    with pytest.raises(ArgumentError, match="constraint: expected a head whose circuit is a chain"):
+        HeadMixture([CoupledHead(tree)]).check_constraint()
+
+
 @pytest.mark.parametrize("decode", ["latent", "marginal", "any_order", "joint"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_mode_decodes_and_each_row_alone(decode, temperature):
@@ -143,14 +229,17 @@ def test_every_mode_decodes_and_each_row_alone(decode, temperature):
         mixture.log_weights[:, 1] = 30.0  # all weight to the true circuit
     options = {"gen_length": 4, "block_length": 4, "num_steps": 1, "temperature": temperature, "decode": decode}
 
-    def decoded(rows):
+    def decoded(rows, **more):
         prompt = [[]] * len(rows)
-        return generate(world.denoiser(), prompt, head=mixture, seeds=rows, **options).tokens
+        return generate(world.denoiser(), prompt, head=mixture, seeds=rows, **options, **more).tokens
 
-    found = decoded([3, 4, 5])
-    assert torch.equal(found, torch.cat([decoded([seed]) for seed in (3, 4, 5)]))
-    if decode != "marginal":
-        assert bool((found[:, 1:] != found[:, :-1]).all())
+    starts_with_1 = DeterministicAutomaton.from_table(torch.tensor([[-1, 1, -1], [1, 1, 1]]), [1])
+    for more in ({}, {"constraint": starts_with_1}):
+        found = decoded([3, 4, 5], **more)
+        assert torch.equal(found, torch.cat([decoded([seed], **more) for seed in (3, 4, 5)]))
+        if decode != "marginal":
+            assert bool((found[:, 1:] != found[:, :-1]).all())
+        assert not more or bool((found[:, 0] == 1).all())
 
 
 def test_heads_that_do_not_fit_together_are_named(heads):

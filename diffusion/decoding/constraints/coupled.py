@@ -18,6 +18,7 @@ from circuits.queries.automata import reading_order
 from diffusion.coupling import IGNORED_LABEL, CoupledDistribution
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
+from diffusion.vocabulary import MappedDistribution
 
 T = TypeVar("T")
 
@@ -162,6 +163,22 @@ class ConstrainedCoupledDistribution(CoupledDistribution):
     def query(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Refuse; see :meth:`circuits.ConstrainedDistribution.query`."""
         return self.constrained.query(function, *arguments, **options)
+
+
+def under(dist: Any, automaton: DeterministicAutomaton, **options: Any) -> Any:
+    """Return the distribution of a head's blocks given that an automaton over the denoiser's tokens accepts them.
+
+    Args:
+        dist: a coupled distribution, one that is asked in tokens, or another with a method ``under`` of its own.
+        automaton: over the V tokens.
+        **options: of :meth:`ConstrainedCoupledDistribution.under`.
+    """
+    if isinstance(dist, CoupledDistribution):
+        return ConstrainedCoupledDistribution.under(dist, automaton, **options)
+    if isinstance(dist, MappedDistribution):
+        read = dist.vocabulary.automaton(automaton)
+        return dist.mapped(lambda own: ConstrainedCoupledDistribution.under(own, read, **options))
+    return dist.under(automaton, **options)
 
 
 def check_chain(pc: CompiledCircuit) -> None:
