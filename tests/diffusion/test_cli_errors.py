@@ -64,6 +64,8 @@ LINES = {
     "a long folder": ("train --corpus arithmetic --preset tiny --out {0}/" + "a" * 300, "name too long"),
     "a billion states": ("fit --out {0}/models --states 1000000000", "states"),
     "too many blocks": ("cache-logits --out {0}/models --blocks 100000000000", "blocks"),
+    "masks of no text": ("cache-logits --out {0}/models --masks suffix", "masks: expected none without --text"),
+    "best tokens of no text": ("cache-logits --out {0}/models --top-k 5", "top_k: expected none without --text"),
     "a billion samples": ("generate --out {0}/models --samples 1000000000", "samples"),
     "a huge seed": ("generate --out {0}/models --seed 1" + "0" * 39, "seed"),
     "a negative seed": ("score --out {0}/models --seed -1 text", "seed"),

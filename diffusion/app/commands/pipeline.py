@@ -119,6 +119,12 @@ def cache_logits(
         return
     if models.is_named:
         raise ArgumentError("text: expected a file with --model, got none; name it with --text")
+    for name, value in texts.given.items():
+        if value != texts.DEFAULTS.get(name):
+            raise ArgumentError(
+                f"{name}: expected none without --text, for the folder's own cache is that of its recipe, got {value}; "
+                "name your texts with --text, or leave it out"
+            )
     out = models.out or DEFAULT_OUT
     workspace = open_workspace(out, models.device, quiet)
     recipe = workspace.recipe()
