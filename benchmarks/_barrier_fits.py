@@ -32,6 +32,7 @@ class Sizes:
         states: of the hidden Markov model.
         epochs: of maximum likelihood at most, by mini-batch EM.
         masks: noisy versions of every training window.
+        validation_masks: noisy versions of every validation window.
         knots: noise levels of the calibration.
         gate_knots: noise levels of the weights of mixtures of heads.
         batch_size: noisy windows an update.
@@ -45,6 +46,7 @@ class Sizes:
     states: int = 128
     epochs: int = 12
     masks: int = 4
+    validation_masks: int = 1
     knots: int = 9
     gate_knots: int = 5
     batch_size: int = 32
@@ -105,7 +107,8 @@ class Fits:
     def cache(self, denoiser: df.Denoiser, kind: str, name: str) -> df.LogitCache:
         """Return the predictions for the windows of a kind, ``train`` or ``validation``."""
         path, began = self.folder / f"logits-{kind}-{name}", time.process_time()
-        windows = getattr(self.bed, kind).repeat(self.sizes.masks, 1)
+        masks = self.sizes.masks if kind == "train" else self.sizes.validation_masks
+        windows = getattr(self.bed, kind).repeat(masks, 1)
         if kind == "train" and self.bed.more is not None:
             windows = torch.cat([windows, self.bed.more])
         cache = df.cache_logits(

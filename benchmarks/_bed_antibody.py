@@ -56,14 +56,14 @@ def antibody_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
     assert isinstance(whole, df.MaskedLMDenoiser)
     denoiser = in_bfloat16(whole)
     return Bed(
-        name="aligned",
+        name="many",
         denoiser=denoiser,
         num_features=denoiser.model.config.hidden_size,  # type: ignore[union-attr,arg-type]
         block_length=LENGTH,
         vocabulary=tuple(VOCABULARY.index(residue) for residue in RESIDUES),
         text=torch.cat([drawn_ids, train.repeat(4, 1)]),
         train=train,
-        more=drawn_ids[torch.randperm(len(drawn_ids), generator=torch.Generator().manual_seed(seed))[:1000]],
+        more=drawn_ids[torch.randperm(len(drawn_ids), generator=torch.Generator().manual_seed(seed))[:4000]],
         aligned=lambda states, categories: aligned_chain(states, categories, seed=seed),
         validation=ids_of(split["validation"]),
         held_out={
