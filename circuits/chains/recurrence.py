@@ -8,7 +8,7 @@ side, first as matrices and, once the vectors between the blocks are known, as v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,75 +16,20 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.logspace import smallest_safe_sum
-from circuits.algebra.semirings import MaxSemiring
+from circuits.chains.blocks import beside, maps_of, vectors_between, write_apart
+from circuits.chains.calls import MAX_LARGE, MAX_MANY, MAX_SMALL, SUM_LARGE, SUM_SMALL, Calls, as_array
 
 _FEW_PRODUCTS, _MANY_STEPS = 1 << 10, 128
 """Blocks: with up to so many products in a step of the matrices of all columns, from so many steps on."""
+_LEAST_LENGTH, _STEP = 8, 2000
+"""Such blocks have a multiple of so many steps; the calls of a step cost about as much as so many products."""
 _FEW_NUMBERS, _FEW_COLUMNS, _NUM_GUESSED, _CHUNK = 1 << 7, 1 << 13, 8, 16
 """Guesses: up to so many numbers, and so many products, in a step; so many blocks; compared every so many steps."""
+_ROUNDING = 16
+"""What the vectors between blocks may change by, in multiples of the machine's precision."""
 _MANY_STATES = 16
 _SMALL_STEP, _SMALL_MAXIMUM = 1 << 18, 1 << 14
 """NumPy: up to so many products in a step, which its libraries leave to one thread; else PyTorch and its threads."""
-
-
-class Calls(NamedTuple):
-    """What a recurrence is made of: functions that write into ``out=``."""
-
-    view: Callable[[Tensor], Any]
-    """A tensor as the functions take it; what is written into it is written into the tensor."""
-    times: Callable[..., Any]
-    plus: Callable[..., Any]
-    total: Callable[..., Any]
-    """Plus along an axis."""
-    mix: Callable[..., Any]
-    """What a matrix makes of vectors (K, C)."""
-    mix_all: Callable[..., Any]
-    """The same of vectors (n, K, C)."""
-    peak: Callable[..., Any] = np.maximum.reduce
-    """The maximum along an axis."""
-    divide: Callable[..., Any] = np.divide
-    zero: float = 0.0
-    one: float = 1.0
-
-    @property
-    def are_sums(self) -> bool:
-        """Whether plus adds; else it takes the maximum of logarithms."""
-        return self.one == 1.0
-
-
-def _best_of_small(columns: Any, x: Any, out: Any) -> None:
-    """Maximise over what lies far apart in memory, which is faster than over neighbours: weights are (I, O, 1)."""
-    np.maximum.reduce(np.add(columns, x[..., None, :]), axis=-3, out=out)
-
-
-def _best_of_many(rows: Any, x: Any, out: Any) -> None:
-    """The same of many states and few columns, (K, C): weights are (I, 1, O)."""
-    out[...] = np.maximum.reduce(np.add(rows, x[:, :, None]), axis=0).T
-
-
-def _best_of_large(log_weights: Any, x: Tensor, out: Tensor) -> None:
-    columns = x.unsqueeze(0) if x.dim() == 2 else x
-    out.copy_(MaxSemiring().contract(log_weights.unsqueeze(0), columns).view(out.shape))
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.detach().numpy()
-
-
-_SUM_SMALL = Calls(_array, np.multiply, np.add, np.add.reduce, np.dot, np.matmul)
-_SUM_LARGE = Calls(torch.detach, torch.mul, torch.add, torch.sum, torch.mm, torch.matmul, torch.amax, torch.div)
-_MAX_SMALL = Calls(
-    *(_array, np.add, np.maximum, np.maximum.reduce, _best_of_small, _best_of_small),
-    divide=np.subtract,
-    zero=-math.inf,
-    one=0.0,
-)
-_MAX_MANY = _MAX_SMALL._replace(mix=_best_of_many)
-_MAX_LARGE = Calls(
-    *(torch.detach, torch.add, torch.maximum, torch.amax, _best_of_large, _best_of_large, torch.amax, torch.sub),
-    zero=-math.inf,
-    one=0.0,
-)
 
 
 class Rise(NamedTuple):
@@ -97,13 +42,20 @@ class Rise(NamedTuple):
     scales: Tensor
     """(T, 1, B)."""
     maps: Tensor | None
-    """Makes the first result of a block of that of the next block: (blocks, K, K, B), by input and output."""
+    """Makes the first result of a block of that of the next block, but for a factor: (K, K, B, blocks), by output and
+    input."""
 
 
 def are_few(states: Tensor, *, calls: int = 1) -> bool:
     """Whether the states (T, K, B) are so few that a step's matrices are cheaper than its calls, or so many of them."""
     products = states.shape[1] ** 3 * states.shape[2]
     return 0 < products <= calls * _FEW_PRODUCTS and len(states) >= _MANY_STEPS
+
+
+def _block_length(states: Tensor) -> int:
+    """Return how long blocks are for which both their steps and the products of their matrices are cheap."""
+    num_products = states.shape[0] * states.shape[1] ** 3 * states.shape[2]
+    return max(1, math.isqrt(num_products // _STEP) // _LEAST_LENGTH) * _LEAST_LENGTH
 
 
 def rise_of_sums(
@@ -125,7 +77,7 @@ def rise_of_sums(
     """
     if not factors.numel():
         return None
-    calls, offsets = _SUM_SMALL if _is_small(factors, _SMALL_STEP) else _SUM_LARGE, None
+    calls, offsets = SUM_SMALL if _is_small(factors, _SMALL_STEP) else SUM_LARGE, None
     if silent is not None:
         factors.masked_fill_(silent, 0.0)
         offsets = silent.to(factors.dtype)
@@ -144,11 +96,11 @@ def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None, 
 
     Where nothing is possible the result is -inf; NaN if ``every`` is not 0, as differences of maxima are computed then.
     """
-    calls, matrix, offsets, in_blocks = _MAX_LARGE, log_weights, None, are_few(factors, calls=2)
+    calls, matrix, offsets, in_blocks = MAX_LARGE, log_weights, None, are_few(factors, calls=2)
     if _is_small(factors, _SMALL_MAXIMUM):
         is_many = factors.shape[1] >= _MANY_STATES and not in_blocks
         calls, matrix = (
-            _MAX_MANY if is_many else _MAX_SMALL,
+            MAX_MANY if is_many else MAX_SMALL,
             log_weights.t().unsqueeze(1 if is_many else 2).contiguous(),
         )
     if silent is not None:  # logarithms of weights are at most 0
@@ -171,8 +123,9 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
         silent: of :func:`rise_of_sums`.
     """
     states, results, maps = found.states, found.results, found.maps
-    length, end = (1, 0) if maps is None else _blocks(len(states))
-    calls = _SUM_SMALL if _is_small(states, _SMALL_STEP) else _SUM_LARGE
+    length = _block_length(states)
+    end = 0 if maps is None else len(states) // length * length
+    calls = SUM_SMALL if _is_small(states, _SMALL_STEP) else SUM_LARGE
     ratios, start = torch.empty_like(states), grad / results[0]
     torch.div(states[:-1], results[1:], out=ratios[1:])
     ratios[:end:length] = 1.0  # here it goes on from vectors g
@@ -182,13 +135,18 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
     table, grads = calls.view(weights.t().contiguous()), torch.empty_like(states)
     with np.errstate(all="ignore"):
         if maps is not None:
-            between, _ = _between(calls, maps.transpose(1, 2), start)
-            beside = _beside(ratios[:end], length)
-            made = torch.empty_like(beside)
-            _run(calls, table, (beside, beside, made), _columns(between[:-1]))
-            _apart(ratios[:end], beside)
-            _apart(grads[:end], made)
-            start = between[-1]
+            firsts = torch.cat(
+                [results[:end:length], results[end : end + 1] if end < len(states) else torch.ones_like(results[:1])]
+            )
+            mapped = (maps * firsts[1:].permute(1, 2, 0)).sum((0, 1))
+            maps = maps.transpose(0, 1) * (firsts[:-1].sum(1).t() / mapped)
+            between = vectors_between(calls, maps, start, is_scaled=False)
+            columns = beside(ratios[:end], length)
+            made = torch.empty_like(columns)
+            _run(calls, table, (columns, columns, made), between[:, :, :-1].flatten(1))
+            write_apart(ratios[:end], columns)
+            write_apart(grads[:end], made)
+            start = between[:, :, -1]
         _run(calls, table, (ratios[end:], ratios[end:], grads[end:]), start)
     return ratios, grads.mul_(states)
 
@@ -214,8 +172,8 @@ def best_path(log_weights: Tensor, states: Tensor, first: Tensor) -> Tensor:
             follower.take(at, None, there, "clip")
             at = there
         return torch.from_numpy(chosen).div_(num_columns, rounding_mode="floor")
-    table, scores, at = _array(log_weights), np.empty((num_columns, size), _array(states).dtype), first.numpy()
-    for state, there in zip(_array(states.mT.contiguous()), chosen, strict=True):
+    table, scores, at = as_array(log_weights), np.empty((num_columns, size), as_array(states).dtype), first.numpy()
+    for state, there in zip(as_array(states.mT.contiguous()), chosen, strict=True):
         table.take(at, 0, scores, "clip")
         np.add(scores, state, out=scores)
         scores.argmax(1, there)
@@ -230,74 +188,74 @@ def _is_small(states: Tensor, bound: int) -> bool:
 def _rise(
     calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int, in_blocks: bool
 ) -> Rise | None:
-    """Evaluate ``y_t = W (f_t y_t+1) plus o_t`` in place of the factors; None where the blocks' matrices lost terms."""
+    """Evaluate ``y_t = W (f_t y_t+1) plus o_t``, perhaps in place of the factors; None where blocks do not fit."""
+    table = calls.view(matrix)
     is_thin = _is_small(factors, _FEW_COLUMNS) and factors[0].numel() <= _FEW_NUMBERS
-    if not in_blocks and is_thin and len(factors) >= 4 * _NUM_GUESSED * _CHUNK:
-        guessed = _guessed(calls, matrix, factors, offsets, every=every)
-        if guessed is not None:
-            return guessed
-    table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
-    length, end = _blocks(len(factors)) if in_blocks else (1, 0)
+    if in_blocks or (is_thin and len(factors) >= 4 * _NUM_GUESSED * _CHUNK):
+        found = _side_by_side(calls, table, factors, offsets, every=every, by_maps=in_blocks)
+        if found is not None or in_blocks:
+            return found
+    results, scales = torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
     parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
-    start = torch.full_like(factors[0], calls.one)
-    _run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
-    if not end:
-        return Rise(factors, results, scales, None)
-    start = results[end] if end < len(factors) else start
-    beside = [_beside(part[:end], length) for part in parts]
-    maps = _maps(calls, table, beside, every=every if calls.are_sums else 0, batch_size=start.shape[1])
-    if maps is None:
-        return None
-    between, is_exact = _between(calls, maps.flip(0), start, every=every)
-    if calls.are_sums and not is_exact:
-        return None
-    between = between.flip(0)
-    beside[1] = beside[0]
-    _run(calls, table, beside, _columns(between[1:]), every=every, backwards=True)
-    for whole, part in zip(parts[1:4], beside[1:4], strict=True):
-        _apart(whole[:end], part)
-    # the vectors between the blocks have other scales than what was computed from them
-    firsts, ends = torch.cat([results[:end:length], start.unsqueeze(0)]), scales[length - 1 : end : length]
-    if calls.are_sums:
-        ends *= firsts[1:].sum(1, keepdim=True) / between[1:].sum(1, keepdim=True)
-        mapped = (maps * firsts[1:].unsqueeze(2)).sum((1, 2))
-        maps *= (firsts[:-1].sum(1) / mapped)[:, None, None]
-    elif every:
-        ends += firsts[1:].amax(1, keepdim=True) - between[1:].amax(1, keepdim=True)
-    return Rise(factors, results, scales, maps)
+    _run(calls, table, parts, torch.full_like(factors[0], calls.one), every=every, backwards=True)
+    return Rise(factors, results, scales, None)
 
 
-def _guessed(calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int) -> Rise | None:
-    """Evaluate blocks of steps side by side from guessed vectors; None unless these are soon forgotten.
+def _side_by_side(
+    calls: Calls, table: Any, factors: Tensor, offsets: Tensor | None, *, every: int, by_maps: bool
+) -> Rise | None:
+    """Evaluate blocks of steps side by side, from what their maps or guesses say is between them; None: that is wrong.
 
     Such recurrences forget where they came from, up to a factor (Maleki, Musuvathi and Mytkowicz 2014, "Parallelizing
-    dynamic programming through rank convergence"). So each block begins once more, from what the guesses have made of
-    the block before it, until nothing but a factor changes; that is exact, as no step makes differences greater.
+    dynamic programming through rank convergence"). So blocks begin once more, from what guesses have made of the block
+    before, until nothing but a factor changes; that is exact, as no step makes differences greater.
     """
-    table, results, scales = calls.view(matrix), torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
-    states, length = torch.empty_like(factors), len(factors) // _NUM_GUESSED
-    end, batch_size = length * _NUM_GUESSED, factors.shape[2]
+    length = _block_length(factors) if by_maps else factors.shape[0] // _NUM_GUESSED
+    count, maps = factors.shape[0] // length, None
+    end, (num_steps, size, batch_size) = count * length, factors.shape
+    states, results = torch.empty_like(factors), torch.empty_like(factors)
+    scales, start = torch.full_like(factors[:, :1], calls.one), torch.full_like(factors[0], calls.one)
     parts = (factors, states, results, scales, *(() if offsets is None else (offsets,)))
-    start = torch.full_like(factors[0], calls.one)
-    _run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
-    start = results[end] if end < len(factors) else start
-    beside = [_beside(part[:end], length) for part in parts]
-    _run(calls, table, beside, start.repeat(1, _NUM_GUESSED), every=every, backwards=True)
-    before = torch.cat([beside[2][0][:, batch_size:], start], 1)
-    for first in range(length - _CHUNK, 0, -_CHUNK):
-        guess = beside[2][first].clone()
-        _run(calls, table, [part[first : first + _CHUNK] for part in beside], before, every=every, backwards=True)
-        before = beside[2][first]
-        change = before / guess if calls.are_sums else before - guess
-        least, most = change.aminmax(dim=0)
-        size = least if calls.are_sums else before.abs().amax(0) + 1
-        if bool(((most - least <= 16 * torch.finfo(change.dtype).eps * size) & (least.abs() < math.inf)).all()):
-            scale = beside[3][first - 1]
-            torch.mul(scale, most, out=scale) if calls.are_sums else torch.add(scale, most, out=scale)
-            for whole, part in zip(parts[1:4], beside[1:4], strict=True):
-                _apart(whole[:end], part)
-            return Rise(states, results, scales, None)
-    return None
+    if end < num_steps:
+        _run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
+        start = results[end]
+    of_blocks = beside(factors[:end], length)
+    columns = [of_blocks, torch.empty_like(of_blocks), torch.empty_like(of_blocks), beside(scales[:end], length)]
+    columns += [beside(part[:end], length) for part in parts[4:]]
+    if by_maps:
+        maps = maps_of(calls, table, of_blocks, *columns[4:], every=every, batch_size=batch_size)
+        guess = vectors_between(calls, maps.flip(3), start, is_scaled=every > 0).flip(2)[:, :, 1:].reshape(size, -1)
+    else:
+        guess = start.repeat_interleave(count, 1)
+    _run(calls, table, columns, guess, every=every, backwards=True)
+    firsts = columns[2][0].view(size, batch_size, count)
+    before, later = torch.cat([firsts[:, :, 1:], start.unsqueeze(2)], 2).view(size, -1), length
+    is_exact = by_maps and not calls.are_sums  # no logarithm underflows
+    if is_exact and every:
+        columns[3][length - 1] += before.amax(0) - guess.amax(0)
+    while not (is_exact or _fits(calls, before, guess, columns[3][later - 1])):
+        later -= _CHUNK
+        if by_maps or later <= 0:
+            return None
+        guess = columns[2][later].clone()
+        _run(calls, table, [part[later : later + _CHUNK] for part in columns], before, every=every, backwards=True)
+        before = columns[2][later]
+    for whole, part in zip(parts[1:4], columns[1:4], strict=True):
+        write_apart(whole[:end], part)
+    return Rise(states, results, scales, maps)
+
+
+def _fits(calls: Calls, vectors: Tensor, guess: Tensor, scale: Tensor) -> bool:
+    """Whether vectors (K, C) are a guess but for factors; scale what was computed from it, over ``scale``, by these."""
+    found, guessed, scales = map(calls.view, (vectors, guess, scale))
+    change = calls.divide(found, guessed)
+    most, least = calls.peak(change, axis=0), -calls.peak(-change, axis=0)
+    size = least if calls.are_sums else calls.peak(abs(found), axis=0) + 1
+    rounding = _ROUNDING * torch.finfo(vectors.dtype).eps
+    if not bool(((most - least <= rounding * size) & (abs(least) < math.inf)).all()):
+        return False
+    calls.times(scales, most, out=scales)
+    return True
 
 
 def _run(
@@ -329,68 +287,3 @@ def _run(
         if offsets is not None:
             calls.plus(y, offsets[step], out=y)
         before = y
-
-
-def _maps(calls: Calls, table: Any, parts: Sequence[Tensor], *, every: int, batch_size: int) -> Tensor | None:
-    """Return what blocks of steps side by side make of vectors, (blocks, K, K, B), by input and output.
-
-    They have any scale. None where some column of a map became so small that terms that underflowed could count.
-    """
-    length, size, columns = parts[0].shape
-    x, y = torch.empty(2, size, size, columns, dtype=parts[0].dtype, device=parts[0].device)
-    scales = x.new_empty(length, size, 1, columns)
-    offsets = [part / size if every else part for part in parts[4:]]  # so that a map makes 1 of 1
-    start = torch.full_like(x[..., 0], calls.zero).fill_diagonal_(calls.one).unsqueeze(2)
-    buffers = [part.expand(length, -1, -1, -1) for part in (x, y)]
-    every_map = calls._replace(mix=calls.mix_all)
-    _run(every_map, table, [parts[0], *buffers, scales, *offsets], start, every=every, backwards=True)
-    if every:
-        used, peak = scales[(length - 1) % every :: every], y.amax(1, keepdim=True)
-        if not min(float(used.min()), float(peak.min())) >= smallest_safe_sum(y.dtype, size):
-            return None
-        logs = used.log().sum(0)
-        y = y * (logs - logs.amax(0)).exp()
-    return y.unflatten(2, (-1, batch_size)).permute(2, 0, 1, 3).contiguous()
-
-
-def _between(calls: Calls, maps: Tensor, start: Tensor, *, every: int = 0) -> tuple[Tensor, bool]:
-    """Return a vector, (K, B), and what maps, (n, K, K, B), make of it one after the other: (n + 1, K, B).
-
-    The vectors are divided by their maximum every so many maps. The second value is whether no number was so small
-    that terms that underflowed could count.
-    """
-    vectors = torch.cat([start.unsqueeze(0), torch.empty_like(maps[:, 0])])
-    peaks = torch.ones_like(vectors[:, 0])
-    products, divisors = calls.view(torch.empty_like(maps[0])), list(calls.view(peaks))
-    columns, views = list(calls.view(vectors.unsqueeze(2))), list(calls.view(vectors))
-    for step, table in enumerate(calls.view(maps)):
-        after = views[step + 1]
-        calls.times(table, columns[step], out=products)
-        calls.total(products, axis=0, out=after)
-        if every and not (step + 1) % every:
-            calls.peak(after, axis=0, out=divisors[step])
-            calls.divide(after, divisors[step], out=after)
-    least = torch.minimum(peaks, torch.ones_like(peaks)) * vectors.amin(1)
-    return vectors, bool(least.min() >= smallest_safe_sum(vectors.dtype, len(start)))
-
-
-def _blocks(num_steps: int) -> tuple[int, int]:
-    """Return how many steps a block has, and how many all blocks have."""
-    count = num_steps // max(1, math.isqrt(num_steps // 2))
-    return num_steps // count, num_steps // count * count
-
-
-def _beside(whole: Tensor, length: int) -> Tensor:
-    """Return the blocks of steps (T, K, B) as further columns, (length, K, T / length * B)."""
-    blocks = whole.unflatten(0, (-1, length)).permute(1, 2, 0, 3)
-    return blocks.clone(memory_format=torch.contiguous_format).flatten(2)
-
-
-def _apart(whole: Tensor, beside: Tensor) -> None:
-    """Write blocks that are further columns where they come from."""
-    blocks = whole.unflatten(0, (-1, len(beside)))
-    blocks.copy_(beside.unflatten(2, (len(blocks), -1)).permute(2, 0, 1, 3))
-
-
-def _columns(vectors: Tensor) -> Tensor:
-    return vectors.permute(1, 0, 2).flatten(1).contiguous()

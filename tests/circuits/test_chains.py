@@ -15,6 +15,7 @@ def schedule(request, monkeypatch):
     """All ways of evaluating a chain; as on a device, where steps are PyTorch's calls, blocks too."""
     monkeypatch.setattr(recurrence, "_FEW_PRODUCTS", 0 if request.param == "steps" else 1 << 30)
     monkeypatch.setattr(recurrence, "_MANY_STEPS", 1)
+    monkeypatch.setattr(recurrence, "_block_length", lambda states: 3)
     if request.param == "device":
         monkeypatch.setattr(recurrence, "_SMALL_STEP", 0)
         monkeypatch.setattr(recurrence, "_SMALL_MAXIMUM", 0)
@@ -111,16 +112,16 @@ def test_blocks_from_guesses_count_only_where_guesses_are_forgotten(monkeypatch,
     )
     guessed = []
 
-    def spied(*args, original=recurrence._guessed, **options):
+    def spied(*args, original=recurrence._side_by_side, **options):
         guessed.append(original(*args, **options))
         return guessed[-1]
 
-    monkeypatch.setattr(recurrence, "_guessed", spied)
+    monkeypatch.setattr(recurrence, "_side_by_side", spied)
     pc = compiled(circuit, monkeypatch)
     found, path = answers(pc, evidence), ct.queries.viterbi(pc, evidence)
     assert guessed
     assert all((one is not None) == is_forgotten for one in guessed)
-    monkeypatch.setattr(recurrence, "_guessed", lambda *args, **options: None)
+    monkeypatch.setattr(recurrence, "_side_by_side", lambda *args, **options: None)
     for one, other in zip(found, answers(pc, evidence), strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
     step_by_step = ct.queries.viterbi(pc, evidence)

@@ -46,6 +46,7 @@ def test_paths_of_sequences_with_gaps_are_those_by_hand(monkeypatch, way, length
     monkeypatch.setattr(schedules, "_SHORTEST", 1000 if way == "layers" else 4)
     monkeypatch.setattr(recurrence, "_FEW_PRODUCTS", 0 if way == "steps" else 1 << 30)
     monkeypatch.setattr(recurrence, "_MANY_STEPS", 1)
+    monkeypatch.setattr(recurrence, "_block_length", lambda states: 3)
     monkeypatch.setattr(recurrence, "_SMALL_MAXIMUM", 0 if way == "device" else 1 << 30)
     pc = ct.compile(ct.structures.hmm(length, num_states, 4), seed=1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
