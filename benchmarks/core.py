@@ -278,7 +278,8 @@ def main() -> None:
         benchmark_memory_of_chains(16, 8)
     if arguments.long_chains:
         return
-    benchmark_hmm(1024 // scale, 64, 32, 112, arguments.rounds)
+    for num_states in (64, 256, 1024):
+        benchmark_hmm(num_states // scale, 64, 32, 112, arguments.rounds)
     benchmark_peers(256 // scale, 64, 32, 112, arguments.rounds)
     benchmark_emission(1024 // scale, 256, 112, 32, arguments.rounds)
     benchmark_emission(1024 // scale, 256, 16_384 // scale, 64, arguments.rounds)
