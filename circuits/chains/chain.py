@@ -17,8 +17,11 @@ from torch import Tensor
 
 from circuits.algebra.logspace import column_peak
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.chains.given import mixed
 from circuits.chains.recurrence import Rise, are_few, best_path, fall, rise_of_maxima, rise_of_sums
 from circuits.randomness import RowGenerators, Source
+from circuits.weights.forms import JoinedTables
+from circuits.weights.given import GivenSums
 from circuits.weights.latents import LatentFactors
 
 _MAX_SCORES = 1 << 24
@@ -77,8 +80,8 @@ class Scan(NamedTuple):
 
     first: Tensor
     """The logarithm of the first sum, (1, K, B)."""
-    rise: Rise
-    """All steps."""
+    rise: Rise | None
+    """All steps; None where autograd knows the gradient of the first sum."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,18 +104,28 @@ class Chain:
         self,
         values: Values,
         weights: Tables,
+        given: Mapping[int, GivenSums],
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
     ) -> Scan | None:
-        """Evaluate all steps; None where sums are too small for linear space.
+        """Evaluate all steps; None where sums are too small for linear space, or given weights are of another kind.
 
         Args:
             values: of the layers below.
             weights: of the bank.
+            given: weights of sums in place of those of the bank, by layer.
             latents: factors on the children of sums, by layer.
             silent: which sums are the constant 1, bool (1, 1, B), by layer; below a silent one all are.
         """
-        return scan(weights.linear[self.row], self._factors(values, latents), self._silent(silent))
+        leaves = self._factors(values, latents)
+        if not given:
+            return scan(weights.linear[self.row], leaves, self._silent(silent))
+        own = JoinedTables(weights.log[self.row : self.row + 1].unsqueeze(1), None)
+        every = [given[at].parts[0][1] if at in given else own for at in self.positions]
+        scales = {step: one.log_scale.mT for step, one in enumerate(every) if one.log_scale is not None}
+        leaves = _added(leaves, {step - 1: scale for step, scale in scales.items() if step})
+        first = mixed(every, leaves, self._silent(silent))
+        return None if first is None else Scan(first + scales.get(0, 0.0), None)
 
     def climb(
         self,
@@ -124,8 +137,8 @@ class Chain:
     ) -> tuple[Tensor, Tensor]:
         """Return the first sum, (1, K, B), and what all sums mix, (T, K, B), up to a constant per step and column."""
         log, linear = weights.log[self.row : self.row + 1], weights.linear[self.row : self.row + 1]
-        found = self.scan(values, weights, latents, silent) if isinstance(semiring, LogSemiring) else None
-        if found is not None:
+        found = self.scan(values, weights, {}, latents, silent) if isinstance(semiring, LogSemiring) else None
+        if found is not None and found.rise is not None:
             return found.first, found.rise.states.log()
         states = self._factors(values, latents)
         if isinstance(semiring, MaxSemiring):
@@ -207,6 +220,7 @@ class Chain:
             silent: of :meth:`scan`.
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
+        assert found.rise is not None
         scales, grads = fall(weights.linear[self.row], found.rise, grad, self._silent(silent))
         if flows is not None:
             scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, found.rise.states))
@@ -220,10 +234,7 @@ class Chain:
     def _factors(self, values: Values, latents: Mapping[int, LatentFactors]) -> Tensor:
         """Return the products of every step's leaves, (T, K, B), with the factors on what the sums mix."""
         leaves = self._gathered(values, torch.add)
-        for step, position in enumerate(self.positions if latents else ()):
-            if position in latents:
-                leaves[step] += latents[position].log[0]
-        return leaves
+        return _added(leaves, {step: latents[at].log for step, at in enumerate(self.positions) if at in latents})
 
     def _silent(self, silent: Mapping[int, Tensor]) -> Tensor | None:
         return torch.cat([silent[position] for position in self.positions]) if silent else None
@@ -238,6 +249,14 @@ class Chain:
         for gather in self.leaves:
             gather.adjoint(grads[:-1], gradients)
         self.last.adjoint(grads[-1:], gradients)
+
+
+def _added(leaves: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
+    """Add log-factors of some steps, (1, K or 1, B), to all leaves, (T, K, B), in place and at once."""
+    if factors:
+        steps = torch.tensor(list(factors), device=leaves.device)
+        leaves.index_add_(0, steps, torch.cat([factor.expand_as(leaves[:1]) for factor in factors.values()]))
+    return leaves
 
 
 def scan(

@@ -191,11 +191,11 @@ class Question:
         inputs = self.inputs(_LOG)
         tensors = (*inputs, *(self.weights.own[name].log for name in self.pc.sum_banks))
         tensors = (*tensors, *(factors.log for factors in self.latents.values()))
-        is_plain = not (torch.compiler.is_compiling() or self.weights.given)
-        if is_plain and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager and not self.weights.given and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             root = adjoint.LogRoot.apply(self, *tensors)
         else:
-            root = self.top_of(self.evaluated(_LOG, inputs, scans=is_plain))
+            root = self.top_of(self.evaluated(_LOG, inputs, scans=is_eager))
         if self.class_factors is None and self.pc.circuit.num_classes:
             return root.t()
         return self.mixed(_LOG, root.unsqueeze(0))
@@ -300,14 +300,14 @@ class Question:
             semiring: what plus and times mean.
             inputs: the values of the input layers.
             keep: whether the values of all layers are.
-            scans: whether a chain may be evaluated at once: log semiring, own weights, no gradients by autograd.
+            scans: whether a chain may be evaluated at once: log semiring, and of own weights no gradients by autograd.
             saved: where what :mod:`~circuits.engine.adjoint` needs is kept, by layer, with ``scans``; None: nowhere.
         """
-        values = dict(enumerate(inputs))
+        values, given = dict(enumerate(inputs)), self.weights.given
         for step in self.schedule:
             chain, scan, size = step.chain, None, self.pc.layer_sizes[step.position][1] * self.evidence.batch_size
-            if scans and chain is not None and (saved is not None or size < _LARGE_STEP):
-                scan = chain.scan(values, self.weights.own[chain.bank], self.latents, self.silent)
+            if scans and chain is not None and (saved is not None or given or size < _LARGE_STEP):
+                scan = chain.scan(values, self.weights.own[chain.bank], given, self.latents, self.silent)
             if scan is not None:
                 values[step.position] = scan.first
                 if saved is not None:

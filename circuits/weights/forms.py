@@ -48,6 +48,10 @@ class JoinedWeights(ABC):
         others = iter(tensors)
         return self._replaced({name: None if t is None else next(others) for name, t in self._fields().items()})
 
+    def unscaled(self: J) -> J:
+        """Return the same weights without their scales."""
+        return self._replaced({"log_scale": None})
+
     def detached(self: J) -> J:
         """Return the same weights without their history."""
         return self.with_tensors([t.detach() for t in self.tensors])

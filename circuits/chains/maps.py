@@ -1,0 +1,273 @@
+"""What the sums of a chain make of what they mix, where weights are given at run time: linear maps, step by step.
+
+A step writes into tensors that are there already; gradients of weights are made of all steps at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from circuits.chains.recurrence import Calls
+from circuits.weights.forms import JoinedTables, JoinedWeights
+from circuits.weights.gates import JoinedGates
+from circuits.weights.low_rank import JoinedLowRank
+
+Map = Callable[[Any, Any], None]
+"""Writes what a step makes of its first argument, (K, B), into the second one."""
+Wanted = Callable[[Tensor], bool]
+
+
+class Steps(NamedTuple):
+    """Some steps, S of them, of a recurrence ``y_s = W_s x_s``, after the pass down."""
+
+    states: Tensor
+    """x, (S, K, B)."""
+    results: Tensor
+    """y, (S, K, B)."""
+    scales: Tensor
+    """The gradient of y, (S, K, B)."""
+
+
+class Maps(ABC):
+    """The maps W_s of S steps of one kind, (K, K) for each of B queries; the weights' scales are left out."""
+
+    def __init__(self, weights: Sequence[Any], calls: Calls, batch_size: int) -> None:
+        self.weights = weights
+        self.calls = calls
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def up(self, step: int) -> Map:
+        """Return what writes ``W x``."""
+
+    @abstractmethod
+    def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
+        """Return what writes ``W^T q``; ``state`` is x of that step."""
+
+    @abstractmethod
+    def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+        """Return tensors of the weights and their gradients; a tensor may come more than once."""
+
+
+class Tables(Maps):
+    """One table that all queries and steps share."""
+
+    weights: Sequence[JoinedTables]
+
+    def __init__(self, weights: Sequence[JoinedTables], calls: Calls, batch_size: int) -> None:
+        super().__init__(weights, calls, batch_size)
+        self.linear = weights[0].log.detach()[0, 0].exp()
+        self.table, self.transposed = calls.view(self.linear), calls.view(self.linear.t().contiguous())
+
+    def up(self, step: int) -> Map:
+        """Multiply by the table."""
+        return lambda x, y: self.calls.mix(self.table, x, out=y)
+
+    def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
+        """Multiply by the transposed table."""
+        return lambda q, out: self.calls.mix(self.transposed, q, out=out)
+
+    def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+        """Return that of the logarithms."""
+        log = self.weights[0].log
+        return [(log, (_outer(steps.scales, steps.states) * self.linear)[None, None])] if wanted(log) else []
+
+
+class QueryTables(Maps):
+    """A table of every query in every step."""
+
+    weights: Sequence[JoinedTables]
+
+    def __init__(self, weights: Sequence[JoinedTables], calls: Calls, batch_size: int) -> None:
+        super().__init__(weights, calls, batch_size)
+        self.linear = [one.log.detach()[0].exp() for one in weights]  # (B, K, I)
+        self.out = calls.view(torch.empty_like(self.linear[0][:, :, :1]))
+
+    def up(self, step: int) -> Map:
+        """Multiply every query by its table."""
+        return self._times(self.linear[step])
+
+    def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
+        """Multiply every query by its transposed table."""
+        return self._times(self.linear[step].mT)
+
+    def _times(self, tables: Tensor) -> Map:
+        view, out = self.calls.view(tables), self.out
+
+        def write(x: Any, y: Any) -> None:
+            self.calls.mix_all(view, x.T[:, :, None], out=out)
+            y[:] = out[:, :, 0].T
+
+        return write
+
+    def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+        """Return those of the logarithms."""
+        return [
+            (one.log, (torch.einsum("kb,ib->bki", q, x) * linear).unsqueeze(0))
+            for one, linear, q, x in zip(self.weights, self.linear, steps.scales, steps.states, strict=True)
+            if wanted(one.log)
+        ]
+
+
+class Gates(Maps):
+    """``W_s = sum_t g_st W_t`` with T tables that the steps share."""
+
+    weights: Sequence[JoinedGates]
+
+    def __init__(self, weights: Sequence[JoinedGates], calls: Calls, batch_size: int) -> None:
+        super().__init__(weights, calls, batch_size)
+        gates = torch.cat([one.gates.detach().expand(-1, batch_size, -1) for one in weights])
+        self.gates = gates.mT.unsqueeze(2).contiguous()  # (S, T, 1, B)
+        tables = weights[0].tables.detach()[0]  # (K, T, I)
+        self.table = calls.view(tables.flatten(1))
+        self.transposed = calls.view(tables.flatten(1).t().contiguous())
+        self.vectors, self.others = tables.new_empty(2, *tables.shape[1:], batch_size)
+        self.gate_grads = torch.empty_like(self.gates)
+
+    def up(self, step: int) -> Map:
+        """Multiply the tables side by side by the gated vectors below each other."""
+        times, mix = self.calls.times, self.calls.mix
+        gates, gated, flat = map(self.calls.view, (self.gates[step], self.vectors, self.vectors.flatten(0, 1)))
+
+        def write(x: Any, y: Any) -> None:
+            times(gates, x, out=gated)
+            mix(self.table, flat, out=y)
+
+        return write
+
+    def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
+        """Gate what the transposed tables make; without the gates it is what these change."""
+        times, mix, total = self.calls.times, self.calls.mix, self.calls.total
+        tensors = (self.vectors, self.vectors.flatten(0, 1), self.others, self.gates[step], self.gate_grads[step])
+        (made, flat, others, gates, gate_grads), x = map(self.calls.view, tensors), self.calls.view(state)
+        is_wanted = wanted(self.weights[step].gates)
+
+        def write(q: Any, out: Any) -> None:
+            mix(self.transposed, q, out=flat)
+            times(gates, made, out=others)
+            total(others, axis=0, out=out)
+            if is_wanted:
+                times(made, x, out=others)
+                total(others, axis=1, keepdims=True, out=gate_grads)
+
+        return write
+
+    def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+        """Return those of the gates, and of the tables."""
+        grads = self.gate_grads.squeeze(2).mT.split(1)  # (1, B, T) each
+        found = [
+            (one.gates, grad.sum_to_size(one.gates.shape))
+            for one, grad in zip(self.weights, grads, strict=True)
+            if wanted(one.gates)
+        ]
+        tables = self.weights[0].tables
+        if wanted(tables):
+            gates, states = self.gates.permute(1, 2, 0, 3), _side_by_side(steps.states).t()
+            scales = steps.scales.transpose(0, 1)
+            by_table = [(scales * of_table).flatten(1) @ states for of_table in gates]
+            found.append((tables, torch.stack(by_table, 1).unsqueeze(0)))
+        return found
+
+
+class LowRank(Maps):
+    """``W_s = (W + v u_s^T) / (1 + v u_s^T 1)`` with W and v that the steps and queries share."""
+
+    weights: Sequence[JoinedLowRank]
+
+    def __init__(self, weights: Sequence[JoinedLowRank], calls: Calls, batch_size: int) -> None:
+        super().__init__(weights, calls, batch_size)
+        own, self.v = weights[0].own.detach()[0], weights[0].v.detach()[0, 0]
+        self.u = [one.u.detach()[0].expand(batch_size, -1, -1) for one in weights]  # (B, I, R)
+        self.u_sums = torch.stack([u.sum(1).t() for u in self.u])  # (S, R, B)
+        self.shares = 1 / (1 + self.v @ self.u_sums)  # (S, K, B)
+        self.tables = [calls.view(t.contiguous()) for t in (own, own.t(), self.v, self.v.t())]
+        self.reads = own.new_empty(len(weights), batch_size, 1, self.v.shape[1])
+        """u^T x, (S, B, 1, R)."""
+        self.moved, self.few = own.new_empty(len(own), batch_size), own.new_empty(self.v.shape[1], batch_size)
+        self.column = own.new_empty(batch_size, len(own), 1)
+
+    def up(self, step: int) -> Map:
+        """Multiply by the shared table, and by R vectors of every query."""
+        calls, (own, _, v, _) = self.calls, self.tables
+        u, read, moved, share = map(calls.view, (self.u[step], self.reads[step], self.moved, self.shares[step]))
+
+        def write(x: Any, y: Any) -> None:
+            calls.mix_all(x.T[:, None], u, out=read)
+            calls.mix(v, read[:, 0].T, out=moved)
+            calls.mix(own, x, out=y)
+            calls.plus(y, moved, out=y)
+            calls.times(y, share, out=y)
+
+        return write
+
+    def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
+        """The same, transposed."""
+        calls, (_, own, _, v) = self.calls, self.tables
+        tensors = (self.u[step], self.few, self.moved, self.column, self.shares[step])
+        u, few, scaled, column, share = map(calls.view, tensors)
+
+        def write(q: Any, out: Any) -> None:
+            calls.times(q, share, out=scaled)
+            calls.mix(v, scaled, out=few)
+            calls.mix_all(u, few.T[:, :, None], out=column)
+            calls.mix(own, scaled, out=out)
+            calls.plus(out, column[:, :, 0].T, out=out)
+
+        return write
+
+    def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
+        """Return those of u, of v, and of the shared table."""
+        found, first = [], self.weights[0]
+        scaled = steps.scales * self.shares
+        lost = scaled * steps.results  # by the row sums
+        if wanted(first.own):
+            found.append((first.own, _outer(scaled, steps.states).unsqueeze(0)))
+        if wanted(first.v):
+            grad = _outer(scaled, self.reads[:, :, 0].mT) - _outer(lost, self.u_sums)
+            found.append((first.v, grad[None, None]))
+        if any(wanted(one.u) for one in self.weights):
+            sides = torch.stack([self.v.t() @ scaled, -(self.v.t() @ lost)], 3).transpose(1, 2)  # (S, B, R, 2)
+            for one, state, side in zip(self.weights, steps.states, sides, strict=True):
+                grad = torch.stack([state.t(), torch.ones_like(state).t()], 2) @ side.mT
+                found.append((one.u, grad.unsqueeze(0).sum_to_size(one.u.shape)))
+        return found
+
+
+def grouped(weights: Sequence[JoinedWeights]) -> list[tuple[type[Maps], list[int]]] | None:
+    """Return the kinds of maps of T steps, and which steps share them; None where some are of another kind."""
+    groups: dict[Hashable, tuple[type[Maps], list[int]]] = defaultdict()
+    for step, one in enumerate(weights):
+        shared: Sequence[Tensor]
+        kind: type[Maps]
+        if isinstance(one, JoinedTables):
+            kind, shared = (Tables, [one.log]) if one.batch_size == 1 else (QueryTables, [])
+        elif isinstance(one, JoinedGates):
+            kind, shared = Gates, [one.tables]
+        elif isinstance(one, JoinedLowRank) and one.v.shape[1] == 1:
+            kind, shared = LowRank, [one.own, one.v]
+        else:
+            return None
+        groups.setdefault((kind, *map(_identity, shared)), (kind, []))[1].append(step)
+    return list(groups.values())
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Return what is equal for tensors that are the same numbers, with the same history."""
+    place = tensor.data_ptr(), tensor.shape, tensor.stride()
+    return id(tensor) if tensor.requires_grad else place
+
+
+def _side_by_side(steps: Tensor) -> Tensor:
+    """Return the vectors of all steps, (S, K, B), as columns, (K, S * B)."""
+    return steps.transpose(0, 1).flatten(1)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Return the sum of all steps' and queries' outer products, of (S, K, B) and (S, I, B): (K, I)."""
+    return _side_by_side(left) @ _side_by_side(right).t()
