@@ -169,7 +169,7 @@ class Gates(Maps):
         tables = self.weights[0].tables
         if wanted(tables):
             gates, states = self.gates.permute(1, 2, 0, 3), _side_by_side(steps.states).t()
-            scales = steps.scales.transpose(0, 1)
+            scales = steps.scales.transpose(0, 1).contiguous()
             by_table = [(scales * of_table).flatten(1) @ states for of_table in gates]
             found.append((tables, torch.stack(by_table, 1).unsqueeze(0)))
         return found
@@ -232,10 +232,12 @@ class LowRank(Maps):
             grad = _outer(scaled, self.reads[:, :, 0].mT) - _outer(lost, self.u_sums)
             found.append((first.v, grad[None, None]))
         if any(wanted(one.u) for one in self.weights):
-            sides = torch.stack([self.v.t() @ scaled, -(self.v.t() @ lost)], 3).transpose(1, 2)  # (S, B, R, 2)
-            for one, state, side in zip(self.weights, steps.states, sides, strict=True):
-                grad = torch.stack([state.t(), torch.ones_like(state).t()], 2) @ side.mT
-                found.append((one.u, grad.unsqueeze(0).sum_to_size(one.u.shape)))
+            left = torch.stack([steps.states, torch.ones_like(steps.states)], 3).transpose(1, 2).contiguous()
+            right = torch.stack([self.v.t() @ scaled, -(self.v.t() @ lost)], 1).permute(0, 3, 1, 2).contiguous()
+            grads = left.new_empty(*left.shape[:3], right.shape[3])  # (S, B, I, R)
+            self.calls.mix_all(*map(self.calls.view, (left, right)), out=self.calls.view(grads))
+            for one, grad in zip(self.weights, grads.split(1), strict=True):
+                found.append((one.u, grad.sum_to_size(one.u.shape)))
         return found
 
 

@@ -57,7 +57,8 @@ class CircuitWeights:
     @property
     def batch_size(self) -> int:
         """B of the weights given at run time; 1 when all queries share them."""
-        return max((given.batch_size for given in self.given.values() if given.batch_size != 1), default=1)
+        sizes = {given.batch_size for given in self.given.values()} - {1}
+        return max(sizes, default=1)
 
     def tensors(self) -> list[Tensor]:
         """Return all log-weights."""

@@ -56,9 +56,12 @@ class JoinedWeights(ABC):
         """Return the same weights without their history."""
         return self.with_tensors([t.detach() for t in self.tensors])
 
-    def of_node(self: J, slot: int) -> J:
-        """Return the weights of one node alone."""
-        return self.with_tensors([t[slot : slot + 1] if len(t) > 1 else t for t in self.tensors])
+    def split(self: J, sizes: Sequence[int]) -> list[J]:
+        """Return the weights of the first nodes, of those after them, and so on."""
+        if len(sizes) == 1:
+            return [self]
+        parts = [[t] * len(sizes) if len(t) == 1 else t.split(list(sizes)) for t in self.tensors]
+        return [self.with_tensors(tensors) for tensors in zip(*parts, strict=True)]
 
     def of_queries(self: J, index: Tensor) -> J:
         """Return the weights of some queries, int64 (m,); they may come more than once."""
@@ -154,8 +157,11 @@ class Own:
 class Form(ABC):
     """Weights of one sum node, for B queries or for all."""
 
+    across_layers: ClassVar[bool] = False
+    """Whether those of several layers are joined too, which copies them: where they are small."""
+
     @abstractmethod
-    def check(self, who: str, shape: tuple[int, int]) -> None:
+    def check(self, who: object, shape: tuple[int, int]) -> None:
         """Raise ArgumentError unless the tensors fit a node with a table of some shape, (K, I)."""
 
     @property
@@ -189,7 +195,7 @@ class Dense(Form):
 
     log_weights: Tensor
 
-    def check(self, who: str, shape: tuple[int, int]) -> None:
+    def check(self, who: object, shape: tuple[int, int]) -> None:
         """Raise ArgumentError unless it is a floating-point table of a shape."""
         table = self.log_weights
         is_table = isinstance(table, Tensor) and table.dim() in (2, 3)
@@ -245,7 +251,7 @@ def check_log(what: str, log: Tensor, axis: int, *, need_one: bool) -> Tensor:
     return has_one
 
 
-def refused(what: str, shape: str, who: str, got: Any) -> ArgumentError:
+def refused(what: str, shape: str, who: object, got: Any) -> ArgumentError:
     """Return the error of a tensor that does not fit a node."""
     found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
     return ArgumentError(f"external: expected floating-point {what} {shape} for {who}, got {found}")

@@ -33,8 +33,9 @@ class Gates(Form):
     gates: Tensor
     tables: Tensor
     relative: bool = False
+    across_layers = True
 
-    def check(self, who: str, shape: tuple[int, int]) -> None:
+    def check(self, who: object, shape: tuple[int, int]) -> None:
         """Raise ArgumentError unless gates and tables fit each other and the node."""
         gates, tables = self.gates, self.tables
         if not isinstance(tables, Tensor) or not tables.is_floating_point() or tuple(tables.shape[1:]) != shape:

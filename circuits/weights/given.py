@@ -71,12 +71,9 @@ class ExternalWeights(ABC):
 class GivenSums(ExternalWeights):
     """Weights of nodes of a sum layer, in one form or several."""
 
-    parts: tuple[tuple[Tensor, JoinedWeights], ...]
-    """Nodes of the layer, int64, and the weights of these."""
-    part: Tensor
-    """Which of the parts a node of the layer belongs to, int64 (F,); -1: none."""
-    slot: Tensor
-    """Where it is there, int64 (F,)."""
+    parts: tuple[tuple[Sequence[int], JoinedWeights], ...]
+    """Nodes of the layer, and the weights of these."""
+    num_nodes: int
 
     @property
     def joined(self) -> Sequence[JoinedWeights]:
@@ -86,41 +83,36 @@ class GivenSums(ExternalWeights):
     @property
     def rows(self) -> Tensor:  # type: ignore[override]
         """Which nodes of the layer, ascending, int64 (n,)."""
-        return (self.part >= 0).nonzero().flatten()
-
-    @property
-    def num_nodes(self) -> int:  # type: ignore[override]
-        """F."""
-        return len(self.part)
+        return self._index(sorted(row for rows, _ in self.parts for row in rows))
 
     @property
     def scaled_rows(self) -> Tensor:
         """Which nodes have weights that need not sum to 1, int64."""
-        scaled = [rows for rows, weights in self.parts if weights.log_scale is not None]
-        return torch.cat(scaled) if scaled else self.part[:0]
+        return self._index([row for rows, weights in self.parts if weights.log_scale is not None for row in rows])
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether all nodes of the layer are given weights, so that its own need not be evaluated."""
+        return sum(len(rows) for rows, _ in self.parts) == self.num_nodes
 
     def contract(self, semiring: Semiring, x: Tensor, own: Tensor | None) -> Tensor:
         """Return the layer's mixtures, (F, K, B, *E), given its children, (F, I, B, *E), and those of own weights."""
         if len(self.parts) == 1 and self.is_everywhere:
             return self.parts[0][1].contract(semiring, x).contiguous()
-        given = [weights.contract(semiring, x.index_select(0, rows)) for rows, weights in self.parts]
-        rows = torch.cat([rows for rows, _ in self.parts])
+        given = [weights.contract(semiring, x.index_select(0, self._index(rows))) for rows, weights in self.parts]
+        rows = self._index([row for rows, _ in self.parts for row in rows])
         if own is None:
             return torch.cat(given).index_select(0, rows.argsort())
         return own.index_copy(0, rows, torch.cat(given))
 
-    def of_node(self, row: int) -> JoinedWeights | None:
-        """Return the weights of one node of the layer alone, or None: it has its own."""
-        part = int(self.part[row])
-        return None if part < 0 else self.parts[part][1].of_node(int(self.slot[row]))
-
     def replaced(self, log_weights: Tensor, reached: Reached) -> Tensor:
         """Put the given log-weights over the own ones, (m, I), of m reached sum units, in place."""
         node, unit, query = reached
-        for number, (_, weights) in enumerate(self.parts):
-            given = (self.part[node] == number).nonzero().flatten()
+        for rows, weights in self.parts:
+            slot = _slots(self._index(rows), self.num_nodes)[node]
+            given = (slot >= 0).nonzero().flatten()
             if len(given):
-                log_weights[given] = weights.rows(self.slot[node[given]], query[given], unit[given])
+                log_weights[given] = weights.rows(slot[given], query[given], unit[given])
         return log_weights
 
     def detached(self) -> GivenSums:
@@ -130,6 +122,9 @@ class GivenSums(ExternalWeights):
     def of_queries(self, index: Tensor) -> GivenSums:
         """Return the weights of some queries, int64 (m,)."""
         return replace(self, parts=tuple((rows, weights.of_queries(index)) for rows, weights in self.parts))
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.parts[0][1].tensors[0].device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +210,7 @@ def checked_form(given: Tensor | Form, node: Node) -> Form:
                 f"{type(form).__name__} for {node}"
             )
         rows = node.distribution.num_values
-    form.check(str(node), (rows, columns))
+    form.check(node, (rows, columns))
     return form
 
 
@@ -237,40 +232,37 @@ def joined_by_layer(
     sizes = {size for size in batch_sizes if size is not None and size != 1}
     if len(sizes) > 1:
         raise ArgumentError(f"external: expected one batch size, got {sorted(sizes)} along dimension 0")
+    parts: dict[int, list[tuple[Sequence[int], JoinedWeights]]] = defaultdict(list)
+    groups: dict[Hashable, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for layer, of_layer in forms.items():
+        for row, form in sorted(of_layer.items()) if layer >= num_input_layers else ():
+            key = (own[layer].bank, form.batch_size) if form.across_layers else layer
+            groups[form.group(), key][layer].append(row)
     shared: dict[Hashable, Any] = {}
+    for group in groups.values():
+        of_group = [forms[layer][row] for layer, rows in group.items() for row in rows]
+        owned = [own[layer].of(rows) for layer, rows in group.items()]
+        joint = Own(owned[0].bank, owned[0].log, tuple(row for one in owned for row in one.rows))
+        joined = of_group[0].joined(of_group, joint, normalize=normalize, shared=shared)
+        for layer, part in zip(group, joined.split([len(rows) for rows in group.values()]), strict=True):
+            parts[layer].append((group[layer], part))
     return {
-        position: _given_inputs(of_layer, own[position], normalize)
-        if position < num_input_layers
-        else _given_sums(of_layer, own[position], normalize, shared)
-        for position, of_layer in forms.items()
+        layer: GivenSums(tuple(parts[layer]), len(own[layer].rows))
+        if layer in parts
+        else _given_inputs(of_layer, own[layer], normalize)
+        for layer, of_layer in forms.items()
     }
-
-
-def _given_sums(forms: Mapping[int, Form], own: Own, normalize: bool, shared: dict[Hashable, Any]) -> GivenSums:
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for row in sorted(forms):
-        groups[forms[row].group()].append(row)
-    parts = []
-    for rows in groups.values():
-        of_group = [forms[row] for row in rows]
-        parts.append(of_group[0].joined(of_group, own.of(rows), normalize=normalize, shared=shared))
-    index, part, slot = _places(list(groups.values()), own)
-    return GivenSums(tuple(zip(index, parts, strict=True)), part, slot)
 
 
 def _given_inputs(forms: Mapping[int, Any], own: Own, normalize: bool) -> GivenInputs:
     rows = sorted(forms)
-    index, _, slot = _places([rows], own)
+    index = torch.tensor(rows, device=own.log.device)
     tables = [forms[row].log_weights.to(own.log) for row in rows]
-    return GivenInputs(index[0], slot, joined_tables(tables, -2, normalize=normalize))
+    return GivenInputs(index, _slots(index, len(own.rows)), joined_tables(tables, -2, normalize=normalize))
 
 
-def _places(groups: Sequence[Sequence[int]], own: Own) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return the rows of every group, and by row its group and its place there, -1 where it has none."""
-    device = own.log.device
-    part, slot = (torch.full((len(own.rows),), -1, device=device) for _ in range(2))
-    index = [torch.tensor(rows, device=device) for rows in groups]
-    for number, rows in enumerate(index):
-        part[rows] = number
-        slot[rows] = torch.arange(len(rows), device=device)
-    return index, part, slot
+def _slots(rows: Tensor, num_nodes: int) -> Tensor:
+    """Return where nodes are among some rows, int64 (num_nodes,); -1 where they are not."""
+    slots = torch.full((num_nodes,), -1, device=rows.device)
+    slots[rows] = torch.arange(len(rows), device=rows.device)
+    return slots

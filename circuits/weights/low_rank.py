@@ -36,15 +36,15 @@ class LowRank(Form):
         """Build the form of logarithms U, V, as PyJuice is given them: ``W + sum_r e^(U[i, r] + V[k, r])``."""
         return cls(log_u.exp(), log_v.exp())
 
-    def check(self, who: str, shape: tuple[int, int]) -> None:
+    def check(self, who: object, shape: tuple[int, int]) -> None:
         """Raise ArgumentError unless the factors fit each other and the node."""
         rank = self.u.shape[-1] if isinstance(self.u, Tensor) and self.u.dim() else "R"
         for name, factor, size in (("u", self.u, shape[1]), ("v", self.v, shape[0])):
             is_matrix = isinstance(factor, Tensor) and factor.dim() in (2, 3) and factor.is_floating_point()
             if not is_matrix or tuple(factor.shape[-2:]) != (size, rank):
                 raise refused(name, f"({size}, {rank}) or (B, {size}, {rank})", who, factor)
-            least, greatest = torch.aminmax(factor.detach()) if factor.numel() else (factor.new_zeros(()),) * 2
-            if not bool((least >= 0) & (greatest < torch.inf)):
+            least, greatest = map(float, torch.aminmax(factor.detach()) if factor.numel() else (0, 0))
+            if not (least >= 0 and greatest < torch.inf):
                 raise ArgumentError(
                     f"external: expected finite numbers >= 0 as {name} of {who}, got others; of logarithms make "
                     "it with LowRank.from_logs"
@@ -63,15 +63,16 @@ class LowRank(Form):
         self, forms: Sequence[LowRank], own: Own, *, normalize: bool, shared: dict[Hashable, Any]
     ) -> JoinedLowRank:
         """Stack the factors, but for a v that all nodes share."""
-        is_shared = len({id(form.v) for form in forms}) == 1
-        v = stacked([form.v.to(own.log) for form in (forms[:1] if is_shared else forms)], 2)
-        u = stacked([form.u.to(own.log) for form in forms], 2)
-        key = (LowRank, own.bank, own.rows)
-        if key not in shared:
+        vs = [form.v for form in forms]
+        vs = vs[:1] if all(v is vs[0] for v in vs) else vs
+        of_own, of_vs = (LowRank, own.bank, own.rows), (LowRank, *map(id, vs))
+        if of_own not in shared:
             log_own = own.table()
-            shared[key] = log_own, log_own.exp()
-        log_own, table = shared[key]
-        return JoinedLowRank(table, log_own, u, v, None)
+            shared[of_own] = log_own, log_own.exp()
+        if of_vs not in shared:
+            shared[of_vs] = stacked([v.to(own.log) for v in vs], 2)
+        (log_own, table), v = shared[of_own], shared[of_vs]
+        return JoinedLowRank(table, log_own, stacked([form.u.to(own.log) for form in forms], 2), v, None)
 
 
 @dataclass(frozen=True, eq=False)
