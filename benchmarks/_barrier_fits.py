@@ -33,6 +33,7 @@ class Sizes:
         epochs: of maximum likelihood at most, by mini-batch EM.
         masks: noisy versions of every training window.
         validation_masks: noisy versions of every validation window.
+        cache_batch: windows a call of the denoiser.
         knots: noise levels of the calibration.
         gate_knots: noise levels of the weights of mixtures of heads.
         batch_size: noisy windows an update.
@@ -47,6 +48,7 @@ class Sizes:
     epochs: int = 12
     masks: int = 4
     validation_masks: int = 1
+    cache_batch: int = 32
     knots: int = 9
     gate_knots: int = 5
     batch_size: int = 32
@@ -62,12 +64,26 @@ QUICK = Sizes(states=4, epochs=1, masks=1, knots=3, batch_size=4, steps=2, valid
 
 @dataclass(frozen=True)
 class Fits:
-    """Everything that is fitted to one bed with one seed, in one folder; what is there is not fitted again."""
+    """Everything that is fitted to one bed with one seed; what is there is not fitted again.
+
+    Attributes:
+        bed: that it is fitted to.
+        folder: of the fits.
+        common: of the circuit and of the predictions; that of the fits, or one of all seeds.
+        sizes: how much of everything.
+        seed: of the fits.
+    """
 
     bed: Bed
     folder: Path
+    common: Path
     sizes: Sizes
     seed: int
+
+    @property
+    def common_seed(self) -> int:
+        """That of the circuit and of the noise."""
+        return 0 if self.bed.is_shared else self.seed
 
     def has(self, kind: str) -> bool:
         """Return whether the bed has what a head needs."""
@@ -80,15 +96,15 @@ class Fits:
 
     def circuit(self, is_aligned: bool) -> ct.CompiledCircuit:
         """Return a homogeneous chain, or the bed's own circuit, of maximum likelihood."""
-        path, bed, sizes = self.folder / ("aligned" if is_aligned else "likeliest"), self.bed, self.sizes
+        path, bed, sizes = self.common / ("aligned" if is_aligned else "likeliest"), self.bed, self.sizes
         if not (path / "structure.json").is_file():
             ids = torch.tensor(bed.vocabulary)
             blocks = (part[:, -bed.block_length :].contiguous() for part in (bed.text, bed.validation))
             text, validation = (torch.searchsorted(ids, part) for part in blocks)
             begun = bed.aligned if is_aligned else bed.chain
             structure = ct.structures.hmm(bed.block_length, sizes.states, len(ids))
-            pc = ct.compile(structure if begun is None else begun(sizes.states, text), seed=self.seed)
-            optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.seed)
+            pc = ct.compile(structure if begun is None else begun(sizes.states, text), seed=self.common_seed)
+            optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.common_seed)
             result = ct.learning.fit(
                 pc,
                 text,
@@ -106,7 +122,7 @@ class Fits:
 
     def cache(self, denoiser: df.Denoiser, kind: str, name: str) -> df.LogitCache:
         """Return the predictions for the windows of a kind, ``train`` or ``validation``."""
-        path, began = self.folder / f"logits-{kind}-{name}", time.process_time()
+        path, began = self.common / f"logits-{kind}-{name}", time.process_time()
         masks = self.sizes.masks if kind == "train" else self.sizes.validation_masks
         windows = getattr(self.bed, kind).repeat(masks, 1)
         if kind == "train" and self.bed.more is not None:
@@ -117,8 +133,8 @@ class Fits:
             path,
             block_length=self.bed.block_length,
             features=True,
-            batch_size=32,
-            seed=self.seed,
+            batch_size=self.sizes.cache_batch,
+            seed=self.common_seed,
             progress=False,
         )
         if not path.with_suffix(".json").is_file():
@@ -160,7 +176,8 @@ class Fits:
     def seconds(self) -> float:
         """Return the processor time of predictions and fits behind ``switched potentials``."""
         heads = [f"shipped-{one.replace(' ', '-')}" for one in GATES["switched potentials"] if self.has(one)]
-        paths = [self.folder / f"{name}.json" for name in ("logits-train-shipped", "logits-validation-shipped", *heads)]
+        paths = [self.common / f"logits-{kind}-shipped.json" for kind in ("train", "validation")]
+        paths += [self.folder / f"{name}.json" for name in heads]
         return sum(json.loads(path.read_text("ascii"))["seconds"] for path in paths)
 
     def _first(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:

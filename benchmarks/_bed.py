@@ -35,6 +35,8 @@ class Bed:
             random places at several ratios are.
         fine_tune: returns the denoiser trained further on ``train`` for so many seconds of processor time, kept in a
             folder; None: there is no such column.
+        is_shared: whether circuit and predictions of training windows are the same for all seeds, and made once: the
+            seed then decides held-out windows and the fits of heads.
         name: of the folders of its fits, another one where these are made in another way.
         ratios: shares of a block that are masked.
     """
@@ -52,5 +54,6 @@ class Bed:
     aligned: Callable[[int, Tensor], ct.Circuit] | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     fine_tune: Callable[[Path, float], df.Denoiser] | None = None
+    is_shared: bool = False
     name: str = "seed"
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)

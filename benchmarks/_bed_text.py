@@ -23,7 +23,7 @@ from diffusion.app.workspace import Workspace
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.text.corpus import load_corpus, random_windows, windows
 
-TEXT = Sizes(states=256, epochs=5, masks=1, batch_size=128, steps=300, validate_every=100, patience=2, hidden=128)
+TEXT = Sizes(states=256, epochs=5, masks=1, cache_batch=64, batch_size=128, steps=300, validate_every=100, patience=2, hidden=128)
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 NUM_PARTS = 3
 """Seeds whose held-out windows have nothing in common."""
@@ -34,7 +34,7 @@ def gsm8k_bed(folder: Path, *, seed: int, is_quick: bool, data: Path | None = No
 
     Args:
         folder: where nothing is prepared.
-        seed: of training windows, and which held-out windows.
+        seed: which held-out windows.
         is_quick: whether a few windows do.
         data: GSM8K's training problems, ``.jsonl`` or ``.jsonl.gz``; None: only the answers that the library has.
 
@@ -57,7 +57,7 @@ def demo_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
 
     Args:
         folder: of the denoiser, as ``unfactor train --corpus embedded`` makes it.
-        seed: of training windows, and which held-out windows.
+        seed: which held-out windows.
         is_quick: whether a denoiser of few updates and a few windows do.
     """
     recipe = PRESETS["tiny" if is_quick else "default"]
@@ -81,7 +81,7 @@ def _bed(
     """Return the bed of some documents: of those held out every second one is for early stopping."""
     span, length = denoiser.config.span, denoiser.config.block_length
     tokens, validation, rest = (models.stream(tuple(one)) for one in (train, held_out[::2], held_out[1::2]))
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     most = 16 if is_quick else None
     forbidden = set(denoiser.spec.forbidden_ids)
     vocabulary = tuple(id for id in range(denoiser.spec.vocab_size) if id not in forbidden)
@@ -90,12 +90,13 @@ def _bed(
         num_features=denoiser.config.width,
         block_length=length,
         vocabulary=vocabulary,
-        text=random_windows(tokens, length=span, num_windows=most or 40_000, generator=generator),
-        train=random_windows(tokens, length=span, num_windows=most or 8192, generator=generator),
+        text=random_windows(tokens, length=span, num_windows=most or 40_000, generator=generators[0]),
+        train=random_windows(tokens, length=span, num_windows=most or 40_960, generator=generators[1]),
         validation=windows(validation, length=span, max_windows=most or 256),
         held_out={"held-out": _part(windows(rest, length=span), seed)},
-        chain=partial(grown, num_categories=len(vocabulary), first=2 if is_quick else 128, seed=seed),
+        chain=partial(grown, num_categories=len(vocabulary), first=2 if is_quick else 128, seed=0),
         ratios=RATIOS,
+        is_shared=True,
     )
 
 

@@ -87,8 +87,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, str]]]:
     for seed in seeds:
         bed = prepare(home, seed=seed, is_quick=options.quick, **given)
         before = "quick" if options.quick else bed.name
-        folder = home / f"{before}-{seed}-masks-{sizes.masks}"
-        measure = Measure(Fits(bed, folder, sizes, seed), folder / "cells", windows)
+        folder, common = (home / f"{before}-{which}-masks-{sizes.masks}" for which in (seed, "all"))
+        fits = Fits(bed, folder, common if bed.is_shared else folder, sizes, seed)
+        measure = Measure(fits, folder / "cells", windows)
         for kind in options.held_out or bed.held_out:
             for column in options.columns:
                 measure.fill(kind, column)
