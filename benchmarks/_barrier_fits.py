@@ -96,29 +96,38 @@ class Fits:
 
     def circuit(self, is_aligned: bool) -> ct.CompiledCircuit:
         """Return a homogeneous chain, or the bed's own circuit, of maximum likelihood."""
-        path, bed, sizes = self.common / ("aligned" if is_aligned else "likeliest"), self.bed, self.sizes
+        path, chain = self.common / ("aligned" if is_aligned else "likeliest"), self.bed.chain
         if not (path / "structure.json").is_file():
-            ids = torch.tensor(bed.vocabulary)
-            blocks = (part[:, -bed.block_length :].contiguous() for part in (bed.text, bed.validation))
-            text, validation = (torch.searchsorted(ids, part) for part in blocks)
-            begun = bed.aligned if is_aligned else bed.chain
-            structure = ct.structures.hmm(bed.block_length, sizes.states, len(ids))
-            pc = ct.compile(structure if begun is None else begun(sizes.states, text), seed=self.common_seed)
-            optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.common_seed)
-            result = ct.learning.fit(
-                pc,
-                text,
-                optimizer=optimizer,
-                num_epochs=sizes.epochs,
-                validation_data=validation,
-                patience=min(2, sizes.patience),
-                checkpoint_path=path.with_suffix(".safetensors"),
-                progress=False,
-            )
-            likelihoods = [f"{value / bed.block_length:.3f}" for value in result.validation_log_likelihood]
-            print(f"{path.name}: validation windows by epoch, nats per token:", *likelihoods, flush=True)
+            is_ready = chain is not None and not is_aligned
+            pc = chain(self.sizes.states) if is_ready else self._fitted(path, is_aligned)
             ct.save(pc, path)
         return ct.load(path)
+
+    def _fitted(self, path: Path, is_aligned: bool) -> ct.CompiledCircuit:
+        bed, sizes = self.bed, self.sizes
+        ids = torch.tensor(bed.vocabulary)
+        blocks = (part[:, -bed.block_length :].contiguous() for part in (bed.text, bed.validation))
+        text, validation = (torch.searchsorted(ids, part) for part in blocks)
+        if is_aligned:
+            assert bed.aligned is not None
+            structure = bed.aligned(sizes.states, text)
+        else:
+            structure = ct.structures.hmm(bed.block_length, sizes.states, len(ids))
+        pc = ct.compile(structure, seed=self.common_seed)
+        optimizer = ct.learning.MiniBatchEM(step_size=0.1, pseudocount=0.01, seed=self.common_seed)
+        result = ct.learning.fit(
+            pc,
+            text,
+            optimizer=optimizer,
+            num_epochs=sizes.epochs,
+            validation_data=validation,
+            patience=min(2, sizes.patience),
+            checkpoint_path=path.with_suffix(".safetensors"),
+            progress=False,
+        )
+        likelihoods = [f"{value / bed.block_length:.3f}" for value in result.validation_log_likelihood]
+        print(f"{path.name}: validation windows by epoch, nats per token:", *likelihoods, flush=True)
+        return pc
 
     def cache(self, denoiser: df.Denoiser, kind: str, name: str) -> df.LogitCache:
         """Return the predictions for the windows of a kind, ``train`` or ``validation``."""

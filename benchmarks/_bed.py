@@ -26,8 +26,8 @@ class Bed:
         more: further windows for the coupled objective, which are masked once.
         validation: windows for early stopping, of no part of ``text`` or ``held_out``.
         held_out: windows to measure on, by what they are.
-        chain: returns a homogeneous chain before it is fitted, given the number of its states and the categories of
-            ``text``, (N, L); None: one with random weights.
+        chain: returns a homogeneous chain of maximum likelihood, given the number of its states; None: it is fitted to
+            ``text`` from random weights.
         aligned: returns a circuit for blocks whose places mean the same, before it is fitted, given the number of its
             states and the categories of ``text``, (N, L); states and transitions are named like those of a hidden
             Markov model. None: there is none.
@@ -50,7 +50,7 @@ class Bed:
     validation: Tensor
     held_out: dict[str, Tensor]
     more: Tensor | None = None
-    chain: Callable[[int, Tensor], ct.Circuit] | None = None
+    chain: Callable[[int], ct.CompiledCircuit] | None = None
     aligned: Callable[[int, Tensor], ct.Circuit] | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     fine_tune: Callable[[Path, float], df.Denoiser] | None = None

@@ -23,7 +23,10 @@ from diffusion.app.workspace import Workspace
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.text.corpus import load_corpus, random_windows, windows
 
-TEXT = Sizes(states=256, epochs=5, masks=1, cache_batch=64, batch_size=128, steps=300, validate_every=100, patience=2, hidden=128)
+TEXT = Sizes(states=256, masks=1, cache_batch=64, batch_size=128, steps=300, validate_every=100, patience=2, hidden=128)
+ANSWERS = replace(TEXT, states=1024)
+GROWTH = ((0.4, 0.4, 0.3), (0.4, 0.3), (0.4, 0.4, 0.3), (0.4, 0.4, 0.3, 0.2))
+"""Step sizes of every epoch, with an eighth of the states, a quarter, half and all."""
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 NUM_PARTS = 3
 """Seeds whose held-out windows have nothing in common."""
@@ -81,8 +84,9 @@ def _bed(
     """Return the bed of some documents: of those held out every second one is for early stopping."""
     span, length = denoiser.config.span, denoiser.config.block_length
     tokens, validation, rest = (models.stream(tuple(one)) for one in (train, held_out[::2], held_out[1::2]))
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     most = 16 if is_quick else None
+    count, generator = most or 40_960, torch.Generator().manual_seed(0)
+    train_windows = random_windows(tokens, length=span, num_windows=count, generator=generator)
     forbidden = set(denoiser.spec.forbidden_ids)
     vocabulary = tuple(id for id in range(denoiser.spec.vocab_size) if id not in forbidden)
     return Bed(
@@ -90,45 +94,74 @@ def _bed(
         num_features=denoiser.config.width,
         block_length=length,
         vocabulary=vocabulary,
-        text=random_windows(tokens, length=span, num_windows=most or 40_000, generator=generators[0]),
-        train=random_windows(tokens, length=span, num_windows=most or 40_960, generator=generators[1]),
+        text=train_windows,
+        train=train_windows,
         validation=windows(validation, length=span, max_windows=most or 256),
         held_out={"held-out": _part(windows(rest, length=span), seed)},
-        chain=partial(grown, num_categories=len(vocabulary), first=2 if is_quick else 128, seed=0),
+        chain=partial(
+            grown,
+            stream=torch.searchsorted(torch.tensor(vocabulary), tokens),
+            block_length=length,
+            num_categories=len(vocabulary),
+            num_blocks=most or 30_000,
+            growth=GROWTH[-2:] if is_quick else GROWTH,
+        ),
         ratios=RATIOS,
         is_shared=True,
     )
 
 
 def grown(
-    num_states: int, text: Tensor, *, num_categories: int, first: int, seed: int, noise: float = 0.3
-) -> ct.Circuit:
-    """Return a hidden Markov model whose states were split in two after every fit: better than from a random start.
+    num_states: int,
+    stream: Tensor,
+    *,
+    block_length: int,
+    num_categories: int,
+    num_blocks: int = 30_000,
+    growth: Sequence[Sequence[float]] = GROWTH,
+) -> ct.CompiledCircuit:
+    """Fit a hidden Markov model whose states are split in two after every fit: better than from a random start.
 
     Args:
-        num_states: in the end, a power of two times ``first``.
-        text: categories, int64 (N, L).
+        num_states: in the end.
+        stream: categories of all text, int64 (T,).
+        block_length: L.
         num_categories: C.
-        first: states of the first fit, which starts from random weights.
-        seed: of the first weights, the order of the text, and what parts the copies of a state.
+        num_blocks: blocks of an epoch, drawn anew for each.
+        growth: of each fit, from few states to ``num_states``: the step size of every epoch.
+    """
+    pc = None
+    for number, step_sizes in enumerate(growth):
+        states = num_states >> (len(growth) - 1 - number)
+        begun = ct.structures.hmm(block_length, states, num_categories) if pc is None else split(pc, seed=states)
+        pc = ct.compile(begun, seed=0)
+        for epoch, step_size in enumerate(step_sizes):
+            generator = torch.Generator().manual_seed(states + epoch)
+            blocks = random_windows(stream, length=block_length, num_windows=num_blocks, generator=generator)
+            anemone = ct.learning.Anemone(step_size=step_size, pseudocount=2e-5, seed=epoch)
+            result = ct.learning.fit(pc, blocks, optimizer=anemone, num_epochs=1, batch_size=512, progress=False)
+            print(f"{states} states: {result.train_log_likelihood[-1] / block_length:.3f} nats per token", flush=True)
+    assert pc is not None
+    return pc
+
+
+def split(pc: ct.CompiledCircuit, *, seed: int, noise: float = 0.3) -> ct.Circuit:
+    """Return a homogeneous hidden Markov model with two copies of every state.
+
+    Args:
+        pc: the model.
+        seed: of what parts the copies.
         noise: standard deviation of the logarithm of the factors that part them.
     """
     generator = torch.Generator().manual_seed(seed)
-    circuit = ct.structures.hmm(text.shape[1], first, num_categories)
-    while first < num_states:
-        pc = ct.compile(circuit, seed=seed)
-        ct.learning.fit(pc, text, optimizer="anemone", num_epochs=2, batch_size=512, seed=seed, progress=False)
-        tables = [pc.log_weights(name).detach() for name in ("initial", "transition0", "emission0")]
-        tables = [tables[0][0], tables[1], tables[2].t()]
-        split = [table.repeat_interleave(2, 0) for table in tables]
-        split[1] = split[1].repeat_interleave(2, 1)
-        moved = [table + noise * torch.randn(table.shape, generator=generator) for table in split]
-        initial, transition, emission = (table.softmax(-1) for table in moved)
-        first *= 2
-        circuit = ct.structures.hmm(
-            text.shape[1], first, num_categories, initial=initial, transition=transition, emission=emission
-        )
-    return circuit
+    tables = [pc.log_weights(name).detach() for name in ("initial", "transition0", "emission0")]
+    copies = [table.repeat_interleave(2, 0) for table in (tables[0][0], tables[1], tables[2].t())]
+    copies[1] = copies[1].repeat_interleave(2, 1)
+    moved = [table + noise * torch.randn(table.shape, generator=generator) for table in copies]
+    initial, transition, emission = (table.softmax(-1) for table in moved)
+    return ct.structures.hmm(
+        pc.circuit.num_vars, *emission.shape, initial=initial, transition=transition, emission=emission
+    )
 
 
 def _part(found: Tensor, seed: int) -> Tensor:

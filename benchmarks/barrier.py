@@ -33,7 +33,7 @@ from _barrier_fits import GATES, HEADS, QUICK, Fits, Sizes
 from _barrier_losses import Losses, Masks, circuit_losses, head_losses, one_step_losses, sequential_losses
 from _bed import Bed
 from _bed_antibody import antibody_bed
-from _bed_text import TEXT, demo_bed, gsm8k_bed
+from _bed_text import ANSWERS, TEXT, demo_bed, gsm8k_bed
 from torch import Tensor
 
 import diffusion as df
@@ -42,7 +42,7 @@ from diffusion.evaluation.gap import Estimate
 
 BEDS = {
     "antibody": (antibody_bed, Sizes(states=64, epochs=8, masks=2, validation_masks=8, learning_rate=0.01)),
-    "gsm8k": (gsm8k_bed, TEXT),
+    "gsm8k": (gsm8k_bed, ANSWERS),
     "demo": (demo_bed, TEXT),
 }
 """What prepares a bed, and how much of everything it is given."""

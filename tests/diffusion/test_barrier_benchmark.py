@@ -276,8 +276,8 @@ def test_another_text_than_that_of_the_denoiser_is_refused(tmp_path):
 
 def test_states_that_are_split_without_noise_give_every_text_the_probability_that_it_had():
     data = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    of_four = ct.compile(text.grown(4, data, num_categories=3, first=2, seed=0, noise=0.0))
-    of_two = ct.compile(ct.structures.hmm(4, 2, 3), seed=0)
-    ct.learning.fit(of_two, data, optimizer="anemone", num_epochs=2, batch_size=512, progress=False)
+    stream = data.flatten()
+    of_two = text.grown(2, stream, block_length=4, num_categories=3, num_blocks=50, growth=((0.4, 0.2),))
+    of_four = ct.compile(text.split(of_two, seed=0, noise=0.0))
     assert of_four.log_weights("transition0").shape == (4, 4)
     torch.testing.assert_close(of_four(data), of_two(data))
