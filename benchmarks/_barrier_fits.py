@@ -17,6 +17,8 @@ from diffusion.training.circuit import losses_by_ratio
 
 HEADS = ("plain", "calibrated", "aligned", "potentials", "aligned potentials", "gates", "low rank", "all")
 """Contextual ones start from static ones, those of the bed's own circuit from ``aligned``."""
+STATIC = ("plain", "calibrated", "aligned")
+"""These have no random start: of the beds of text they are the same for all seeds, like circuit and predictions."""
 GATES = {
     "switched": ("calibrated", "aligned"),
     "switched potentials": ("calibrated", "aligned", "potentials", "aligned potentials"),
@@ -38,6 +40,7 @@ class Sizes:
         gate_knots: noise levels of the weights of mixtures of heads.
         batch_size: noisy windows an update.
         learning_rate: of tables, at the peak.
+        feature_learning_rate: of what reads hidden states, at the peak.
         steps: updates of every fit on the coupled objective at most.
         validate_every: updates between two looks at the validation windows.
         patience: looks without a better one until a fit stops.
@@ -53,6 +56,7 @@ class Sizes:
     gate_knots: int = 5
     batch_size: int = 32
     learning_rate: float = 0.03
+    feature_learning_rate: float = 1e-3
     steps: int = 400
     validate_every: int = 50
     patience: int = 5
@@ -152,7 +156,7 @@ class Fits:
 
     def head(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
         """Return a head of :data:`HEADS` for a denoiser of some name."""
-        path = self.folder / f"{name}-{kind.replace(' ', '-')}"
+        path = self.path(kind, name)
         if not path.is_dir():
             caches = [self.cache(denoiser, part, name) for part in ("train", "validation")]
             head, began = self._first(denoiser, kind, name), time.process_time()
@@ -161,10 +165,11 @@ class Fits:
                 steps=sizes.steps,
                 batch_size=sizes.batch_size,
                 learning_rate=sizes.learning_rate,
+                feature_learning_rate=sizes.feature_learning_rate,
                 validate_every=sizes.validate_every,
                 checkpoint_every=sizes.validate_every,
                 patience=sizes.patience,
-                seed=self.seed,
+                seed=self.common_seed if kind in STATIC else self.seed,
             )
             curve = df.fit_coupled(
                 head, *caches, config=config, checkpoint_path=path.with_suffix(".safetensors"), progress=False
@@ -172,6 +177,10 @@ class Fits:
             head.save(path)
             self._report(path, head, caches[1], curve.steps[-1], time.process_time() - began)
         return df.CoupledHead.load(path)
+
+    def path(self, kind: str, name: str) -> Path:
+        """Return the folder of a head."""
+        return (self.common if kind in STATIC else self.folder) / f"{name}-{kind.replace(' ', '-')}"
 
     def gate(self, denoiser: df.Denoiser, kind: str, name: str) -> df.HeadMixture:
         """Return a mixture of :data:`GATES` for a denoiser of some name, fitted to its validation windows."""
@@ -184,14 +193,14 @@ class Fits:
 
     def seconds(self) -> float:
         """Return the processor time of predictions and fits behind ``switched potentials``."""
-        heads = [f"shipped-{one.replace(' ', '-')}" for one in GATES["switched potentials"] if self.has(one)]
-        paths = [self.common / f"logits-{kind}-shipped.json" for kind in ("train", "validation")]
-        paths += [self.folder / f"{name}.json" for name in heads]
+        heads = [self.path(one, "shipped") for one in GATES["switched potentials"] if self.has(one)]
+        caches = [self.common / f"logits-{kind}-shipped" for kind in ("train", "validation")]
+        paths = [path.with_suffix(".json") for path in (*caches, *heads)]
         return sum(json.loads(path.read_text("ascii"))["seconds"] for path in paths)
 
     def _first(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
         bed, hidden = self.bed, self.sizes.hidden
-        if kind in ("plain", "calibrated", "aligned"):
+        if kind in STATIC:
             pc = self.circuit(kind == "aligned")
             ids = torch.tensor(bed.vocabulary)
             blocks = bed.train[:, -bed.block_length :].contiguous()

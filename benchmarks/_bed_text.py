@@ -23,7 +23,17 @@ from diffusion.app.workspace import Workspace
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.text.corpus import load_corpus, random_windows, windows
 
-TEXT = Sizes(states=256, masks=1, cache_batch=64, batch_size=128, steps=300, validate_every=100, patience=2, hidden=128)
+TEXT = Sizes(
+    states=256,
+    masks=1,
+    cache_batch=64,
+    batch_size=64,
+    learning_rate=0.015,
+    feature_learning_rate=2e-3,
+    steps=250,
+    patience=2,
+    hidden=512,
+)
 ANSWERS = replace(TEXT, states=1024)
 GROWTH = ((0.4, 0.4, 0.3), (0.4, 0.3), (0.4, 0.4, 0.3), (0.4, 0.4, 0.3, 0.2))
 """Step sizes of every epoch, with an eighth of the states, a quarter, half and all."""

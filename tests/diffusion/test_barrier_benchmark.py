@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that 
 
 import _antibody_data as antibody
 import _barrier_chains as drawn
+import _barrier_fits as fits
 import _barrier_losses as losses
 import _bed_antibody as bed
 import _bed_text as text
@@ -266,6 +268,17 @@ def test_seeds_measure_windows_that_have_nothing_in_common():
     held_out = [{tuple(window) for window in bed.held_out["held-out"].tolist()} for bed in beds]
     assert len(set.union(*held_out)) == sum(map(len, held_out))
     assert not set.union(*held_out) & {tuple(window) for bed in beds for window in bed.validation.tolist()}
+
+
+def test_seeds_of_a_text_bed_share_what_has_no_random_start_and_no_other_bed_does():
+    of = {}
+    for seed, is_shared in itertools.product((0, 1), (False, True)):
+        bed = replace(text.gsm8k_bed(Path(), seed=seed, is_quick=True), is_shared=is_shared)
+        of[seed, is_shared] = fits.Fits(bed, Path(f"{seed}"), Path("all" if is_shared else f"{seed}"), fits.QUICK, seed)
+    assert of[0, True].path("calibrated", "a") == of[1, True].path("calibrated", "a") == Path("all/a-calibrated")
+    assert of[1, True].path("potentials", "a") == of[1, False].path("potentials", "a") == Path("1/a-potentials")
+    assert of[1, False].path("calibrated", "a") == Path("1/a-calibrated")
+    assert [of[1, is_shared].common_seed for is_shared in (False, True)] == [1, 0]
 
 
 def test_another_text_than_that_of_the_denoiser_is_refused(tmp_path):
