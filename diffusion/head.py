@@ -131,6 +131,11 @@ class CoupledHead(OnHub, nn.Module):
         return any(conditioner.needs_features for conditioner in self.conditioners)
 
     @property
+    def needs_observed(self) -> bool:
+        """Whether a conditioner looks at what the denoiser says of observed positions."""
+        return any(conditioner.needs_observed for conditioner in self.conditioners)
+
+    @property
     def vocab_size(self) -> int:
         """C, the number of the circuit's categories: V, where all of the denoiser's tokens have one."""
         return max(self.pc.circuit.num_categories)

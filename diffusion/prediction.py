@@ -17,6 +17,7 @@ from torch import Tensor
 from circuits.arguments import kind_of
 from circuits.progress import check_stop
 from diffusion.denoisers.base import Denoiser, FeatureDenoiser
+from diffusion.denoisers.questions import check_logits
 from diffusion.errors import ArgumentError
 
 LogitsHook = Callable[[Tensor], Tensor]
@@ -35,6 +36,8 @@ class Prediction:
             None: all tokens, in order.
         features: the denoiser's last hidden states at these positions, (B, L, H), or None.
         t: time of each sequence in the forward process, (B,), or None.
+        where: bool (B, L), the n positions that something is said of; then ``log_q`` and ``values`` are (1, n, ...), in
+            order, as :meth:`only` makes it. None: all.
     """
 
     log_q: Tensor
@@ -42,6 +45,7 @@ class Prediction:
     values: Tensor | None = None
     features: Tensor | None = None
     t: Tensor | None = None
+    where: Tensor | None = None
 
     def __post_init__(self) -> None:
         log_q, values, features = self.log_q, self.values, self.features
@@ -54,9 +58,12 @@ class Prediction:
             raise ArgumentError(
                 f"values: expected int64 of shape {tuple(log_q.shape)}, got {values.dtype} {tuple(values.shape)}"
             )
-        if features is not None and (features.dim() != 3 or features.shape[:2] != log_q.shape[:2]):
+        if self.where is not None and (self.where.dim() != 2 or log_q.shape[:2] != (1, int(self.where.sum()))):
+            got = f"{int(self.where.sum())} positions of {tuple(self.where.shape)}"
+            raise ArgumentError(f"where: expected bool (B, L) with {log_q.shape[1]} positions, got {got}")
+        if features is not None and (features.dim() != 3 or features.shape[:2] != self.shape):
             raise ArgumentError(
-                f"features: expected (B, L, H) with (B, L) = {tuple(log_q.shape[:2])}, got {tuple(features.shape)}"
+                f"features: expected (B, L, H) with (B, L) = {tuple(self.shape)}, got {tuple(features.shape)}"
             )
 
     @classmethod
@@ -167,7 +174,23 @@ class Prediction:
     @property
     def shape(self) -> torch.Size:
         """(B, L)."""
-        return self.log_q.shape[:2]
+        return self.log_q.shape[:2] if self.where is None else self.where.shape
+
+    def only(self, where: Tensor) -> Prediction:
+        """Return what is said of some positions alone, bool (B, L): what follows costs as much as there are of them."""
+        values = None if self.values is None else self.values[where].unsqueeze(0)
+        return replace(self, log_q=self.log_q[where].unsqueeze(0), values=values, where=where)
+
+    def whole(self) -> Prediction:
+        """Return the prediction of all positions; where nothing is said, any tokens are equally probable."""
+        if self.where is None:
+            return self
+        shape, values = (*self.shape, self.num_listed), None
+        log_q = self.log_q.new_full(shape, -math.log(self.num_listed)).index_put((self.where,), self.log_q[0])
+        if self.values is not None:
+            values = torch.arange(self.num_listed, device=log_q.device).expand(shape)
+            values = values.index_put((self.where,), self.values[0])
+        return replace(self, log_q=log_q, values=values, where=None)
 
     def rows(self, index: Tensor | slice) -> Prediction:
         """Return the predictions of some of the B sequences."""
@@ -196,21 +219,32 @@ class Prediction:
         log_q, index = self.log_q.topk(top_k, -1)
         values = index if self.values is None else self.values.gather(2, index)
         if include is not None:
-            log_q, values = _with_included(log_q, values, self.log_prob_of(include), include)
+            include = self.placed(include)
+            log_q, values = _with_included(log_q, values, self._log_prob_of(include), include)
         return replace(self, log_q=log_q, values=values)
 
     def log_prob_of(self, tokens: Tensor) -> Tensor:
         """Return the log-probabilities of tokens, int64 (B, L): (B, L), -inf for tokens that are not listed.
 
-        Raises ArgumentError for a wrong shape, or a token outside the vocabulary.
+        It is 0 where nothing is said. Raises ArgumentError for a wrong shape, or a token outside the vocabulary.
         """
         check_token_ids("tokens", tokens, self.shape, self.vocab_size)
+        found = self._log_prob_of(self.placed(tokens))
+        return found if self.where is None else found.new_zeros(self.shape).index_put((self.where,), found[0])
+
+    def placed(self, of_positions: Tensor) -> Tensor:
+        """Return what holds of positions, (B, L), as ``log_q`` has them: (B, L), or (1, n)."""
+        return of_positions if self.where is None else of_positions[self.where].unsqueeze(0)
+
+    def _log_prob_of(self, tokens: Tensor) -> Tensor:
         if self.values is None:
             return self.log_q.gather(2, tokens.unsqueeze(-1)).squeeze(-1)
         return self.log_q.masked_fill(self.values != tokens.unsqueeze(-1), -torch.inf).amax(-1)
 
     def dense(self) -> Tensor:
         """Return the log-probabilities of all tokens, (B, L, V); -inf for those that are not listed."""
+        if self.where is not None:
+            return self.whole().dense()
         if self.values is None:
             return self.log_q
         everything = self.log_q.new_full((*self.shape, self.vocab_size), -torch.inf)
@@ -231,6 +265,8 @@ class Prediction:
 
     def with_observed(self, tokens: Tensor, observed: Tensor) -> Prediction:
         """Return the prediction that is sure of ``tokens``, int64 (B, L), where ``observed``, bool (B, L), is True."""
+        if self.where is not None:
+            return self.whole().with_observed(tokens, observed)
         here, token = observed.unsqueeze(-1), tokens.masked_fill(~observed, 0).unsqueeze(-1)
         log_q = self.log_q.masked_fill(here, -torch.inf)
         if self.values is None:
@@ -243,10 +279,14 @@ class Prediction:
 
     def best(self) -> Tensor:
         """Return the most probable token of each position, int64 (B, L)."""
+        if self.where is not None:
+            return self.whole().best()
         return self._tokens_at(self.log_q.argmax(-1))
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw a token of each position, independently: int64 (B, L); log-probabilities need not be normalised."""
+        if self.where is not None:
+            return self.whole().draw(generator)
         clocks = torch.empty_like(self.log_q).exponential_(generator=generator)  # the first of them to ring wins
         return self._tokens_at((self.log_q - clocks.clamp_min_(torch.finfo(clocks.dtype).tiny).log_()).argmax(-1))
 
@@ -254,6 +294,8 @@ class Prediction:
         return index if self.values is None else self.values.gather(2, index.unsqueeze(-1)).squeeze(-1)
 
     def _map(self, function: Callable[[Tensor], Tensor], *names: str) -> Prediction:
+        if self.where is not None:
+            return self.whole()._map(function, *names)
         parts: dict[str, Any] = {name: getattr(self, name) for name in names}
         parts = {name: None if part is None else function(part) for name, part in parts.items()}
         return replace(self, **parts)
@@ -312,41 +354,6 @@ def _broken_logits(logits: Tensor, who: str, wrong: Tensor, first: int) -> Argum
         f"{who}: expected rows with at least one finite entry and no NaN or +inf where a token is to be predicted, got "
         f"{got} at position {first + position} of sequence {row}; mend its weights, or forbid fewer tokens"
     )
-
-
-def raw_logits(
-    denoiser: Denoiser,
-    tokens: Tensor,  # shape: (B, length)
-    *,
-    valid: Tensor | None,  # shape: (B, length)
-    t: Tensor | None,  # shape: (B,)
-    window: tuple[int, int],
-) -> Tensor:
-    """Return a denoiser's own logits of a window, (B, L, V), for controls that combine several of them.
-
-    Raises ArgumentError if they have a wrong shape or dtype.
-    """
-    logits = denoiser.logits(tokens, valid=valid, t=t, window=window)
-    check_logits(denoiser, logits, tokens, window)
-    return logits
-
-
-def check_logits(denoiser: Denoiser, logits: Tensor, tokens: Tensor, window: tuple[int, int]) -> None:
-    """Raise ArgumentError unless a denoiser's answer is floating point (B, L, V) for a window (start, stop)."""
-    who, vocab_size = type(denoiser).__name__, denoiser.spec.vocab_size
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-        raise ArgumentError(f"denoiser: expected floating-point logits (B, L, V) of {who}, got {kind_of(logits)}")
-    expected = (len(tokens), window[1] - window[0], vocab_size)
-    if tuple(logits.shape) == expected:
-        return
-    problem = "see Denoiser.logits"
-    if logits.shape[2] != vocab_size:
-        problem = (
-            f"spec.vocab_size is {vocab_size}: set it to the width of the logits and forbid the ids without a token"
-        )
-    elif logits.shape[1] == tokens.shape[1]:
-        problem = f"it ignores window={window}: return logits[:, start:stop]"
-    raise ArgumentError(f"denoiser: expected logits {expected} of {who}, got {tuple(logits.shape)}; {problem}")
 
 
 def _check_listing(top_k: int, include: Tensor | None, shape: torch.Size, vocab_size: int) -> None:

@@ -50,7 +50,7 @@ def check_padding(prediction: Prediction, masked: Tensor, num_categories: int) -
             beyond = prediction.log_q[..., num_categories:].amax(-1)
         else:
             beyond = prediction.log_q.masked_fill(prediction.values < num_categories, -torch.inf).amax(-1)
-        if not bool(((beyond > _NEGLIGIBLE) & masked).any()):
+        if not bool(((beyond > _NEGLIGIBLE) & prediction.placed(masked)).any()):
             return
     raise ArgumentError(
         f"prediction: expected one of the circuit's {num_categories} tokens, got one of {prediction.vocab_size}; "
@@ -102,7 +102,8 @@ class Vocabulary:
         """
         if prediction.values is None:
             logits = prediction.log_q.index_select(2, self.ids.to(prediction.log_q.device))
-            return Prediction.from_logits(logits, masked, features=prediction.features, t=prediction.t)
+            narrow = Prediction.from_logits(logits, prediction.placed(masked))
+            return replace(prediction, log_q=narrow.log_q, vocab_size=len(self.ids))
         values = self.categories(prediction.values)
         log_q = prediction.log_q.masked_fill(values < 0, -torch.inf)
         return replace(prediction, log_q=log_q, values=values.clamp_min(0), vocab_size=len(self.ids))

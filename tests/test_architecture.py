@@ -106,7 +106,7 @@ HEAVY = {
 
 MAX_LINES_OF_A_FILE = 400
 LONGER_FILES = {
-    "diffusion/coupling.py": 420,  # one class: a distribution and what is asked of it
+    "diffusion/coupling.py": 440,  # one class: a distribution and what is asked of it
 }
 
 MAX_LINES_OF_A_FUNCTION = 60

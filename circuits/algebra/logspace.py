@@ -85,7 +85,9 @@ def contract_adjoint(
     scale = grad / saved.total
     if saved.repaired is not None:
         scale = scale.masked_fill_(saved.total < smallest_safe_sum(grad.dtype, weights.shape[-1]), 0.0)
-    grad_x = product(weights.transpose(1, 2), scale).mul_(saved.scaled)
+    is_row_major = saved.scaled.is_contiguous()  # what is multiplied lies alike in memory
+    grad_x = product(weights.mT, scale) if is_row_major else torch.bmm(scale.mT, weights).mT
+    grad_x.mul_(saved.scaled)
     for entries in saved.repaired or ():
         flow = grad[entries.fold, entries.out, entries.column].unsqueeze(1) * entries.posterior
         grad_x.transpose(1, 2).index_put_((entries.fold, entries.column), flow, accumulate=True)

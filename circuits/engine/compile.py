@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits.arguments import checked_device, checked_dtype, checked_seed
+from circuits.digests import same_bits
 from circuits.engine.folding import Folding, fold
 from circuits.engine.input_layers import DirectLayer, InputLayer, TableLayer
 from circuits.engine.layers import Address, ParameterRows, ProductLayer, SumLayer
@@ -323,17 +324,6 @@ def _parameter_rows(folding: Folding, nodes: Sequence[Node]) -> ParameterRows:
 def _num_writes(weights: Weights) -> int:
     """Return how often somebody has written into the tensors in place."""
     return sum(tensor._version for tensor in vars(weights).values())
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers of the same type in the same place; NaN counts as a number."""
-    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
-        return False
-    if one.is_contiguous() and other.is_contiguous() and one.numel() * one.element_size() % 8 == 0:
-        one, other = one.view(-1), other.view(-1)
-        return torch.equal(one.view(torch.int64), other.view(torch.int64))  # four times as fast as comparing floats
-    as_integers = torch.int64 if one.element_size() == 8 else torch.int32
-    return torch.equal(one.view(as_integers), other.view(as_integers))
 
 
 def compile(

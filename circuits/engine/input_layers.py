@@ -17,7 +17,7 @@ from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.engine.layers import ParameterRows
 from circuits.engine.weights import Weights
 from circuits.errors import ArgumentError, PropertyError
-from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Normal, Nothing, Where
+from circuits.evidence import Dense, Evidence, Factors, Indexed, Interval, Listed, Normal, Nothing, Where
 from circuits.families import Direct
 from circuits.randomness import RowGenerators, Source
 from circuits.weights.given import Reached
@@ -76,15 +76,15 @@ class InputLayer(nn.Module, ABC):
         """Evaluate factors of one kind, or of several: each where it counts; one that counts nowhere need not fit."""
         if isinstance(factors, Nothing):
             return of_nothing()
-        if not isinstance(factors, Where):
+        if not isinstance(factors, Where) or (isinstance(factors, Indexed) and not self.checks_values):
             return evaluate(factors)
         mask = mask_of(factors.condition)
         if not torch.compiler.is_compiling() and (self.checks_values or not isinstance(factors.other, Nothing)):
             if bool(mask.all()):
-                return evaluate(factors.one)
+                return self._of_kinds(factors.one, evaluate, of_nothing, mask_of)
             if not bool(mask.any()):
                 return self._of_kinds(factors.other, evaluate, of_nothing, mask_of)
-        rest, one = self._of_kinds(factors.other, evaluate, of_nothing, mask_of), evaluate(factors.one)
+        rest, one = (self._of_kinds(part, evaluate, of_nothing, mask_of) for part in (factors.other, factors.one))
         return torch.where(mask.reshape(mask.shape + (1,) * (one.dim() - mask.dim())), one, rest)
 
     @abstractmethod
@@ -110,6 +110,8 @@ class TableLayer(InputLayer):
     """Input units of F nodes with equally many categories C: each reads a column of a log-table (C, K)."""
 
     def _evaluate(self, semiring: Semiring, factors: Factors, weights: Weights) -> Tensor:
+        if isinstance(factors, Indexed) and self.parameter_rows.is_tied:
+            return self._indexed(semiring, factors, weights)
         if isinstance(factors, Listed):
             return self._listed(semiring, factors, weights)
         dense = factors.dense(weights.log.shape[1], weights.log.dtype)
@@ -177,6 +179,17 @@ class TableLayer(InputLayer):
         log_table, table = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
         out = semiring.mix(log_table, values, factors.flatten(0, 1), table=table)
         return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
+
+    def _indexed(self, semiring: Semiring, indexed: Indexed, weights: Weights) -> Tensor:
+        """Evaluate the rows as queries of one node; read them, or what is observed, wherever they count."""
+        table = ParameterRows(self.parameter_rows.bank, self.parameter_rows.index[:1].tolist())
+        rows = TableLayer([0], table, 1).to(indexed.index.device)
+        of_rows = rows._evaluate(semiring, indexed.rows.map(lambda part: part.transpose(0, 1)), weights)
+        observed = semiring.lift(table.select(weights.log).transpose(1, 2))
+        index = self._of_variables(indexed.index).t()  # (F, B)
+        index = torch.where(index < 0, ~index + observed.shape[2], index)
+        columns = torch.cat([observed, of_rows], 2)[0]  # (K, C + n, *E)
+        return columns.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
 
     def _looked_up(self, values: Tensor, bank: Tensor) -> Tensor:
         """Return the log-weights of one value per node and query, (F, B) to (F, K, B)."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring, divided
+from circuits.arguments import checked_possible
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice, Climb
 from circuits.engine.layers import Address, LayerValues, ProductLayer, SumLayer
 from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds, class_factors
-from circuits.errors import ArgumentError, ImpossibleEvidenceError, PropertyError
+from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Sum
@@ -378,18 +379,6 @@ def gradient_of(
 def nodes_of(pc: CompiledCircuit, of_variables: Tensor) -> list[Tensor]:
     """Return what holds of variables, (B, D), for the nodes of every input layer: (F, 1, B)."""
     return [of_variables.index_select(1, layer.variables).t().unsqueeze(1) for layer in pc.input_layers]
-
-
-def checked_possible(log_z: Tensor) -> Tensor:
-    """Return ``log_z`` (B,) or (B, R); raise ImpossibleEvidenceError if some of it is -inf."""
-    is_impossible = log_z == -torch.inf
-    impossible = (is_impossible if log_z.dim() == 1 else is_impossible.any(1)).nonzero().flatten().tolist()
-    if impossible:
-        raise ImpossibleEvidenceError(
-            f"evidence: that of {len(impossible)} of {len(log_z)} queries has probability zero (the first is query "
-            f"{impossible[0]}); log_marginal and log_partition return -inf for such evidence instead"
-        )
-    return log_z
 
 
 def class_needed(pc: CompiledCircuit) -> PropertyError:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import check_factors, check_floats, check_integers, check_mask, check_pair, check_range
+from circuits.digests import tensor_code
 from circuits.errors import ArgumentError
-from circuits.evidence.kinds import Dense, Factors, Interval, Listed, Normal, Nothing, Where, tensor_code
+from circuits.evidence.kinds import Dense, Factors, Interval, Listed, Normal, Nothing, Where
 
 if TYPE_CHECKING:
     from circuits.symbolic import Sum
@@ -103,15 +104,10 @@ class Evidence:
         Raises:
             ArgumentError: wrong shapes or dtypes, an observed value outside 0 .. C - 1, a factor that is NaN or +inf.
         """
-        check_factors("log_factors", log_factors, "(B, D, C)", dim=3)
         check_integers("x", x, "int64 (B, D)", dim=2)
         check_mask("observed", observed, x.shape)
-        shape, got = tuple(x.shape), tuple(log_factors.shape)
-        if got[:2] != shape:
-            raise ArgumentError(f"log_factors: expected (B, D, C) with (B, D) = {shape}, got {got}")
-        x = x.long().masked_fill(~observed, 0)
-        check_range(x, log_factors.shape[-1], "x")
-        both = Where(observed, Listed(x.unsqueeze(-1)), Dense(log_factors))
+        both = cls.where(observed, cls.observe(x), cls.soft(log_factors)).factors
+        check_range(x.masked_fill(~observed, 0), log_factors.shape[-1], "x")
         return cls(Dense(both.dense(log_factors.shape[-1], log_factors.dtype)))
 
     @classmethod

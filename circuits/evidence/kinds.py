@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from circuits.arguments import check_range
+from circuits.digests import device_code, tensor_code
 from circuits.errors import ArgumentError
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -110,7 +111,7 @@ class Nothing(Factors):
 
     def code(self) -> str:
         batch_size, num_vars = self.place.shape[:2]
-        return f"ct.Evidence.nothing({batch_size}, {num_vars}{_device_code(self.place)})"
+        return f"ct.Evidence.nothing({batch_size}, {num_vars}{device_code(self.place)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,15 +268,33 @@ class Where(Factors):
         return f"ct.Evidence.where({condition}, {one}, {self.other.code()})"
 
 
-def tensor_code(tensor: Tensor) -> str:
-    """Return code that builds a tensor, to the last bit."""
-    numbers = str(tensor.detach().tolist()).replace("inf", "torch.inf").replace("nan", "torch.nan")
-    is_default = tensor.numel() > 0 and tensor.dtype in (torch.int64, torch.bool, torch.float32)
-    return f"torch.tensor({numbers}{'' if is_default else f', dtype={tensor.dtype}'}{_device_code(tensor)})"
+class Indexed(Where):
+    """Values that are observed, and rows of factors elsewhere, each of which is kept, and evaluated, once.
 
+    ``index``, int64 (B, D), is the value v >= 0 that is observed, or ``~j`` < 0 where row j of ``rows`` is what is
+    known: dense or listed factors, (1, n, ...).
+    """
 
-def _device_code(tensor: Tensor) -> str:
-    return "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"
+    index: Tensor
+    rows: Factors
+
+    def __init__(self, index: Tensor, rows: Factors) -> None:
+        vars(self).update(index=index, rows=rows)
+
+    condition = property(lambda self: self.index < 0)
+    one = property(lambda self: self.rows.map(lambda part: part[0, (~self.index).clamp_min(0)]))
+    other = property(lambda self: Listed(self.index.clamp_min(0).unsqueeze(-1)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        index = function(self.index)
+        return Indexed(index, self.rows.map(lambda part: part.to(index.device)))
+
+    def check(self, num_categories: Tensor) -> None:
+        (self.rows if isinstance(self.rows, Dense) else self.one).check(num_categories)
+        self.other.check(num_categories)
+
+    def where(self, condition: Tensor, other: Factors) -> Factors:
+        return Where(condition, self, other)
 
 
 def _one_level(log_factors: Tensor, is_whole: Tensor, counts: Tensor, num_categories: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.engine.compile import CompiledCircuit, same_bits
+from circuits.digests import same_bits
+from circuits.engine.compile import CompiledCircuit
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import LogSemiring
+from circuits.arguments import checked_possible
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.input_layers import DirectLayer
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.evidence import Evidence
 from circuits.queries.common import queries_per_pass, refuse_relative

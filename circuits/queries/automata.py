@@ -15,9 +15,10 @@ from torch import Tensor
 
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring
+from circuits.arguments import checked_possible
 from circuits.chains import VectorSemiring, joined, padded
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.queries.common import dense_factors, query

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from circuits.arguments import checked_possible
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.queries.common import detached, query, require_finite_values

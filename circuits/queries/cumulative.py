@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuits.arguments import kind_of
+from circuits.arguments import checked_possible, kind_of
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Interval, Listed, Nothing, Where

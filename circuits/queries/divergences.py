@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuits.arguments import checked_possible
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import checked_possible
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.queries.common import dense_factors, query

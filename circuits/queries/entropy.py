@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuits.arguments import checked_possible
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
 from circuits.evidence import Evidence

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from circuits.algebra import logspace
 from circuits.algebra.semirings import LogSemiring, Semiring
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, checked_possible
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible, gradient_of
+from circuits.engine.question import Question, gradient_of
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import Semiring
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, checked_possible
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.layers import ProductLayer, SumLayer, chunks
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.evidence import Evidence
 from circuits.queries.common import MAX_NUMBERS, dense_evidence, has_one_explanation, query

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
-from circuits.arguments import check_integers, check_range, checked_count
+from circuits.arguments import check_integers, check_range, checked_count, checked_possible
 from circuits.engine.adjoint import latent_gradients
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence

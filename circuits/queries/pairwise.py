@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from circuits.arguments import kind_of
+from circuits.arguments import checked_possible, kind_of
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, checked_possible
+from circuits.engine.question import Question
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.queries.common import dense_evidence, detached, factors_of, queries_per_pass, query

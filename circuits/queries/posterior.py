@@ -11,10 +11,10 @@ from torch import Tensor
 
 from circuits.algebra import logspace
 from circuits.algebra.semirings import LogSemiring, divided
-from circuits.arguments import check_integers, check_mask
+from circuits.arguments import check_integers, check_mask, checked_possible
 from circuits.engine.compile import CompiledCircuit
 from circuits.engine.input_layers import TableLayer
-from circuits.engine.question import Question, checked_possible, nodes_of
+from circuits.engine.question import Question, nodes_of
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence

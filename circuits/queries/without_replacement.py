@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.arguments import checked_count
+from circuits.arguments import checked_count, checked_possible
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import checked_possible
 from circuits.evidence import Evidence
 from circuits.queries.common import dense_evidence, factors_of, queries_per_pass, query
 

@@ -60,6 +60,9 @@ class Conditioner(nn.Module, ABC):
     name: ClassVar[str] = ""
     needs_features: bool = False
     """Whether it looks at the denoiser's hidden states, ``prediction.features``."""
+    needs_observed: bool = True
+    """Whether it looks at what is said of observed positions: if none of a head's does, training leaves that out, and
+    the prediction is of the masked ones alone, see :attr:`~diffusion.prediction.Prediction.where`."""
 
     @abstractmethod
     def condition(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, checked_seed
+from circuits.precision import own_matmul
 from diffusion.blocks import check_circuit
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
@@ -92,13 +93,18 @@ def is_zero(made: nn.Module) -> bool:
 def at_mask_ratio(
     masked: Tensor,  # shape: (B, L)
     *knots: Tensor,  # shape: (M, ...)
+    where: Tensor | None = None,  # shape: (B, L)
 ) -> list[Tensor]:  # shape: (B, ...)
-    """Return functions of the mask ratio, piecewise linear between M evenly spaced ratios from 0 to 1."""
+    """Return functions of the mask ratio, piecewise linear between M evenly spaced ratios from 0 to 1.
+
+    With ``where`` they are those of the block of each of n positions, (n, ...).
+    """
     last = len(knots[0]) - 1
-    position = masked.to(knots[0].dtype).mean(-1) * last
-    lower = position.long().clamp(max=last - 1)
-    share = position - lower
-    return [torch.lerp(one[lower], one[lower + 1], share.view(-1, *[1] * (one.dim() - 1))) for one in knots]
+    ratio = masked.to(knots[0].dtype).mean(-1, keepdim=True)
+    shares = (1 - (ratio * last - torch.arange(last + 1, device=masked.device)).abs()).clamp_min(0)  # (B, M)
+    if where is not None:
+        shares = shares[where.nonzero()[:, 0]]
+    return [own_matmul(shares, one.view(len(one), -1)).view(-1, *one.shape[1:]) for one in knots]
 
 
 def read_block(

@@ -48,6 +48,7 @@ class LatentPotentials(Conditioner):
     """
 
     needs_features = True
+    needs_observed = False
 
     def __init__(
         self,

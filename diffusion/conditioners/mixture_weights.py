@@ -59,6 +59,8 @@ class MixtureWeights(Conditioner):
         network: from features and mask ratio, (H + 1), to a, (K), 0 at first; or None.
     """
 
+    needs_observed = False
+
     def __init__(
         self,
         num_components: int,

@@ -40,6 +40,8 @@ class NoiseCalibration(Conditioner):
         bias: b at the knots, (M, V); 0 at first.
     """
 
+    needs_observed = False
+
     def __init__(self, num_tokens: int, num_knots: int = 5) -> None:
         super().__init__()
         for name, value, least in (("num_tokens", num_tokens, 1), ("num_knots", num_knots, 2)):
@@ -72,6 +74,7 @@ class NoiseCalibration(Conditioner):
         log_q: Tensor,  # shape: (B, L, V) or (B, L, k)
         masked: Tensor,  # shape: (B, L)
         values: Tensor | None = None,  # shape: (B, L, k)
+        where: Tensor | None = None,  # shape: (B, L)
     ) -> Tensor:
         """Return the log-factors, in the shape of ``log_q``; -inf where ``log_q`` is.
 
@@ -79,20 +82,26 @@ class NoiseCalibration(Conditioner):
             log_q: the denoiser's log-probabilities (or logits) of all tokens, or of those in ``values``.
             masked: bool, True where a token is to be predicted; its mean over the block is the mask ratio.
             values: the tokens that ``log_q`` is about; None: all.
+            where: the n positions that ``log_q`` and ``values`` are about, (1, n, ...), in order; None: all.
         """
-        log_scale, bias = at_mask_ratio(masked, self.log_scale, self.bias)
-        scale, bias = log_scale.exp(), bias.unsqueeze(1)  # (B,), (B, 1, V)
+        dim = 1 if where is None else 0
+        log_scale, bias = at_mask_ratio(masked, self.log_scale, self.bias, where=where)
+        scale, bias = (
+            log_scale.exp().unsqueeze(dim).unsqueeze(-1),
+            bias.unsqueeze(dim),
+        )  # (B, 1, 1 or V), or (1, n, ...)
         if values is not None:
             bias = bias.expand(-1, log_q.shape[1], -1).gather(2, values)
         if bool((log_q.detach().amin(-1) > -torch.inf).all()):
-            return torch.addcmul(bias, scale[:, None, None], log_q.to(scale.dtype))
+            return (scale * log_q.to(scale.dtype)).add_(bias)
         is_possible = log_q > -torch.inf  # where it is not, the scale would have no gradient
-        factors = scale[:, None, None] * log_q.masked_fill(~is_possible, 0.0).to(scale.dtype) + bias
+        factors = scale * log_q.masked_fill(~is_possible, 0.0).to(scale.dtype) + bias
         return factors.masked_fill(~is_possible, -torch.inf)
 
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
         """Return the prediction with the calibrated log-factors."""
-        return Conditioned(replace(prediction, log_q=self(prediction.log_q, masked, prediction.values)))
+        said = prediction.log_q, masked, prediction.values, prediction.where
+        return Conditioned(replace(prediction, log_q=self(*said)))
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

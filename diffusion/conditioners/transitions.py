@@ -45,6 +45,7 @@ class ContextualTransitions(Conditioner):
     """
 
     needs_features = True
+    needs_observed = False
     said: ClassVar[str]
     """What it is called in messages."""
     network: nn.Module

@@ -18,9 +18,10 @@ from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Look, Pla
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
 from diffusion.decoding.step import decode_step
 from diffusion.denoisers.base import CachingDenoiser, Denoiser, DenoiserSpec
+from diffusion.denoisers.questions import raw_logits
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
-from diffusion.prediction import Prediction, raw_logits
+from diffusion.prediction import Prediction
 
 _OTHER_OPTIONS = {"seeds", "generator", "on_step", "record", "constraint", "controls", "logits_hook", "cache"}
 

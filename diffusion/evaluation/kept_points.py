@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from circuits import CompiledCircuit
 from circuits.digests import digest, named_digest
 from diffusion.denoisers.base import Denoiser
+from diffusion.denoisers.questions import raw_logits
 from diffusion.errors import CheckpointError
 from diffusion.head import SETTINGS, CoupledHead
 from diffusion.json_files import read_json, write_json
-from diffusion.prediction import raw_logits
 
 FORMAT = "unfactor-kept-point"
 _DECIMALS = 2

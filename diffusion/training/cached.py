@@ -19,10 +19,12 @@ class CachedBatch:
     Attributes:
         tokens: the true tokens, int64 (B, L).
         masked: bool (B, L).
-        log_q: the denoiser's log-probabilities, (B, L, k); k = V when all tokens are kept.
-        values: the tokens that ``log_q`` is about, int64 (B, L, k); None: all.
+        log_q: the denoiser's log-probabilities, (B, L, k), or (1, n, k) of the n masked positions; k = V when all
+            tokens are kept.
+        values: the tokens that ``log_q`` is about, int64 in the same shape; None: all.
         vocab_size: V; None: k.
         features: the denoiser's last hidden states, (B, L, H), or None.
+        masked_only: whether ``log_q`` is about the masked positions alone.
     """
 
     tokens: Tensor
@@ -31,14 +33,15 @@ class CachedBatch:
     values: Tensor | None
     vocab_size: int | None = None
     features: Tensor | None = None
+    masked_only: bool = False
 
     @property
     def prediction(self) -> Prediction:
         """What the denoiser said; of all tokens it is normalised again, for the cache rounds."""
         vocab_size = self.vocab_size or self.log_q.shape[2]
-        if self.values is None:
-            return Prediction.from_logits(self.log_q, features=self.features)
-        return Prediction(log_q=self.log_q, vocab_size=vocab_size, values=self.values, features=self.features)
+        log_q = self.log_q if self.values is not None else Prediction.from_logits(self.log_q).log_q
+        where = self.masked if self.masked_only else None
+        return Prediction(log_q=log_q, vocab_size=vocab_size, values=self.values, features=self.features, where=where)
 
     def distribution(self, head: CoupledHead, *, weights: CircuitWeights | None = None) -> Coupled:
         """Couple a head's circuit to the cached predictions, as :meth:`CoupledHead.distribution` couples any."""

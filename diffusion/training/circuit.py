@@ -306,7 +306,7 @@ class CacheTraining(HeadTraining):
     def batch(self, step: int) -> CachedBatch:
         """Read this process's share of the batch of one step."""
         rows = self.processes.share(torch.from_numpy(_rows_of(len(self._cache), self.config, step))).numpy()
-        return self._cache.batch(rows, self.head.pc.device)
+        return self._cache.batch(rows, self.head.pc.device, masked_only=not self.head.needs_observed)
 
     def evaluate(self) -> float | None:
         """Return the loss of the held-out examples."""

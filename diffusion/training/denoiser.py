@@ -18,9 +18,9 @@ from circuits.learning.checkpoint import Checkpoint
 from circuits.learning.loop import ModuleTraining, Plan, run
 from circuits.precision import own_precision
 from diffusion.denoisers.base import Denoiser
+from diffusion.denoisers.questions import check_logits
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import ArgumentError
-from diffusion.prediction import check_logits
 from diffusion.text.corpus import random_windows, windows
 from diffusion.training.curve import TrainingCurve
 from diffusion.training.masking import ScheduleName, mask_tokens, sample_times, schedule

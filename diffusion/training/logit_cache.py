@@ -131,19 +131,28 @@ class LogitCache:
             first.tokenizer_fingerprint,
         )
 
-    def batch(self, index: NDArray[np.int64] | slice, device: torch.device | str = "cpu") -> CachedBatch:
-        """Read some examples."""
+    def batch(
+        self,
+        index: NDArray[np.int64] | slice,
+        device: torch.device | str = "cpu",
+        *,
+        masked_only: bool = False,
+    ) -> CachedBatch:
+        """Read some examples; with ``masked_only`` what was said of masked positions alone."""
+        masked = np.array(self.masked[index])
 
-        def read(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(np.array(array[index])).to(device)  # a copy: the map is read-only
+        def read(array: NDArray[np.generic], *, only: bool = False) -> Tensor:
+            found = array[index]  # a map, or a copy of what is in it
+            return torch.from_numpy(found[masked][None] if only else np.array(found)).to(device)
 
         return CachedBatch(
             read(self.tokens).long(),
-            read(self.masked),
-            read(self.log_q).float(),
-            None if self.values is None else read(self.values).long(),
+            torch.from_numpy(masked).to(device),
+            read(self.log_q, only=masked_only).float(),
+            None if self.values is None else read(self.values, only=masked_only).long(),
             self.vocab_size,
             None if self.features is None else read(self.features).float(),
+            masked_only,
         )
 
 

@@ -42,7 +42,7 @@ def coupled_loss(
     """
     check_weighting(weighting)
     own = range(processes.rank * batch_size, len(cache), processes.size * batch_size)
-    batches = (cache.batch(slice(at, at + batch_size), head.pc.device) for at in own)
+    batches = (_batch(head, cache, at, batch_size) for at in own)
     return mean_loss(head, batches, weighting, processes)
 
 
@@ -78,7 +78,7 @@ def losses_by_ratio(
     checked_count("num_bins", num_bins)
     ratios = torch.from_numpy(np.array(cache.masked)).double().mean(1)
     losses = [
-        _block_losses(head, cache.batch(slice(start, start + batch_size), head.pc.device), "masked_mean")
+        _block_losses(head, _batch(head, cache, start, batch_size), "masked_mean")
         for start in range(0, len(cache), batch_size)
     ]
     loss, ratios = torch.cat(losses).double().cpu(), ratios[ratios > 0]
@@ -99,6 +99,11 @@ def check_weighting(weighting: str) -> None:
     """Raise ArgumentError unless it is one of :data:`Weighting`."""
     if weighting not in get_args(Weighting):
         raise ArgumentError(f"weighting: expected one of {', '.join(get_args(Weighting))}, got {weighting!r}")
+
+
+def _batch(head: CoupledHead, cache: LogitCache, start: int, batch_size: int) -> CachedBatch:
+    rows = slice(start, start + batch_size)
+    return cache.batch(rows, head.pc.device, masked_only=not head.needs_observed)
 
 
 def _block_losses(head: CoupledHead, batch: CachedBatch, weighting: Weighting) -> Tensor:

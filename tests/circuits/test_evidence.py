@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import circuits as ct
+from circuits.evidence import Dense, Indexed, Listed
 
 DOUBLE, INF = torch.float64, torch.inf
 
@@ -76,6 +77,11 @@ def _parts() -> dict[str, tuple[ct.Evidence, Tensor]]:
     density = torch.distributions.Normal(mean.unsqueeze(2), std.unsqueeze(2)).log_prob(v)
     listed = torch.stack([x, (x + 1) % 4], 2)
     few = torch.full((2, 3, 4), -INF, dtype=DOUBLE).scatter(2, listed, factors[..., :2])
+    rows = torch.tensor([[~2, 1, ~0], [3, ~0, ~1]])  # a value v, or ~j for row j
+    by_row, by_list = (
+        torch.where((rows < 0).unsqueeze(2), table[0][(~rows).clamp_min(0)], rows.unsqueeze(2).eq(v).log().double())
+        for table in (factors, few)
+    )
     lower = x.double() - 1
     between = torch.where((v > lower.unsqueeze(2)) & (v <= lower.unsqueeze(2) + 2), 0.0, -INF).double()
     return {
@@ -83,6 +89,8 @@ def _parts() -> dict[str, tuple[ct.Evidence, Tensor]]:
         "real": (ct.Evidence.observe(x.double()), hard),
         "dense": (ct.Evidence.soft(factors), factors),
         "listed": (ct.Evidence.sparse(listed, factors[..., :2]), few),
+        "rows": (ct.Evidence(Indexed(rows, Dense(factors[:1]))), by_row),
+        "lists": (ct.Evidence(Indexed(rows, Listed(listed[:1], factors[:1, :, :2]))), by_list),
         "interval": (ct.Evidence.interval(lower, lower + 2), between),
         "normal": (ct.Evidence.gaussian(mean, std), density),
         "nothing": (ct.Evidence.nothing(2, 3), torch.zeros(2, 3, 4, dtype=DOUBLE)),

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuits import learning
+from circuits.digests import tensor_code
 from circuits.engine.compile import CompiledCircuit, compile
 from circuits.evidence import Evidence
-from circuits.evidence.kinds import tensor_code
 from circuits.io import load, save
 from circuits.symbolic import Circuit, ParametricNode, parameter_owner
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from circuits import queries
 from circuits.algebra.semirings import Semiring
+from circuits.digests import tensor_code
 from circuits.evidence import Evidence
-from circuits.evidence.kinds import tensor_code
 from circuits.testing import strategies
 from circuits.testing.conformance._cases import Case, ConformanceTestCase, assert_close, law
 from circuits.testing.conformance._configurations import configurations
