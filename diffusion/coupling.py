@@ -30,7 +30,7 @@ import circuits as ct
 from circuits import CircuitDistribution, CompiledCircuit, Evidence
 from circuits.arguments import checked_possible, kind_of
 from circuits.distribution import kept, without_kept
-from circuits.evidence import Indexed
+from circuits.evidence import Indexed, Listed
 from circuits.precision import own_precision
 from diffusion.blocks import check_blocks, check_circuit, check_logits, check_tokens
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
@@ -262,19 +262,21 @@ class CoupledDistribution(CircuitDistribution):
     @own_precision
     def _log_prob(self, factors: Indexed, value: Tensor, log_partition: Tensor | None) -> Tensor:
         """Ask about the values, (B, L), and about the evidence, if its normaliser is not known, in one pass."""
-        num_copies = 1 if log_partition is not None else 2
-        index = torch.cat([value, factors.index][:num_copies])
-        latents = {key: log.repeat(num_copies, 1) for key, log in (self.evidence.latents or {}).items()}
-        asked = replace(self.evidence, factors=Indexed(index, factors.rows), latents=latents)
-        weights = self.weights
-        if num_copies > 1 and weights is not None and weights.batch_size > 1:
-            weights = weights.of_queries(torch.arange(len(value), device=value.device).repeat(num_copies))
-        found = self.pc.log_partition(asked, weights).split(len(value))
-        log_partition = found[1] if log_partition is None else log_partition
+        if log_partition is not None:
+            asked = replace(self.evidence, factors=Listed(value.unsqueeze(-1)))
+            log_joint = self.pc.log_partition(asked, self.weights)
+        else:
+            twice = torch.arange(len(value), device=value.device).repeat(2)
+            index = torch.cat([value, factors.index])
+            latents = {key: torch.cat([log, log]) for key, log in (self.evidence.latents or {}).items()}
+            asked = replace(self.evidence, factors=Indexed(index, factors.rows), latents=latents)
+            assert self.weights is not None
+            weights = self.weights if self.weights.batch_size == 1 else self.weights.of_queries(twice)
+            log_joint, log_partition = self.pc.log_partition(asked, weights).split(len(value))
         checked_possible(log_partition)
         log_q = self._said.log_prob_of(value).sum(1)
         is_other = ((value != self.tokens) & ~self.masked).any(1)
-        return (found[0] + log_q - log_partition).masked_fill(is_other, -torch.inf)
+        return (log_joint + log_q - log_partition).masked_fill(is_other, -torch.inf)
 
     def log_prob_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return ``log p_hat(x_C | observed tokens)`` of tokens at some positions C, the others summed out.
