@@ -27,6 +27,8 @@ class Calls(NamedTuple):
     peak: Callable[..., Any] = np.maximum.reduce
     """The maximum along an axis."""
     divide: Callable[..., Any] = np.divide
+    mix_each: Callable[..., Any] = np.matmul
+    """What matrices (n, K, I) make of vectors of their own, (n, I, C)."""
     zero: float = 0.0
     one: float = 1.0
 
@@ -51,13 +53,21 @@ def _best_of_large(log_weights: Any, x: Tensor, out: Tensor) -> None:
     out.copy_(MaxSemiring().contract(log_weights.unsqueeze(0), columns).view(out.shape))
 
 
+def _mix_each_large(matrices: Tensor, x: Tensor, out: Tensor) -> None:
+    """Multiply on a CPU as NumPy does, which takes a fifth of the time for thin products."""
+    if out.device.type == "cpu":
+        np.matmul(*map(as_array, (matrices, x)), out=as_array(out))
+    else:
+        torch.matmul(matrices, x, out=out)
+
+
 def as_array(tensor: Tensor) -> Any:
     """Return the same memory as NumPy sees it."""
     return tensor.detach().numpy()
 
 
 SUM_SMALL = Calls(as_array, np.multiply, np.add, np.add.reduce, np.dot)
-SUM_LARGE = Calls(torch.detach, torch.mul, torch.add, torch.sum, torch.mm, torch.amax, torch.div)
+SUM_LARGE = Calls(torch.detach, torch.mul, torch.add, torch.sum, torch.mm, torch.amax, torch.div, _mix_each_large)
 MAX_SMALL = Calls(
     *(as_array, np.add, np.maximum, np.maximum.reduce, _best_of_small),
     divide=np.subtract,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.algebra.semirings import LogSemiring
-from circuits.chains import recurrence
 from circuits.chains.maps import Map, Maps, Steps, Wanted, grouped
+from circuits.chains.recurrence import calls_for, run
 from circuits.precision import own_precision
 from circuits.weights.forms import JoinedWeights
 
@@ -36,12 +36,12 @@ def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | Non
     if groups is None or not leaves.numel():
         return None
     with torch.no_grad():
-        run = _Run(weights, groups, leaves.detach(), silent)
-        if not run.is_safe:
+        found = _Run(weights, groups, leaves.detach(), silent)
+        if not found.is_safe:
             return None
-        first = run.results[:1].log().add_(run.log_scale)
+        first = found.results[:1].log().add_(found.log_scale)
     unique = list({id(tensor): tensor for one in weights for tensor in one.tensors}.values())
-    first = _Mixed.apply(run, unique, first, leaves, *unique)
+    first = _Mixed.apply(found, unique, first, leaves, *unique)
     return first
 
 
@@ -55,8 +55,7 @@ class _Run:
         leaves: Tensor,
         silent: Tensor | None,
     ) -> None:
-        calls = recurrence._SUM_SMALL if recurrence._is_small(leaves, recurrence._SMALL_STEP) else recurrence._SUM_LARGE
-        batch_size = leaves.shape[2]
+        calls, batch_size = calls_for(leaves), leaves.shape[2]
         self.weights, self.silent = weights, silent
         self.groups = [(kind([weights[step] for step in steps], calls, batch_size), steps) for kind, steps in groups]
         self.calls = calls._replace(mix=_next_map)
@@ -71,7 +70,7 @@ class _Run:
             parts = [self.states, self.states, self.results, scales, *([] if offsets is None else [offsets])]
             start = torch.ones_like(self.states[0])
             with np.errstate(all="ignore"):
-                recurrence._run(self.calls, iter(ups[::-1]), parts, start, every=every, backwards=True)
+                run(self.calls, iter(ups[::-1]), parts, start, every=every, backwards=True)
             self.is_safe = bool(self.results.min() >= safe)
             if self.is_safe:
                 break
@@ -89,7 +88,7 @@ class _Run:
         grads = torch.empty_like(scales)
         downs = self._by_step(lambda maps, number, step: maps.down(number, self.states[step], wanted))
         with np.errstate(all="ignore"):
-            recurrence._run(self.calls, iter(downs), (scales, scales, grads), grad / self.results[0])
+            run(self.calls, iter(downs), (scales, scales, grads), grad / self.results[0])
         found: list[tuple[Tensor, Tensor]] = []
         for maps, steps in self.groups:
             every = (self.states, self.results, scales)
@@ -125,24 +124,24 @@ class _Mixed(torch.autograd.Function):
     """The first sum's logarithm of a run, (1, K, B), as a function of the leaves and all tensors of the weights."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, unique: Sequence[Tensor], first: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.run, ctx.numbers = run, {id(tensor): number for number, tensor in enumerate(unique)}
+    def forward(ctx: Any, found: _Run, unique: Sequence[Tensor], first: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.found, ctx.numbers = found, {id(tensor): number for number, tensor in enumerate(unique)}
         ctx.save_for_backward(*tensors)
         return first.clone()
 
     @staticmethod
     @own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed, saved, run = ctx.needs_input_grad[3:], ctx.saved_tensors, ctx.run
+        needed, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = [tensor.view_as(tensor) for tensor in saved]  # some are made of each other: gradients stop here
-            first = run.replayed(inputs[0], {key: inputs[1 + number] for key, number in ctx.numbers.items()})
+            first = ctx.found.replayed(inputs[0], {key: inputs[1 + number] for key, number in ctx.numbers.items()})
             wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
             grads = iter(torch.autograd.grad(first, wanted, grad, create_graph=True, allow_unused=True))
             return None, None, None, *(next(grads) if is_needed else None for is_needed in needed)
-        leaves, found = run.gradients(grad[0], lambda tensor: needed[1 + ctx.numbers[id(tensor)]])
+        leaves, parts = ctx.found.gradients(grad[0], lambda tensor: needed[1 + ctx.numbers[id(tensor)]])
         out: list[Tensor | None] = [leaves if needed[0] else None, *[None] * (len(needed) - 1)]
-        for tensor, part in found:
+        for tensor, part in parts:
             number = 1 + ctx.numbers[id(tensor)]
             before = out[number]
             out[number] = part if before is None else before + part

@@ -77,7 +77,7 @@ def rise_of_sums(
     """
     if not factors.numel():
         return None
-    calls, offsets = SUM_SMALL if _is_small(factors, _SMALL_STEP) else SUM_LARGE, None
+    calls, offsets = calls_for(factors), None
     if silent is not None:
         factors.masked_fill_(silent, 0.0)
         offsets = silent.to(factors.dtype)
@@ -125,7 +125,7 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
     states, results, maps = found.states, found.results, found.maps
     length = _block_length(states)
     end = 0 if maps is None else len(states) // length * length
-    calls = SUM_SMALL if _is_small(states, _SMALL_STEP) else SUM_LARGE
+    calls = calls_for(states)
     ratios, start = torch.empty_like(states), grad / results[0]
     torch.div(states[:-1], results[1:], out=ratios[1:])
     ratios[:end:length] = 1.0  # here it goes on from vectors g
@@ -143,11 +143,11 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
             between = vectors_between(calls, maps, start, is_scaled=False)
             columns = beside(ratios[:end], length)
             made = torch.empty_like(columns)
-            _run(calls, table, (columns, columns, made), between[:, :, :-1].flatten(1))
+            run(calls, table, (columns, columns, made), between[:, :, :-1].flatten(1))
             write_apart(ratios[:end], columns)
             write_apart(grads[:end], made)
             start = between[:, :, -1]
-        _run(calls, table, (ratios[end:], ratios[end:], grads[end:]), start)
+        run(calls, table, (ratios[end:], ratios[end:], grads[end:]), start)
     return ratios, grads.mul_(states)
 
 
@@ -181,6 +181,11 @@ def best_path(log_weights: Tensor, states: Tensor, first: Tensor) -> Tensor:
     return torch.from_numpy(chosen)
 
 
+def calls_for(states: Tensor) -> Calls:
+    """Return the calls that make sums of states (T, K, B)."""
+    return SUM_SMALL if _is_small(states, _SMALL_STEP) else SUM_LARGE
+
+
 def _is_small(states: Tensor, bound: int) -> bool:
     return states.device.type == "cpu" and states.shape[1] ** 2 * states.shape[2] <= bound
 
@@ -197,7 +202,7 @@ def _rise(
             return found
     results, scales = torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
     parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
-    _run(calls, table, parts, torch.full_like(factors[0], calls.one), every=every, backwards=True)
+    run(calls, table, parts, torch.full_like(factors[0], calls.one), every=every, backwards=True)
     return Rise(factors, results, scales, None)
 
 
@@ -217,7 +222,7 @@ def _side_by_side(
     scales, start = torch.full_like(factors[:, :1], calls.one), torch.full_like(factors[0], calls.one)
     parts = (factors, states, results, scales, *(() if offsets is None else (offsets,)))
     if end < num_steps:
-        _run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
+        run(calls, table, [part[end:] for part in parts], start, every=every, backwards=True)
         start = results[end]
     of_blocks = beside(factors[:end], length)
     columns = [of_blocks, torch.empty_like(of_blocks), torch.empty_like(of_blocks), beside(scales[:end], length)]
@@ -227,7 +232,7 @@ def _side_by_side(
         guess = vectors_between(calls, maps.flip(3), start, is_scaled=every > 0).flip(2)[:, :, 1:].reshape(size, -1)
     else:
         guess = start.repeat_interleave(count, 1)
-    _run(calls, table, columns, guess, every=every, backwards=True)
+    run(calls, table, columns, guess, every=every, backwards=True)
     firsts = columns[2][0].view(size, batch_size, count)
     before, later = torch.cat([firsts[:, :, 1:], start.unsqueeze(2)], 2).view(size, -1), length
     is_exact = by_maps and not calls.are_sums  # no logarithm underflows
@@ -238,7 +243,7 @@ def _side_by_side(
         if by_maps or later <= 0:
             return None
         guess = columns[2][later].clone()
-        _run(calls, table, [part[later : later + _CHUNK] for part in columns], before, every=every, backwards=True)
+        run(calls, table, [part[later : later + _CHUNK] for part in columns], before, every=every, backwards=True)
         before = columns[2][later]
     for whole, part in zip(parts[1:4], columns[1:4], strict=True):
         write_apart(whole[:end], part)
@@ -258,7 +263,7 @@ def _fits(calls: Calls, vectors: Tensor, guess: Tensor, scale: Tensor) -> bool:
     return True
 
 
-def _run(
+def run(
     calls: Calls, table: Any, parts: Sequence[Tensor], start: Tensor, *, every: int = 0, backwards: bool = False
 ) -> None:
     """Evaluate ``x_n = f_n y_n-1`` and ``y_n = W x_n plus o_n`` from ``start``, y before the first step.
