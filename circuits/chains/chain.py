@@ -8,7 +8,7 @@ and a GEMM. Where sums are too small for linear space the chain is evaluated lay
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -93,9 +93,9 @@ class Chain:
     inside: Sequence[int]
     """The layers that nothing but the chain reads, in the order in which they are evaluated."""
     leaves: Sequence[Children]
-    """What gathers the leaves of all steps but the last, (T - 1, K, B), by their position in the products."""
-    last: Children
-    """What gathers the child of the last sum, (1, K, B)."""
+    """What gathers the leaves of all steps, (T, K, B), or of all but the last, by their position in the products."""
+    last: Sequence[Children]
+    """What gathers the child of the last sum, (1, K, B), unless it is among the leaves."""
     bank: str
     row: int
     """Where the weights are."""
@@ -124,7 +124,7 @@ class Chain:
         every = [given[at].parts[0][1] if at in given else own for at in self.positions]
         scales = {step: one.log_scale.mT for step, one in enumerate(every) if one.log_scale is not None}
         leaves = _added(leaves, {step - 1: scale for step, scale in scales.items() if step})
-        first = mixed(every, leaves, self._silent(silent))
+        first = mixed(every, leaves.contiguous(), self._silent(silent))
         return None if first is None else Scan(first + scales.get(0, 0.0), None)
 
     def climb(
@@ -144,10 +144,11 @@ class Chain:
         if isinstance(semiring, MaxSemiring):
             peak = column_peak(states)
             for every in (_EVERY[states.dtype], 0):
-                best = rise_of_maxima(log[0], states - peak, self._silent(silent), every=every)
+                best = rise_of_maxima(log[0], _without(peak, states), self._silent(silent), every=every)
                 if not bool(best.results[0].isnan().any()):
                     break
             return best.results[:1] + peak.add_(best.scales).sum(0, keepdim=True), best.states
+        states = states.clone()
         for step in reversed(range(len(states))):
             sums = semiring.contract(log, states[step : step + 1], weights=linear)
             if silent:
@@ -187,8 +188,8 @@ class Chain:
                     scores = log_weights[state].add_(by_column[step][of])
                     state = semiring.choose(scores, source.rows(part) if isinstance(source, RowGenerators) else source)
                     chosen[step, at] = state
-        for gather, found in (*((gather, chosen[:-1]) for gather in self.leaves), (self.last, chosen[-1:])):
-            gather.reach(units, column, found[:, column])
+        for gather, at in self._gathers():
+            gather.reach(units, column, chosen[at][:, column])
         return chosen
 
     def silent_sums(
@@ -202,6 +203,7 @@ class Chain:
             touched: the layers for which it does something.
         """
         found = self._gathered(silent, torch.logical_and)
+        found = found.clone() if touched else found
         for step, position in enumerate(self.positions if touched else ()):
             if position in touched:
                 found[step] = unless_heard(position, found[step : step + 1])[0]
@@ -229,34 +231,50 @@ class Chain:
 
     def _gathered(self, values: Values, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         every = functools.reduce(times, [gather(values) for gather in self.leaves])
-        return torch.cat([every, self.last(values)])
+        return torch.cat([every, *(gather(values) for gather in self.last)]) if self.last else every
+
+    def _gathers(self) -> Iterator[tuple[Children, slice]]:
+        """Return what gathers leaves, and of which steps."""
+        end = len(self.positions) - len(self.last)
+        yield from ((gather, slice(end)) for gather in self.leaves)
+        yield from ((gather, slice(end, None)) for gather in self.last)
 
     def _factors(self, values: Values, latents: Mapping[int, LatentFactors]) -> Tensor:
         """Return the products of every step's leaves, (T, K, B), with the factors on what the sums mix."""
         leaves = self._gathered(values, torch.add)
-        return _added(leaves, {step: latents[at].log for step, at in enumerate(self.positions) if at in latents})
+        known = {self._steps[at]: factors.log for at, factors in latents.items() if at in self._steps}
+        return _added(leaves, known)
+
+    @functools.cached_property
+    def _steps(self) -> dict[int, int]:
+        """The steps by their sums' layers."""
+        return {position: step for step, position in enumerate(self.positions)}
 
     def _silent(self, silent: Mapping[int, Tensor]) -> Tensor | None:
         return torch.cat([silent[position] for position in self.positions]) if silent else None
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        for part in (*self.leaves, self.last):
+        for part in (*self.leaves, *self.last):
             part.move(function)
 
     def send(self, grads: Tensor, gradients: Any) -> None:
         """Send the gradient of the steps' states, (T, K, B), to the leaves."""
-        for gather in self.leaves:
-            gather.adjoint(grads[:-1], gradients)
-        self.last.adjoint(grads[-1:], gradients)
+        for gather, at in self._gathers():
+            gather.adjoint(grads[at], gradients)
+
+
+def _without(peak: Tensor, states: Tensor) -> Tensor:
+    """Subtract their maxima from states, (T, K, B), which may lie in memory in any order; the result does not."""
+    return torch.sub(states, peak, out=torch.empty(states.shape, dtype=states.dtype, device=states.device))
 
 
 def _added(leaves: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
-    """Add log-factors of some steps, (1, K or 1, B), to all leaves, (T, K, B), in place and at once."""
-    if factors:
-        steps = torch.tensor(list(factors), device=leaves.device)
-        leaves.index_add_(0, steps, torch.cat([factor.expand_as(leaves[:1]) for factor in factors.values()]))
-    return leaves
+    """Add log-factors of some steps, (1, K or 1, B), to a copy of all leaves, (T, K, B), at once."""
+    if not factors:
+        return leaves
+    steps = torch.tensor(list(factors), device=leaves.device)
+    return leaves.index_add(0, steps, torch.cat([factor.expand_as(leaves[:1]) for factor in factors.values()]))
 
 
 def scan(
@@ -275,7 +293,7 @@ def scan(
     for every, in_blocks in ((seldom, True), (seldom, False), (1, False)):
         if in_blocks and not are_few(leaves):
             continue
-        factors = torch.sub(leaves, peak).exp_()
+        factors = _without(peak, leaves).exp_()
         found = rise_of_sums(weights, factors, silent, every=every, in_blocks=in_blocks)
         if found is not None:
             log_scale = peak.add_(found.scales.log()).sum(0, keepdim=True)

@@ -98,13 +98,16 @@ def _next_sum(node: Node) -> Sum | None:
 def _chain(folding: Folding, sums: Sequence[Sum]) -> Chain:
     addresses = folding.addresses
     leaves = [[child for child in a.children[0].children if child is not b] for a, b in itertools.pairwise(sums)]
+    end = [sums[-1].children[0]]
+    if len(leaves[0]) == 1:
+        leaves, end = [*leaves, end], []
     bank, row = folding.bank_addresses[parameter_owner(sums[0])]
     inner = [*sums[1:], *(node.children[0] for node in sums[:-1])]
     return Chain(
         [addresses[node][0] for node in sums],
         sorted(addresses[node][0] for node in inner),
         [Gather([addresses[child] for child in column]) for column in zip(*leaves, strict=True)],
-        Gather([addresses[sums[-1].children[0]]]),
+        [Gather([addresses[child]]) for child in end],
         bank,
         row,
     )

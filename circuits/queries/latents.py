@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,9 +62,9 @@ def latent_marginals(
         targets = [pc.sum_node(key) for key in keys]
         parts = question.gradients(targets).split([node.parameter_shape[1] for node in targets], 1)
         return dict(zip(keys, parts, strict=True))
-    rows: Mapping[Any, tuple[int, int]] = places.rows
-    if nodes is not None:
-        rows = {key: places.rows[pc.sum_node(key)] for key in keys}
+    if nodes is None:
+        return Rows(_posteriors(question, places, places.layers.keys()), cast(Mapping[Any, Any], places.rows))
+    rows = {key: places.rows[pc.sum_node(key)] for key in keys}
     return Rows(_posteriors(question, places, {table for table, _ in rows.values()}), rows)
 
 
