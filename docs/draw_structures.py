@@ -31,6 +31,7 @@ CIRCUITS = {
     "hmm_of_two_variables": lambda: structures.hmm(3, 8, [5, ct.Gaussian()]),
     "hmm_of_two_classes": lambda: structures.hmm(3, 8, 5, num_classes=2),
     "low_rank_hmm": lambda: structures.low_rank_hmm(4, 8, 5, 2),
+    "monarch_hmm": lambda: structures.monarch_hmm(3, (2, 2), 5),
     "block_sparse_hmm": lambda: structures.block_sparse_hmm(3, [4, 4, 4], 5, FOLLOWS),
     "second_order_hmm": lambda: structures.second_order_hmm(4, 2, 5),
     "latent_tree": lambda: structures.latent_tree(TREE, 4, 2),

@@ -106,14 +106,15 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
                     factors = [value[node, at, reached.query] for value, at in values]
                     entries = vectors.split(layer.nodes, factors, node, entry, source_of(position, node, column))
                     choices = [at * size + own for at, own in zip(choices, entries, strict=True)]
+                layer.reach(units, node, column, enumerate(choices))
             else:
                 own, given = weights.own[layer.parameter_rows.bank], weights.given.get(position)
                 gathered = layer.gather(found.values, semiring, question.latents.get(position))
                 source = source_of(position, node, column)
                 chosen = layer.choose(semiring, gathered, own, given, reached, entry, source)
                 units[position][node, column] = chosen
-                choices = layer.per_child(chosen if entry is None else chosen * size + entry, size)
-            layer.reach(units, node, column, choices)
+                slot, unit = layer.child_choices(node, chosen)
+                layer.reach(units, node, column, [(slot, unit if entry is None else unit * size + entry)])
     return Choice([units[position] for position in range(len(pc.input_layers))], query, units)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from circuits.arguments import checked_device, checked_dtype, checked_seed
 from circuits.digests import same_bits
 from circuits.engine.folding import Folding, fold
+from circuits.engine.gathering import Address, ParameterRows
 from circuits.engine.input_layers import DirectLayer, InputLayer, TableLayer
-from circuits.engine.layers import Address, ParameterRows, ProductLayer, SumLayer
+from circuits.engine.layers import ProductLayer, SumLayer
 from circuits.engine.question import Question
 from circuits.engine.schedule import schedule_of
 from circuits.engine.weights import CircuitWeights, Weights
@@ -302,8 +303,10 @@ def _inner_layer(folding: Folding, position: int) -> ProductLayer | SumLayer:
     child_units = [child.num_units for child in nodes[0].children]
     if isinstance(nodes[0], Product):
         return ProductLayer(children, child_units, nodes[0].mode, nodes)
-    num_siblings = len(nodes) // len({node.children for node in nodes})
-    return SumLayer(children, child_units, _parameter_rows(folding, nodes), num_siblings)
+    sums = [node for node in nodes if isinstance(node, Sum)]
+    num_siblings = len(sums) // len({(node.children, node.unit) for node in sums})
+    units = [node.unit for node in sums if node.unit is not None]
+    return SumLayer(children, child_units, _parameter_rows(folding, nodes), num_siblings, units)
 
 
 def _input_layer(folding: Folding, nodes: Sequence[Node], num_vars: int, dtype: torch.dtype) -> InputLayer:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from circuits.engine.layers import Address
+from circuits.engine.gathering import Address
 from circuits.families import Categorical, Distribution
 from circuits.symbolic import Circuit, Input, Node, ParametricNode, Product, Sum, parameter_owner
 
@@ -74,7 +74,7 @@ def _layers(circuit: Circuit) -> list[list[Node]]:
     """Group the nodes into layers of equal shape, input layers first, every layer after those of its children."""
     siblings: dict[Hashable, list[Node]] = defaultdict(list)
     for mixture in circuit.sums:
-        siblings[mixture.children, mixture.num_units].append(mixture)
+        siblings[mixture.children, mixture.unit, mixture.num_units].append(mixture)
     depth: dict[Node, int] = {}
     groups: dict[tuple[int, Hashable], list[Node]] = defaultdict(list)
     for node in circuit.nodes:
@@ -82,7 +82,7 @@ def _layers(circuit: Circuit) -> list[list[Node]]:
         if not isinstance(node, Sum):
             groups[depth[node], _shape_key(node)].append(node)
             continue
-        same = siblings[node.children, node.num_units]
+        same = siblings[node.children, node.unit, node.num_units]
         if node is same[0]:  # the others follow it, so that the layer can stack them
             groups[depth[node], (*_shape_key(node), len(same))].extend(same)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
@@ -94,7 +94,7 @@ def _shape_key(node: Node) -> tuple[Hashable, ...]:
         return "input", node.distribution.stored_as, node.parameter_shape
     if isinstance(node, Product):
         return "product", node.mode, child_units
-    return "sum", node.num_units, child_units
+    return "sum", isinstance(node, Sum) and node.unit is not None, node.num_units, child_units
 
 
 def _input_bank(family: Distribution, size: str, families: dict[str, Distribution]) -> str:

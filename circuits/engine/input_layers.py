@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
-from circuits.engine.layers import ParameterRows
+from circuits.engine.gathering import ParameterRows
 from circuits.engine.weights import Weights
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Dense, Evidence, Factors, Indexed, Interval, Listed, Normal, Nothing, Where

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits.algebra import logspace
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring
 from circuits.chains import VectorSemiring, joined
+from circuits.engine.gathering import Address, Gather, LayerValues, ParameterRows, Part, UnitGather
 from circuits.engine.weights import Weights
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Node, ProductMode
@@ -27,99 +28,9 @@ from circuits.weights.latents import LatentFactors
 if TYPE_CHECKING:
     from circuits.engine.adjoint import Flows, Gradients
 
-Address = tuple[int, int]
-"""Where a node lives: (layer, position within the layer)."""
-LayerValues = Mapping[int, Tensor] | Sequence[Tensor]
-"""Values (F, K, B, *E) of the layers that are still needed, by layer."""
-
-_MAX_SLOTS = _MAX_PIECES = 4
+_MAX_SLOTS = 4
 _MAX_SCORES = 1 << 24
 _LOG = LogSemiring()
-
-
-class Part:
-    """What holds tensors, or other parts that do, as attributes or in lists."""
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what ``nn.Module.to`` applies to the tensors of a module."""
-        vars(self).update({name: _moved(value, function) for name, value in vars(self).items()})
-
-
-class Gather(Part):
-    """Gathers the values of n nodes of earlier layers: as slices where they are evenly spaced, else by index."""
-
-    def __init__(self, addresses: Sequence[Address]) -> None:
-        pieces = _runs_by_layer(addresses)
-        self.order: Tensor | None = None
-        self.inverse: Tensor | None = None
-        if len(pieces) > _MAX_PIECES:
-            by_layer = sorted(range(len(addresses)), key=addresses.__getitem__)
-            pieces = _runs_by_layer([addresses[i] for i in by_layer])
-            self.order = torch.tensor(by_layer)
-            self.inverse = self.order.argsort()
-        self.lengths = [len(nodes) for _, nodes in pieces]
-        self.pieces: list[tuple[int, slice | Tensor]] = [
-            (layer, _as_slice(nodes) or torch.tensor(nodes)) for layer, nodes in pieces
-        ]
-
-    def __call__(self, values: LayerValues) -> Tensor:
-        """Return the values of the nodes, (n, K, B, *E)."""
-        pieces = [
-            values[layer][at] if isinstance(at, slice) else values[layer].index_select(0, at)
-            for layer, at in self.pieces
-        ]
-        gathered = pieces[0] if len(pieces) == 1 else joined(pieces, 0)
-        return gathered if self.inverse is None else gathered.index_select(0, self.inverse)
-
-    def adjoint(self, grad: Tensor, gradients: Gradients) -> None:
-        """Send the gradient of what was gathered, (n, K, B), back to where it came from."""
-        if self.order is not None:
-            grad = grad.index_select(0, self.order)
-        parts = [grad] if len(self.lengths) == 1 else grad.split(self.lengths)
-        for (layer, at), part in zip(self.pieces, parts, strict=True):
-            gradients.add(layer, at, part)
-
-    def reach(self, units: LayerValues, column: Tensor, chosen: Tensor) -> None:
-        """Record in ``units`` which unit of each node was chosen, from (n, m), in the columns (m,)."""
-        chosen = chosen if self.order is None else chosen.index_select(0, self.order)
-        for (layer, at), part in zip(self.pieces, chosen.split(self.lengths), strict=True):
-            rows = torch.arange(len(units[layer]), device=column.device)[at]
-            units[layer][rows.unsqueeze(1), column] = part
-
-
-class ParameterRows(Part):
-    """Selects the rows of a parameter bank (P, O, I) that F folded nodes use; tied nodes share rows."""
-
-    def __init__(self, bank: str, rows: Sequence[int]) -> None:
-        self.bank = bank
-        self.num_nodes = len(rows)
-        self.is_tied = len(set(rows)) == 1
-        self.slice = slice(rows[0], rows[0] + 1, 1) if self.is_tied else _as_slice(rows)
-        self.index = torch.tensor(rows)
-
-    def select(self, bank: Tensor, *, expand: bool = True) -> Tensor:
-        """Return the rows of ``bank`` for each node, (F, O, I); (1, O, I) for tied nodes unless ``expand``."""
-        if self.slice is None:
-            return bank.index_select(0, self.index)
-        rows = bank[self.slice]
-        return rows.expand(self.num_nodes, -1, -1) if expand and self.is_tied and self.num_nodes > 1 else rows
-
-    def add(self, bank: Tensor, rows: Tensor) -> None:
-        """Add ``rows`` (F, O, I) to the rows of ``bank`` that the nodes use."""
-        bank.index_add_(0, self.index, rows)
-
-    def add_outer(self, bank: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add ``left (N, M, B) @ right (N, I, B)^T``, seen as (F, O, I), to the rows of ``bank`` that the nodes use."""
-        right = right.transpose(1, 2)
-        if self.slice is not None and not (self.is_tied and self.num_nodes > 1):
-            rows = bank[self.slice]
-            if left.shape[0] == rows.shape[0]:
-                rows.baddbmm_(left, right)
-                return
-            if self.slice.step == 1:
-                rows.view(*left.shape[:2], -1).baddbmm_(left, right)
-                return
-        self.add(bank, torch.bmm(left, right).reshape(self.num_nodes, *bank.shape[1:]))
 
 
 class _InnerLayer(Part):
@@ -133,32 +44,26 @@ class _InnerLayer(Part):
         self.child_units = list(child_units)
         self.addresses = torch.tensor(children)
         """(layer, position) of every child of every node, int64 (F, children, 2)."""
-        layers = [{addresses[slot][0] for addresses in children} for slot in range(len(child_units))]
-        self._child_layers = [found.pop() if len(found) == 1 else None for found in layers]
-        """Per child, the layer that all nodes have it in; None: in several."""
+        self._child_layers = [list({addresses[slot][0] for addresses in children}) for slot in range(len(child_units))]
+        """Per child, the layers that nodes have it in."""
 
     def all_of(self, values: LayerValues) -> Tensor:
         """Return of which nodes all children are True, (F, 1, B), from bool (F', 1, B) of the layers below."""
-        children = functools.reduce(torch.logical_and, [slot(values) for slot in self.slots])
+        children = functools.reduce(torch.logical_and, [slot(values) for slot in self.slots]).all(1, keepdim=True)
         if len(children) > self.num_nodes:  # all children of a node in one slot
             return children.unflatten(0, (self.num_nodes, -1)).all(1)
         return children.repeat_interleave(self.num_nodes // len(children), 0)  # siblings share theirs
 
-    def reach(self, reached: LayerValues, node: Tensor, column: Tensor, choices: Sequence[Tensor]) -> None:
-        """Record in ``reached`` which unit of each child n nodes chose, per child (n,), in their columns; -1: none."""
-        for slot, choice in enumerate(choices):
-            at_node, at_column, unit = node, column, choice
-            if len(choices) > 1 and isinstance(self, SumLayer):
-                chosen = choice >= 0
-                at_node, at_column, unit = node[chosen], column[chosen], choice[chosen]
-            layers, nodes = self.addresses[at_node, slot].unbind(-1)
-            only = self._child_layers[slot]
-            if only is not None:
-                reached[only][nodes, at_column] = unit
-                continue
-            for layer in layers.unique().tolist():
-                here = layers == layer
-                reached[layer][nodes[here], at_column[here]] = unit[here]
+    def reach(
+        self, reached: LayerValues, node: Tensor, column: Tensor, choices: Iterable[tuple[int | Tensor, Tensor]]
+    ) -> None:
+        """Record in ``reached``, in n columns, which units n nodes chose, (n,), of the same child or of one each."""
+        for slot, unit in choices:
+            layers, nodes = self.addresses[node, slot].unbind(-1)
+            among = self._child_layers[slot] if isinstance(slot, int) else list({*itertools.chain(*self._child_layers)})
+            for layer in among:
+                here = slice(None) if len(among) == 1 else layers == layer
+                reached[layer][nodes[here], column[here]] = unit[here]
 
 
 class ProductLayer(_InnerLayer):
@@ -220,6 +125,8 @@ class ProductLayer(_InnerLayer):
 class SumLayer(_InnerLayer):
     """Dense sum units of F nodes whose children have equally many units.
 
+    Where nodes mix one unit of each child, which unit is by node, their values are transposed, children by units.
+
     *Siblings* are nodes with the same children, S of them in a row of the layer. Their children are gathered and
     exponentiated once, and their weights are multiplied as one matrix of S * K rows: the layer works on F / S *stacks*.
     """
@@ -230,11 +137,20 @@ class SumLayer(_InnerLayer):
         child_units: Sequence[int],
         parameters: ParameterRows,
         num_siblings: int,
+        units: Sequence[int],
     ) -> None:
         super().__init__(children, child_units)
         self.parameter_rows = parameters
         self.num_siblings = num_siblings
-        self.slots = [Gather(slot) for slot in zip(*children[::num_siblings], strict=True)]
+        stacks = children[::num_siblings]
+        if units:
+            self.slots: list[Gather] = [UnitGather(stacks, units[::num_siblings], child_units[0])]
+        else:
+            self.slots = [Gather(slot) for slot in zip(*stacks, strict=True)]
+        self.units = torch.tensor(units) if units else None
+        """Which unit of each child nodes mix, (F,); None: all."""
+        edges = [(slot, unit) for slot, count in enumerate(child_units) for unit in range(1 if units else count)]
+        self._edges = torch.tensor(edges)
 
     def gather(self, values: LayerValues, semiring: Semiring = _LOG, latents: LatentFactors | None = None) -> Tensor:
         """Return the children's units side by side, times the factors of latent evidence, shape (F, I, B, *E)."""
@@ -318,16 +234,10 @@ class SumLayer(_InnerLayer):
             chosen[part] = semiring.choose(scores.add_(mixed), source)
         return chosen
 
-    def per_child(self, chosen: Tensor, size: int = 1) -> list[Tensor]:
-        """Return per child which of its units is chosen, (n,), -1 for the others, from numbers among all children's.
-
-        With ``size`` entries to a unit, numbers are those of entries.
-        """
-        choices = []
-        for num_units in self.child_units:
-            choices.append(torch.where((chosen >= 0) & (chosen < num_units * size), chosen, -1))
-            chosen = chosen - num_units * size
-        return choices
+    def child_choices(self, node: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which child of n nodes is chosen, and which unit of it, by its number among what they mix."""
+        slot, unit = self._edges[chosen].unbind(-1)
+        return slot, unit if self.units is None else self.units[node]
 
     def _gather_stacks(self, values: LayerValues) -> Tensor:
         """Return the children's units side by side, once for all siblings, shape (F / S, I, B, *E)."""
@@ -347,36 +257,8 @@ class SumLayer(_InnerLayer):
         return stacks.reshape(self.num_nodes, per_node, *stacks.shape[2:])
 
 
-def _moved(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Part):
-        value.move(function)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(part, function) for part in value)
-    return function(value) if isinstance(value, Tensor) else value
-
-
 def chunks(length: int, width: int) -> Iterator[slice]:
     """Cut ``length`` rows of ``width`` numbers into slices of bounded size."""
     step = max(1, _MAX_SCORES // max(1, width))
     for start in range(0, length, step):
         yield slice(start, start + step)
-
-
-def _as_slice(numbers: Sequence[int]) -> slice | None:
-    """Return the slice that selects exactly ``numbers`` in order, or None if there is none."""
-    if len(numbers) == 1:
-        return slice(numbers[0], numbers[0] + 1, 1)
-    step = numbers[1] - numbers[0]
-    if step < 1 or any(b - a != step for a, b in itertools.pairwise(numbers)):
-        return None
-    return slice(numbers[0], numbers[-1] + 1, step)
-
-
-def _runs_by_layer(addresses: Sequence[Address]) -> list[tuple[int, list[int]]]:
-    """Cut ``addresses`` into runs of consecutive entries in the same layer: (layer, positions)."""
-    runs: list[tuple[int, list[int]]] = []
-    for layer, position in addresses:
-        if not runs or runs[-1][0] != layer:
-            runs.append((layer, []))
-        runs[-1][1].append(position)
-    return runs

@@ -17,13 +17,14 @@ from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, Semiring, 
 from circuits.arguments import checked_possible
 from circuits.engine import adjoint, choices
 from circuits.engine.choices import Choice, Climb
-from circuits.engine.layers import Address, LayerValues, ProductLayer, SumLayer
-from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds, class_factors
+from circuits.engine.gathering import Address, LayerValues
+from circuits.engine.layers import ProductLayer, SumLayer
+from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Sum
-from circuits.weights.latents import LatentFactors, latents_by_layer
+from circuits.weights.latents import LatentFactors, class_factors, latents_by_layer
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
@@ -72,7 +73,7 @@ class Question:
             )
         self.evidence = evidence
         self.latents: Mapping[int, LatentFactors] = {}
-        self.class_factors = None if evidence.classes is None else class_factors(pc, evidence.classes)
+        self.class_factors = class_factors(evidence.classes, pc.circuit.num_classes, pc.device, pc.dtype)
         self.silent: Mapping[int, Tensor] = {}
         self.tops: Sequence[Address] = [(len(pc.layer_sizes) - 1, 0)]
         self.schedule = pc.schedule
@@ -87,11 +88,8 @@ class Question:
         values = []
         for position, layer in enumerate(self.pc.input_layers):
             own, given = self.weights.own[layer.parameter_rows.bank], self.weights.given.get(position)
-            if given is None:
-                values.append(layer(semiring, self.evidence, own))
-                continue
-            value = None if given.is_everywhere else layer(semiring, self.evidence, own)
-            values.append(given.values(semiring, self.evidence, layer.variables, value))
+            value = None if given is not None and given.is_everywhere else layer(semiring, self.evidence, own)
+            values.append(value if given is None else given.values(semiring, self.evidence, layer.variables, value))
         if self.evidence.reference is None:
             return values
         divisors = self._with(evidence=self.evidence.reference).inputs(_LOG)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.chains import Chain
+from circuits.chains import Chain, chains_of
 from circuits.engine.folding import Folding
-from circuits.engine.layers import Gather, ProductLayer, SumLayer
-from circuits.symbolic import Node, Product, Sum, parameter_owner
+from circuits.engine.gathering import Gather
+from circuits.engine.layers import ProductLayer, SumLayer
+from circuits.symbolic import Sum, parameter_owner
 
 MakeLayer = Callable[[int], ProductLayer | SumLayer]
 """Makes the layer at a position."""
-
-_SHORTEST = 4
 
 
 class Step:
@@ -52,7 +49,7 @@ class Step:
 
 def schedule_of(folding: Folding, num_inputs: int, make: MakeLayer) -> list[Step]:
     """Return the steps that evaluate a folded circuit; the layers inside of a chain are none of their own."""
-    chains = {chain.positions[0]: chain for chain in _chains_of(folding)}
+    chains = {chain.positions[0]: chain for chain in (_chain(folding, sums) for sums in chains_of(folding.layers))}
     inside = {position for chain in chains.values() for position in chain.inside}
     last_uses, schedule = folding.last_uses, []
     for position in range(num_inputs, len(last_uses)):
@@ -62,37 +59,6 @@ def schedule_of(folding: Folding, num_inputs: int, make: MakeLayer) -> list[Step
             spent = [at for layer in layers for at in last_uses[layer] if at not in inside]
             schedule.append(Step(position, chain, spent, make))
     return schedule
-
-
-def _chains_of(folding: Folding) -> list[Chain]:
-    """Return the chains of a folded circuit that are long enough to be worth a scan."""
-    num_parents = Counter(child for nodes in folding.layers for node in nodes for child in node.children)
-    alone = {nodes[0] for nodes in folding.layers if len(nodes) == 1}
-    follower: dict[Node, Sum] = {}
-    for node in alone:
-        found = _next_sum(node)
-        links = () if found is None else (found, node.children[0])
-        if found is not None and all(link in alone and num_parents[link] == 1 for link in links):
-            follower[node] = found
-    chains = []
-    for start in follower.keys() - set(follower.values()):
-        sums: list[Any] = [start]
-        while sums[-1] in follower:
-            sums.append(follower[sums[-1]])
-        if len(sums) >= _SHORTEST:
-            chains.append(_chain(folding, sums))
-    return chains
-
-
-def _next_sum(node: Node) -> Sum | None:
-    """Return the one sum with the same weights that a sum mixes the product of, with leaves of as many units."""
-    if not isinstance(node, Sum) or len(node.children) > 1 or not isinstance(node.children[0], Product):
-        return None
-    product = node.children[0]
-    owner = parameter_owner(node)
-    same = [child for child in product.children if isinstance(child, Sum) and parameter_owner(child) is owner]
-    is_chain = product.mode == "elementwise" and len(same) == 1 < len(product.children)
-    return same[0] if is_chain and node.num_units == product.num_units else None
 
 
 def _chain(folding: Folding, sums: Sequence[Sum]) -> Chain:

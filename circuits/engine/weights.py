@@ -14,7 +14,7 @@ from circuits.evidence import Evidence
 from circuits.symbolic import Circuit
 
 if TYPE_CHECKING:
-    from circuits.engine.compile import CompiledCircuit
+    pass
 
 
 class Weights:
@@ -79,25 +79,6 @@ class CircuitWeights:
     def with_own(self, own: Mapping[str, Weights]) -> CircuitWeights:
         """Return the same weights with those of some banks replaced."""
         return replace(self, own={**self.own, **own})
-
-
-def class_factors(pc: CompiledCircuit, classes: Tensor) -> Tensor:
-    """Return log-factors on the root's units, (R, B), of labels (B,) or log-factors (B, R)."""
-    num_classes = pc.circuit.num_classes
-    if num_classes is None:
-        raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
-    classes = classes.to(pc.device)
-    if classes.dim() == 1:
-        if bool(((classes < 0) | (classes >= num_classes)).any()):
-            raise ArgumentError(
-                f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
-                f"{int(classes.max())}"
-            )
-        is_other = torch.arange(num_classes, device=pc.device).unsqueeze(1) != classes
-        return torch.zeros(is_other.shape, dtype=pc.dtype, device=pc.device).masked_fill(is_other, -torch.inf)
-    if classes.shape[1] != num_classes:
-        raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
-    return classes.to(pc.dtype).t()
 
 
 def check_compiled(pc: object, argument: str = "pc") -> None:

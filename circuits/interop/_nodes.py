@@ -17,6 +17,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.families import Bernoulli, Distribution
 from circuits.symbolic import Input, Node, ParametricNode, Product, Sum, parameter_owner
+from circuits.transforms.rebuild import widened
 
 
 class Numbers(Protocol):
@@ -143,7 +144,7 @@ class _Lister:
         children = [self._wrap(self.position[child], "sum") for child in node.children]
         is_root = node is self.pc.circuit.root
         rows = torch.arange(1) if is_root else self._padded(node.num_units)
-        weights = self.pc.log_weights(node).detach().cpu().exp().float()[rows]
+        weights = widened(node, self.pc.log_weights(node).detach()).cpu().exp().float()[rows]
         parts = []
         for child, part in zip(children, weights.split([child.num_units for child in node.children], 1), strict=True):
             parts.append(torch.nn.functional.pad(part, (0, self.nodes[child].num_units - part.shape[1])))

@@ -117,7 +117,8 @@ def _record_of(node: Node, position: Mapping[Node, int]) -> dict[str, Any]:
     if isinstance(node, Product):
         return {"kind": "product", "children": children, "mode": node.mode}
     if isinstance(node, Sum):
-        return {"kind": "sum", "children": children, "num_units": node.num_units}
+        unit = {} if node.unit is None else {"unit": node.unit}
+        return {"kind": "sum", "children": children, "num_units": node.num_units, **unit}
     assert isinstance(node, Input)
     family = {"family": node.distribution.family, **dataclasses.asdict(cast(Any, node.distribution))}
     return {"kind": "input", "var": node.var, "num_units": node.num_units, **family}
@@ -146,10 +147,11 @@ def _node_of(record: Any, nodes: Sequence[Node], num_vars: int) -> Node:
             _check_outer_units(children)
         return product(*children, mode=mode, name=_name_of(record))
     if kind == "sum":
-        check_keys(record, {"kind", "children", "num_units"}, {"tied_to", "name"})
+        check_keys(record, {"kind", "children", "num_units"}, {"unit", "tied_to", "name"})
         return sum(
             *_children_of(record, nodes),
             num_units=_integer(record, "num_units", 1, _MAX_UNITS),
+            unit=_integer(record, "unit", 0, _MAX_UNITS) if "unit" in record else None,
             tied_to=_owner_of(record, nodes, Sum),
             name=_name_of(record),
         )

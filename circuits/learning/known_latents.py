@@ -75,6 +75,11 @@ def _choosers(parents: Mapping[Node, Sequence[Node]], leaf: Input) -> Iterator[t
         for node in parents[below]:
             if isinstance(node, Sum):
                 first = 0
+                if node.unit is not None:
+                    raise ArgumentError(
+                        f"latents: {node} mixes one unit of each child, so the units of {leaf} are no states that it "
+                        "chooses among; name the sum node itself"
+                    )
                 for child in node.children:
                     if child is below:
                         yield node, first

@@ -38,8 +38,9 @@ def edge_flows(pc: CompiledCircuit, evidence: Evidence) -> list[tuple[float, ...
                 if layer in question.silent:
                     flow = flow.masked_fill(question.silent[layer][row], 0.0)
                 children = [values[at[0]][at[1]] for at in map(pc.address, node.children)]
-                shares = _shares(pc.log_weights(node), torch.cat(children), values[layer][row], flow)
-                per_node.append(tuple(float(part.sum()) for part in shares.split([c.num_units for c in node.children])))
+                shares = _shares(pc.log_weights(node), node.mixed(children), values[layer][row], flow)
+                sizes = [1 if node.unit is not None else child.num_units for child in node.children]
+                per_node.append(tuple(float(part.sum()) for part in shares.split(sizes)))
             else:
                 per_node.append(())
     return per_node

@@ -42,11 +42,13 @@ def mixture_bounds(pc: CompiledCircuit, factors: Tensor) -> UnitBounds:
             bounds[node] = _of_table(terms)
         elif isinstance(node, Sum):
             rows = [
-                torch.cat([between(child, bounds[child], other, bounds[other]) for other in node.children], 1)
+                node.mixed([between(child, bounds[child], other, bounds[other]) for other in node.children], 1)
                 for child in node.children
             ]
             children = [bounds[child] for child in node.children]
-            bounds[node] = _of_sum(pc.log_weights(node, weights), children, torch.cat(rows))
+            if node.unit is not None:
+                children = [_of_units(child, torch.tensor([node.unit], device=pc.device)) for child in children]
+            bounds[node] = _of_sum(pc.log_weights(node, weights), children, node.mixed(rows))
         else:
             parts = [(bounds[part.node], units) for part, units in Part(node).factors]
             bounds[node] = _of_product(parts, pc.device)
@@ -97,9 +99,7 @@ def _of_product(parts: list[tuple[UnitBounds, Tensor | None]], device: torch.dev
     total: UnitBounds | None = None
     for bounds, units in parts:
         if units is not None:
-            k = units.to(device)
-            pairs = k.unsqueeze(1), k.unsqueeze(0)
-            bounds = UnitBounds(*(t[k] for t in bounds[:3]), *(t[pairs] for t in bounds[3:]))
+            bounds = _of_units(bounds, units.to(device))
         total = (
             bounds
             if total is None
@@ -113,6 +113,11 @@ def _of_product(parts: list[tuple[UnitBounds, Tensor | None]], device: torch.dev
         )
     assert total is not None
     return total
+
+
+def _of_units(bounds: UnitBounds, units: Tensor) -> UnitBounds:
+    pairs = units.unsqueeze(1), units.unsqueeze(0)
+    return UnitBounds(*(t[units] for t in bounds[:3]), *(t[pairs] for t in bounds[3:]))
 
 
 def _of_sum(log_weights: Tensor, children: list[UnitBounds], coefficient: Tensor) -> UnitBounds:

@@ -35,7 +35,8 @@ def component_log_partition(
         PropertyError: the root is no mixture, or has a unit per class.
     """
     root = pc.circuit.root
-    if not isinstance(root, Sum) or pc.circuit.num_classes is not None or pc.schedule[-1].chain is not None:
+    is_mixture = isinstance(root, Sum) and root.unit is None and pc.circuit.num_classes is None
+    if not is_mixture or pc.schedule[-1].chain is not None:
         raise PropertyError(
             f"component_log_partition: expected a circuit with one root unit, a mixture, got {pc.circuit}; "
             "log_partition is that of a circuit, or of every class"

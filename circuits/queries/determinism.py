@@ -56,12 +56,12 @@ def _overlapping_sum(pc: CompiledCircuit) -> Sum | None:
             tables_of_powers(pairs.values(), powers, no_evidence, known=tables)
         except PropertyError:
             supports = _variable_supports(pc, weights) if supports is None else supports
-            own = torch.cat([supports[child] for child in node.children]) if supports else None
+            own = node.mixed([supports[child] for child in node.children]) if supports else None
             if own is None or bool((mixed & _share_every_variable(own, node)).any()):
                 return node
             continue
-        rows = [torch.cat([tables[pairs[a, b]][0][..., 0] for b in node.children], 1) for a in node.children]
-        if bool((mixed & (torch.cat(rows) > -torch.inf)).any()):
+        rows = [node.mixed([tables[pairs[a, b]][0][..., 0] for b in node.children], 1) for a in node.children]
+        if bool((mixed & (node.mixed(rows) > -torch.inf)).any()):
             return node
     return None
 
@@ -88,7 +88,7 @@ def _variable_supports(pc: CompiledCircuit, weights: CircuitWeights) -> dict[Nod
             )
         elif isinstance(node, Sum):
             used = (pc.log_weights(node, weights) > -torch.inf).to(pc.dtype)
-            children = torch.cat([supports[child] for child in node.children])
+            children = node.mixed([supports[child] for child in node.children])
             table = (torch.einsum("oi,idc->odc", used, children) > 0).to(pc.dtype)
         else:
             for part, units in Part(node).factors:

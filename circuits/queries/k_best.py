@@ -141,9 +141,10 @@ def _descend(
                 choices = _split_product(layer, semiring, values, at, ranks[node, column])
             else:
                 log_weights = _log_weights(question, position, layer, at)
-                choices = _choose_child(layer, semiring, values, log_weights, at, ranks[node, column])
-            for which, numbers in enumerate(zip(*choices, strict=True)):
-                layer.reach([below[which] for below in reached], node, column, numbers)
+                choices = [_choose_child(layer, semiring, values, log_weights, at, ranks[node, column])]
+            for slot, choice in choices:
+                for which, numbers in enumerate(choice):
+                    layer.reach([below[which] for below in reached], node, column, [(slot, numbers)])
     return _values(question, reached[:num_inputs], query)
 
 
@@ -189,22 +190,21 @@ def _choose_child(
     log_weights: Tensor,  # shape: (n, I)
     at: Reached,
     rank: Tensor,
-) -> list[_Choices]:
-    """Return per child which unit and rank each of n reached sum units takes; unit -1 for the other children."""
+) -> tuple[Tensor, _Choices]:
+    """Return which child, and which unit and rank of it, each of n reached sum units takes."""
     node, _, query = at
-    children = [
-        _child_scores(layer, slot, values, node, torch.arange(count, device=node.device).expand(len(node), -1), query)
-        for slot, count in enumerate(layer.child_units)
-    ]
-    scores = torch.cat(children, 1) + log_weights.unsqueeze(2)  # (n, I, k)
+    slot, unit = layer.child_choices(node.unsqueeze(1), torch.arange(log_weights.shape[1], device=node.device))
+    shape = log_weights.shape
+    scores = _child_scores(layer, slot.expand(shape), values, node, unit.expand(shape), query)
+    scores += log_weights.unsqueeze(2)  # (n, I, k)
     best = _ranked(scores.flatten(1), rank)
-    chosen = layer.per_child(best // semiring.k)
-    return [_Choices(unit, torch.where(unit >= 0, best % semiring.k, -1)) for unit in chosen]
+    slot, unit = layer.child_choices(node, best // semiring.k)
+    return slot, _Choices(unit, best % semiring.k)
 
 
 def _split_product(
     layer: ProductLayer, semiring: KBestSemiring, values: Sequence[Tensor], at: Reached, rank: Tensor
-) -> list[_Choices]:
+) -> list[tuple[int, _Choices]]:
     """Return which unit and rank of every child each of n reached product units multiplies."""
     node, unit, query = at
     units = layer.child_choices(unit)
@@ -220,23 +220,24 @@ def _split_product(
         pair = _ranked(semiring.candidates(before, factor), rank)
         ranks.append(semiring.right_ranks.to(pair.device)[pair])
         rank = semiring.left_ranks.to(pair.device)[pair]
-    return [_Choices(*choice) for choice in zip(units, [rank, *reversed(ranks)], strict=True)]
+    return list(enumerate(map(_Choices, units, [rank, *reversed(ranks)])))
 
 
 def _child_scores(
     layer: ProductLayer | SumLayer,
-    slot: int,
+    slot: int | Tensor,  # shape: (n, u)
     values: Sequence[Tensor],
     node: Tensor,  # shape: (n,)
     unit: Tensor,  # shape: (n, u)
     query: Tensor,  # shape: (n,)
 ) -> Tensor:  # shape: (n, u, k)
-    """Return the ranked scores of some units of the child in one slot of n nodes."""
-    layers, nodes = layer.addresses[node, slot].unbind(-1)
+    """Return the ranked scores of some units of the child in one slot of n nodes, or in a slot for every unit."""
+    layers, nodes = layer.addresses[node.unsqueeze(1), slot].unbind(-1)
+    query = query.unsqueeze(1).expand_as(unit)
     scores = values[0].new_empty(*unit.shape, values[0].shape[3])
     for child in layers.unique().tolist():
         here = layers == child
-        scores[here] = values[child][nodes[here].unsqueeze(1), unit[here], query[here].unsqueeze(1)]
+        scores[here] = values[child][nodes[here], unit[here], query[here]]
     return scores
 
 

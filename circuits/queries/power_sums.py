@@ -18,7 +18,7 @@ from circuits.engine.weights import CircuitWeights
 from circuits.errors import PropertyError
 from circuits.queries.alignment import LeafStep, Meeting, Part, ProductStep, SumStep, align
 from circuits.queries.averages import log_matmul_average
-from circuits.symbolic import Input, ParametricNode
+from circuits.symbolic import Input, ParametricNode, Sum
 
 Tables = dict[Meeting, tuple[Tensor, Tensor | None]]
 
@@ -123,12 +123,12 @@ def _sum(
     meeting: Meeting, step: SumStep, tables: Tables, powers: Sequence[Power], averaged: int | None
 ) -> tuple[Tensor, Tensor | None]:
     node = meeting[step.axis].node
-    assert isinstance(node, ParametricNode)
+    assert isinstance(node, Sum)
     log, log_weights = powers[step.axis].log_weights(node)
     children = [tables[child] for child in step.children]
-    log_value = torch.cat([value for value, _ in children], step.axis).movedim(step.axis, 0)
+    log_value = node.mixed([value for value, _ in children], step.axis).movedim(step.axis, 0)
     averages = [average for _, average in children if average is not None]
-    average = torch.cat(averages, step.axis).movedim(step.axis, 0) if averages else None
+    average = node.mixed(averages, step.axis).movedim(step.axis, 0) if averages else None
     return _contract(log_weights, log_value, average, log if averaged == step.axis else None, step.axis)
 
 

@@ -155,7 +155,7 @@ def _steps(root: Node) -> tuple[list[Sum], list[list[Input]]]:
     sums, leaves = [], []
     node: Node | None = root
     while node is not None:
-        if not isinstance(node, Sum) or len(node.children) > 1:
+        if not isinstance(node, Sum) or len(node.children) > 1 or node.unit is not None:
             return [], []
         below = node.children[0]
         factors: Sequence[Node] = below.children if isinstance(below, Product) else (below,)

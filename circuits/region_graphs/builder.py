@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError
+from circuits.symbolic.scopes import bit_of
+
+
+def bits_of(scope: Iterable[int]) -> int:
+    """Return variables as a bit set."""
+    bits = 0
+    for var in scope:
+        bits |= bit_of(var)
+    return bits
 
 
 class Partition(NamedTuple):

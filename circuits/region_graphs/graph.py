@@ -13,8 +13,8 @@ from torch import Tensor
 
 from circuits.errors import ArgumentError, StructureError
 from circuits.region_graphs import chow_liu, poon_domingos, quad, records, trees
-from circuits.region_graphs.builder import Builder, Partition
-from circuits.symbolic.scopes import bits_of, format_scope, variables_of
+from circuits.region_graphs.builder import Builder, Partition, bits_of
+from circuits.symbolic.scopes import format_scope, variables_of
 
 if TYPE_CHECKING:
     import networkx

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from circuits.errors import ArgumentError
-from circuits.region_graphs.builder import Builder, checked_grid
-from circuits.symbolic.scopes import bits_of
+from circuits.region_graphs.builder import Builder, bits_of, checked_grid
 
 Merge = Callable[[Builder, list[int]], int]
 

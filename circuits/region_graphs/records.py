@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from circuits.errors import ArgumentError, CheckpointError, StructureError
 from circuits.files import replace_file
 from circuits.reading import check_keys, read_json, short
-from circuits.region_graphs.builder import Partition
-from circuits.symbolic.scopes import bits_of
+from circuits.region_graphs.builder import Partition, bits_of
 
 if TYPE_CHECKING:
     from circuits.region_graphs.graph import RegionGraph

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.region_graphs.builder import Builder
+from circuits.region_graphs.builder import Builder, bits_of
 from circuits.region_graphs.rooted import rooted_tree
-from circuits.symbolic.scopes import bits_of
 
 
 def fully_factorized(num_vars: int, num_repetitions: int) -> Builder:

@@ -3,7 +3,7 @@
 from circuits.region_graphs.chow_liu import empirical_mutual_information, maximum_spanning_tree
 from circuits.structures.basic import fully_factorized, mixture, mixture_of, naive_bayes
 from circuits.structures.blocks import block_mixture, correlated_blocks
-from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, second_order_hmm
+from circuits.structures.hmm import block_sparse_hmm, hmm, low_rank_hmm, monarch_hmm, second_order_hmm
 from circuits.structures.latent_tree import hclt, latent_tree
 from circuits.structures.regions import from_region_graph, linear_tree, poon_domingos, quad_graph, quad_tree, rat_spn
 
@@ -22,6 +22,7 @@ __all__ = [
     "maximum_spanning_tree",
     "mixture",
     "mixture_of",
+    "monarch_hmm",
     "naive_bayes",
     "poon_domingos",
     "quad_graph",

@@ -1,4 +1,4 @@
-"""Hidden Markov models as circuits: dense, block-sparse and low-rank transitions, first and second order.
+"""Hidden Markov models as circuits: dense, block-sparse, low-rank and Monarch transitions, first and second order.
 
 Every circuit here is the backward recursion ``b_t(i) = sum_j p(z_t+1 = j | z_t = i) p(x_t+1 | j) b_t+1(j)``: the sum
 node named ``transition{t}`` mixes the states of step t + 1, and the root, named ``initial``, those of step 0.
@@ -10,7 +10,7 @@ series (B, L, M) are ``x.flatten(1)``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,9 @@ from torch import Tensor
 
 from circuits.arguments import checked_count
 from circuits.errors import ArgumentError, StructureError
-from circuits.families import Distribution
-from circuits.structures.options import checked_table, family_of
-from circuits.symbolic import Circuit, Input, Node, Sum, inputs, product, sum
-
-Families = int | Distribution | Sequence[int | Distribution]
-"""Of what a step emits: one, a number of categories standing for a categorical one, or one for each of M variables."""
-Emission = Tensor | Sequence[Tensor | None] | None
-"""The table of the one family, or one table, or None, for each of several."""
+from circuits.structures.options import checked_table
+from circuits.structures.steps import Emission, Families, StepNodes, product_of, rooted
+from circuits.symbolic import Circuit, Node, sum
 
 
 def hmm(
@@ -62,15 +57,15 @@ def hmm(
         ArgumentError: an argument has a wrong type or value.
         StructureError: a given table has a wrong shape.
     """
-    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = StepNodes(seq_length, num_states, num_categories, homogeneous, emission)
     transitions = checked_table("transition", transition, (num_states, num_states), seq_length - 1, homogeneous)
     every = slice(0, num_states)
-    states = _product(nodes.leaves(seq_length - 1, every))
+    states = product_of(nodes.leaves(seq_length - 1, every))
     for step in reversed(range(seq_length - 1)):
         weights = None if transitions is None else transitions[step]
         mixed = nodes.sum("transition", [states], num_states, weights, name=f"transition{step}")
-        states = _product([*nodes.leaves(step, every), mixed])
-    return _rooted([states], num_states, initial, num_classes)
+        states = product_of([*nodes.leaves(step, every), mixed])
+    return rooted([states], num_states, initial, num_classes)
 
 
 def low_rank_hmm(
@@ -98,24 +93,18 @@ def low_rank_hmm(
         transition: (N, R) and (R, N), rows sum to 1, with a leading (L - 1) when not homogeneous.
     """
     checked_count("rank", rank)
-    if transition is not None and (not isinstance(transition, (tuple, list)) or len(transition) != 2):
-        raise ArgumentError(
-            f"transition: expected two tables, ({num_states}, {rank}) and ({rank}, {num_states}), got "
-            f"{type(transition).__name__}"
-        )
-    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
-    left, right = (None, None) if transition is None else transition
-    left = checked_table("transition[0]", left, (num_states, rank), seq_length - 1, homogeneous)
-    right = checked_table("transition[1]", right, (rank, num_states), seq_length - 1, homogeneous)
+    nodes = StepNodes(seq_length, num_states, num_categories, homogeneous, emission)
+    shapes = (num_states, rank), (rank, num_states)
+    left, right = _two_tables(transition, shapes, seq_length - 1, homogeneous)
     every = slice(0, num_states)
-    states = _product(nodes.leaves(seq_length - 1, every))
+    states = product_of(nodes.leaves(seq_length - 1, every))
     for step in reversed(range(seq_length - 1)):
         weights = None if right is None else right[step]
         factor: Node = nodes.sum("factor", [states], rank, weights, name=f"factor{step}")
         weights = None if left is None else left[step]
         mixed = nodes.sum("transition", [factor], num_states, weights, name=f"transition{step}")
-        states = _product([*nodes.leaves(step, every), mixed])
-    return _rooted([states], num_states, initial, num_classes)
+        states = product_of([*nodes.leaves(step, every), mixed])
+    return rooted([states], num_states, initial, num_classes)
 
 
 def block_sparse_hmm(
@@ -161,11 +150,11 @@ def block_sparse_hmm(
     starts = [int(start) for start in torch.tensor([0, *group_sizes]).cumsum(0)]
     groups = [slice(start, end) for start, end in itertools.pairwise(starts)]
     num_states = starts[-1]
-    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = StepNodes(seq_length, num_states, num_categories, homogeneous, emission)
     transitions, left, right = _block_tables(transition, num_states, rank, seq_length - 1, homogeneous)
     if transitions is not None:
         _check_pattern(transitions, groups, followers)
-    states = [_product(nodes.leaves(seq_length - 1, group, f"_{g}")) for g, group in enumerate(groups)]
+    states = [product_of(nodes.leaves(seq_length - 1, group, f"_{g}")) for g, group in enumerate(groups)]
     for step in reversed(range(seq_length - 1)):
         mixed = []
         weights = None if right is None else right[step]
@@ -178,8 +167,59 @@ def block_sparse_hmm(
             children = [*(states[h] for h in followers[g]), *shared]
             name = f"transition{step}_{g}"
             mixed.append(nodes.sum(("transition", g), children, group_sizes[g], weights, name=name))
-        states = [_product([*nodes.leaves(step, group, f"_{g}"), mixed[g]]) for g, group in enumerate(groups)]
-    return _rooted(states, num_states, initial, num_classes)
+        states = [product_of([*nodes.leaves(step, group, f"_{g}"), mixed[g]]) for g, group in enumerate(groups)]
+    return rooted(states, num_states, initial, num_classes)
+
+
+def monarch_hmm(
+    seq_length: int,
+    num_states: tuple[int, int],
+    num_categories: Families,
+    homogeneous: bool = True,
+    *,
+    initial: Tensor | None = None,
+    transition: tuple[Tensor, Tensor] | None = None,
+    emission: Emission = None,
+    num_classes: int | None = None,
+) -> Circuit:
+    """Build a hidden Markov model whose states are pairs (a, b), and whose transition is a Monarch matrix.
+
+    ``T[(a, b), (a', b')] = R_a[b, b'] L_b'[a, a']``: first b moves, as a says, then a moves, as the new b' says. Any
+    state may follow any other, at A B^2 + B A^2 numbers and multiplications a step instead of (A B)^2 (Dao et al. 2022,
+    "Monarch: Expressive structured matrices for efficient and accurate training"; as layers of circuits: Zhang, Dang,
+    Liu, Van den Broeck 2025, "Scaling probabilistic circuits via Monarch matrices"). The Kronecker product of two
+    chains' transitions is one, see ``ct.transforms.product_chain``.
+
+    The sum node ``transition{t}_{a}`` has one unit per state (a, b) of step t and mixes unit a of the nodes
+    ``factor{t}_{b'}``, whose units mix the states (a', b') of step t + 1. ``emission{t}_{a}`` are the input nodes.
+
+    Arguments and errors are those of :func:`hmm`, but for:
+
+    Args:
+        num_states: (A, B), each >= 1. State (a, b) is number a B + b, in given tables too.
+        transition: R, (A, B, B), and L, (B, A, A), rows sum to 1, with a leading (L - 1) when not homogeneous.
+    """
+    if not isinstance(num_states, (tuple, list)) or len(num_states) != 2:
+        raise ArgumentError(f"num_states: expected two numbers, of the states a and b, got {num_states!r:.60}")
+    num_a, num_b = (checked_count(f"num_states[{position}]", size) for position, size in enumerate(num_states))
+    nodes = StepNodes(seq_length, num_a * num_b, num_categories, homogeneous, emission)
+    shapes = (num_a, num_b, num_b), (num_b, num_a, num_a)
+    right, left = _two_tables(transition, shapes, seq_length - 1, homogeneous)
+    groups = [slice(a * num_b, (a + 1) * num_b) for a in range(num_a)]
+    states = [product_of(nodes.leaves(seq_length - 1, group, f"_{a}")) for a, group in enumerate(groups)]
+    for step in reversed(range(seq_length - 1)):
+        factors = []
+        for b in range(num_b):
+            weights = None if left is None else left[step, b]
+            name = f"factor{step}_{b}"
+            factors.append(nodes.sum(("factor", b), states, num_a, weights, unit=b, name=name))
+        mixed = []
+        for a in range(num_a):
+            weights = None if right is None else right[step, a]
+            name = f"transition{step}_{a}"
+            mixed.append(nodes.sum(("transition", a), factors, num_b, weights, unit=a, name=name))
+        states = [product_of([*nodes.leaves(step, group, f"_{a}"), mixed[a]]) for a, group in enumerate(groups)]
+    return rooted(states, num_a * num_b, initial, num_classes)
 
 
 def second_order_hmm(
@@ -207,7 +247,7 @@ def second_order_hmm(
         first_transition: (N, N), p(z_1 = j | z_0 = i) at [i, j].
         transition: p(z_t = k | z_t-2 = i, z_t-1 = j) at [i, j, k], (N, N, N), or (L - 2, N, N, N) when not homogeneous.
     """
-    nodes = _Nodes(seq_length, num_states, num_categories, homogeneous, emission)
+    nodes = StepNodes(seq_length, num_states, num_categories, homogeneous, emission)
     first = checked_table("first_transition", first_transition, (num_states, num_states), 1, True)
     num_pairs = max(seq_length - 2, 0)
     transitions = checked_table("transition", transition, (num_states,) * 3, num_pairs, homogeneous)
@@ -217,8 +257,8 @@ def second_order_hmm(
         """Multiply the emissions of z_step = k into row j, column k; one row where nothing follows."""
         leaves = [nodes.leaves(step, slice(k, k + 1), f"_{k}") for k in every]
         if mixed is None:
-            return [[_product(own) for own in leaves]] * num_states
-        return [[_product([*leaves[k], row[k]]) for k in every] for row in mixed]
+            return [[product_of(own) for own in leaves]] * num_states
+        return [[product_of([*leaves[k], row[k]]) for k in every] for row in mixed]
 
     pairs = joined(seq_length - 1, None)
     for step in reversed(range(1, seq_length - 1)):
@@ -233,95 +273,28 @@ def second_order_hmm(
             )
         pairs = joined(step, rows)
     if seq_length == 1:
-        return _rooted(pairs[0], num_states, initial, num_classes)
+        return rooted(pairs[0], num_states, initial, num_classes)
     starts = [
         sum(*pairs[i], num_units=1, weights=None if first is None else first[0, i][None], name=f"transition0_{i}")
         for i in every
     ]
-    states = [_product([*nodes.leaves(0, slice(i, i + 1), f"_{i}"), starts[i]]) for i in every]
-    return _rooted(states, num_states, initial, num_classes)
+    states = [product_of([*nodes.leaves(0, slice(i, i + 1), f"_{i}"), starts[i]]) for i in every]
+    return rooted(states, num_states, initial, num_classes)
 
 
-class _Nodes:
-    """Builds the nodes of one model: all steps share their parameters, or, when not homogeneous, have their own.
-
-    Step t emits the variables t M .. t M + M - 1, one of each of M families.
-    """
-
-    def __init__(
-        self, seq_length: int, num_states: int, families: Families, homogeneous: bool, emission: Emission
-    ) -> None:
-        checked_count("seq_length", seq_length)
-        checked_count("num_states", num_states)
-        self._homogeneous = homogeneous
-        self._sums: dict[Hashable, Sum] = {}
-        self._inputs: dict[Hashable, Input] = {}
-        self._is_single = not isinstance(families, (list, tuple))
-        listed: Sequence[Any] = families if isinstance(families, (list, tuple)) else [families]
-        self._families = [family_of("num_categories", each) for each in listed]
-        given = [emission] if self._is_single else [None] * len(listed) if emission is None else emission
-        if not self._families or not isinstance(given, (list, tuple)) or len(given) != len(self._families):
-            raise ArgumentError(
-                f"emission: expected one table or None for each of the {len(self._families)} variables of a step "
-                f"(at least one, see num_categories), got {type(emission).__name__}"
-            )
-        self._tables = [
-            _emission_table(table, family, num_states, seq_length, homogeneous)
-            for table, family in zip(given, self._families, strict=True)
-        ]
-
-    def sum(self, key: Hashable, children: Sequence[Node], num_units: int, weights: Tensor | None, *, name: str) -> Sum:
-        """Return a sum node; those of one key share their weights."""
-        owner = self._sums.get(key) if self._homogeneous else None
-        node = sum(*children, num_units=num_units, tied_to=owner, weights=None if owner else weights, name=name)
-        self._sums.setdefault(key, node)
-        return node
-
-    def leaves(self, step: int, states: slice, group: str = "") -> list[Node]:
-        """Return the input nodes of what some of the states emit at a step, one per variable."""
-        leaves: list[Node] = []
-        for position, (family, table) in enumerate(zip(self._families, self._tables, strict=True)):
-            owner = self._inputs.get((group, position)) if self._homogeneous else None
-            node = inputs(
-                step * len(self._families) + position,
-                states.stop - states.start,
-                family,
-                tied_to=owner,
-                weights=None if table is None or owner else table[step, states].t(),
-                name=f"emission{step}{group}" + ("" if self._is_single else f"_{position}"),
-            )
-            self._inputs.setdefault((group, position), node)
-            leaves.append(node)
-        return leaves
-
-
-def _product(factors: Sequence[Node]) -> Node:
-    return factors[0] if len(factors) == 1 else product(*factors)
-
-
-def _emission_table(
-    table: Tensor | None, family: Distribution, num_states: int, seq_length: int, homogeneous: bool
-) -> Tensor | None:
-    if table is None:
-        return None
-    rows, columns = family.parameter_shape(num_states)
-    if columns != num_states or not rows:
+def _two_tables(
+    transition: tuple[Tensor, Tensor] | None, shapes: Sequence[tuple[int, ...]], num_steps: int, homogeneous: bool
+) -> list[Tensor | None]:
+    """Return the two tables that a transition is made of, once per step."""
+    if transition is not None and (not isinstance(transition, (tuple, list)) or len(transition) != 2):
         raise ArgumentError(
-            f"emission: expected a family with parameters per state, got {family!r}; leave the table out"
+            f"transition: expected two tables, {shapes[0]} and {shapes[1]}, got {type(transition).__name__}"
         )
-    return checked_table("emission", table, (num_states, rows), seq_length, homogeneous)
-
-
-def _rooted(states: Sequence[Node], num_states: int, initial: Tensor | None, num_classes: int | None) -> Circuit:
-    weights = checked_table("initial", initial, (num_states,), 1, True)
-    circuit = Circuit(sum(*states, num_units=1, weights=weights, name="initial"))
-    if num_classes is None:
-        return circuit
-    models = [circuit.with_prefix(f"class{label}_") for label in range(checked_count("num_classes", num_classes))]
-    roots = [model.root for model in models]
-    return Circuit(
-        sum(*roots, num_units=num_classes, weights=torch.eye(num_classes), name="class"), num_classes=num_classes
-    )
+    given = (None, None) if transition is None else transition
+    return [
+        checked_table(f"transition[{number}]", table, shape, num_steps, homogeneous)
+        for number, (table, shape) in enumerate(zip(given, shapes, strict=True))
+    ]
 
 
 def _followers_of(follows: Tensor | Sequence[Sequence[bool]], num_groups: int) -> list[list[int]]:

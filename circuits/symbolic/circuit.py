@@ -218,7 +218,8 @@ def _build_call(node: Node, children: Sequence[str], options: str) -> str:
     if isinstance(node, Product):
         mode = "" if node.mode == "elementwise" else f", mode={node.mode!r}"
         return f"product({', '.join(children)}{mode}{options})"
-    return f"sum({', '.join(children)}, num_units={node.num_units}{options})"
+    unit = f", unit={node.unit}" if isinstance(node, Sum) and node.unit is not None else ""
+    return f"sum({', '.join(children)}, num_units={node.num_units}{unit}{options})"
 
 
 def _children_text(node: Node) -> str:

@@ -115,10 +115,17 @@ class Product(Node):
 
 
 class Sum(Node):
-    """Units that are mixtures of all units of all children; the children's scopes are the same."""
+    """Units that are mixtures of all units of all children, or of one unit of each; the children's scopes are equal."""
 
     def __init__(
-        self, children: Sequence[Node], num_units: int, *, tied_to: Sum | None, weights: Tensor | None, name: str | None
+        self,
+        children: Sequence[Node],
+        num_units: int,
+        *,
+        unit: int | None,
+        tied_to: Sum | None,
+        weights: Tensor | None,
+        name: str | None,
     ) -> None:
         self.children = _checked_children("sum", children)
         self.num_units = checked_count("num_units", num_units)
@@ -130,10 +137,20 @@ class Sum(Node):
                     f"sum is not smooth: {self.children[0]} and {child} have different scopes; expected "
                     "the same scope below a sum (multiply the smaller one with inputs on the missing variables)"
                 )
-        self.parameter_shape = (num_units, builtins.sum(child.num_units for child in self.children))
+        sizes = [child.num_units for child in self.children]
+        if unit is not None and (len(set(sizes)) > 1 or checked_count("unit", unit, 0) >= sizes[0]):
+            raise StructureError(f"unit: expected one that all children have, of equally many, got {unit} of {sizes}")
+        self.unit = unit
+        self.parameter_shape = (num_units, builtins.sum(sizes) if unit is None else len(sizes))
         self.tied_to = _checked_tie(self, tied_to)
         self.weights = _checked_weights(self, weights, normalised_axis=1)
         self._is_built = True
+
+    def mixed(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """Put what the children's units have, along ``dim``, side by side; of those units that are mixed."""
+        if self.unit is not None:
+            parts = [part.narrow(dim, self.unit, 1) for part in parts]
+        return torch.cat(list(parts), dim)
 
 
 ParametricNode = Input | Sum
@@ -182,21 +199,27 @@ def product(*children: Node, mode: ProductMode = "elementwise", name: str | None
 
 
 def sum(
-    *children: Node, num_units: int, tied_to: Sum | None = None, weights: Tensor | None = None, name: str | None = None
+    *children: Node,
+    num_units: int,
+    unit: int | None = None,
+    tied_to: Sum | None = None,
+    weights: Tensor | None = None,
+    name: str | None = None,
 ) -> Sum:
-    """Build dense sum units: each is a mixture of all units of all children.
+    """Build dense sum units: each is a mixture of all units of all children, or of one unit of each child.
 
     Args:
         children: nodes with the same scope, I units together.
         num_units: K, how many mixtures.
+        unit: mix only this unit of every child: I is the number of children, which have equally many units.
         tied_to: another sum node whose parameters this one uses; its weights must have the same shape.
         weights: initial mixture weights, shape (K, I), rows sum to 1, zeros allowed; random when omitted.
         name: a label for messages and for access to parameters.
 
     Raises:
-        StructureError: different scopes, or the parameters of ``tied_to`` do not fit.
+        StructureError: different scopes, the parameters of ``tied_to`` do not fit, or the children have no such unit.
     """
-    return Sum(children, num_units, tied_to=tied_to, weights=weights, name=name)
+    return Sum(children, num_units, unit=unit, tied_to=tied_to, weights=weights, name=name)
 
 
 def parameter_owner(node: ParametricNode) -> ParametricNode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from circuits.errors import StructureError
 
@@ -12,14 +12,6 @@ def bit_of(var: int) -> int:
     if not isinstance(var, int) or isinstance(var, bool) or var < 0:
         raise StructureError(f"unknown variable {var!r}: variables are the integers from 0")
     return 1 << var
-
-
-def bits_of(scope: Iterable[int]) -> int:
-    """Return variables as a bit set."""
-    bits = 0
-    for var in scope:
-        bits |= bit_of(var)
-    return bits
 
 
 def variables_of(scope_bits: int) -> Iterator[int]:

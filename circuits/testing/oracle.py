@@ -82,7 +82,7 @@ def evaluate_slowly(pc: CompiledCircuit, x: Tensor) -> Tensor:
             values[node] = _multiplied(node, values)
         else:
             assert isinstance(node, Sum)
-            children = torch.cat([values[child] for child in node.children])
+            children = node.mixed([values[child] for child in node.children])
             weights = pc.log_weights(node).double().cpu()
             values[node] = torch.logsumexp(weights.unsqueeze(-1) + children, 1)
     root = values[pc.circuit.root]
@@ -128,7 +128,7 @@ def _enumerate(pc: CompiledCircuit, plus: Callable[[Tensor], Tensor]) -> Tensor:
         else:
             assert isinstance(node, Sum)
             weights = pc.log_weights(node).double().cpu()
-            children = torch.cat([tables[child] for child in node.children])
+            children = node.mixed([tables[child] for child in node.children])
             tables[node] = plus(weights.reshape(*weights.shape, *[1] * circuit.num_vars) + children.unsqueeze(0))
     root = tables[circuit.root]
     return root[0] if circuit.num_classes is None else root

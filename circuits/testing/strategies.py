@@ -103,10 +103,14 @@ class _Builder:
     def mixture(self, scope: tuple[int, ...], num_units: int) -> Sum:
         """Build sum units over one to three children."""
         children = [self.component(scope) for _ in range(self.draw(st.integers(1, 3), label="children"))]
-        shape = (num_units, builtins.sum(child.num_units for child in children))
+        sizes = [child.num_units for child in children]
+        unit = None
+        if len(set(sizes)) == 1 and self.draw(st.integers(0, 3), label="one unit of each") == 3:
+            unit = self.draw(st.integers(0, sizes[0] - 1))
+        shape = (num_units, builtins.sum(sizes) if unit is None else len(sizes))
         tied_to = self._owner(self.mixtures, shape)
         weights = None if tied_to else self._weights(shape, axis=1)
-        node = sum(*children, num_units=num_units, tied_to=tied_to, weights=weights)
+        node = sum(*children, num_units=num_units, unit=unit, tied_to=tied_to, weights=weights)
         self.mixtures.setdefault(shape, []).append(node)
         return node
 

@@ -83,8 +83,8 @@ def condition(pc: CompiledCircuit, evidence: Evidence, *, variables: Kept = "rem
         elif isinstance(node, Product):
             values[node] = _product_values(node, values)
         elif isinstance(node, Sum):
-            children = torch.cat([values[child] for child in node.children])
-            changed[node], values[node] = normalise(rebuild.log_weights(node) + children, 1)
+            children = node.mixed([values[child] for child in node.children])
+            changed[node], values[node] = normalise(rebuild.log_weights(node, wide=False) + children, 1)
     if class_factors is None:
         _check_is_possible(pc, values[pc.circuit.root])
         return compile_without(rebuild, kept, changed)

@@ -7,6 +7,7 @@ into the new compiled circuit, which keeps device and dtype of the old one.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
@@ -34,12 +35,16 @@ class Rebuild:
         self._parameters: dict[ParametricNode, Tensor] = {}
         self._heirs: dict[Hashable, list[ParametricNode]] = {}
 
-    def log_weights(self, node: ParametricNode) -> Tensor:
-        """Return the normalised log-weights of an old node, float64: sums (K, I), inputs of finite families (C, K)."""
+    def log_weights(self, node: ParametricNode, *, wide: bool = True) -> Tensor:
+        """Return the normalised log-weights of an old node, float64: sums (K, I), inputs of finite families (C, K).
+
+        Those of sums are of all units of their children, see :func:`widened`, unless not ``wide``.
+        """
         if isinstance(node, Input):
             check_is_finite(node, "this transformation")
         with torch.no_grad():
-            return self.pc.log_weights(node).double()
+            log_weights = self.pc.log_weights(node).double()
+        return widened(node, log_weights) if wide and isinstance(node, Sum) else log_weights
 
     def raw(self, node: ParametricNode) -> Tensor:
         """Return the parameters of an old node as they are stored, of any family."""
@@ -61,8 +66,10 @@ class Rebuild:
         return self.extra_input(var, family, log_weights, key=parameter_owner(old), name=old.name)
 
     def sum(self, old: Sum, children: Sequence[Node], log_weights: Tensor) -> Sum:
-        """Build sum units with these log-weights (K', I'), in the place of ``old``."""
-        return self.extra_sum(children, log_weights, key=parameter_owner(old), name=old.name)
+        """Build sum units with these log-weights (K', I'), of all child units or those that ``old`` mixes, for it."""
+        is_wide = log_weights.shape[1] == builtins.sum(child.num_units for child in children)
+        unit = None if is_wide else old.unit
+        return self.extra_sum(children, log_weights, unit=unit, key=parameter_owner(old), name=old.name)
 
     def copy(
         self, old: ParametricNode, children: Sequence[Node], parameters: Tensor, tied_to: ParametricNode | None
@@ -73,7 +80,8 @@ class Rebuild:
             leaf = inputs(old.var, old.num_units, old.distribution, tied_to=owner, name=old.name)
             return self._record(leaf, parameters)
         mixed = tied_to if isinstance(tied_to, Sum) else None
-        return self._record(sum(*children, num_units=old.num_units, tied_to=mixed, name=old.name), parameters)
+        new = sum(*children, num_units=old.num_units, unit=old.unit, tied_to=mixed, name=old.name)
+        return self._record(new, parameters)
 
     def extra_input(
         self,
@@ -94,11 +102,18 @@ class Rebuild:
         return self._record(inputs(var, num_units, distribution, tied_to=owner, name=name), parameters, key)
 
     def extra_sum(
-        self, children: Sequence[Node], log_weights: Tensor, *, key: Hashable = None, name: str | None = None
+        self,
+        children: Sequence[Node],
+        log_weights: Tensor,
+        *,
+        unit: int | None = None,
+        key: Hashable = None,
+        name: str | None = None,
     ) -> Sum:
         """Build sum units with these log-weights (K', I'), as an additional node; see :meth:`extra_input`."""
         owner = self._heir(Sum, key, log_weights)
-        return self._record(sum(*children, num_units=len(log_weights), tied_to=owner, name=name), log_weights, key)
+        new = sum(*children, num_units=len(log_weights), unit=unit, tied_to=owner, name=name)
+        return self._record(new, log_weights, key)
 
     def select(self, node: Node, units: Tensor | None) -> Node:
         """Return a node whose unit k is the unit ``units[k]`` of ``node``: a sum with one-hot weights, if needed."""
@@ -110,7 +125,7 @@ class Rebuild:
 
     def mixture(self, node: Node, log_weights: Tensor) -> Sum:
         """Build sum units that mix those of ``node`` with log-weights (K', K); of a sum, mix its children instead."""
-        if not isinstance(node, Sum):
+        if not isinstance(node, Sum) or node.unit is not None:
             return self.extra_sum([node], log_weights)
         inner = torch.log_softmax(self._parameters[parameter_owner(node)].to(log_weights), 1)
         multiplied = torch.logsumexp(log_weights.unsqueeze(2) + inner, 1)
@@ -149,6 +164,15 @@ class Rebuild:
             if key is not None:
                 self._heirs.setdefault(key, []).append(node)
         return node
+
+
+def widened(node: Sum, log_weights: Tensor) -> Tensor:
+    """Return log-weights of a sum (K, I) as those of all units of its children: -inf for units that it does not mix."""
+    if node.unit is None:
+        return log_weights
+    wide = log_weights.new_full((*log_weights.shape, node.children[0].num_units), -torch.inf)
+    wide[..., node.unit] = log_weights
+    return wide.flatten(1)
 
 
 def is_identity(units: Tensor, num_units: int) -> bool:

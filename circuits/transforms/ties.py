@@ -99,7 +99,7 @@ def _kind(node: ParametricNode) -> tuple[object, ...]:
 
 def _mean_parameters(rebuild: Rebuild, owners: Sequence[ParametricNode]) -> Tensor:
     if all(isinstance(owner, Sum) or isinstance(owner.distribution, TABLES) for owner in owners):
-        stacked = torch.stack([rebuild.log_weights(owner) for owner in owners])
+        stacked = torch.stack([rebuild.log_weights(owner, wide=False) for owner in owners])
         axis = 1 if isinstance(owners[0], Sum) else 0
         return normalise(torch.logsumexp(stacked, 0), axis)[0]
     return torch.stack([rebuild.raw(owner) for owner in owners]).mean(0)

@@ -12,7 +12,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError
 from circuits.precision import own_precision
 from circuits.symbolic import Input, Node, Product, Sum, product
-from circuits.transforms.rebuild import Rebuild, add_columns
+from circuits.transforms.rebuild import Rebuild, add_columns, widened
 
 
 @own_precision
@@ -118,7 +118,8 @@ def _sum_part(rebuild: Rebuild, node: Sum, children: Sequence[Part], changed: Te
     log_weights = rebuild.raw(node) if changed is None else changed
     units = torch.cat(columns)
     if not torch.equal(units, torch.arange(num_columns)):
-        log_weights = add_columns(rebuild.log_weights(node) if changed is None else changed, units, num_columns)
+        wide = rebuild.log_weights(node) if changed is None else widened(node, changed)
+        log_weights = add_columns(wide, units, num_columns)
     return Part(rebuild.sum(node, [child.node for child in children], log_weights), torch.arange(node.num_units))
 
 

@@ -1,4 +1,4 @@
-"""Factors on the children of single sum nodes: evidence on the latents that choose among them."""
+"""Factors on the children of single sum nodes, and on the root's units: evidence on latents, and on the class."""
 
 from __future__ import annotations
 
@@ -66,3 +66,25 @@ def latents_by_layer(
         layer: LatentFactors(torch.tensor(list(rows), device=like.device), torch.stack(list(rows.values())))
         for layer, rows in by_layer.items()
     }
+
+
+def class_factors(
+    classes: Tensor | None, num_classes: int | None, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Return log-factors on the R units of a root, (R, B), of labels (B,) or log-factors (B, R); None of None."""
+    if classes is None:
+        return None
+    if num_classes is None:
+        raise ArgumentError("evidence: it names a class, but the circuit has none; see ct.Circuit(num_classes=...)")
+    classes = classes.to(device)
+    if classes.dim() == 1:
+        if bool(((classes < 0) | (classes >= num_classes)).any()):
+            raise ArgumentError(
+                f"labels: expected numbers from 0 to {num_classes - 1}, got {int(classes.min())} to "
+                f"{int(classes.max())}"
+            )
+        is_other = torch.arange(num_classes, device=device).unsqueeze(1) != classes
+        return torch.zeros(is_other.shape, dtype=dtype, device=device).masked_fill(is_other, -torch.inf)
+    if classes.shape[1] != num_classes:
+        raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
+    return classes.to(dtype).t()

@@ -155,7 +155,7 @@ class LatentPotentials(Conditioner):
                     states = [-1] * child.num_units
                     if not isinstance(child, Sum):
                         states = groups[_group_of(_leaf_of(child))]
-                    units[found[0]] += states
+                    units[found[0]] += states if node.unit is None else states[node.unit : node.unit + 1]
         made = cls(positions, root.parameter_shape[1], num_features, units=units, **options)
         made.check(pc)
         return made

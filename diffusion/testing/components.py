@@ -49,7 +49,7 @@ class Components:
                 units[node] = [_multiplied(part) for part in parts]
             elif isinstance(node, ct.Sum):
                 weights = pc.log_weights(node).detach().double().exp().tolist()
-                below = [unit for child in children for unit in child]
+                below = [unit for child in children for unit in (child if node.unit is None else [child[node.unit]])]
                 units[node] = [_added(row, below) for row in weights]
         (root,) = units[pc.circuit.root]
         variables = range(pc.circuit.num_vars)

@@ -48,7 +48,9 @@ def rebuilt(pc, weights_of):
         elif isinstance(node, Product):
             new[node] = ct.product(*children, mode=node.mode)
         else:
-            new[node] = ct.sum(*children, num_units=node.num_units, weights=weights_of(node), name=node.name)
+            new[node] = ct.sum(
+                *children, num_units=node.num_units, unit=node.unit, weights=weights_of(node), name=node.name
+            )
     return ct.compile(ct.Circuit(new[pc.circuit.root]), dtype=DOUBLE)
 
 

@@ -58,6 +58,13 @@ class TestBlockSparseHMM(ct.testing.StructureTestCase):
         return ct.structures.block_sparse_hmm(draw(st.integers(1, 3)), [1, 1], 2, [[True, True], [False, True]])
 
 
+class TestMonarchHMM(ct.testing.StructureTestCase):
+    max_examples = FEW
+
+    def circuit(self, draw):
+        return ct.structures.monarch_hmm(draw(st.integers(1, 3)), (2, draw(st.integers(1, 2))), 2)
+
+
 class TestSecondOrderHMM(ct.testing.StructureTestCase):
     max_examples = FEW
 

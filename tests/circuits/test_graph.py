@@ -204,6 +204,27 @@ def test_pickled_nodes_stay_the_nodes_of_their_circuit():
     assert same.root is root is same.nodes[-1]
 
 
+def test_a_sum_of_one_unit_of_each_child_has_a_weight_for_each():
+    children = [leaf(0, units=3), leaf(0, units=3)]
+    node = ct.sum(*children, num_units=2, unit=1)
+    assert node.parameter_shape == (2, 2)
+    weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    pc = ct.compile(ct.Circuit(ct.sum(*children, num_units=2, unit=1, weights=weights), num_classes=2), seed=0)
+    first, second = (pc.log_weights(child).exp()[:, 1] for child in pc.circuit.root.children)
+    torch.testing.assert_close(pc(torch.arange(3)[:, None]).exp(), torch.stack([first, second], 1) @ weights.T)
+    again = pickle.loads(pickle.dumps(pc.circuit))
+    assert again.root.unit == 1
+    assert "num_units=2, unit=1" in repr(again)
+
+
+@pytest.mark.parametrize(("sizes", "unit"), [((2, 3), 0), ((2, 2), 2), ((1,), 1)])
+def test_a_sum_mixes_a_unit_that_all_its_children_have(sizes, unit):
+    with pytest.raises(ct.StructureError, match="unit: expected "):
+        ct.sum(*(leaf(0, units=size) for size in sizes), num_units=1, unit=unit)
+    with pytest.raises(ct.ArgumentError, match="unit: expected an integer >= 0, got -1"):
+        ct.sum(leaf(0), num_units=1, unit=-1)
+
+
 def test_what_a_pickled_node_is_tied_to_goes_with_it():
     """Also where the owner of the parameters is above its user, or outside of the circuit."""
     outside = leaf(7, weights=torch.full((3, 2), 1 / 3), name="outside")

@@ -76,7 +76,7 @@ def supports_are_disjoint(pc):
             tables[node] = table
         else:
             used = pc.log_weights(node) > -torch.inf
-            children = torch.cat([tables[child] for child in node.children])
+            children = node.mixed([tables[child] for child in node.children])
             mixed = used.reshape(*used.shape, *[1] * len(shape)) & children
             if bool((mixed.sum(1) > 1).any()):
                 return False

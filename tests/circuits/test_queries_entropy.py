@@ -24,10 +24,9 @@ def explanation_scores(pc, node, unit, factors):
         for child, k in zip(node.children, units, strict=True):
             total = (total.unsqueeze(1) + explanation_scores(pc, child, int(k), factors)).flatten()
         return total
-    weights = iter(pc.log_weights(node)[unit].detach())
-    return torch.cat(
-        [next(weights) + explanation_scores(pc, c, k, factors) for c in node.children for k in range(c.num_units)]
-    )
+    mixed = [(c, k) for c in node.children for k in range(c.num_units) if node.unit in (None, k)]
+    weights = pc.log_weights(node)[unit].detach()
+    return torch.cat([w + explanation_scores(pc, *of, factors) for w, of in zip(weights, mixed, strict=True)])
 
 
 @given(compiled_with_evidence(max_vars=3, max_units=2, max_categories=3))

@@ -34,7 +34,7 @@ def explanations(pc, node, unit, factors, memo):
         found = [
             (weight + score, x)
             for child in node.children
-            for k in range(child.num_units)
+            for k in (range(child.num_units) if node.unit is None else [node.unit])
             for weight in [next(weights)]
             for score, x in explanations(pc, child, k, factors, memo)
         ]

@@ -43,6 +43,10 @@ STRUCTURES = {
     "block-sparse hmm": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS),
     "block-sparse hmm with a rank": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS, rank=2),
     "block-sparse hmm, not homogeneous": lambda: structures.block_sparse_hmm(5, [2, 2, 1], 3, FOLLOWS, False),
+    "Monarch hmm": lambda: structures.monarch_hmm(5, (2, 3), 3),
+    "Monarch hmm, one step": lambda: structures.monarch_hmm(1, (2, 3), 3),
+    "Monarch hmm, not homogeneous": lambda: structures.monarch_hmm(4, (3, 2), 3, False),
+    "Monarch hmm of two variables a step": lambda: structures.monarch_hmm(3, (2, 2), [2, ct.Bernoulli()]),
     "second-order hmm": lambda: structures.second_order_hmm(5, 2, 3),
     "second-order hmm, one step": lambda: structures.second_order_hmm(1, 2, 3),
     "second-order hmm, two steps": lambda: structures.second_order_hmm(2, 2, 3),
@@ -115,7 +119,8 @@ L, N, C = 5, 4, 3
 def assert_is_hmm(circuit, initial, transitions, emissions):
     pc = ct.compile(circuit, dtype=torch.float64, seed=0)
     x = torch.randint(C, (20, L), generator=torch.Generator().manual_seed(1))
-    transitions, emissions = transitions.expand(L - 1, N, N), emissions.expand(L, N, C)
+    states = len(initial)
+    transitions, emissions = transitions.expand(L - 1, states, states), emissions.expand(L, states, C)
     expected = torch.stack([forward_algorithm(row, initial, transitions, emissions) for row in x])
     torch.testing.assert_close(pc(x), expected, rtol=1e-9, atol=0)
 
@@ -164,6 +169,7 @@ HMMS = {
     "hmm": lambda **options: structures.hmm(3, 2, 3, **options),
     "low-rank": lambda **options: structures.low_rank_hmm(3, 3, 3, 2, **options),
     "block-sparse": lambda **options: structures.block_sparse_hmm(3, [1, 2, 1], 3, FOLLOWS, **options),
+    "Monarch": lambda **options: structures.monarch_hmm(3, (2, 3), 3, **options),
     "second-order": lambda **options: structures.second_order_hmm(3, 2, 3, **options),
 }
 
@@ -247,6 +253,55 @@ def test_block_sparse_hmm_with_a_rank_is_a_dense_one(homogeneous):
 
 
 @pytest.mark.parametrize("homogeneous", [True, False])
+def test_monarch_hmm_moves_one_half_of_its_state_after_the_other(homogeneous):
+    A, B = 3, 2
+    steps = (1, 1) if homogeneous else (L - 1, L)
+    right, left = stochastic(steps[0], A, B, B, seed=1), stochastic(steps[0], B, A, A, seed=2)
+    initial, emission = stochastic(A * B), stochastic(steps[1], A * B, C)
+    transition = torch.zeros(steps[0], A, B, A, B, dtype=torch.float64)
+    for a, b, after_a, after_b in itertools.product(range(A), range(B), range(A), range(B)):
+        transition[:, a, b, after_a, after_b] = right[:, a, b, after_b] * left[:, after_b, a, after_a]
+    given = (right[0], left[0], emission[0]) if homogeneous else (right, left, emission)
+    circuit = structures.monarch_hmm(
+        L, (A, B), C, homogeneous, initial=initial, transition=given[:2], emission=given[2]
+    )
+    assert_is_hmm(circuit, initial, transition.reshape(-1, A * B, A * B), emission)
+    num_weights = A * B**2 + B * A**2
+    assert circuit.num_parameters == A * B + steps[0] * num_weights + steps[1] * A * B * C
+
+
+def test_a_monarch_hmm_learns_the_rows_that_expected_paths_give():
+    """One update of EM, against expected transitions of the dense chain, summed over what the factors share."""
+    A, B = 2, 3
+    right, left, emission = stochastic(A, B, B, seed=1), stochastic(B, A, A, seed=2), stochastic(A * B, 3)
+    start = stochastic(A * B)
+    circuit = structures.monarch_hmm(4, (A, B), 3, initial=start, transition=(right, left), emission=emission)
+    pc = ct.compile(circuit, dtype=torch.float64)
+    transition = torch.einsum("abd,dac->abcd", right, left).reshape(A * B, A * B)
+    x = torch.randint(3, (50, 4), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(A * B, A * B, dtype=torch.float64)
+    for row in x:
+        ahead, behind = [start * emission[:, row[0]]], [torch.ones(A * B, dtype=torch.float64)]
+        for value in row[1:]:
+            ahead.append(ahead[-1] @ transition * emission[:, value])
+        for value in row.flip(0)[:-1]:
+            behind.insert(0, transition @ (emission[:, value] * behind[0]))
+        for step in range(3):
+            joint = ahead[step].unsqueeze(1) * transition * (emission[:, row[step + 1]] * behind[step + 1])
+            counts += joint / ahead[-1].sum()
+    counts = counts.reshape(A, B, A, B)
+    ct.learning.fit(pc, x, optimizer="em", num_epochs=1, pseudocount=0.0, progress=False)
+    for a in range(A):
+        expected = counts[a].sum(1)
+        found = pc.parameters_of(f"transition0_{a}")
+        torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True), rtol=1e-8, atol=1e-10)
+    for b in range(B):
+        expected = counts[:, :, :, b].sum(1)
+        found = pc.parameters_of(f"factor0_{b}")
+        torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("homogeneous", [True, False])
 def test_second_order_hmm_is_a_sum_over_all_paths(homogeneous):
     states = 3
     initial, first = stochastic(states), stochastic(states, states, seed=1)
@@ -275,6 +330,7 @@ def test_second_order_hmm_is_a_sum_over_all_paths(homogeneous):
         lambda length: structures.hmm(length, 3, 2),
         lambda length: structures.low_rank_hmm(length, 3, 2, 2),
         lambda length: structures.block_sparse_hmm(length, [2, 2, 1], 2, FOLLOWS),
+        lambda length: structures.monarch_hmm(length, (2, 3), 2),
         lambda length: structures.second_order_hmm(length, 2, 2),
     ],
 )
@@ -545,6 +601,21 @@ def test_learn_spn_ends_where_all_rows_are_the_same():
             lambda: structures.low_rank_hmm(3, 2, 2, 1, transition=torch.ones(2, 2) / 2),
             ct.ArgumentError,
             r"transition: expected two tables, \(2, 1\) and \(1, 2\), got Tensor",
+        ),
+        (
+            lambda: structures.monarch_hmm(3, 4, 2),
+            ct.ArgumentError,
+            "num_states: expected two numbers, of the states a and b, got 4",
+        ),
+        (
+            lambda: structures.monarch_hmm(3, (2, 0), 2),
+            ct.ArgumentError,
+            r"num_states\[1\]: expected an integer >= 1, got 0",
+        ),
+        (
+            lambda: structures.monarch_hmm(3, (2, 1), 2, transition=(torch.ones(2, 1, 1), torch.ones(2, 2, 2) / 2)),
+            ct.StructureError,
+            r"transition\[1\]: expected a table of shape \(1, 2, 2\), got \(2, 2, 2\)",
         ),
         (
             lambda: structures.block_sparse_hmm(3, [1, 1], 2, torch.eye(2).bool(), transition=torch.eye(2), rank=1),

@@ -155,6 +155,29 @@ def test_potentials_on_groups_of_states_are_those_of_the_dense_chain(rank, said,
         LatentPotentials({"initial": 0}, 4, H, units={"initial": [0, 1, 4, 2]})
 
 
+def test_potentials_on_pairs_of_states_are_those_of_the_dense_chain(said, block, generator):
+    pairs = ct.compile(ct.structures.monarch_hmm(L, (2, 3), V), dtype=torch.float64, seed=0)
+    right = torch.stack([pairs.parameters_of(f"transition0_{a}") for a in range(2)])
+    left = torch.stack([pairs.parameters_of(f"factor0_{b}") for b in range(3)])
+    dense = ct.structures.hmm(
+        L,
+        6,
+        V,
+        initial=pairs.parameters_of("initial")[0],
+        transition=torch.einsum("abd,dac->abcd", right, left).reshape(6, 6),
+        emission=torch.cat([pairs.parameters_of(f"emission0_{a}").T for a in range(2)]),
+    )
+    dense = ct.compile(dense, dtype=torch.float64)
+    expected = moved(LatentPotentials.for_hmm(dense, H).double(), generator)
+    made = LatentPotentials.for_block_sparse_hmm(pairs, H).double()
+    made.load_state_dict(expected.state_dict())
+    found = CoupledHead(pairs, conditioners=[made])(said, *block).log_prob(texts(B))
+    law = CoupledHead(dense, conditioners=[expected])(said, *block).log_prob(texts(B))
+    torch.testing.assert_close(found, law, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ArgumentError, match="transition0"):
+        TransitionGates.for_hmm(pairs, H)
+
+
 def test_potentials_on_a_tree_read_the_positions_that_its_hidden_variables_emit(said, block, generator):
     """By enumeration of the states of the two hidden variables of the tree 0 - 1 - 2, of which 2 is a leaf."""
     edges = [(0, 1), (1, 2), (1, 3), (3, 4)]

@@ -71,7 +71,8 @@ def local_joint(pc, log_q, masked):
             return ct.inputs(node.var, node.num_units, node.distribution, weights=weights.exp())
         if isinstance(node, ct.Product):
             return ct.product(*children, mode=node.mode)
-        return ct.sum(*children, num_units=node.num_units, weights=pc.log_weights(node).detach().exp())
+        weights = pc.log_weights(node).detach().exp()
+        return ct.sum(*children, num_units=node.num_units, unit=node.unit, weights=weights)
 
     new = {}
     for node in pc.circuit.nodes:

@@ -42,12 +42,17 @@ def _of_unit(node: Node, unit: int, below: dict[Node, list[list[Configuration]]]
         parts = [below[child][chosen] for child, chosen in zip(node.children, _factors(node, unit), strict=True)]
         return [_joined(combination) for combination in itertools.product(*parts)]
     assert isinstance(node, Sum)
-    units = [unit_below for child in node.children for unit_below in below[child]]
+    units = [unit_below for child in node.children for unit_below in below[child][_mixed(node)]]
     return [
         Configuration(((node, unit, index), *configuration.edges), configuration.leaves)
         for index, unit_below in enumerate(units)
         for configuration in unit_below
     ]
+
+
+def _mixed(node: Sum) -> slice:
+    """Return which units of every child a sum mixes."""
+    return slice(None) if node.unit is None else slice(node.unit, node.unit + 1)
 
 
 def _joined(parts: tuple[Configuration, ...]) -> Configuration:
@@ -78,5 +83,6 @@ def _count(circuit: Circuit) -> int:
                 for factors in (_factors(node, unit) for unit in range(node.num_units))
             ]
         else:
-            counts[node] = [sum(sum(counts[child]) for child in node.children)] * node.num_units
+            assert isinstance(node, Sum)
+            counts[node] = [sum(sum(counts[child][_mixed(node)]) for child in node.children)] * node.num_units
     return max(max(units) for units in counts.values())
