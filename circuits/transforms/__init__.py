@@ -7,6 +7,7 @@ from circuits.transforms.chain import Chain, to_chain
 from circuits.transforms.condition import condition
 from circuits.transforms.grow import grow
 from circuits.transforms.multiply import NormalizedProduct, multiply
+from circuits.transforms.product_chain import product_chain
 from circuits.transforms.prune import Pruned, prune
 from circuits.transforms.tied_product import TiedProduct
 from circuits.transforms.ties import share_parameters, untie_parameters
@@ -24,6 +25,7 @@ __all__ = [
     "merge_equal_units",
     "multiply",
     "permute",
+    "product_chain",
     "prune",
     "share_parameters",
     "to_chain",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import circuits as ct
+from circuits.chains import finding as schedules
 from circuits.chains import recurrence
-from circuits.engine import schedule as schedules
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 

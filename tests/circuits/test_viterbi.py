@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import circuits as ct
+from circuits.chains import finding as schedules
 from circuits.chains import recurrence
-from circuits.engine import schedule as schedules
 
 START = torch.tensor([0.6, 0.4])
 TRANSITION = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
