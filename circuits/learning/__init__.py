@@ -9,7 +9,7 @@ from circuits.learning.kmeans_start import initialize_by_kmeans
 from circuits.learning.loop import EarlyStopping
 from circuits.learning.optimizers import EM, Anemone, GradientDescent, MiniBatchEM, ViterbiEM
 from circuits.learning.samples import Samples
-from circuits.learning.selection import StructureChoice, StructureScore, choose_structure
+from circuits.learning.selection import StructureChoice, StructureScore, choose_fitted, choose_structure
 from circuits.queries.flows import ExpectedFlows, expected_flows, top_down_flows, viterbi_flows
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "StructureScore",
     "ViterbiEM",
     "anemone_step",
+    "choose_fitted",
     "choose_structure",
     "em_step",
     "expected_flows",

@@ -82,7 +82,7 @@ def choose_structure(
             raise ArgumentError(
                 f"candidates: expected circuits by names that files can have, got {name!r}: {circuit!r:.60}"
             )
-    fitted, losses = {}, {}
+    fitted = {}
     for name, circuit in candidates.items():
         pc = compile(circuit, device=device, dtype=dtype, seed=seed)
         checked_count("validation_data", len(checked_samples(pc, "validation_data", validation_data)), 2)
@@ -90,7 +90,28 @@ def choose_structure(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         fit(pc, data, validation_data=validation_data, checkpoint_path=path, **options)
-        fitted[name], losses[name] = pc, _log_likelihoods(pc, validation_data)
+        fitted[name] = pc
+    return choose_fitted(fitted, validation_data)
+
+
+def choose_fitted(
+    fitted: Mapping[str, CompiledCircuit],
+    validation_data: Samples | Rows,  # shape: (M, D)
+) -> StructureChoice:
+    """Return the smallest circuit that is not clearly worse than the best one, as :func:`choose_structure` does.
+
+    Args:
+        fitted: circuits over the same variables, by name, each learnt in its own way.
+        validation_data: at least two samples.
+
+    Raises:
+        ArgumentError: no circuits, fewer than two validation samples, or no circuit allows them all.
+    """
+    is_mapping = isinstance(fitted, Mapping) and len(fitted) > 0
+    if not is_mapping or not all(isinstance(pc, CompiledCircuit) for pc in fitted.values()):
+        raise ArgumentError(f"fitted: expected compiled circuits by name, got {fitted!r:.60}")
+    losses = {name: _log_likelihoods(pc, validation_data) for name, pc in fitted.items()}
+    checked_count("validation_data", len(next(iter(losses.values()))), 2)
     best = max(losses, key=lambda name: float(losses[name].mean()))
     if not float(losses[best].mean()) > -torch.inf:
         raise ArgumentError(

@@ -35,8 +35,7 @@ def component_log_partition(
         PropertyError: the root is no mixture, or has a unit per class.
     """
     root = pc.circuit.root
-    is_mixture = isinstance(root, Sum) and root.unit is None and pc.circuit.num_classes is None
-    if not is_mixture or pc.schedule[-1].chain is not None:
+    if not isinstance(root, Sum) or pc.circuit.num_classes is not None or pc.schedule[-1].chain is not None:
         raise PropertyError(
             f"component_log_partition: expected a circuit with one root unit, a mixture, got {pc.circuit}; "
             "log_partition is that of a circuit, or of every class"
@@ -53,5 +52,7 @@ class _Components(Question):
         self.schedule = pc.schedule[:-1]
 
     def mixed(self, semiring: Semiring, root: Tensor) -> Tensor:
-        """Return the values of all units, (B, K)."""
-        return root[0].t()
+        """Return the values of all units that the root mixes, (B, K)."""
+        node = self.pc.circuit.root
+        assert isinstance(node, Sum)
+        return node.mixed(root[0].split([child.num_units for child in node.children])).t()

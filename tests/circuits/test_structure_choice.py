@@ -40,6 +40,22 @@ def test_the_smallest_within_one_standard_error_is_chosen(generator):
     assert choice.pc(held_out).mean().item() == pytest.approx(means["2 components"])
 
 
+def test_of_circuits_that_were_fitted_each_in_its_own_way_the_same_is_chosen(generator):
+    data, held_out = two_kinds(400, generator), two_kinds(200, generator)
+    expected = ct.learning.choose_structure(candidates(), data, held_out, **OPTIONS)
+    fitted = {name: ct.compile(circuit, seed=0) for name, circuit in candidates().items()}
+    for pc in fitted.values():
+        ct.learning.fit(pc, data, validation_data=held_out, **OPTIONS)
+    choice = ct.learning.choose_fitted(fitted, held_out)
+    assert choice.name == expected.name
+    assert choice.scores == expected.scores
+    assert choice.pc is fitted["2 components"]
+    with pytest.raises(ct.ArgumentError, match="fitted: expected compiled circuits by name"):
+        ct.learning.choose_fitted(candidates(), held_out)
+    with pytest.raises(ct.ArgumentError, match="validation_data: expected an integer >= 2, got 1"):
+        ct.learning.choose_fitted(fitted, held_out[:1])
+
+
 def test_an_interrupted_choice_goes_on_where_it_was(generator, tmp_path, monkeypatch):
     data, held_out = two_kinds(100, generator), two_kinds(50, generator)
     made = ct.learning.choose_structure(candidates(), data, held_out, folder=tmp_path / "a", **OPTIONS)
