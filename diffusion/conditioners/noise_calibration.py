@@ -84,14 +84,15 @@ class NoiseCalibration(Conditioner):
             values: the tokens that ``log_q`` is about; None: all.
             where: the n positions that ``log_q`` and ``values`` are about, (1, n, ...), in order; None: all.
         """
-        dim = 1 if where is None else 0
-        log_scale, bias = at_mask_ratio(masked, self.log_scale, self.bias, where=where)
-        scale, bias = (
-            log_scale.exp().unsqueeze(dim).unsqueeze(-1),
-            bias.unsqueeze(dim),
-        )  # (B, 1, 1 or V), or (1, n, ...)
-        if values is not None:
-            bias = bias.expand(-1, log_q.shape[1], -1).gather(2, values)
+        dim = 1 if where is None else 0  # (B, 1, 1 or V), or (1, n, 1 or V)
+        scale = at_mask_ratio(masked, self.log_scale, where=where)[0].exp().unsqueeze(dim).unsqueeze(-1)
+        if values is None:
+            bias = at_mask_ratio(masked, self.bias, where=where)[0].unsqueeze(dim)
+        else:
+            (of_blocks,) = at_mask_ratio(masked, self.bias)  # (B, V), of which a list reads a few
+            block = torch.arange(len(masked), device=masked.device) if where is None else where.nonzero()[:, 0]
+            index = block.unsqueeze(dim).unsqueeze(-1) * of_blocks.shape[1] + values
+            bias = of_blocks.flatten().gather(0, index.flatten()).view_as(index)
         if bool((log_q.detach().amin(-1) > -torch.inf).all()):
             return (scale * log_q.to(scale.dtype)).add_(bias)
         is_possible = log_q > -torch.inf  # where it is not, the scale would have no gradient
