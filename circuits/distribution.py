@@ -14,12 +14,12 @@ from torch.distributions import Distribution, constraints
 from circuits import queries
 from circuits.arguments import checked_possible
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import class_needed
 from circuits.engine.weights import CircuitWeights, check_compiled
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
 from circuits.families import Distribution as InputFamily
 from circuits.precision import own_precision
+from circuits.weights.latents import class_needed
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class CircuitDistribution(Distribution):
                     f"{num_queries}"
                 )
         if pc.circuit.num_classes is not None and (evidence is None or evidence.classes is None):
-            raise class_needed(pc)
+            raise class_needed(pc.circuit.root)
         self.pc = pc
         self.evidence = evidence
         self.weights = weights

@@ -125,8 +125,6 @@ class ProductLayer(_InnerLayer):
 class SumLayer(_InnerLayer):
     """Dense sum units of F nodes whose children have equally many units.
 
-    Where nodes mix one unit of each child, which unit is by node, their values are transposed, children by units.
-
     *Siblings* are nodes with the same children, S of them in a row of the layer. Their children are gathered and
     exponentiated once, and their weights are multiplied as one matrix of S * K rows: the layer works on F / S *stacks*.
     """

@@ -20,11 +20,11 @@ from circuits.engine.choices import Choice, Climb
 from circuits.engine.gathering import Address, LayerValues
 from circuits.engine.layers import ProductLayer, SumLayer
 from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds
-from circuits.errors import ArgumentError, PropertyError
+from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
 from circuits.randomness import RowGenerators, Source
 from circuits.symbolic import Sum
-from circuits.weights.latents import LatentFactors, class_factors, latents_by_layer
+from circuits.weights.latents import LatentFactors, class_factors, class_needed, latents_by_layer
 
 if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
@@ -88,8 +88,11 @@ class Question:
         values = []
         for position, layer in enumerate(self.pc.input_layers):
             own, given = self.weights.own[layer.parameter_rows.bank], self.weights.given.get(position)
-            value = None if given is not None and given.is_everywhere else layer(semiring, self.evidence, own)
-            values.append(value if given is None else given.values(semiring, self.evidence, layer.variables, value))
+            if given is None:
+                values.append(layer(semiring, self.evidence, own))
+            else:
+                value = None if given.is_everywhere else layer(semiring, self.evidence, own)
+                values.append(given.values(semiring, self.evidence, layer.variables, value))
         if self.evidence.reference is None:
             return values
         divisors = self._with(evidence=self.evidence.reference).inputs(_LOG)
@@ -275,7 +278,7 @@ class Question:
     def require_one_root(self) -> None:
         """Raise PropertyError if the root has a unit per class and the evidence does not name the class."""
         if self.pc.circuit.num_classes is not None and self.class_factors is None:
-            raise class_needed(self.pc)
+            raise class_needed(self.pc.circuit.root)
 
     def replayed(
         self, inputs: Sequence[Tensor], weights: CircuitWeights, latents: Mapping[int, LatentFactors]
@@ -377,11 +380,3 @@ def gradient_of(
 def nodes_of(pc: CompiledCircuit, of_variables: Tensor) -> list[Tensor]:
     """Return what holds of variables, (B, D), for the nodes of every input layer: (F, 1, B)."""
     return [of_variables.index_select(1, layer.variables).t().unsqueeze(1) for layer in pc.input_layers]
-
-
-def class_needed(pc: CompiledCircuit) -> PropertyError:
-    """Return the error of a query that needs one distribution on a circuit that has one per class."""
-    return PropertyError(
-        f"evidence: expected one that says the class, since the root {pc.circuit.root} has a distribution per class; "
-        "say which with evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
-    )

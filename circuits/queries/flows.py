@@ -18,7 +18,7 @@ from torch import Tensor
 from circuits.algebra.semirings import LogSemiring, MaxSemiring
 from circuits.arguments import shape_of
 from circuits.engine.compile import CompiledCircuit
-from circuits.engine.question import Question, class_needed, nodes_of
+from circuits.engine.question import Question, nodes_of
 from circuits.engine.weights import CircuitWeights, Weights
 from circuits.errors import ArgumentError
 from circuits.evidence import Evidence
@@ -26,6 +26,7 @@ from circuits.families import Direct, Distribution
 from circuits.precision import own_precision
 from circuits.queries.common import refuse_relative
 from circuits.queries.segments import segmented_log_z
+from circuits.weights.latents import class_needed
 
 BankFlows = dict[str, Tensor]
 """Flows by the names of ``pc.bank``: sums (P, O, I), input families (P, T, K) for T statistics (C if finite)."""
@@ -74,7 +75,7 @@ def expected_flows(
     given = evidence if isinstance(evidence, Evidence) else Evidence.observe(evidence)
     refuse_relative(given, "counting flows")  # those of what it is relative to would be subtracted
     if pc.circuit.num_classes is not None and given.classes is None:
-        raise class_needed(pc)
+        raise class_needed(pc.circuit.root)
     if not given.batch_size:
         return flows_of_nothing(pc)
     score_of = segmented_log_z if checkpointed else lambda question: question.log_z

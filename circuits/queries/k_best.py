@@ -77,6 +77,10 @@ class _Choices(NamedTuple):
     rank: Tensor
 
 
+_Choice = tuple[int | Tensor, _Choices]
+"""Of which child, the same for all of n nodes or one each, and what of it."""
+
+
 @query
 @torch.no_grad()
 def k_best(
@@ -138,7 +142,7 @@ def _descend(
             node, column = nodes[part], columns[part]
             at = Reached(node, units[node, column], query[column])
             if isinstance(layer, ProductLayer):
-                choices = _split_product(layer, semiring, values, at, ranks[node, column])
+                choices: list[_Choice] = _split_product(layer, semiring, values, at, ranks[node, column])
             else:
                 log_weights = _log_weights(question, position, layer, at)
                 choices = [_choose_child(layer, semiring, values, log_weights, at, ranks[node, column])]
@@ -190,7 +194,7 @@ def _choose_child(
     log_weights: Tensor,  # shape: (n, I)
     at: Reached,
     rank: Tensor,
-) -> tuple[Tensor, _Choices]:
+) -> _Choice:
     """Return which child, and which unit and rank of it, each of n reached sum units takes."""
     node, _, query = at
     slot, unit = layer.child_choices(node.unsqueeze(1), torch.arange(log_weights.shape[1], device=node.device))
@@ -204,7 +208,7 @@ def _choose_child(
 
 def _split_product(
     layer: ProductLayer, semiring: KBestSemiring, values: Sequence[Tensor], at: Reached, rank: Tensor
-) -> list[tuple[int, _Choices]]:
+) -> list[_Choice]:
     """Return which unit and rank of every child each of n reached product units multiplies."""
     node, unit, query = at
     units = layer.child_choices(unit)

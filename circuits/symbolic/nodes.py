@@ -148,9 +148,8 @@ class Sum(Node):
 
     def mixed(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
         """Put what the children's units have, along ``dim``, side by side; of those units that are mixed."""
-        if self.unit is not None:
-            parts = [part.narrow(dim, self.unit, 1) for part in parts]
-        return torch.cat(list(parts), dim)
+        own = parts if self.unit is None else [part.narrow(dim, self.unit, 1) for part in parts]
+        return torch.cat(list(own), dim)
 
 
 ParametricNode = Input | Sum

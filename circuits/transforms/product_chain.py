@@ -12,7 +12,7 @@ from circuits.engine.compile import CompiledCircuit
 from circuits.errors import ArgumentError, PropertyError
 from circuits.precision import own_precision
 from circuits.structures import monarch_hmm
-from circuits.symbolic import Circuit, Product
+from circuits.symbolic import Circuit, ParametricNode
 from circuits.transforms.chain import to_chain
 from circuits.transforms.rebuild import Rebuild
 
@@ -85,29 +85,25 @@ class _Tables(NamedTuple):
 
 def _tables_of(pc: CompiledCircuit, argument: str) -> _Tables:
     chain, rebuild, length = to_chain(pc), Rebuild(pc), pc.circuit.num_vars
-    names = [
-        f"{kind}{step}" for kind, count in (("transition", length - 1), ("emission", length)) for step in range(count)
-    ]
-    found = {node.name: node for node in pc.circuit.nodes if not isinstance(node, Product)}
+    sums = {node.name: node for node in pc.circuit.sums}
+    leaves = {node.name: node for node in pc.circuit.inputs}
+    moves = [f"transition{step}" for step in range(length - 1)]
+    emissions = [f"emission{step}" for step in range(length)]
     if (
         pc.circuit.num_classes is not None
         or chain.order != tuple(range(length))
         or length < 2
-        or set(found) != {"initial", *names}
-        or any(found[name].num_units != len(chain.initial) for name in names)
+        or (set(sums), set(leaves)) != ({"initial", *moves}, set(emissions))
+        or {node.num_units for node in pc.circuit.nodes} - {len(chain.initial)} - {1}
     ):
         raise PropertyError(
             f"{argument}: expected a hidden Markov model of two steps or more, as ct.structures.hmm builds it, without "
             f"classes and with one variable a step, got {pc.circuit}"
         )
-    tables = [rebuild.log_weights(pc.circuit.node(name)).exp().cpu() for name in names]
-    places = [pc.bank_address(name) for name in names]
-    return _Tables(
-        chain.initial.cpu(),
-        torch.stack(tables[: length - 1]),
-        torch.stack(tables[length - 1 :]).mT,
-        len(set(places)) == 2,
-    )
+    nodes: list[list[ParametricNode]] = [[sums[name] for name in moves], [leaves[name] for name in emissions]]
+    move, emission = (torch.stack([rebuild.log_weights(node).exp().cpu() for node in of_kind]) for of_kind in nodes)
+    is_homogeneous = all(len(set(map(pc.bank_address, of_kind))) == 1 for of_kind in nodes)
+    return _Tables(chain.initial.cpu(), move, emission.mT, is_homogeneous)
 
 
 def _emission_of_pairs(first: Tensor, second: Tensor, power: float) -> Tensor:

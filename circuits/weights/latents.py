@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from circuits.algebra.semirings import Semiring
-from circuits.errors import ArgumentError
-from circuits.symbolic import Sum
+from circuits.errors import ArgumentError, PropertyError
+from circuits.symbolic import Node, Sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,3 +88,11 @@ def class_factors(
     if classes.shape[1] != num_classes:
         raise ArgumentError(f"log_prior: expected {num_classes} classes, got shape {tuple(classes.shape)}")
     return classes.to(dtype).t()
+
+
+def class_needed(root: Node) -> PropertyError:
+    """Return the error of a query that needs one distribution on a circuit that has one per class."""
+    return PropertyError(
+        f"evidence: expected one that says the class, since the root {root} has a distribution per class; "
+        "say which with evidence.with_class(labels), or mix them with evidence.with_class_prior(log_prior)"
+    )
