@@ -16,7 +16,11 @@ from circuits.files import replace_file
 from diffusion.training.circuit import losses_by_ratio
 
 HEADS = ("plain", "calibrated", "aligned", "potentials", "aligned potentials", "gates", "low rank", "all")
-"""Contextual ones start from static ones, those of the bed's own circuit from ``aligned``."""
+"""Contextual ones start from static ones, those of the bed's own circuit from ``aligned``.
+
+This circuit keeps its weights of maximum likelihood: with tables at every position it has too many for the few blocks
+that a denoiser was asked about.
+"""
 STATIC = ("plain", "calibrated", "aligned")
 """These have no random start: of the beds of text they are the same for all seeds, like circuit and predictions."""
 GATES = {
@@ -160,6 +164,7 @@ class Fits:
         if not path.is_dir():
             caches = [self.cache(denoiser, part, name) for part in ("train", "validation")]
             head, began = self._first(denoiser, kind, name), time.process_time()
+            head.pc.requires_grad_(not kind.startswith("aligned"))
             sizes = self.sizes
             config = df.CircuitTraining(
                 steps=sizes.steps,

@@ -36,6 +36,8 @@ from circuits.files import replace_file, write_safetensors
 GENES = "olga/default_models/human_B_heavy"
 LOOP = re.compile("C([A-Z]{4,40}?)WG[A-Z]G")
 MOST_MUTATED = 0.35
+MUTATIONS = 3
+"""Versions of each germline chain."""
 SAME_CLUSTER = 80
 """Residues of 100 in a common subsequence: no alignment finds more equal ones."""
 
@@ -49,21 +51,22 @@ def antibody_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
     split = split_reads(windows, seed=seed)
     tail = Counter(read[read.rfind("VSS") + 3 :] for read in split["train"] if "VSS" in read).most_common(1)[0][0]
     germline = [chain + tail for chain in germline_chains(folder, 200 if is_quick else 8000, seed=seed)]
-    drawn = mutated([chain[-LENGTH:] for chain in germline if len(chain) >= LENGTH], seed=seed)
-    train, drawn_ids = ids_of(split["train"]), ids_of(drawn)
+    germline = [chain[-LENGTH:] for chain in germline if len(chain) >= LENGTH]
+    drawn = [ids_of(mutated(germline, seed=one)) for one in range(seed, seed + 100 * MUTATIONS, 100)]
+    train = ids_of(split["train"])
     loops = [cdr3(read) for read in split["far"]]
     whole = df.load_denoiser(model)
     assert isinstance(whole, df.MaskedLMDenoiser)
     denoiser = in_bfloat16(whole)
     return Bed(
-        name="many",
+        name="kept",
         denoiser=denoiser,
         num_features=denoiser.model.config.hidden_size,  # type: ignore[union-attr,arg-type]
         block_length=LENGTH,
         vocabulary=tuple(VOCABULARY.index(residue) for residue in RESIDUES),
-        text=torch.cat([drawn_ids, train.repeat(4, 1)]),
+        text=torch.cat([*drawn, train.repeat(8, 1)]),
         train=train,
-        more=drawn_ids[torch.randperm(len(drawn_ids), generator=torch.Generator().manual_seed(seed))[:4000]],
+        more=drawn[0][torch.randperm(len(drawn[0]), generator=torch.Generator().manual_seed(seed))[:1000]],
         aligned=lambda states, categories: aligned_chain(states, categories, seed=seed),
         validation=ids_of(split["validation"]),
         held_out={

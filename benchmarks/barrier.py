@@ -41,7 +41,7 @@ from circuits.files import replace_file
 from diffusion.evaluation.gap import Estimate
 
 BEDS = {
-    "antibody": (antibody_bed, Sizes(states=64, epochs=8, masks=2, validation_masks=8, learning_rate=0.01)),
+    "antibody": (antibody_bed, Sizes(states=128, epochs=4, masks=2, validation_masks=8, learning_rate=0.02)),
     "gsm8k": (gsm8k_bed, ANSWERS),
     "demo": (demo_bed, TEXT),
 }
