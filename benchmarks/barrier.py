@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,7 @@ BEDS = {
 """What prepares a bed, and how much of everything it is given."""
 TUNED = tuple(f"tuned {name}" for name in ("one-step", "switched", "switched potentials", "sequential"))
 COLUMNS = ("one-step", "circuit alone", *HEADS, *GATES, "sequential", *TUNED)
+CONTEXTUAL = ("potentials", "gates", "low rank", "all")
 CHUNK = 8
 """Windows of a cell."""
 
@@ -156,35 +158,34 @@ class Measure:
         if is_missing or not self.fits.has(column):
             return
         windows, masks = self.bed.held_out[kind], self.masks(kind)
-        for rows in self.chunks(kind):
-            path = self.path(kind, column, rows)
-            if not path.is_file():
-                losses = self.losses(column, windows[rows], masks.rows(rows))
-                with replace_file(path) as temporary:
-                    cell = {name: loss.tolist() for name, loss in losses.items()}
-                    temporary.write_text(json.dumps(cell), encoding="ascii")
-                print(kind, column, rows.stop, *(f"{float(loss.mean()):.3f}" for loss in losses.values()), flush=True)
+        missing = [rows for rows in self.chunks(kind) if not self.path(kind, column, rows).is_file()]
+        measured = self.losses(column) if missing else None
+        for rows in missing:
+            assert measured is not None
+            losses = measured(windows[rows], masks.rows(rows))
+            with replace_file(self.path(kind, column, rows)) as temporary:
+                cell = {name: loss.tolist() for name, loss in losses.items()}
+                temporary.write_text(json.dumps(cell), encoding="ascii")
+            print(kind, column, rows.stop, *(f"{float(loss.mean()):.3f}" for loss in losses.values()), flush=True)
 
-    def losses(self, column: str, windows: Tensor, masks: Masks) -> Losses:
-        """Return a column's losses on some windows."""
+    def losses(self, column: str) -> Callable[[Tensor, Masks], Losses]:
+        """Return what a column's losses on some windows are."""
         is_tuned = column in TUNED
         denoiser = self.tuned if is_tuned else self.bed.denoiser
         name, what = ("tuned", column.removeprefix("tuned ")) if is_tuned else ("shipped", column)
-        if what == "one-step":
-            return one_step_losses(denoiser, windows, masks, self.forbidden)
-        if what == "sequential":
-            return sequential_losses(denoiser, windows, masks, self.forbidden)
+        if what in ("one-step", "sequential"):
+            of = one_step_losses if what == "one-step" else sequential_losses
+            return lambda windows, masks: of(denoiser, windows, masks, self.forbidden)
         if what == "circuit alone":
-            block = windows[:, -self.bed.block_length :].contiguous()
-            categories = torch.searchsorted(torch.tensor(self.bed.vocabulary), block)
-            return circuit_losses(self.fits.alone(), categories, masks)
+            pc, ids = self.fits.alone(), torch.tensor(self.bed.vocabulary)
+            length = self.bed.block_length
+            return lambda windows, masks: circuit_losses(
+                pc, torch.searchsorted(ids, windows[:, -length:].contiguous()), masks
+            )
         with torch.enable_grad():
-            if what in GATES:
-                gate = self.fits.gate(denoiser, what, name)
-                return head_losses(gate.conditional_log_likelihood, denoiser, windows, masks, self.forbidden)
-            head = self.fits.head(denoiser, what, name)
-        forbidden = head.spec_for(denoiser.spec).forbidden_ids
-        return head_losses(head.conditional_log_likelihood, denoiser, windows, masks, forbidden)
+            head = self.fits.gate(denoiser, what, name) if what in GATES else self.fits.head(denoiser, what, name)
+        forbidden = self.forbidden if what in GATES else head.spec_for(denoiser.spec).forbidden_ids
+        return lambda windows, masks: head_losses(head.conditional_log_likelihood, denoiser, windows, masks, forbidden)
 
     def read(self, kind: str, column: str) -> dict[str, np.ndarray] | None:
         """Return a column's losses on all windows; None if a cell is not there."""
@@ -195,20 +196,25 @@ class Measure:
         return {name: np.concatenate([cell[name] for cell in cells]) for name in cells[0]}
 
 
+def losses_of(measures: list[Measure], kind: str) -> dict[str, dict[str, np.ndarray]]:
+    """Return the losses of one kind of windows, those of all seeds together, by column and mask."""
+    found = {column: [measure.read(kind, column) for measure in measures] for column in COLUMNS}
+    return {
+        column: {name: np.concatenate([part[name] for part in parts if part]) for name in parts[0] or ()}
+        for column, parts in found.items()
+        if all(part is not None for part in parts)
+    }
+
+
 def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> list[dict[str, str]]:
     """Return the table of one kind of windows: a row for each column, with losses and shares of each mask.
 
     The windows of all seeds are taken together, and resampled together in all columns: so intervals of shares are of
-    differences window by window.
+    differences window by window. Heads that see hidden states also say by how many nats they are below *calibrated*.
     """
     titles = {str(ratio): f"{ratio:.2f}" for ratio in measures[0].bed.ratios}
-    found = {column: [measure.read(kind, column) for measure in measures] for column in COLUMNS}
-    whole = {column: parts for column, parts in found.items() if all(part is not None for part in parts)}
     rows: list[dict[str, str]] = []
-    losses = {
-        column: {name: np.concatenate([part[name] for part in parts if part]) for name in parts[0] or ()}
-        for column, parts in whole.items()
-    }
+    losses = losses_of(measures, kind)
     if not losses:
         return rows
     num_windows = len(next(iter(next(iter(losses.values())).values())))
@@ -222,6 +228,9 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
             row[title] = str(Decimals.of(loss.mean(), loss[resamples].mean(1)))
             if ends[0] is not None and ends[1] is not None and not column.endswith(("one-step", "sequential")):
                 row[f"share {title}"] = share(ends[0][name], loss, ends[1][name], resamples)
+            if column in CONTEXTUAL and "calibrated" in losses:
+                less = losses["calibrated"][name] - loss
+                row[f"below static {title}"] = str(Decimals.of(less.mean(), less[resamples].mean(1)))
         rows.append(row)
     return rows
 

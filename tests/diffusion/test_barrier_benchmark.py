@@ -7,6 +7,7 @@ import zipfile
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,6 +182,17 @@ def test_a_share_is_of_the_gap_and_there_is_none_without_a_gap():
     one_step, noise = np.full(6, 2.0), np.linspace(-0.1, 0.1, 6)
     assert barrier.share(one_step, one_step - 0.75, one_step - 1.0, resamples) == "0.75 [0.75, 0.75]"
     assert barrier.share(one_step, one_step - 0.75, one_step + noise, resamples) == "-"
+
+
+def test_a_head_that_sees_hidden_states_is_compared_with_the_static_one_window_by_window():
+    """Windows differ by ten nats, the heads on each of them by one half."""
+    of_windows = {"calibrated": np.array([1.0, 11.0]), "potentials": np.array([0.5, 10.5])}
+    read = {column: {"0.5": losses} for column, losses in of_windows.items()}
+    measure = SimpleNamespace(bed=SimpleNamespace(ratios=(0.5,)), read=lambda kind, column: read.get(column))
+    static, potentials = barrier.rows_of([measure], "held-out")
+    assert potentials["below static 0.50"] == "0.500 [0.500, 0.500]"
+    assert static["0.50"] == "6.000 [1.000, 11.000]"
+    assert "below static 0.50" not in static
 
 
 @pytest.fixture
