@@ -76,7 +76,8 @@ class CircuitRecipe:
         structure: "hmm", or "auto": validation chooses among hidden Markov models of half, as many and twice the
             states, and of a quarter of them with tables of their own at every position.
         num_states: N of the hidden Markov model over a block.
-        likelihood_blocks: training blocks of the maximum-likelihood fit.
+        likelihood_blocks: plain training blocks: of the maximum-likelihood fit, and of the second term of the coupled
+            one, where it has a ``likelihood_weight``.
         likelihood_epochs: passes over them.
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
         is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.conditioners`.

@@ -146,7 +146,9 @@ class Workspace(Folder):
             "log_dir": self.log("head"),
             "progress": self.progress,
         }
-        fit_coupled(head, train, held_out, config=recipe.circuit.training, checkpoint_path=checkpoints[1], **options)
+        config = recipe.circuit.training
+        text = self._blocks(recipe, corpus) if config.likelihood_weight else None
+        fit_coupled(head, train, held_out, text=text, config=config, checkpoint_path=checkpoints[1], **options)
         joint = None
         if recipe.circuit.joint is not None:
             joint = self._fit_jointly(recipe, corpus, head, recipe.circuit.joint, checkpoints[2])
@@ -183,12 +185,15 @@ class Workspace(Folder):
         fit_jointly(denoiser, head, train, held_out, config=config, checkpoint_path=checkpoint, **options)
         return denoiser
 
+    def _blocks(self, recipe: Recipe, corpus: Corpus) -> Tensor:
+        """Draw the plain blocks of a recipe from the training text."""
+        length, count = recipe.denoiser.block_length, recipe.circuit.likelihood_blocks
+        generator = torch.Generator().manual_seed(recipe.seed)
+        return random_windows(self.stream(corpus.train), length=length, num_windows=count, generator=generator)
+
     def _fit_likelihood(self, recipe: Recipe, corpus: Corpus, checkpoint: Path) -> CompiledCircuit:
         settings, length = recipe.circuit, recipe.denoiser.block_length
-        generator = torch.Generator().manual_seed(recipe.seed)
-        blocks = random_windows(
-            self.stream(corpus.train), length=length, num_windows=settings.likelihood_blocks, generator=generator
-        )
+        blocks = self._blocks(recipe, corpus)
         held_out = windows(self.stream(corpus.held_out), length=length, max_windows=512)
         candidates = structures_of(settings, length, self.tokenizer().vocab_size)
         options: dict[str, Any] = {

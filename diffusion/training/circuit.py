@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import circuits as ct
+from circuits.arguments import checked_number
 from circuits.digests import digest
 from circuits.learning.checkpoint import Checkpoint
 from circuits.learning.distributed import Processes, checked_processes
@@ -29,6 +30,7 @@ from diffusion.training.coupled_em import CoupledAnemone
 from diffusion.training.curve import TrainingCurve
 from diffusion.training.logit_cache import LogitCache
 from diffusion.training.losses import ALONE, Weighting, check_weighting, coupled_loss, losses_by_ratio, per_block
+from diffusion.training.plain import PlainText
 
 __all__ = ["CircuitTraining", "OptimizerName", "Weighting", "coupled_loss", "fit_coupled", "losses_by_ratio"]
 
@@ -57,6 +59,8 @@ class CircuitTraining:
             :mod:`~diffusion.training.coupled_em`, whatever the learning rate is. Conditioners are always Adam's.
         step_size: s of "anemone" at the start, 0 < s <= 1; it falls to 0 along a cosine.
         momentum: mu of "anemone", 0 <= mu < 1.
+        likelihood_weight: of the log-likelihood of plain text under the circuit, in the unit of the loss, as a second
+            term of the objective, see :mod:`~diffusion.training.plain`; 0: none.
     """
 
     steps: int = 800
@@ -71,6 +75,7 @@ class CircuitTraining:
     optimizer: OptimizerName = "adam"
     step_size: float = 0.4
     momentum: float = 0.9
+    likelihood_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
@@ -85,6 +90,7 @@ class CircuitTraining:
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         check_weighting(self.weighting)
+        checked_number("likelihood_weight", self.likelihood_weight)
 
 
 @own_precision
@@ -93,6 +99,7 @@ def fit_coupled(
     cache: LogitCache,
     held_out: LogitCache | None = None,
     *,
+    text: Tensor | None = None,  # shape: (n, L)
     config: CircuitTraining | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
@@ -111,6 +118,8 @@ def fit_coupled(
         head: whose circuit and calibration are trained, with the head's normalisation.
         cache: predictions for training blocks.
         held_out: predictions for held-out blocks, for the curve and for early stopping.
+        text: plain blocks of the denoiser's tokens, int64, whose log-likelihood under the circuit counts too, with the
+            configuration's ``likelihood_weight``; losses do not count it. None: none.
         config: by default ``CircuitTraining()``.
         checkpoint_path: a ``.safetensors`` file to continue from, if it exists, and to write to.
         process_group: the processes that learn together, see :func:`circuits.learning.join_processes`: each calls this
@@ -133,13 +142,13 @@ def fit_coupled(
     config = config or CircuitTraining()
     _check_caches(head, cache, held_out)
     plan = plan_of(config, held_out, log_dir=log_dir, title="fitting the circuit")
-    training = CacheTraining(head, cache, held_out, config, checked_processes(process_group))
+    training = CacheTraining(head, cache, held_out, config, checked_processes(process_group), text=text)
     identity = {
         "configuration": json.dumps(settings_of(config)),
         "head": described(head),
         "cache": cache.digest,
         "held-out cache": "none" if held_out is None else held_out.digest,
-    }
+    } | ({} if text is None else {"text": digest(text)})
     curve = training.run(plan, checkpoint_path, identity, progress=progress)
     head.tokenizer_fingerprint = head.tokenizer_fingerprint or cache.tokenizer_fingerprint
     return curve
@@ -174,6 +183,7 @@ class HeadTraining(ModuleTraining, ABC):
         model: whose weights the run keeps, the head's among them; None: the head.
         groups: of further parameters, with their learning rates at the peak.
         processes: those that learn together; each moves all parameters by the sums of what they found.
+        plain: text whose log-likelihood counts too, or None.
     """
 
     def __init__(
@@ -184,11 +194,12 @@ class HeadTraining(ModuleTraining, ABC):
         model: nn.Module | None = None,
         groups: Sequence[dict[str, Any]] = (),
         processes: Processes,
+        plain: PlainText | None = None,
     ) -> None:
         parameters = [*_parameter_groups(head, config), *groups]
         super().__init__(model or head, torch.optim.Adam(parameters, betas=(0.9, 0.95)))
         self.processes = processes
-        self.head, self.config = head, config
+        self.head, self.config, self.plain = head, config, plain
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         own = set(map(id, head.pc.parameters()))
         moved = [one for group in self.optimizer.param_groups for one in group["params"] if one.requires_grad]
@@ -236,7 +247,8 @@ class HeadTraining(ModuleTraining, ABC):
         decay = (1 + math.cos(math.pi * step / config.steps)) / 2
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * decay
-        dist = batch.distribution(self.head, weights=None if flows is None else flows.weights())
+        weights = flows.weights() if flows is not None else None if self.plain is None else self.head.pc.weights()
+        dist = batch.distribution(self.head, weights=weights)
         log_partition: Tensor | None = None if flows is None else dist.log_partition
         constant = None if log_partition is None else log_partition.detach()
         log_prob = dist.log_prob(batch.tokens, log_partition=constant)
@@ -249,19 +261,25 @@ class HeadTraining(ModuleTraining, ABC):
                 f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of "
                 f"{total / num_losses} at step {step}; lower it"
             )
+        log_joint, log_z, plain_mass = -losses.sum(), losses.new_zeros(()), 0.0
+        if self.plain is not None and weights is not None:
+            per_token = 1 if config.weighting == "uniform" else batch.masked.shape[1]
+            plain_mass = config.likelihood_weight * num_losses / per_token
+            log_p, log_one = self.plain.log_likelihood(self.head.pc, weights, step)
+            log_joint, log_z = log_joint + plain_mass * log_p, plain_mass * log_one
         self.optimizer.zero_grad()
         if flows is None or log_partition is None:
-            (losses.sum() / num_losses).backward()
+            (-log_joint / num_losses).backward()
         else:
-            normalisers = per_block(log_partition, batch.masked, config.weighting)
-            flows.differentiate(-losses.sum(), normalisers.sum(), self._others, num_losses)
+            log_z = log_z + per_block(log_partition, batch.masked, config.weighting).sum()
+            flows.differentiate(log_joint, log_z, self._others, num_losses)
         self._sum_gradients()
         self.clip()
         self.optimizer.step()
         if flows is not None:
             ones = torch.ones(len(batch.masked), dtype=torch.float64)
             mass = self.processes.summed(per_block(ones, batch.masked.cpu(), config.weighting).sum())
-            flows.step(float(mass), step_size=config.step_size * decay)
+            flows.step(float(mass) + plain_mass, step_size=config.step_size * decay)
         is_first = self.processes.rank == 0
         return torch.tensor([total / num_losses, 1.0], dtype=torch.float64) * is_first
 
@@ -294,8 +312,11 @@ class CacheTraining(HeadTraining):
         held_out: LogitCache | None,
         config: CircuitTraining,
         processes: Processes = ALONE,
+        *,
+        text: Tensor | None = None,
     ) -> None:
-        super().__init__(head, config, processes=processes)
+        plain = PlainText.checked(head, text, cache.vocab_size, config, processes)
+        super().__init__(head, config, processes=processes, plain=plain)
         self._cache, self._held_out = cache, held_out
 
     @property
@@ -322,7 +343,7 @@ class CacheTraining(HeadTraining):
 
 def settings_of(config: CircuitTraining) -> dict[str, Any]:
     """Return a configuration as files name it: options that files of before do not have only where they are chosen."""
-    later = {"patience": None}
+    later: dict[str, Any] = {"patience": None, "likelihood_weight": 0.0}
     if config.optimizer == "adam":
         later |= {name: getattr(config, name) for name in ("optimizer", "step_size", "momentum")}
     return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}

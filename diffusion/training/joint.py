@@ -24,6 +24,7 @@ from diffusion.training.circuit import CircuitTraining, HeadTraining, described,
 from diffusion.training.curve import TrainingCurve
 from diffusion.training.losses import mean_loss
 from diffusion.training.masking import mask_tokens, sample_times
+from diffusion.training.plain import PlainText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,9 @@ class _Training(HeadTraining):
             )
         both = nn.ModuleDict({"denoiser": denoiser, "head": head})  # type: ignore[dict-item]
         groups = [{"params": moved, "lr": config.denoiser_learning_rate}]
-        super().__init__(head, config, model=both, groups=groups, processes=processes)
+        text = windows[:, -head.block_length :] if config.likelihood_weight else None
+        plain = PlainText.checked(head, text, denoiser.spec.vocab_size, config, processes)
+        super().__init__(head, config, model=both, groups=groups, processes=processes, plain=plain)
         self._denoiser, self._windows, self._held_out = denoiser, windows, held_out
         self._moved, self._clip = moved, config.gradient_clip
 

@@ -58,6 +58,7 @@ CASES = {
     "flows": ({}, {"optimizer": "anemone"}),
     "local": ({"normalization": "local"}, {"weighting": "uniform"}),
     "potentials": ({"with_potentials": True}, {"optimizer": "anemone"}),
+    "plain text": ({}, {"optimizer": "anemone", "likelihood_weight": 0.5}),
     "early stopping": ({}, {"learning_rate": 2.0, "patience": 1, "validate_every": 1}),
     "joint": ({}, None),
 }
@@ -74,7 +75,8 @@ def fitted(name, *, steps=None, **options):
     else:
         config = replace(TRAINING, **of_training)
         training, held_out = cache(0, 20, "training"), cache(1, 7, "held-out")
-        curve = df.fit_coupled(head, training, held_out, config=config, progress=False, **options)
+        text = torch.from_numpy(cache(2, 13, "text").tokens) if config.likelihood_weight else None
+        curve = df.fit_coupled(head, training, held_out, text=text, config=config, progress=False, **options)
     numbers = {name: torch.tensor(getattr(curve, name)) for name in ("steps", "train", "held_out")}
     found = numbers | head.state_dict() | {"denoiser": denoiser.table.detach()}
     return {name: tensor.double().clone() for name, tensor in found.items()}

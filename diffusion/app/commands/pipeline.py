@@ -148,6 +148,11 @@ class FitOptions(OptionGroup):
         "optimizer": optional(
             str, "Of the circuit's weights on that objective: adam, or anemone, steps by flows.", shown="the preset's"
         ),
+        "likelihood_weight": optional(
+            float,
+            "Of the log-likelihood of plain text under the circuit, as a second term of that objective.",
+            shown="the preset's",
+        ),
         "calibration": flag("Calibrate the prediction by the noise level.", "--calibration/--no-calibration"),
         "mixture": optional(
             bool,
@@ -187,7 +192,7 @@ class FitOptions(OptionGroup):
         for name, known in known_names.items():
             if self.given[name] is not None:
                 one_of(name, self.given[name], get_args(known))
-        training = {"steps": self.steps, "optimizer": self.optimizer}
+        training = {"steps": self.steps, "optimizer": self.optimizer, "likelihood_weight": self.likelihood_weight}
         chosen = {
             "structure": self.structure,
             "num_states": self.states,
