@@ -1,4 +1,4 @@
-"""Chains of equal steps as one recurrence, and chains of vectors, for automata. Nobody needs them to add a query."""
+"""Chains as one recurrence, and chains of vectors, for automata. Nobody needs them to add a query."""
 
 from circuits.chains.chain import Chain, LayerUnits, Scan
 from circuits.chains.finding import chains_of

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from circuits.algebra.semirings import MaxSemiring
 
+Map = Callable[..., Any]
+"""Writes what it makes of vectors (K, C), its first argument, into ``out=``."""
+
 
 class Calls(NamedTuple):
     """What a recurrence is made of: functions that write into ``out=``."""
@@ -33,9 +36,18 @@ class Calls(NamedTuple):
     one: float = 1.0
 
     @property
+    def by_step(self) -> Calls:
+        """The same of a matrix of its own in every step: in its place stands an iterator of what mixes there."""
+        return self._replace(mix=_mix_next)
+
+    @property
     def are_sums(self) -> bool:
         """Whether plus adds; else it takes the maximum of logarithms."""
         return self.one == 1.0
+
+
+def _mix_next(steps: Any, x: Any, out: Any) -> None:
+    next(steps)(x, out=out)
 
 
 def _best_of_small(columns: Any, x: Any, out: Any) -> None:
@@ -56,7 +68,7 @@ def _best_of_large(log_weights: Any, x: Tensor, out: Tensor) -> None:
 def _mix_each_large(matrices: Tensor, x: Tensor, out: Tensor) -> None:
     """Multiply on a CPU as NumPy does, which takes a fifth of the time for thin products."""
     if out.device.type == "cpu":
-        np.matmul(*map(as_array, (matrices, x)), out=as_array(out))
+        np.matmul(as_array(matrices), as_array(x), out=as_array(out))
     else:
         torch.matmul(matrices, x, out=out)
 

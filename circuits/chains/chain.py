@@ -1,8 +1,9 @@
-"""Chains of equal steps, as in a homogeneous HMM: many sum layers evaluated as one recurrence.
+"""Chains, as HMMs are: many sum layers evaluated as one recurrence.
 
-Sum t mixes the product of leaves e_t and sum t + 1, by weights that all share. Layer by layer that is a few dozen calls
-a step. Here the states are kept in linear space, over scales (Rabiner 1989, section V.A), so that a step is a product
-and a GEMM. Where sums are too small for linear space the chain is evaluated layer by layer.
+Sum t mixes the product of leaves e_t and sum t + 1, by weights that all share, as in a homogeneous HMM, or by its own.
+Layer by layer that is a few dozen calls a step. Here the states are kept in linear space, over scales (Rabiner 1989,
+section V.A), so that a step is a product and a GEMM. Where sums are too small for linear space the chain is evaluated
+layer by layer.
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from circuits.algebra.logspace import column_peak
 from circuits.algebra.semirings import ChoosingSemiring, LogSemiring, MaxSemiring
+from circuits.chains.calls import Map
 from circuits.chains.given import mixed
-from circuits.chains.recurrence import Rise, are_few, best_path, fall, rise_of_maxima, rise_of_sums
+from circuits.chains.recurrence import EVERY, Scan, best_path, calls_for, fall, rise_of_maxima, scan, without
 from circuits.randomness import RowGenerators, Source
 from circuits.weights.forms import JoinedTables
 from circuits.weights.given import GivenSums
 from circuits.weights.latents import LatentFactors
 
 _MAX_SCORES = 1 << 24
-_EVERY = {torch.float32: 4, torch.float64: 16}
-"""States are divided by their maximum every so many steps, and in each where that turns out to be too seldom."""
 
 Values = Mapping[int, Tensor] | Sequence[Tensor]
 """Values (F, K, B) of layers, by layer."""
@@ -75,18 +75,9 @@ class LayerUnits(dict[int, Tensor]):
         return self.setdefault(layer, self._like.new_full((self._sizes[layer][0], len(self._like)), -1))
 
 
-class Scan(NamedTuple):
-    """A chain of T steps, evaluated in linear space."""
-
-    first: Tensor
-    """The logarithm of the first sum, (1, K, B)."""
-    rise: Rise | None
-    """All steps; None where autograd knows the gradient of the first sum."""
-
-
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """T sums, one in each of their layers, that share their weights, and the products between them."""
+    """T sums, one in each of their layers, and the products between them."""
 
     positions: Sequence[int]
     """The layers of the sums, the first sum's first."""
@@ -97,8 +88,13 @@ class Chain:
     last: Sequence[Children]
     """What gathers the child of the last sum, (1, K, B), unless it is among the leaves."""
     bank: str
-    row: int
+    rows: Sequence[int]
     """Where the weights are."""
+
+    @functools.cached_property
+    def is_tied(self) -> bool:
+        """Whether all sums share their weights."""
+        return len(set(self.rows)) == 1
 
     def scan(
         self,
@@ -119,12 +115,13 @@ class Chain:
         """
         leaves = self._factors(values, latents)
         if not given:
-            return scan(weights.linear[self.row], leaves, self._silent(silent))
-        own = JoinedTables(weights.log[self.row : self.row + 1].unsqueeze(1), None)
-        every = [given[at].parts[0][1] if at in given else own for at in self.positions]
+            return scan(self._mixing(weights.linear, leaves), leaves, self._silent(silent))
+        own = {row: JoinedTables(weights.log[row : row + 1].unsqueeze(1), None) for row in self.rows}
+        places = zip(self.positions, self.rows, strict=True)
+        every = [given[at].parts[0][1] if at in given else own[row] for at, row in places]
         scales = {step: one.log_scale.mT for step, one in enumerate(every) if one.log_scale is not None}
         leaves = _added(leaves, {step - 1: scale for step, scale in scales.items() if step})
-        first = mixed(every, leaves.contiguous(), self._silent(silent))
+        first = mixed(every, leaves, self._silent(silent))
         return None if first is None else Scan(first + scales.get(0, 0.0), None)
 
     def climb(
@@ -135,16 +132,20 @@ class Chain:
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Return the first sum, (1, K, B), and what all sums mix, (T, K, B), up to a constant per step and column."""
-        log, linear = weights.log[self.row : self.row + 1], weights.linear[self.row : self.row + 1]
+        """Return the first sum, (1, K, B), and what all sums mix, (T, K, B), up to a constant per step and column.
+
+        Arguments are those of :meth:`scan`; the sums are tied.
+        """
+        (row,) = set(self.rows)
+        log, linear = weights.log[row : row + 1], weights.linear[row : row + 1]
         found = self.scan(values, weights, {}, latents, silent) if isinstance(semiring, LogSemiring) else None
         if found is not None and found.rise is not None:
             return found.first, found.rise.states.log()
         states = self._factors(values, latents)
         if isinstance(semiring, MaxSemiring):
             peak = column_peak(states)
-            for every in (_EVERY[states.dtype], 0):
-                best = rise_of_maxima(log[0], _without(peak, states), self._silent(silent), every=every)
+            for every in (EVERY[states.dtype], 0):
+                best = rise_of_maxima(log[0], without(peak, states), self._silent(silent), every=every)
                 if not bool(best.results[0].isnan().any()):
                     break
             return best.results[:1] + peak.add_(best.scales).sum(0, keepdim=True), best.states
@@ -223,11 +224,22 @@ class Chain:
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
         assert found.rise is not None
-        scales, grads = fall(weights.linear[self.row], found.rise, grad, self._silent(silent))
-        if flows is not None:
-            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, found.rise.states))
-            flows[self.row].addmm_(scales, states.t())
+        table, states = self._mixing(weights.linear.mT, found.rise.states), found.rise.states
+        scales, grads = fall(table, found.rise, grad, self._silent(silent))
+        if flows is not None and self.is_tied:
+            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, states))
+            flows[self.rows[0]].addmm_(scales, states.t())
+        elif flows is not None:
+            for row, scale, state in zip(self.rows, scales, states, strict=True):
+                flows[row].addmm_(scale, state.t())
         return grads
+
+    def _mixing(self, tables: Tensor, states: Tensor) -> Tensor | list[Map]:
+        """Return the one table of tables (P, K, K), or what multiplies states (T, K, B) by that of every step."""
+        if self.is_tied:
+            return tables[self.rows[0]]
+        calls = calls_for(states)
+        return [functools.partial(calls.mix, calls.view(tables[row])) for row in self.rows]
 
     def _gathered(self, values: Values, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         every = functools.reduce(times, [gather(values) for gather in self.leaves])
@@ -264,38 +276,9 @@ class Chain:
             gather.adjoint(grads[at], gradients)
 
 
-def _without(peak: Tensor, states: Tensor) -> Tensor:
-    """Subtract their maxima from states, (T, K, B), which may lie in memory in any order; the result does not."""
-    return torch.sub(states, peak, out=torch.empty(states.shape, dtype=states.dtype, device=states.device))
-
-
 def _added(leaves: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
     """Add log-factors of some steps, (1, K or 1, B), to a copy of all leaves, (T, K, B), at once."""
     if not factors:
         return leaves
     steps = torch.tensor(list(factors), device=leaves.device)
     return leaves.index_add(0, steps, torch.cat([factor.expand_as(leaves[:1]) for factor in factors.values()]))
-
-
-def scan(
-    weights: Tensor,  # shape: (K, K)
-    leaves: Tensor,  # shape: (T, K, B)
-    silent: Tensor | None,  # shape: (T, 1, B)
-) -> Scan | None:
-    """Evaluate all steps; None where some sum is so small that terms that underflow could count.
-
-    Args:
-        weights: linear ones.
-        leaves: e_t.
-        silent: at which steps y_t is the constant 1; then it is at all later ones too.
-    """
-    peak, seldom = column_peak(leaves), _EVERY[leaves.dtype]
-    for every, in_blocks in ((seldom, True), (seldom, False), (1, False)):
-        if in_blocks and not are_few(leaves):
-            continue
-        factors = _without(peak, leaves).exp_()
-        found = rise_of_sums(weights, factors, silent, every=every, in_blocks=in_blocks)
-        if found is not None:
-            log_scale = peak.add_(found.scales.log()).sum(0, keepdim=True)
-            return Scan(found.results[:1].log().add_(log_scale), found)
-    return None

@@ -1,10 +1,10 @@
-"""Which nodes of a circuit are a chain of equal steps."""
+"""Which nodes of a circuit are a chain."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from circuits.symbolic import Node, Product, Sum, parameter_owner
 
@@ -24,6 +24,8 @@ def chains_of(layers: Sequence[Sequence[Node]]) -> list[list[Sum]]:
         links = () if found is None else (found, node.children[0])
         if found is not None and all(link in alone and num_parents[link] == 1 for link in links):
             follower[node] = found
+    num_factors = {node: len(node.children[0].children) for node in follower}  # equally many in all steps of a chain
+    follower = {a: b for a, b in follower.items() if num_factors[a] == num_factors.get(b, num_factors[a])}
     chains = []
     for start in follower.keys() - set(follower.values()):
         sums: list[Any] = [start]
@@ -35,13 +37,19 @@ def chains_of(layers: Sequence[Sequence[Node]]) -> list[list[Sum]]:
 
 
 def _next_sum(node: Node) -> Sum | None:
-    """Return the one sum with the same weights that a sum mixes the product of, with leaves of as many units."""
-    if not isinstance(node, Sum) or node.parameter_shape[1] != node.children[0].num_units:
+    """Return the one sum that a sum mixes the product of, with leaves; where there are several, that of its weights."""
+    if not _is_step(node) or not isinstance(product := node.children[0], Product):
         return None
-    if not isinstance(node.children[0], Product):
+    if product.mode != "elementwise" or len(product.children) == 1:
         return None
-    product = node.children[0]
-    owner = parameter_owner(node)
-    same = [child for child in product.children if isinstance(child, Sum) and parameter_owner(child) is owner]
-    is_chain = product.mode == "elementwise" and len(same) == 1 < len(product.children)
-    return same[0] if is_chain and node.num_units == product.num_units else None
+    sums = [child for child in product.children if _is_step(child)]
+    tied = [child for child in sums if parameter_owner(child) is parameter_owner(node)]
+    found = tied or sums
+    return found[0] if len(found) == 1 else None
+
+
+def _is_step(node: Node) -> TypeGuard[Sum]:
+    """Whether it mixes all units of one child, and has as many itself."""
+    if not isinstance(node, Sum) or len(node.children) > 1:
+        return False
+    return node.parameter_shape == (node.children[0].num_units, node.children[0].num_units)

@@ -5,6 +5,7 @@ A step writes into tensors that are there already; gradients of weights are made
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -13,13 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuits.chains.calls import Calls
+from circuits.chains.calls import Calls, Map
 from circuits.weights.forms import JoinedTables, JoinedWeights
 from circuits.weights.gates import JoinedGates
 from circuits.weights.low_rank import JoinedLowRank
 
-Map = Callable[[Any, Any], None]
-"""Writes what a step makes of its first argument, (K, B), into the second one."""
 Wanted = Callable[[Tensor], bool]
 
 
@@ -67,11 +66,11 @@ class Tables(Maps):
 
     def up(self, step: int) -> Map:
         """Multiply by the table."""
-        return lambda x, y: self.calls.mix(self.table, x, out=y)
+        return functools.partial(self.calls.mix, self.table)
 
     def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
         """Multiply by the transposed table."""
-        return lambda q, out: self.calls.mix(self.transposed, q, out=out)
+        return functools.partial(self.calls.mix, self.transposed)
 
     def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
         """Return that of the logarithms."""
@@ -87,7 +86,7 @@ class QueryTables(Maps):
     def __init__(self, weights: Sequence[JoinedTables], calls: Calls, batch_size: int) -> None:
         super().__init__(weights, calls, batch_size)
         self.linear = [one.log.detach()[0].exp() for one in weights]  # (B, K, I)
-        self.out = calls.view(torch.empty_like(self.linear[0][:, :, :1]))
+        self.columns = calls.view(torch.empty_like(self.linear[0][:, :, :1]))
 
     def up(self, step: int) -> Map:
         """Multiply every query by its table."""
@@ -98,18 +97,18 @@ class QueryTables(Maps):
         return self._times(self.linear[step].mT)
 
     def _times(self, tables: Tensor) -> Map:
-        view, out = self.calls.view(tables), self.out
+        view, columns = self.calls.view(tables), self.columns
 
-        def write(x: Any, y: Any) -> None:
-            self.calls.mix_each(view, x.T[:, :, None], out=out)
-            y[:] = out[:, :, 0].T
+        def write(x: Any, out: Any) -> None:
+            self.calls.mix_each(view, x.T[:, :, None], out=columns)
+            out[:] = columns[:, :, 0].T
 
         return write
 
     def gradients(self, steps: Steps, wanted: Wanted) -> list[tuple[Tensor, Tensor]]:
         """Return those of the logarithms."""
         return [
-            (one.log, (torch.einsum("kb,ib->bki", q, x) * linear).unsqueeze(0))
+            (one.log, torch.bmm(q.t().unsqueeze(2), x.t().unsqueeze(1)).mul_(linear).unsqueeze(0))
             for one, linear, q, x in zip(self.weights, self.linear, steps.scales, steps.states, strict=True)
             if wanted(one.log)
         ]
@@ -135,9 +134,9 @@ class Gates(Maps):
         times, mix = self.calls.times, self.calls.mix
         gates, gated, flat = map(self.calls.view, (self.gates[step], self.vectors, self.vectors.flatten(0, 1)))
 
-        def write(x: Any, y: Any) -> None:
+        def write(x: Any, out: Any) -> None:
             times(gates, x, out=gated)
-            mix(self.table, flat, out=y)
+            mix(self.table, flat, out=out)
 
         return write
 
@@ -199,12 +198,12 @@ class LowRank(Maps):
         calls, (own, _, v, _) = self.calls, self.tables
         u, read, moved, share = map(calls.view, (self.u[step], self.reads[step], self.moved, self.shares[step]))
 
-        def write(x: Any, y: Any) -> None:
+        def write(x: Any, out: Any) -> None:
             calls.mix_each(x.T[:, None], u, out=read)
             calls.mix(v, read[:, 0].T, out=moved)
-            calls.mix(own, x, out=y)
-            calls.plus(y, moved, out=y)
-            calls.times(y, share, out=y)
+            calls.mix(own, x, out=out)
+            calls.plus(out, moved, out=out)
+            calls.times(out, share, out=out)
 
         return write
 
@@ -243,7 +242,11 @@ class LowRank(Maps):
         return found
 
 
-def grouped(weights: Sequence[JoinedWeights]) -> list[tuple[type[Maps], list[int]]] | None:
+Groups = Sequence[tuple[type[Maps], list[int]]]
+"""Kinds of maps, and which steps share them."""
+
+
+def grouped(weights: Sequence[JoinedWeights]) -> Groups | None:
     """Return the kinds of maps of T steps, and which steps share them; None where some are of another kind."""
     groups: dict[Hashable, tuple[type[Maps], list[int]]] = defaultdict()
     for step, one in enumerate(weights):

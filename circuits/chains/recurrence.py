@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.algebra.logspace import smallest_safe_sum
+from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.chains.blocks import beside, maps_of, vectors_between, write_apart
-from circuits.chains.calls import MAX_LARGE, MAX_MANY, MAX_SMALL, SUM_LARGE, SUM_SMALL, Calls, as_array
+from circuits.chains.calls import MAX_LARGE, MAX_MANY, MAX_SMALL, SUM_LARGE, SUM_SMALL, Calls, Map, as_array
 
 _FEW_PRODUCTS, _MANY_STEPS = 1 << 10, 128
 """Blocks: with up to so many products in a step of the matrices of all columns, from so many steps on."""
@@ -30,6 +30,10 @@ _ROUNDING = 16
 _MANY_STATES = 16
 _SMALL_STEP, _SMALL_MAXIMUM = 1 << 18, 1 << 14
 """NumPy: up to so many products in a step, which its libraries leave to one thread; else PyTorch and its threads."""
+
+
+EVERY = {torch.float32: 4, torch.float64: 16}
+"""States are divided by their maximum every so many steps, and in each where that turns out to be too seldom."""
 
 
 class Rise(NamedTuple):
@@ -58,8 +62,46 @@ def _block_length(states: Tensor) -> int:
     return max(1, math.isqrt(num_products // _STEP) // _LEAST_LENGTH) * _LEAST_LENGTH
 
 
+class Scan(NamedTuple):
+    """A chain of T steps, evaluated in linear space."""
+
+    first: Tensor
+    """The logarithm of the first sum, (1, K, B)."""
+    rise: Rise | None
+    """All steps; None where autograd knows the gradient of the first sum."""
+
+
+def scan(
+    weights: Tensor | Sequence[Map],  # shape: (K, K)
+    leaves: Tensor,  # shape: (T, K, B)
+    silent: Tensor | None,  # shape: (T, 1, B)
+) -> Scan | None:
+    """Evaluate all steps; None where some sum is so small that terms that underflow could count.
+
+    Args:
+        weights: linear ones; or what mixes in every step.
+        leaves: e_t.
+        silent: at which steps y_t is the constant 1; then it is at all later ones too.
+    """
+    peak, seldom = column_peak(leaves), EVERY[leaves.dtype]
+    for every, in_blocks in ((seldom, True), (seldom, False), (1, False)):
+        if in_blocks and not (isinstance(weights, Tensor) and are_few(leaves)):
+            continue
+        factors = without(peak, leaves).exp_()
+        found = rise_of_sums(weights, factors, silent, every=every, in_blocks=in_blocks)
+        if found is not None:
+            log_scale = peak.add_(found.scales.log()).sum(0, keepdim=True)
+            return Scan(found.results[:1].log().add_(log_scale), found)
+    return None
+
+
+def without(peak: Tensor, states: Tensor) -> Tensor:
+    """Subtract their maxima from states, (T, K, B), which may lie in memory in any order; the result does not."""
+    return torch.sub(states, peak, out=torch.empty(states.shape, dtype=states.dtype, device=states.device))
+
+
 def rise_of_sums(
-    weights: Tensor,  # shape: (K, K)
+    weights: Tensor | Sequence[Map],  # shape: (K, K)
     factors: Tensor,  # shape: (T, K, B)
     silent: Tensor | None,  # shape: (T, 1, B)
     *,
@@ -69,7 +111,7 @@ def rise_of_sums(
     """Evaluate ``y_t = W (f_t y_t+1)`` from ``y_T = 1``; None where something that underflowed could count.
 
     Args:
-        weights: W.
+        weights: W; or what mixes in every step.
         factors: f_t; they are overwritten.
         silent: where y_t is 1, there and at all later steps.
         every: states are divided by their maximum every so many steps.
@@ -82,8 +124,11 @@ def rise_of_sums(
         factors.masked_fill_(silent, 0.0)
         offsets = silent.to(factors.dtype)
     with np.errstate(all="ignore"):
-        found = _rise(calls, weights, factors, offsets, every=every, in_blocks=in_blocks)
-    safe = smallest_safe_sum(weights.dtype, len(weights))
+        if isinstance(weights, Tensor):
+            found = _rise(calls, weights, factors, offsets, every=every, in_blocks=in_blocks)
+        else:
+            found = _step_by_step(calls.by_step, reversed(weights), factors, offsets, every=every)
+    safe = smallest_safe_sum(factors.dtype, factors.shape[1])
     if found is None or not bool(found.results.min() >= safe):
         return None
     if silent is not None:
@@ -111,14 +156,14 @@ def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None, 
     return found
 
 
-def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
+def fall(transposed: Tensor | Sequence[Map], found: Rise, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the gradients of all sums over these sums, and those of the logarithms of all states, (T, K, B) each.
 
     The first one is ``g_t = r_t (W^T g_t-1)`` with ``r_t = x_t-1 / y_t`` of the states x: the recurrence once more.
 
     Args:
-        weights: of :func:`rise_of_sums`.
-        found: what it returned.
+        transposed: W^T, or what multiplies by it in every step.
+        found: what :func:`rise_of_sums` returned.
         grad: of log y_0, (K, B).
         silent: of :func:`rise_of_sums`.
     """
@@ -126,13 +171,18 @@ def fall(weights: Tensor, found: Rise, grad: Tensor, silent: Tensor | None) -> t
     length = _block_length(states)
     end = 0 if maps is None else len(states) // length * length
     calls = calls_for(states)
+    table: Any = iter(transposed)
+    if isinstance(transposed, Tensor):
+        table = calls.view(transposed.contiguous())
+    else:
+        calls = calls.by_step
     ratios, start = torch.empty_like(states), grad / results[0]
     torch.div(states[:-1], results[1:], out=ratios[1:])
     ratios[:end:length] = 1.0  # here it goes on from vectors g
     ratios[end : end + 1] = 1.0
     if silent is not None:
         ratios.masked_fill_(silent, 0.0)
-    table, grads = calls.view(weights.t().contiguous()), torch.empty_like(states)
+    grads = torch.empty_like(states)
     with np.errstate(all="ignore"):
         if maps is not None:
             firsts = torch.cat(
@@ -200,6 +250,10 @@ def _rise(
         found = _side_by_side(calls, table, factors, offsets, every=every, by_maps=in_blocks)
         if found is not None or in_blocks:
             return found
+    return _step_by_step(calls, table, factors, offsets, every=every)
+
+
+def _step_by_step(calls: Calls, table: Any, factors: Tensor, offsets: Tensor | None, *, every: int) -> Rise:
     results, scales = torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
     parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
     run(calls, table, parts, torch.full_like(factors[0], calls.one), every=every, backwards=True)

@@ -54,7 +54,7 @@ def climb(question: Question, semiring: ChoosingSemiring) -> Climb:
     own, latents = question.weights.own, question.latents
     scans = not (question.weights.given or isinstance(semiring, VectorSemiring))
     for step in question.pc.schedule:
-        if step.chain is not None and scans:
+        if scans and step.chain is not None and step.chain.is_tied:
             weights = own[step.chain.bank]
             found = step.chain.climb(semiring, values, weights, latents, question.silent)
             values[step.position], chains[step.position] = found
@@ -88,7 +88,7 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
         if step.chain is not None and step.position in found.chains:
             (column,) = (units[step.position][0] >= 0).nonzero(as_tuple=True)
             sources = functools.partial(source_of, node=torch.zeros_like(column), column=column)
-            log_weights = weights.own[step.chain.bank].log[step.chain.row]
+            log_weights = weights.own[step.chain.bank].log[step.chain.rows[0]]
             states = found.chains[step.position]
             chosen = step.chain.choose(semiring, log_weights, states, units, column, query[column], sources)
             units[step.position] = chosen

@@ -1,4 +1,4 @@
-"""The order in which layers are evaluated: one by one, or many at once where they are a chain of equal steps."""
+"""The order in which layers are evaluated: one by one, or many at once where they are a chain."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def _chain(folding: Folding, sums: Sequence[Sum]) -> Chain:
     end = [sums[-1].children[0]]
     if len(leaves[0]) == 1:
         leaves, end = [*leaves, end], []
-    bank, row = folding.bank_addresses[parameter_owner(sums[0])]
+    places = [folding.bank_addresses[parameter_owner(node)] for node in sums]
     inner = [*sums[1:], *(node.children[0] for node in sums[:-1])]
     return Chain(
         [addresses[node][0] for node in sums],
         sorted(addresses[node][0] for node in inner),
         [Gather([addresses[child] for child in column]) for column in zip(*leaves, strict=True)],
         [Gather([addresses[child]]) for child in end],
-        bank,
-        row,
+        places[0][0],
+        [row for _, row in places],
     )

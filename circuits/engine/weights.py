@@ -57,8 +57,7 @@ class CircuitWeights:
     @property
     def batch_size(self) -> int:
         """B of the weights given at run time; 1 when all queries share them."""
-        sizes = {given.batch_size for given in self.given.values()} - {1}
-        return max(sizes, default=1)
+        return max({given.batch_size for given in self.given.values()} - {1}, default=1)
 
     def tensors(self) -> list[Tensor]:
         """Return all log-weights."""

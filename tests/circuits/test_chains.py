@@ -51,9 +51,10 @@ def padded(batch_size, length, num_categories):
     return ct.Evidence.observe(x, observed)
 
 
+@pytest.mark.parametrize("homogeneous", [True, False])
 @pytest.mark.parametrize(("length", "num_states"), [(6, 3), (17, 2), (33, 5)])
-def test_a_chain_gives_what_its_layers_give(schedule, monkeypatch, length, num_states):
-    circuit = ct.structures.hmm(length, num_states, 4)
+def test_a_chain_gives_what_its_layers_give(schedule, monkeypatch, length, num_states, homogeneous):
+    circuit = ct.structures.hmm(length, num_states, 4, homogeneous)
     evidence = padded(5, length, 4)
     factors = {f"transition{t}": torch.randn(5, num_states, dtype=torch.float64) for t in (0, 3)}
     for asked in (evidence, evidence.with_latents(factors)):
@@ -61,6 +62,25 @@ def test_a_chain_gives_what_its_layers_give(schedule, monkeypatch, length, num_s
         expected = answers(compiled(circuit, monkeypatch, shortest=100), asked)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_sums_that_mix_products_of_more_factors_begin_a_chain_of_their_own():
+    """Steps emit two variables in the second half, one in the first, and share one transition."""
+    owner, states, num_vars = None, ct.inputs(0, 2, ct.Categorical(3)), 1
+    for step in range(12):
+        owner = ct.sum(states, num_units=2, tied_to=owner) if owner else ct.sum(states, num_units=2, name="transition")
+        emitted = [ct.inputs(num_vars + i, 2, ct.Categorical(3)) for i in range(1 + (step < 6))]
+        states, num_vars = ct.product(*emitted, owner), num_vars + len(emitted)
+    pc = ct.compile(ct.Circuit(ct.sum(states, num_units=1, name="root")), seed=0, dtype=torch.float64)
+    assert sum(step.chain is not None for step in pc.schedule) == 2
+    x = torch.randint(3, (4, num_vars), generator=torch.Generator().manual_seed(0))
+    below = {leaf.var: pc.log_weights(leaf).exp()[x[:, leaf.var]] for leaf in pc.circuit.inputs}
+    y, var = below[0], 1
+    for step in range(12):
+        y = y @ pc.log_weights("transition").exp().t()
+        for _ in range(1 + (step < 6)):
+            y, var = y * below[var], var + 1
+    torch.testing.assert_close(pc(x), (y @ pc.log_weights("root").exp().t()).squeeze(1).log(), **CLOSE)
 
 
 def test_the_log_likelihood_is_that_of_the_forward_algorithm(schedule, monkeypatch):
@@ -181,7 +201,6 @@ def test_a_chain_moves_copies_and_samples_like_any_circuit(monkeypatch):
 @pytest.mark.parametrize(
     "circuit",
     [
-        ct.structures.hmm(12, 2, 3, homogeneous=False),
         ct.structures.hmm(4, 2, 3),
         ct.structures.linear_tree(8, 2, 3),
     ],

@@ -5,8 +5,7 @@ import torch
 
 import circuits as ct
 from circuits.chains import chain as chains
-from circuits.chains import recurrence
-from circuits.engine import schedule as schedules
+from circuits.chains import finding, recurrence
 from circuits.weights import Gates, LowRank
 
 DOUBLE = torch.float64
@@ -34,10 +33,10 @@ def scanned(monkeypatch):
     return found
 
 
-def compiled(length, num_states, monkeypatch, *, shortest=4, dtype=DOUBLE):
+def compiled(length, num_states, monkeypatch, *, homogeneous=True, shortest=4, dtype=DOUBLE):
     with monkeypatch.context() as patch:
-        patch.setattr(schedules, "_SHORTEST", shortest)
-        return ct.compile(ct.structures.hmm(length, num_states, 3), seed=1, dtype=dtype)
+        patch.setattr(finding, "_SHORTEST", shortest)
+        return ct.compile(ct.structures.hmm(length, num_states, 3, homogeneous), seed=1, dtype=dtype)
 
 
 def tensors_of(kind, length, num_states, batch_size, seed=0):
@@ -147,14 +146,18 @@ def answers(pc, evidence, kind, tensors, **options):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("homogeneous", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chain_gives_what_its_layers_give(calls, scanned, monkeypatch, kind):
+def test_a_chain_gives_what_its_layers_give(calls, scanned, monkeypatch, kind, homogeneous):
     length, num_states, batch_size = 16, 4, 5
     tensors = tensors_of(kind, length, num_states, batch_size)
     for options in ({}, {"normalize": False}):
         found, expected = (
             answers(pc, padded(batch_size, length), kind, tensors, **options)
-            for pc in (compiled(length, num_states, monkeypatch, shortest=shortest) for shortest in (4, 100))
+            for pc in (
+                compiled(length, num_states, monkeypatch, homogeneous=homogeneous, shortest=shortest)
+                for shortest in (4, 100)
+            )
         )
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
