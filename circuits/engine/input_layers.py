@@ -21,6 +21,7 @@ from circuits.evidence import Dense, Evidence, Factors, Indexed, Interval, Liste
 from circuits.families import Direct
 from circuits.randomness import RowGenerators, Source
 from circuits.weights.given import Reached
+from circuits.weights.rows import values_of_rows
 
 
 class InputLayer(nn.Module, ABC):
@@ -110,8 +111,9 @@ class TableLayer(InputLayer):
     """Input units of F nodes with equally many categories C: each reads a column of a log-table (C, K)."""
 
     def _evaluate(self, semiring: Semiring, factors: Factors, weights: Weights) -> Tensor:
-        if isinstance(factors, Indexed) and self.parameter_rows.is_tied:
-            return self._indexed(semiring, factors, weights)
+        if isinstance(factors, Indexed):
+            index = self._of_variables(factors.index).t()
+            return values_of_rows(semiring, factors.rows, index, self.parameter_rows.index, weights)
         if isinstance(factors, Listed):
             return self._listed(semiring, factors, weights)
         dense = factors.dense(weights.log.shape[1], weights.log.dtype)
@@ -179,17 +181,6 @@ class TableLayer(InputLayer):
         log_table, table = weights.log.reshape(-1, num_units), weights.linear.reshape(-1, num_units)
         out = semiring.mix(log_table, values, factors.flatten(0, 1), table=table)
         return out.unflatten(0, (batch_size, num_nodes)).movedim(0, 2).contiguous()
-
-    def _indexed(self, semiring: Semiring, indexed: Indexed, weights: Weights) -> Tensor:
-        """Evaluate the rows as queries of one node; read them, or what is observed, wherever they count."""
-        table = ParameterRows(self.parameter_rows.bank, self.parameter_rows.index[:1].tolist())
-        rows = TableLayer([0], table, 1).to(indexed.index.device)
-        of_rows = rows._evaluate(semiring, indexed.rows.map(lambda part: part.transpose(0, 1)), weights)
-        observed = semiring.lift(table.select(weights.log).transpose(1, 2))
-        index = self._of_variables(indexed.index).t()  # (F, B)
-        index = torch.where(index < 0, ~index + observed.shape[2], index)
-        columns = torch.cat([observed, of_rows], 2)[0]  # (K, C + n, *E)
-        return columns.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
 
     def _looked_up(self, values: Tensor, bank: Tensor) -> Tensor:
         """Return the log-weights of one value per node and query, (F, B) to (F, K, B)."""

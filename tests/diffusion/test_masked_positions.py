@@ -37,18 +37,23 @@ CONDITIONERS = {
         NoiseCalibration(V), LatentPotentials.for_hmm(pc, H, hidden=3), TransitionGates.for_hmm(pc, H, num_tables=2)
     ],
     "mixture": lambda pc: [NoiseCalibration(V), MixtureWeights.for_mixture(pc, H, power=0.5)],
+    "two chains": lambda pc: [NoiseCalibration(V)],  # one layer reads two tables
+    "by position": lambda pc: [NoiseCalibration(V)],  # and here each position its own
 }  # fmt: skip
+STRUCTURES = {
+    "mixture": lambda: ct.structures.mixture_of([ct.structures.hmm(L, N, V), ct.structures.fully_factorized(L, V)]),
+    "two chains": lambda: ct.structures.mixture_of([ct.structures.hmm(L, N, V), ct.structures.hmm(L, N, V)]),
+    "by position": lambda: ct.structures.hmm(L, N, V, homogeneous=False),
+}
 
 
-def compiled():
-    return ct.compile(ct.structures.hmm(L, N, V), dtype=DOUBLE, seed=0)
+def compiled(name="hmm"):
+    structure = STRUCTURES.get(name, lambda: ct.structures.hmm(L, N, V))
+    return ct.compile(structure(), dtype=DOUBLE, seed=0)
 
 
 def head_of(name, normalization="global", **options):
-    pc = compiled()
-    if name == "mixture":
-        parts = [ct.structures.hmm(L, 2, V), ct.structures.fully_factorized(L, V)]
-        pc = ct.compile(ct.structures.mixture_of(parts), dtype=DOUBLE, seed=0)
+    pc = compiled(name)
     head = CoupledHead(pc, normalization=normalization, conditioners=CONDITIONERS[name](pc), **options).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -69,9 +74,10 @@ def prediction(request, generator, block):
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_the_law_is_the_enumerated_product(normalization, prediction, block):
+@pytest.mark.parametrize("structure", ["hmm", "by position"])
+def test_the_law_is_the_enumerated_product(structure, normalization, prediction, block):
     tokens, masked = block
-    pc = compiled()
+    pc = compiled(structure)
     dist = CoupledDistribution.of(pc, prediction.only(masked), tokens, masked, normalization=normalization)
     expected = joints(pc, prediction.dense().exp().numpy(), tokens, masked, normalization).sum(2)  # (B, V ** L)
     found = torch.stack([dist.log_prob(text) for text in texts(B)]).exp().detach()
@@ -155,15 +161,16 @@ def test_an_update_is_that_of_the_whole_prediction(optimizer, prediction, block,
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-8, equal_nan=True)
 
 
-def test_an_update_multiplies_the_table_once_for_every_masked_position(generator, block, monkeypatch):
+@pytest.mark.parametrize("name", ["all", "by position"])
+def test_an_update_multiplies_a_table_once_for_every_masked_position(name, generator, block, monkeypatch):
     cache, columns, contract = cached(random_prediction(generator), *block, num_copies=5), [], logspace.contract
 
     def counted(log_weights, weights, x, *, record):
-        columns.append(x.shape[2] if x.shape[1] == V else 0)
+        columns.append(len(x) * x.shape[2] if x.shape[1] == V else 0)
         return contract(log_weights, weights, x, record=record)
 
     monkeypatch.setattr(logspace, "contract", counted)
-    CacheTraining(head_of("all"), cache, None, CircuitTraining(batch_size=15, steps=1)).update(0)
+    CacheTraining(head_of(name), cache, None, CircuitTraining(batch_size=15, steps=1)).update(0)
     assert sum(columns) == cache.masked.sum() < cache.masked.size
 
 
