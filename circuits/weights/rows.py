@@ -39,28 +39,34 @@ def values_of_rows(
         table: which of the bank's tables each node reads.
         weights: the bank.
     """
-    numbers = table.unique().tolist()
-    nodes = [(table == number).nonzero().flatten() for number in numbers]
-    parts = [
-        _of_table(semiring, rows, index[some], weights.log[number], weights.linear[number])
-        for number, some in zip(numbers, nodes, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, torch.cat(nodes).argsort())
+    numbers, slot = table.unique(return_inverse=True)  # P tables, (P,) and (F,)
+    log, linear = (one if len(numbers) == len(one) else one[numbers] for one in (weights.log, weights.linear))
+    num_categories, is_row = log.shape[1], index < 0
+    chosen, column = _by_table(slot, index, is_row, len(numbers), rows.stored.shape[1])
+    own = rows if chosen is None else rows.map(lambda part: part[0, chosen])  # (P, m, ...)
+    if isinstance(own, Listed):
+        offsets = torch.arange(len(log), device=index.device) * num_categories
+        listed = (own.values.long() + offsets.view(-1, 1, 1)).flatten(0, 1), own.factors(log.dtype).flatten(0, 1)
+        mixed = semiring.mix(log.flatten(0, 1), *listed, table=linear.flatten(0, 1))
+        found = mixed.unflatten(0, own.values.shape[:2]).transpose(1, 2)
+    else:
+        x = semiring.lift(own.dense(num_categories, log.dtype).transpose(1, 2))  # (P, C, m, *E)
+        found = semiring.contract(log.transpose(1, 2), x, weights=linear.transpose(1, 2))
+    columns = torch.cat([semiring.lift(log.transpose(1, 2)), found], 2)  # (P, K, C + m, *E)
+    column = index.masked_scatter(is_row, column + num_categories) + slot.unsqueeze(1) * columns.shape[2]
+    read = columns.transpose(0, 1).flatten(1, 2).index_select(1, column.flatten())
+    return read.unflatten(1, index.shape).transpose(0, 1)
 
 
-def _of_table(semiring: Semiring, rows: Factors, index: Tensor, log_table: Tensor, table: Tensor) -> Tensor:
-    """Return the values of nodes that read one table, (C, K): every row, and what is observed, are columns to read."""
-    is_row = index < 0
-    wanted, place = (~index[is_row]).unique(return_inverse=True)
-    columns = semiring.lift(log_table.t().unsqueeze(0))  # (1, K, C, *E)
-    if len(wanted):
-        chosen = rows if len(wanted) == rows.stored.shape[1] else rows.map(lambda part: part[:, wanted])
-        if isinstance(chosen, Listed):
-            factors = chosen.factors(log_table.dtype)[0]
-            found = semiring.mix(log_table, chosen.values[0].long(), factors, table=table).transpose(0, 1).unsqueeze(0)
-        else:
-            x = semiring.lift(chosen.dense(len(log_table), log_table.dtype).transpose(1, 2))  # (1, C, n, *E)
-            found = semiring.contract(log_table.t().unsqueeze(0), x, weights=table.t().unsqueeze(0))
-        columns = torch.cat([columns, found], 2)
-    column = index.masked_scatter(is_row, place + len(log_table))
-    return columns[0].index_select(1, column.flatten()).unflatten(1, index.shape).transpose(0, 1)
+def _by_table(
+    slot: Tensor, index: Tensor, is_row: Tensor, num_tables: int, num_rows: int
+) -> tuple[Tensor | None, Tensor]:
+    """Return which rows each of P tables reads, (P, m), None where one reads all, and for each use which of them."""
+    pairs, use = (slot.unsqueeze(1) * num_rows + ~index)[is_row].unique(return_inverse=True)
+    if num_tables == 1 and len(pairs) == num_rows:
+        return None, use
+    of_table = pairs // max(1, num_rows)
+    counts = of_table.bincount(minlength=num_tables)
+    place = torch.arange(len(pairs), device=index.device) - (counts.cumsum(0) - counts)[of_table]
+    chosen = pairs.new_zeros(num_tables, int(counts.max()))  # what is left over is read by nobody
+    return chosen.index_put((of_table, place), pairs % max(1, num_rows)), place[use]
