@@ -181,7 +181,9 @@ class _Training(HeadTraining):
         context, block = windows.tensor_split([start], 1)
         canvas = torch.cat([context, block.masked_fill(masked, self._denoiser.spec.mask_id)], 1)
         said = Prediction.ask(self._denoiser, canvas, window=(start, stop), features=self.head.needs_features)
-        return CachedBatch(block, masked, said.log_q, said.values, said.vocab_size, said.features)
+        masked_only = not self.head.needs_observed
+        said = said.only(masked) if masked_only else said
+        return CachedBatch(block, masked, said.log_q, said.values, said.vocab_size, said.features, masked_only)
 
 
 def _check_windows(name: str, windows: Tensor, denoiser: Denoiser, head: CoupledHead) -> None:

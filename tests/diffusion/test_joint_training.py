@@ -93,6 +93,17 @@ def test_both_are_moved_and_the_loss_falls_below_what_independent_words_cost():
     assert float(dist.log_prob(CITIES).exp().sum().detach()) > 0.9  # independent words: 1/2 at the most
 
 
+def test_an_update_is_that_of_the_whole_prediction(monkeypatch):
+    found = []
+    for needs_observed in (False, True):
+        monkeypatch.setattr(df.NoiseCalibration, "needs_observed", needs_observed)
+        denoiser, head = models()
+        denoiser, head = denoiser.double(), df.CoupledHead(head.pc, calibration=df.NoiseCalibration(V)).double()
+        curve = fit(denoiser, head, replace(CONFIG, steps=4))
+        found.append([torch.tensor(curve.held_out), *parameters(denoiser, head)])
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-8)
+
+
 def test_what_requires_no_gradient_stays():
     class Half(Independent):
         def __init__(self):
