@@ -143,8 +143,10 @@ def grown(
     pc = None
     for number, step_sizes in enumerate(growth):
         states = num_states >> (len(growth) - 1 - number)
-        begun = ct.structures.hmm(block_length, states, num_categories) if pc is None else split(pc, seed=states)
-        pc = ct.compile(begun, seed=0)
+        if pc is None:
+            pc = ct.compile(ct.structures.hmm(block_length, states, num_categories), seed=0)
+        else:
+            pc = ct.transforms.grow(pc, noise=0.3, seed=states)
         for epoch, step_size in enumerate(step_sizes):
             generator = torch.Generator().manual_seed(states + epoch)
             blocks = random_windows(stream, length=block_length, num_windows=num_blocks, generator=generator)
@@ -153,25 +155,6 @@ def grown(
             print(f"{states} states: {result.train_log_likelihood[-1] / block_length:.3f} nats per token", flush=True)
     assert pc is not None
     return pc
-
-
-def split(pc: ct.CompiledCircuit, *, seed: int, noise: float = 0.3) -> ct.Circuit:
-    """Return a homogeneous hidden Markov model with two copies of every state.
-
-    Args:
-        pc: the model.
-        seed: of what parts the copies.
-        noise: standard deviation of the logarithm of the factors that part them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tables = [pc.log_weights(name).detach() for name in ("initial", "transition0", "emission0")]
-    copies = [table.repeat_interleave(2, 0) for table in (tables[0][0], tables[1], tables[2].t())]
-    copies[1] = copies[1].repeat_interleave(2, 1)
-    moved = [table + noise * torch.randn(table.shape, generator=generator) for table in copies]
-    initial, transition, emission = (table.softmax(-1) for table in moved)
-    return ct.structures.hmm(
-        pc.circuit.num_vars, *emission.shape, initial=initial, transition=transition, emission=emission
-    )
 
 
 def _part(found: Tensor, seed: int) -> Tensor:
