@@ -70,7 +70,7 @@ def _mix_each_large(matrices: Tensor, x: Tensor, out: Tensor) -> None:
     if out.device.type == "cpu":
         np.matmul(as_array(matrices), as_array(x), out=as_array(out))
     else:
-        torch.matmul(matrices, x, out=out)
+        out.copy_(torch.matmul(matrices, x))
 
 
 def as_array(tensor: Tensor) -> Any:

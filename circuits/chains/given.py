@@ -60,7 +60,7 @@ class _Run:
         found: list[tuple[Tensor, Tensor]] = []
         for maps, steps in self.groups:
             every = (states, results, scales)
-            here = every if len(steps) == len(scales) else (part[steps] for part in every)
+            here = every if len(steps) == len(scales) else (torch.stack([part[n] for n in steps]) for part in every)
             found += maps.gradients(Steps(*here), wanted)
         return grads, found
 

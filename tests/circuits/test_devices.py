@@ -107,6 +107,21 @@ def test_likelihoods_and_gradients(circuit, elsewhere):
     assert_same(*found)
 
 
+def test_chains_of_weights_given_at_run_time(elsewhere):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 6), (2, 3, 3), (6, 3, 3), (6, 3, 2), (3, 2), (6, 3, 3), (3, 3)]
+    tensors = [torch.rand(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    x = integers(num_samples=6, num_vars=6)
+    found = []
+    for pc in both(ct.structures.hmm(6, 3, 4), elsewhere):
+        gates, tables, dense, u, v, others, table = made = [t.to(pc.device).requires_grad_() for t in tensors]
+        forms = [ct.weights.Gates(gates.t(), tables), dense, ct.weights.LowRank(u, v), others, table]
+        external = {f"transition{step}": form for step, form in enumerate(forms)}
+        log_p = ct.queries.log_likelihood(pc, x.to(pc.device), weights=pc.weights(external=external))
+        found.append([log_p, *torch.autograd.grad(log_p.sum(), made)])
+    assert_same(*found)
+
+
 def in_two_orders():
     leaves = [ct.inputs(var, 3, ct.Categorical(4)) for var in range(5)]
     rest = ct.sum(ct.product(*leaves[1:]), num_units=3)
