@@ -126,29 +126,30 @@ class Gates(Maps):
         tables = weights[0].tables.detach()[0]  # (K, T, I)
         self.table = calls.view(tables.flatten(1))
         self.transposed = calls.view(tables.flatten(1).t().contiguous())
-        self.vectors, self.others = tables.new_empty(2, *tables.shape[1:], batch_size)
+        vectors, others = tables.new_empty(2, *tables.shape[1:], batch_size)
+        self.vectors = [calls.view(part) for part in (vectors, vectors.flatten(0, 1), others)]
         self.gate_grads = torch.empty_like(self.gates)
+        self.views = [list(calls.view(part)) for part in (self.gates, self.gate_grads)]
 
     def up(self, step: int) -> Map:
         """Multiply the tables side by side by the gated vectors below each other."""
-        times, mix = self.calls.times, self.calls.mix
-        gates, gated, flat = map(self.calls.view, (self.gates[step], self.vectors, self.vectors.flatten(0, 1)))
+        times, mix, table = self.calls.times, self.calls.mix, self.table
+        gates, (gated, flat, _) = self.views[0][step], self.vectors
 
         def write(x: Any, out: Any) -> None:
             times(gates, x, out=gated)
-            mix(self.table, flat, out=out)
+            mix(table, flat, out=out)
 
         return write
 
     def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
         """Gate what the transposed tables make; without the gates it is what these change."""
-        times, mix, total = self.calls.times, self.calls.mix, self.calls.total
-        tensors = (self.vectors, self.vectors.flatten(0, 1), self.others, self.gates[step], self.gate_grads[step])
-        (made, flat, others, gates, gate_grads), x = map(self.calls.view, tensors), self.calls.view(state)
-        is_wanted = wanted(self.weights[step].gates)
+        times, mix, total, table = self.calls.times, self.calls.mix, self.calls.total, self.transposed
+        (made, flat, others), (gates, gate_grads) = self.vectors, (part[step] for part in self.views)
+        x, is_wanted = self.calls.view(state), wanted(self.weights[step].gates)
 
         def write(q: Any, out: Any) -> None:
-            mix(self.transposed, q, out=flat)
+            mix(table, q, out=flat)
             times(gates, made, out=others)
             total(others, axis=0, out=out)
             if is_wanted:
@@ -190,13 +191,14 @@ class LowRank(Maps):
             calls.mix_each(*map(calls.view, (own.new_ones(1, 1, len(own)), u)), out=calls.view(total))
         self.u_sums = sums[:, :, 0].mT  # (S, R, B)
         self.shares = 1 / (1 + self.v @ self.u_sums)  # (S, K, B)
-        self.moved, self.few = own.new_empty(len(own), batch_size), own.new_empty(self.v.shape[1], batch_size)
-        self.column = own.new_empty(batch_size, len(own), 1)
+        shapes = (len(own), batch_size), (self.v.shape[1], batch_size), (batch_size, len(own), 1)
+        self.buffers = [calls.view(own.new_empty(shape)) for shape in shapes]
+        self.views = [list(map(calls.view, self.u)), *(list(calls.view(part)) for part in (self.reads, self.shares))]
 
     def up(self, step: int) -> Map:
         """Multiply by the shared table, and by R vectors of every query."""
-        calls, (own, _, v, _) = self.calls, self.tables
-        u, read, moved, share = map(calls.view, (self.u[step], self.reads[step], self.moved, self.shares[step]))
+        calls, (own, _, v, _), (moved, _, _) = self.calls, self.tables, self.buffers
+        u, read, share = (part[step] for part in self.views)
 
         def write(x: Any, out: Any) -> None:
             calls.mix_each(x.T[:, None], u, out=read)
@@ -209,9 +211,8 @@ class LowRank(Maps):
 
     def down(self, step: int, state: Tensor, wanted: Wanted) -> Map:
         """The same, transposed."""
-        calls, (_, own, _, v) = self.calls, self.tables
-        tensors = (self.u[step], self.few, self.moved, self.column, self.shares[step])
-        u, few, scaled, column, share = map(calls.view, tensors)
+        calls, (_, own, _, v), (scaled, few, column) = self.calls, self.tables, self.buffers
+        u, _, share = (part[step] for part in self.views)
 
         def write(q: Any, out: Any) -> None:
             calls.times(q, share, out=scaled)

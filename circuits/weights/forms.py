@@ -7,6 +7,7 @@ A :class:`Form` is what a user gives one node; forms of a layer that can be eval
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class JoinedWeights(ABC):
         """B; 1 when all queries share the weights."""
         return max(getattr(self, name).shape[1] for name in self.per_query if getattr(self, name) is not None)
 
-    @property
+    @functools.cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """All fields, but for None."""
         return tuple(t for t in self._fields().values() if t is not None)

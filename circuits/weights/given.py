@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -51,7 +52,7 @@ class ExternalWeights(ABC):
     def of_queries(self, index: Tensor) -> ExternalWeights:
         """Return the weights of some queries, int64 (m,)."""
 
-    @property
+    @functools.cached_property
     def batch_size(self) -> int:
         """B; 1 where all queries share the weights."""
         return max(weights.batch_size for weights in self.joined)
