@@ -320,7 +320,7 @@ class CoupledHead(OnHub, nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> CoupledHead:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, in single or double precision as it was.
 
         Raises CheckpointError if a file is missing, corrupt, of a newer format, or does not belong to the others.
         """

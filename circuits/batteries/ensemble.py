@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from circuits.engine.compile import CompiledCircuit, compile
 from circuits.errors import ArgumentError, StructureError
 from circuits.precision import own_precision
 from circuits.queries.flows import checked_sample_weights
-from circuits.symbolic import Circuit, ParametricNode, sum
+from circuits.structures import mixture_of
+from circuits.symbolic import ParametricNode
+from circuits.symbolic.flat import below_first
 
 
 @own_precision
@@ -45,15 +48,11 @@ def convex_combination(members: Sequence[CompiledCircuit], weights: Tensor | Non
     shares = torch.ones(len(members)) if weights is None else weights.detach().cpu()
     if shares.shape != (len(members),) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < torch.inf:
         raise ArgumentError(f"weights: expected {len(members)} finite numbers >= 0, not all zero, got {weights!r}")
-    copies = [member.circuit.with_prefix(f"member{position}.") for position, member in enumerate(members)]
-    roots = [copy.root for copy in copies]
-    root = sum(*roots, num_units=roots[0].num_units, name="members")
-    circuit = Circuit(root, num_classes=members[0].circuit.num_classes)
+    circuit = mixture_of([member.circuit for member in members], weights=shares.double() / shares.sum())
     pc = compile(circuit, device=members[0].device, dtype=members[0].dtype, seed=0)
-    pc.set_weights(root, torch.kron(shares / shares.sum(), torch.eye(root.num_units)))
     with torch.no_grad():
-        for member, copy in zip(members, copies, strict=True):
-            for node, twin in zip(member.circuit.nodes, copy.nodes, strict=True):
+        for member, root in zip(members, circuit.root.children, strict=True):
+            for node, twin in zip(member.circuit.nodes, below_first(root, attrgetter("children")), strict=True):
                 if isinstance(node, ParametricNode) and isinstance(twin, ParametricNode):
                     (bank, row), (new_bank, new_row) = member.bank_address(node), pc.bank_address(twin)
                     pc.bank[new_bank][new_row] = member.bank[bank][row]

@@ -82,6 +82,8 @@ def choose_structure(
             raise ArgumentError(
                 f"candidates: expected circuits by names that files can have, got {name!r}: {circuit!r:.60}"
             )
+    if not isinstance(folder, str | os.PathLike | None):
+        raise ArgumentError(f"folder: expected a path or None, got {folder!r:.60}")
     fitted = {}
     for name, circuit in candidates.items():
         pc = compile(circuit, device=device, dtype=dtype, seed=seed)

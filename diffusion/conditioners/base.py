@@ -175,6 +175,10 @@ def built(text: str | None, tensors: dict[str, Tensor]) -> list[Conditioner]:
                 f"{found.get(name, 'none')}"
             )
     made = _modules(records)
+    for number, module in enumerate(made):
+        own = [tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")]
+        if any(tensor.dtype == torch.float64 for tensor in own):
+            module.double()
     made.load_state_dict(tensors)
     return list(made)  # type: ignore[arg-type]
 

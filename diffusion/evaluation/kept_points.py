@@ -16,7 +16,7 @@ from circuits import CompiledCircuit
 from circuits.digests import digest, named_digest
 from diffusion.denoisers.base import Denoiser
 from diffusion.denoisers.questions import raw_logits
-from diffusion.errors import CheckpointError
+from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.head import SETTINGS, CoupledHead
 from diffusion.json_files import read_json, write_json
 
@@ -33,6 +33,8 @@ class KeptPoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, str]) -> None:
+        if not isinstance(folder, str | os.PathLike | None):
+            raise ArgumentError(f"folder: expected a path or None, got {folder!r:.60}")
         self.folder = None if folder is None else Path(folder)
         self.identity = dict(identity)
 

@@ -46,6 +46,9 @@ class Table:
                 raise CorpusError(
                     f"{self.name}: expected a column {column!r}, got {', '.join(self.columns):.200}; name one of them"
                 )
+            count = self.columns.count(column)
+            if count > 1:
+                raise CorpusError(f"{self.name}: expected one column {column!r}, got {count}; rename all but one")
         number = 0
         for part in self.parts(columns):
             for row in zip(*(part[column] for column in columns), strict=True):

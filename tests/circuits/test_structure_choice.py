@@ -91,3 +91,5 @@ def test_what_cannot_be_chosen_from_is_named(generator):
         ct.learning.choose_structure({"../a": ct.structures.hmm(6, 2, 2)}, data, data)
     with pytest.raises(ct.ArgumentError, match="validation_data: expected an integer >= 2, got 1"):
         ct.learning.choose_structure(candidates(), data, data[:1])
+    with pytest.raises(ct.ArgumentError, match="folder: expected a path or None, got 3"):
+        ct.learning.choose_structure(candidates(), data, data, folder=3)

@@ -207,6 +207,21 @@ def old_file(folder, pc, calibration, settings=SETTINGS):
     save_file(tensors, folder / "head.safetensors", metadata)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_is_loaded_in_the_precision_that_it_was_saved_in(dtype, pc, block, tmp_path):
+    logits, tokens, masked = block
+    calibration = NoiseCalibration(V, 2).to(dtype)
+    with torch.no_grad():
+        calibration.log_scale.fill_(0.1)  # no number of float32
+    head = CoupledHead(pc.to(dtype), calibration=calibration)
+    head.save(tmp_path / "head")
+    loaded = CoupledHead.load(tmp_path / "head")
+    for one, other in zip(head.parameters(), loaded.parameters(), strict=True):
+        assert other.dtype == dtype
+        assert torch.equal(one, other)
+    assert torch.equal(head(logits, tokens, masked).log_prob(tokens), loaded(logits, tokens, masked).log_prob(tokens))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -163,6 +163,18 @@ def test_a_table_that_is_not_there_is_refused(tmp_path):
         load_corpus(tmp_path / "none.parquet")
 
 
+def test_a_name_that_two_columns_have_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet files are read by pyarrow")
+    from pyarrow.parquet import write_table
+
+    columns = [pyarrow.array(["one", "two"]), pyarrow.array(["three", "four"]), pyarrow.array(["five", "six"])]
+    path = tmp_path / "texts.parquet"
+    write_table(pyarrow.Table.from_arrays(columns, names=["text", "text", "other"]), path)
+    with pytest.raises(CorpusError, match="expected one column 'text', got 2; rename all but one"):
+        list(open_table(str(path)).texts("text"))
+    assert list(open_table(str(path)).texts("other")) == [("five",), ("six",)]
+
+
 def test_what_is_no_table_is_refused(tmp_path):
     pytest.importorskip("pyarrow", reason="Parquet files are read by pyarrow")
     (tmp_path / "text.parquet").write_text("a text")

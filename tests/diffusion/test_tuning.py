@@ -154,6 +154,7 @@ def test_what_cannot_be_tuned_is_refused():
         (world.support, {"temperatures": ("warm",)}, "temperatures"),
         (world.support, {"batch_size": 0}, "batch_size"),
         (world.support, {"seed": "x"}, "seed"),
+        (world.support, {"folder": 3}, "folder"),
     ]:
         with pytest.raises(df.errors.ArgumentError, match=f"{name}: expected"):
             tune(world.denoiser(), head, data, **options)
