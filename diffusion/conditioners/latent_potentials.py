@@ -132,6 +132,8 @@ class LatentPotentials(Conditioner):
     ) -> LatentPotentials:
         """Build the potentials on the hidden state of every step of :func:`circuits.structures.block_sparse_hmm`.
 
+        Those of :func:`circuits.structures.monarch_hmm` are groups of states too.
+
         Args:
             pc: the circuit, with or without a rank.
             num_features: H.

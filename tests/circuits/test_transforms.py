@@ -363,6 +363,21 @@ def test_what_is_no_chain_says_where(circuit, problem):
         ct.transforms.to_chain(compiled(circuit))
 
 
+def test_what_keeps_the_units_keeps_the_tables_of_a_monarch_chain():
+    pc = compiled(ct.structures.monarch_hmm(4, (2, 3), 2))
+    x, observed = torch.tensor([[0, 1, 1, 0]]), torch.tensor([[False, True, False, False]])
+    given = ct.transforms.condition(pc, ct.Evidence.observe(x, observed), variables="all")
+    turned = ct.transforms.permute(pc, [3, 2, 1, 0])
+    for made in (given, turned, ct.transforms.marginalize(pc, [0])):
+        assert {node.parameter_shape for node in made.circuit.sums} == {(2, 2), (3, 3), (1, 6)}
+    assert turned.circuit.num_parameters == pc.circuit.num_parameters
+    halves = ct.transforms.grow(pc, noise=0.0)
+    assert_same(joint_of(halves), joint_of(pc))
+    assert max(node.parameter_shape[1] for node in halves.circuit.sums) == 2 * 6
+    pruned = ct.transforms.trim(ct.transforms.multiply(pc, pc).pc)
+    assert_same(joint_of(pruned), joint_of(ct.transforms.multiply(turned, turned).pc).permute(3, 2, 1, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_dtype_is_kept(dtype):
     pc = ct.compile(ct.structures.hmm(4, 2, 3), dtype=dtype, seed=0)
