@@ -22,7 +22,7 @@ from circuits.chains.calls import Map
 from circuits.chains.given import mixed
 from circuits.chains.recurrence import EVERY, Scan, best_path, calls_for, fall, rise_of_maxima, scan, without
 from circuits.randomness import RowGenerators, Source
-from circuits.weights.forms import JoinedTables
+from circuits.weights.forms import JoinedTables, JoinedWeights
 from circuits.weights.given import GivenSums
 from circuits.weights.latents import LatentFactors
 
@@ -116,52 +116,52 @@ class Chain:
         leaves = self._factors(values, latents)
         if not given:
             return scan(self._mixing(weights.linear, leaves), leaves, self._silent(silent))
-        own = {row: JoinedTables(weights.log[row : row + 1].unsqueeze(1), None) for row in self.rows}
-        places = zip(self.positions, self.rows, strict=True)
-        every = [given[at].parts[0][1] if at in given else own[row] for at, row in places]
-        scales = {step: one.log_scale.mT for step, one in enumerate(every) if one.log_scale is not None}
+        every = self._weights(weights, given)
+        scales = _scales(every)
         leaves = _added(leaves, {step - 1: scale for step, scale in scales.items() if step})
-        first = mixed(every, leaves, self._silent(silent))
-        return None if first is None else Scan(first + scales.get(0, 0.0), None)
+        found = mixed(every, leaves, self._silent(silent))
+        return found and found._replace(first=found.first + scales.get(0, 0.0))
 
     def climb(
         self,
         semiring: ChoosingSemiring,
         values: Values,
         weights: Tables,
+        given: Mapping[int, GivenSums],
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return the first sum, (1, K, B), and what all sums mix, (T, K, B), up to a constant per step and column.
 
-        Arguments are those of :meth:`scan`; the sums are tied.
+        Arguments are those of :meth:`scan`.
         """
-        (row,) = set(self.rows)
-        log, linear = weights.log[row : row + 1], weights.linear[row : row + 1]
-        found = self.scan(values, weights, {}, latents, silent) if isinstance(semiring, LogSemiring) else None
-        if found is not None and found.rise is not None:
+        found = self.scan(values, weights, given, latents, silent) if isinstance(semiring, LogSemiring) else None
+        if found is not None:
             return found.first, found.rise.states.log()
         states = self._factors(values, latents)
-        if isinstance(semiring, MaxSemiring):
-            peak = column_peak(states)
-            for every in (EVERY[states.dtype], 0):
-                best = rise_of_maxima(log[0], without(peak, states), self._silent(silent), every=every)
+        if isinstance(semiring, MaxSemiring) and self._is_plain(given):
+            peak, log_weights = column_peak(states), weights.log[self.rows[0]]
+            for often in (EVERY[states.dtype], 0):
+                best = rise_of_maxima(log_weights, without(peak, states), self._silent(silent), every=often)
                 if not bool(best.results[0].isnan().any()):
                     break
             return best.results[:1] + peak.add_(best.scales).sum(0, keepdim=True), best.states
-        states = states.clone()
+        every = self._weights(weights, given)
+        scales = _scales(every)
+        states = _added(states, {step - 1: scale for step, scale in scales.items() if step}).clone()
         for step in reversed(range(len(states))):
-            sums = semiring.contract(log, states[step : step + 1], weights=linear)
+            sums = every[step].unscaled().contract(semiring, states[step : step + 1])
             if silent:
                 sums = sums.masked_fill(silent[self.positions[step]], 0.0)
             if step:
                 states[step - 1] += sums[0]
-        return sums, states
+        return sums + scales.get(0, 0.0), states
 
     def choose(
         self,
         semiring: ChoosingSemiring,
-        log_weights: Tensor,  # shape: (K, K)
+        weights: Tables,
+        given: Mapping[int, GivenSums],
         states: Tensor,  # shape: (T, K, B)
         units: Values,
         column: Tensor,  # shape: (n,)
@@ -175,18 +175,19 @@ class Chain:
         """
         reached = units[self.positions[0]][0]
         chosen = reached.new_full((len(states), len(reached)), -1)
-        if isinstance(semiring, MaxSemiring) and states.device.type == "cpu":
+        if isinstance(semiring, MaxSemiring) and states.device.type == "cpu" and self._is_plain(given):
             is_whole = len(column) == len(reached) == states.shape[2]  # then both are in order
-            path = best_path(log_weights, states if is_whole else states[:, :, query], reached[column])
+            path = best_path(weights.log[self.rows[0]], states if is_whole else states[:, :, query], reached[column])
             chosen = path if is_whole else chosen.index_copy_(1, column, path)
         else:
-            size, by_column = max(1, _MAX_SCORES // len(log_weights)), states.mT.contiguous()
+            size, by_column = max(1, _MAX_SCORES // states.shape[1]), states.mT.contiguous()
             for number, (at, of) in enumerate(zip(column.split(size), query.split(size), strict=True)):
                 part = slice(number * size, number * size + len(at))
                 state = reached[at]
-                for step, position in enumerate(self.positions):
-                    source = source_of(position)
-                    scores = log_weights[state].add_(by_column[step][of])
+                for step, (position, row) in enumerate(zip(self.positions, self.rows, strict=True)):
+                    source, joined = source_of(position), given[position].parts[0][1] if position in given else None
+                    scores = weights.log[row][state] if joined is None else joined.rows(state * 0, of, state)
+                    scores += by_column[step][of]
                     state = semiring.choose(scores, source.rows(part) if isinstance(source, RowGenerators) else source)
                     chosen[step, at] = state
         for gather, at in self._gathers():
@@ -223,7 +224,6 @@ class Chain:
             silent: of :meth:`scan`.
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
-        assert found.rise is not None
         table, states = self._mixing(weights.linear.mT, found.rise.states), found.rise.states
         scales, grads = fall(table, found.rise, grad, self._silent(silent))
         if flows is not None and self.is_tied:
@@ -233,6 +233,16 @@ class Chain:
             for row, scale, state in zip(self.rows, scales, states, strict=True):
                 flows[row].addmm_(scale, state.t())
         return grads
+
+    def _is_plain(self, given: Mapping[int, GivenSums]) -> bool:
+        """Whether all sums share weights of the bank."""
+        return self.is_tied and given.keys().isdisjoint(self.positions)
+
+    def _weights(self, weights: Tables, given: Mapping[int, GivenSums]) -> list[JoinedWeights]:
+        """Return the weights of every sum."""
+        own = {row: JoinedTables(weights.log[row : row + 1].unsqueeze(1), None) for row in self.rows}
+        places = zip(self.positions, self.rows, strict=True)
+        return [given[at].parts[0][1] if at in given else own[row] for at, row in places]
 
     def _mixing(self, tables: Tensor, states: Tensor) -> Tensor | list[Map]:
         """Return the one table of tables (P, K, K), or what multiplies states (T, K, B) by that of every step."""
@@ -274,6 +284,11 @@ class Chain:
         """Send the gradient of the steps' states, (T, K, B), to the leaves."""
         for gather, at in self._gathers():
             gather.adjoint(grads[at], gradients)
+
+
+def _scales(weights: Sequence[JoinedWeights]) -> dict[int, Tensor]:
+    """Return by step what weights are divided by, (1, K or 1, B or 1), of those that are."""
+    return {step: one.log_scale.mT for step, one in enumerate(weights) if one.log_scale is not None}
 
 
 def _added(leaves: Tensor, factors: Mapping[int, Tensor]) -> Tensor:

@@ -11,13 +11,13 @@ from torch import Tensor
 from circuits.algebra.semirings import LogSemiring
 from circuits.chains.calls import Map
 from circuits.chains.maps import Groups, Maps, Steps, Wanted, grouped
-from circuits.chains.recurrence import Rise, calls_for, fall, scan
+from circuits.chains.recurrence import Rise, Scan, calls_for, fall, scan
 from circuits.precision import own_precision
 from circuits.weights.forms import JoinedWeights
 
 
-def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | None) -> Tensor | None:
-    """Return the first sum of a chain, (1, K, B), differentiable twice; None where it takes other ways.
+def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | None) -> Scan | None:
+    """Evaluate all steps of a chain; the first sum, (1, K, B), is differentiable twice.
 
     Args:
         weights: of every sum; their scales are left out.
@@ -38,8 +38,7 @@ def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | Non
         return None
     run.rise = found.rise
     unique = list({id(tensor): tensor for one in weights for tensor in one.tensors}.values())
-    first: Tensor = _Mixed.apply(run, unique, found.first, leaves, *unique)
-    return first
+    return found._replace(first=_Mixed.apply(run, unique, found.first, leaves, *unique))
 
 
 class _Run:

@@ -67,8 +67,8 @@ class Scan(NamedTuple):
 
     first: Tensor
     """The logarithm of the first sum, (1, K, B)."""
-    rise: Rise | None
-    """All steps; None where autograd knows the gradient of the first sum."""
+    rise: Rise
+    """All steps."""
 
 
 def scan(

@@ -51,12 +51,11 @@ def climb(question: Question, semiring: ChoosingSemiring) -> Climb:
     """Evaluate all layers, chains as one recurrence each."""
     values: dict[int, Tensor] = dict(enumerate(question.inputs(semiring)))
     chains: dict[int, Tensor] = {}
-    own, latents = question.weights.own, question.latents
-    scans = not (question.weights.given or isinstance(semiring, VectorSemiring))
+    own, given, latents = question.weights.own, question.weights.given, question.latents
     for step in question.pc.schedule:
-        if scans and step.chain is not None and step.chain.is_tied:
+        if step.chain is not None and not isinstance(semiring, VectorSemiring):
             weights = own[step.chain.bank]
-            found = step.chain.climb(semiring, values, weights, latents, question.silent)
+            found = step.chain.climb(semiring, values, weights, given, latents, question.silent)
             values[step.position], chains[step.position] = found
             continue
         for position, layer in step.layers:
@@ -88,9 +87,8 @@ def choose(question: Question, semiring: ChoosingSemiring, found: Climb, num_sam
         if step.chain is not None and step.position in found.chains:
             (column,) = (units[step.position][0] >= 0).nonzero(as_tuple=True)
             sources = functools.partial(source_of, node=torch.zeros_like(column), column=column)
-            log_weights = weights.own[step.chain.bank].log[step.chain.rows[0]]
-            states = found.chains[step.position]
-            chosen = step.chain.choose(semiring, log_weights, states, units, column, query[column], sources)
+            of_chain, states = (weights.own[step.chain.bank], weights.given), found.chains[step.position]
+            chosen = step.chain.choose(semiring, *of_chain, states, units, column, query[column], sources)
             units[step.position] = chosen
             continue
         for position, layer in reversed(step.layers):

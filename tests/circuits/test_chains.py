@@ -64,6 +64,20 @@ def test_a_chain_gives_what_its_layers_give(schedule, monkeypatch, length, num_s
             torch.testing.assert_close(one, other, **CLOSE)
 
 
+def test_a_chain_without_ties_chooses_what_its_layers_choose(schedule, monkeypatch):
+    circuit, evidence = ct.structures.hmm(40, 5, 4, homogeneous=False), padded(6, 40, 4)
+    pc, layers = compiled(circuit, monkeypatch), compiled(circuit, monkeypatch, shortest=100)
+    for temperature in (1.0, 0.5):
+        one, other = (
+            ct.queries.sample(asked, 3, evidence, ct.RowGenerators(torch.arange(6)), temperature=temperature)
+            for asked in (pc, layers)
+        )
+        assert torch.equal(one, other)
+    path, expected = (ct.queries.viterbi(asked, evidence) for asked in (pc, layers))
+    torch.testing.assert_close(path.log_score, expected.log_score, **CLOSE)
+    assert torch.equal(path.path, expected.path)
+
+
 def test_sums_that_mix_products_of_more_factors_begin_a_chain_of_their_own():
     """Steps emit two variables in the second half, one in the first, and share one transition."""
     owner, states, num_vars = None, ct.inputs(0, 2, ct.Categorical(3)), 1

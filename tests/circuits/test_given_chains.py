@@ -127,7 +127,7 @@ def padded(batch_size, length):
 
 
 def answers(pc, evidence, kind, tensors, **options):
-    """Log Z, its gradient in everything, marginals, flows, and samples."""
+    """Log Z, its gradient in everything, marginals, flows, samples, tempered ones too, the best values and states."""
     tensors = [tensor.clone().requires_grad_() for tensor in tensors]
     shape, generator = (evidence.batch_size, pc.sum_node("transition0").num_units), torch.Generator().manual_seed(2)
     latents = torch.randn(shape, dtype=DOUBLE, generator=generator, requires_grad=True)
@@ -137,12 +137,15 @@ def answers(pc, evidence, kind, tensors, **options):
     gradients = torch.autograd.grad(log_z.sum(), [*tensors, latents, *pc.parameters()], materialize_grads=True)
     detached = pc.weights(external=given_of(kind, [tensor.detach() for tensor in tensors]), **options)
     flows, log_likelihood = ct.learning.expected_flows(pc, evidence, weights=detached)
-    generator = ct.RowGenerators(torch.arange(evidence.batch_size))
+    best = ct.queries.mpe(pc, evidence, weights=weights)
+    states = ct.queries.best_latents(pc, evidence, weights=weights)
     return [
         log_z, *gradients, *flows.values(), log_likelihood,
         ct.queries.marginals(pc, evidence, weights=weights),
         *ct.queries.latent_marginals(pc, evidence, weights=weights).values(),
-        ct.queries.sample(pc, 2, evidence, generator, weights=weights),
+        *(ct.queries.sample(pc, 2, evidence, ct.RowGenerators(torch.arange(evidence.batch_size)), weights=weights,
+                            temperature=temperature) for temperature in (1.0, 0.5)),
+        best.assignment, best.log_score, states.log_weights(),
     ]  # fmt: skip
 
 
