@@ -99,10 +99,10 @@ STARTS: Mapping[str, Start] = {
     "block-sparse 16 x 16, rank 16": sparse(16, 16),
     "block-sparse 32 x 32, rank 32": sparse(32, 32),
     "Monarch 16 x 16": monarch(16),
-    "Monarch 16 x 16, product": product(16, 0.5),
+    "Monarch 16 x 16, product": product(16, 1.0),
     "Monarch 32 x 32": monarch(32),
-    "Monarch 32 x 32, product": product(32, 0.5),
-    "Monarch 32 x 32, product, power 1": product(32, 1.0),
+    "Monarch 32 x 32, product": product(32, 1.0),
+    "Monarch 32 x 32, product, power 1/2": product(32, 0.5),
 }
 
 

@@ -19,7 +19,7 @@ from circuits.transforms.rebuild import Rebuild
 
 @own_precision
 @torch.no_grad()
-def product_chain(first: CompiledCircuit, second: CompiledCircuit, *, power: float = 0.5) -> Circuit:
+def product_chain(first: CompiledCircuit, second: CompiledCircuit, *, power: float = 1.0) -> Circuit:
     """Return a chain over the pairs of two hidden Markov models' states, to learn from there: a Monarch chain.
 
     Both halves of a pair (a, b) start and move as they did, independently, ``T[(a, b), (a', b')] = T_1[a, a']
@@ -35,7 +35,8 @@ def product_chain(first: CompiledCircuit, second: CompiledCircuit, *, power: flo
         first: of A states, as :func:`~circuits.structures.hmm` builds them, with one variable of finitely many values
             a step.
         second: of B states, over the same variables.
-        power: >= 0, of the product of emissions; 1/2 lets a pair of equal states emit what they do.
+        power: >= 0, of the product of emissions; 1/2 lets a pair of equal states emit what they do, and was the worse
+            start on text.
 
     Returns:
         The circuit, its tables as weights to start with: ``ct.compile(circuit)`` has them. It is homogeneous where both

@@ -21,7 +21,7 @@ def common(first, second, step=0):
 @pytest.mark.parametrize("homogeneous", [True, False])
 def test_a_product_of_densities_is_a_sum_over_the_paths_of_pairs_times_what_their_halves_have_in_common(homogeneous):
     first, second = two_chains(homogeneous)
-    pairs = compiled(ct.transforms.product_chain(first, second, power=1.0))
+    pairs = compiled(ct.transforms.product_chain(first, second))
     x = torch.randint(C, (20, L), generator=torch.Generator().manual_seed(0))
     factors = {"initial": common(first, second).log().flatten()}
     for step in range(L - 1):
@@ -40,14 +40,14 @@ def test_it_is_the_product_of_the_distributions_where_all_pairs_have_as_much_in_
     circulant = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.6, 0.3]], dtype=torch.float64)
     first.set_weights("emission0", circulant.T)
     second.set_weights("emission0", torch.full((C, B), 1 / C, dtype=torch.float64))
-    pairs = compiled(ct.transforms.product_chain(first, second, power=1.0))
+    pairs = compiled(ct.transforms.product_chain(first, second))
     assert_same(joint_of(pairs), joint_of(ct.transforms.multiply(first, second).pc))
 
 
 @pytest.mark.parametrize(("homogeneous", "num_owners"), [(True, 1), (False, L)])
 def test_halves_move_independently_and_a_pair_emits_a_mean_of_what_they_do(homogeneous, num_owners):
     first, second = two_chains(homogeneous)
-    circuit = ct.transforms.product_chain(first, second)
+    circuit = ct.transforms.product_chain(first, second, power=0.5)
     assert len({leaf.tied_to or leaf for leaf in circuit.inputs}) == num_owners * A
     pairs = compiled(circuit)
     starts = [pc.parameters_of("initial")[0] for pc in (first, second)]
