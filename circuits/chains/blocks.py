@@ -18,8 +18,8 @@ def maps_of(
     Args:
         calls: what is done.
         table: W, as they take it.
-        factors: f of the steps of all blocks, (length, K, B * blocks).
-        offsets: o, (length, 1, B * blocks).
+        factors: f of the steps of all blocks, (length, K, blocks * B).
+        offsets: o, (length, 1, blocks * B).
         every: the maps are scaled every so many steps; 0: never.
         batch_size: B.
     """
@@ -39,7 +39,7 @@ def maps_of(
             calls.plus(after, plus[step], out=after)
         if every and not step % every:
             _scale(calls, after)
-    return maps.view(size, size, batch_size, columns // batch_size)
+    return maps.view(size, size, columns // batch_size, batch_size).transpose(2, 3).contiguous()
 
 
 def vectors_between(calls: Calls, maps: Tensor, start: Tensor, *, is_scaled: bool) -> Tensor:
@@ -78,9 +78,9 @@ def _scale(calls: Calls, maps: Any) -> None:
 
 
 def beside(whole: Tensor, length: int) -> Tensor:
-    """Return blocks of steps, (T, K, B), as further columns: (length, K, B * T / length)."""
+    """Return blocks of steps, (T, K, B), as further columns: (length, K, T / length * B)."""
     num_steps, size, batch_size = whole.shape
-    blocks = whole.view(num_steps // length, length, size, batch_size).permute(1, 2, 3, 0)
+    blocks = whole.view(num_steps // length, length, size, batch_size).permute(1, 2, 0, 3)
     return blocks.clone(memory_format=torch.contiguous_format).view(length, size, num_steps // length * batch_size)
 
 
@@ -88,4 +88,4 @@ def write_apart(whole: Tensor, columns: Tensor) -> None:
     """Write blocks that are further columns where they come from."""
     (num_steps, size, batch_size), length = whole.shape, columns.shape[0]
     count = num_steps // length
-    whole.view(count, length, size, batch_size).copy_(columns.view(length, size, batch_size, count).permute(3, 0, 1, 2))
+    whole.view(count, length, size, batch_size).copy_(columns.view(length, size, count, batch_size).permute(2, 0, 1, 3))

@@ -75,7 +75,7 @@ def _mix_each_large(matrices: Tensor, x: Tensor, out: Tensor) -> None:
 
 def as_array(tensor: Tensor) -> Any:
     """Return the same memory as NumPy sees it."""
-    return tensor.detach().numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
 
 
 SUM_SMALL = Calls(as_array, np.multiply, np.add, np.add.reduce, np.dot)

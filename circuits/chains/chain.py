@@ -103,6 +103,8 @@ class Chain:
         given: Mapping[int, GivenSums],
         latents: Mapping[int, LatentFactors],
         silent: Mapping[int, Tensor],
+        *,
+        keep: bool = True,
     ) -> Scan | None:
         """Evaluate all steps; None where sums are too small for linear space, or given weights are of another kind.
 
@@ -112,14 +114,15 @@ class Chain:
             given: weights of sums in place of those of the bank, by layer.
             latents: factors on the children of sums, by layer.
             silent: which sums are the constant 1, bool (1, 1, B), by layer; below a silent one all are.
+            keep: whether all steps are wanted, for :meth:`adjoint` and :meth:`climb`.
         """
         leaves = self._factors(values, latents)
         if not given:
-            return scan(self._mixing(weights.linear, leaves), leaves, self._silent(silent))
+            return scan(self._mixing(weights.linear, leaves), leaves, self._silent(silent), keep=keep)
         every = self._weights(weights, given)
         scales = _scales(every)
         leaves = _added(leaves, {step - 1: scale for step, scale in scales.items() if step})
-        found = mixed(every, leaves, self._silent(silent))
+        found = mixed(every, leaves, self._silent(silent), keep=keep)
         return found and found._replace(first=found.first + scales.get(0, 0.0))
 
     def climb(
@@ -136,7 +139,7 @@ class Chain:
         Arguments are those of :meth:`scan`.
         """
         found = self.scan(values, weights, given, latents, silent) if isinstance(semiring, LogSemiring) else None
-        if found is not None:
+        if found is not None and found.rise is not None:
             return found.first, found.rise.states.log()
         states = self._factors(values, latents)
         if isinstance(semiring, MaxSemiring) and self._is_plain(given):
@@ -224,15 +227,18 @@ class Chain:
             silent: of :meth:`scan`.
             flows: the gradient of the linear weights of the bank, (P, K, K); None: not wanted.
         """
-        table, states = self._mixing(weights.linear.mT, found.rise.states), found.rise.states
-        scales, grads = fall(table, found.rise, grad, self._silent(silent))
-        if flows is not None and self.is_tied:
-            scales, states = (part.transpose(0, 1).flatten(1) for part in (scales, states))
-            flows[self.rows[0]].addmm_(scales, states.t())
-        elif flows is not None:
-            for row, scale, state in zip(self.rows, scales, states, strict=True):
-                flows[row].addmm_(scale, state.t())
-        return grads
+        assert found.rise is not None
+        states = found.rise.states
+
+        def flow(at: slice, scales: Tensor) -> None:
+            if flows is not None and self.is_tied:
+                left, right = (part.transpose(0, 1).flatten(1) for part in (scales, states[at]))
+                flows[self.rows[0]].addmm_(left, right.t())
+            elif flows is not None:
+                for row, scale, state in zip(self.rows[at], scales, states[at], strict=True):
+                    flows[row].addmm_(scale, state.t())
+
+        return fall(self._mixing(weights.linear.mT, states), found.rise, grad, self._silent(silent), flow)
 
     def _is_plain(self, given: Mapping[int, GivenSums]) -> bool:
         """Whether all sums share weights of the bank."""

@@ -16,13 +16,14 @@ from circuits.precision import own_precision
 from circuits.weights.forms import JoinedWeights
 
 
-def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | None) -> Scan | None:
+def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | None, *, keep: bool) -> Scan | None:
     """Evaluate all steps of a chain; the first sum, (1, K, B), is differentiable twice.
 
     Args:
         weights: of every sum; their scales are left out.
         leaves: e_t, (T, K, B): the first factors of what the sums mix.
         silent: at which steps y_t is the constant 1, bool (T, 1, B); then it is at all later ones too.
+        keep: whether all steps are wanted, beside those for the gradient.
 
     Returns:
         None where weights are of a kind that has no maps, or some sum is so small that terms that underflow could
@@ -31,9 +32,10 @@ def mixed(weights: Sequence[JoinedWeights], leaves: Tensor, silent: Tensor | Non
     groups = grouped(weights)
     if groups is None or not leaves.numel():
         return None
+    keep = keep or torch.is_grad_enabled()
     with torch.no_grad():
         run = _Run(weights, groups, leaves.detach(), silent)
-        found = scan(run.by_step(lambda maps, number, _: maps.up(number)), leaves.detach(), silent)
+        found = scan(run.by_step(lambda maps, number, _: maps.up(number)), leaves.detach(), silent, keep=keep)
     if found is None:
         return None
     run.rise = found.rise
@@ -55,7 +57,8 @@ class _Run:
         assert self.rise is not None
         states, results = self.rise.states, self.rise.results
         downs = self.by_step(lambda maps, number, step: maps.down(number, states[step], wanted))
-        scales, grads = fall(downs, self.rise, grad, self.silent)
+        scales = torch.empty_like(states)
+        grads = fall(downs, self.rise, grad, self.silent, scales.__setitem__)
         found: list[tuple[Tensor, Tensor]] = []
         for maps, steps in self.groups:
             every = (states, results, scales)

@@ -8,7 +8,7 @@ side, first as matrices and, once the vectors between the blocks are known, as v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits.algebra.logspace import column_peak, smallest_safe_sum
 from circuits.chains.blocks import beside, maps_of, vectors_between, write_apart
 from circuits.chains.calls import MAX_LARGE, MAX_MANY, MAX_SMALL, SUM_LARGE, SUM_SMALL, Calls, Map, as_array
+from circuits.chains.steps import run, sums_of_logs
 
 _FEW_PRODUCTS, _MANY_STEPS = 1 << 10, 128
 """Blocks: with up to so many products in a step of the matrices of all columns, from so many steps on."""
@@ -28,6 +29,8 @@ _FEW_NUMBERS, _FEW_COLUMNS, _NUM_GUESSED, _CHUNK = 1 << 7, 1 << 13, 8, 16
 _ROUNDING = 16
 """What the vectors between blocks may change by, in multiples of the machine's precision."""
 _MANY_STATES = 16
+_MANY_NUMBERS, _CACHED = 1 << 11, 1 << 16
+"""A step of so many numbers is worth calls of its own; so many of some steps stay in a processor's cache."""
 _SMALL_STEP, _SMALL_MAXIMUM = 1 << 18, 1 << 14
 """NumPy: up to so many products in a step, which its libraries leave to one thread; else PyTorch and its threads."""
 
@@ -67,14 +70,16 @@ class Scan(NamedTuple):
 
     first: Tensor
     """The logarithm of the first sum, (1, K, B)."""
-    rise: Rise
-    """All steps."""
+    rise: Rise | None
+    """All steps; None where nobody asked for them."""
 
 
 def scan(
     weights: Tensor | Sequence[Map],  # shape: (K, K)
     leaves: Tensor,  # shape: (T, K, B)
     silent: Tensor | None,  # shape: (T, 1, B)
+    *,
+    keep: bool,
 ) -> Scan | None:
     """Evaluate all steps; None where some sum is so small that terms that underflow could count.
 
@@ -82,16 +87,15 @@ def scan(
         weights: linear ones; or what mixes in every step.
         leaves: e_t.
         silent: at which steps y_t is the constant 1; then it is at all later ones too.
+        keep: whether all steps are wanted, or the first sum alone.
     """
     peak, seldom = column_peak(leaves), EVERY[leaves.dtype]
     for every, in_blocks in ((seldom, True), (seldom, False), (1, False)):
         if in_blocks and not (isinstance(weights, Tensor) and are_few(leaves)):
             continue
-        factors = without(peak, leaves).exp_()
-        found = rise_of_sums(weights, factors, silent, every=every, in_blocks=in_blocks)
+        found = rise_of_sums(weights, leaves, peak, silent, every=every, in_blocks=in_blocks, keep=keep)
         if found is not None:
-            log_scale = peak.add_(found.scales.log()).sum(0, keepdim=True)
-            return Scan(found.results[:1].log().add_(log_scale), found)
+            return Scan(found.results[:1].log().add_(peak.add_(found.scales.log()).sum(0)), found if keep else None)
     return None
 
 
@@ -102,36 +106,44 @@ def without(peak: Tensor, states: Tensor) -> Tensor:
 
 def rise_of_sums(
     weights: Tensor | Sequence[Map],  # shape: (K, K)
-    factors: Tensor,  # shape: (T, K, B)
+    leaves: Tensor,  # shape: (T, K, B)
+    peak: Tensor,  # shape: (T, 1, B)
     silent: Tensor | None,  # shape: (T, 1, B)
     *,
     every: int,
     in_blocks: bool,
+    keep: bool = True,
 ) -> Rise | None:
     """Evaluate ``y_t = W (f_t y_t+1)`` from ``y_T = 1``; None where something that underflowed could count.
 
     Args:
         weights: W; or what mixes in every step.
-        factors: f_t; they are overwritten.
+        leaves: log f_t, in any order in memory.
+        peak: what is taken out of them.
         silent: where y_t is 1, there and at all later steps.
         every: states are divided by their maximum every so many steps.
         in_blocks: whether blocks of steps are evaluated side by side.
+        keep: whether all steps are wanted; else large ones are in one place, where the first result is in the end.
     """
-    if not factors.numel():
+    if not leaves.numel():
         return None
-    calls, offsets = calls_for(factors), None
-    if silent is not None:
-        factors.masked_fill_(silent, 0.0)
-        offsets = silent.to(factors.dtype)
+    calls, offsets = calls_for(leaves), None if silent is None else silent.to(leaves.dtype)
+    table: Any = calls.view(weights) if isinstance(weights, Tensor) else reversed(weights)
+    safe, found = smallest_safe_sum(leaves.dtype, leaves.shape[1]), None
     with np.errstate(all="ignore"):
-        if isinstance(weights, Tensor):
-            found = _rise(calls, weights, factors, offsets, every=every, in_blocks=in_blocks)
+        if not in_blocks and leaves[0].numel() >= _MANY_NUMBERS:
+            calls = calls if isinstance(weights, Tensor) else calls.by_step
+            states, results, scales, least = sums_of_logs(calls, table, (leaves, peak, offsets), every=every, keep=keep)
+            found = Rise(states, results, scales, None) if bool(least >= safe) else None
         else:
-            found = _step_by_step(calls.by_step, reversed(weights), factors, offsets, every=every)
-    safe = smallest_safe_sum(factors.dtype, factors.shape[1])
-    if found is None or not bool(found.results.min() >= safe):
-        return None
-    if silent is not None:
+            factors = without(peak, leaves).exp_()
+            factors = factors if silent is None else factors.masked_fill_(silent, 0.0)
+            if isinstance(weights, Tensor):
+                found = _rise(calls, table, factors, offsets, every=every, in_blocks=in_blocks)
+            else:
+                found = _step_by_step(calls.by_step, table, factors, offsets, every=every)
+            found = found if found is not None and bool(found.results.min() >= safe) else None
+    if found is not None and silent is not None and keep:
         found.states.masked_fill_(silent, 1.0)
     return found
 
@@ -151,54 +163,86 @@ def rise_of_maxima(log_weights: Tensor, factors: Tensor, silent: Tensor | None, 
     if silent is not None:  # logarithms of weights are at most 0
         offsets = torch.full_like(silent, -math.inf, dtype=factors.dtype).masked_fill_(silent, 0.0)
     with np.errstate(invalid="ignore"):
-        found = _rise(calls, matrix, factors, offsets, every=every, in_blocks=in_blocks)
+        found = _rise(calls, calls.view(matrix), factors, offsets, every=every, in_blocks=in_blocks)
     assert found is not None
     return found
 
 
-def fall(transposed: Tensor | Sequence[Map], found: Rise, grad: Tensor, silent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of all sums over these sums, and those of the logarithms of all states, (T, K, B) each.
+def fall(
+    transposed: Tensor | Sequence[Map],
+    found: Rise,
+    grad: Tensor,
+    silent: Tensor | None,
+    flow: Callable[[slice, Tensor], None] | None,
+) -> Tensor:
+    """Return the gradients of the logarithms of all states, (T, K, B).
 
-    The first one is ``g_t = r_t (W^T g_t-1)`` with ``r_t = x_t-1 / y_t`` of the states x: the recurrence once more.
+    Those of all sums over the sums are ``g_t = r_t (W^T g_t-1)`` with ``r_t = x_t-1 / y_t`` of the states x: the
+    recurrence once more.
 
     Args:
         transposed: W^T, or what multiplies by it in every step.
         found: what :func:`rise_of_sums` returned.
         grad: of log y_0, (K, B).
         silent: of :func:`rise_of_sums`.
+        flow: takes some steps and their g_t, (n, K, B), which are overwritten afterwards; None: nobody wants them.
     """
-    states, results, maps = found.states, found.results, found.maps
-    length = _block_length(states)
-    end = 0 if maps is None else len(states) // length * length
-    calls = calls_for(states)
+    states, start, done = found.states, grad / found.results[0], 0
+    num_steps, grads, calls = states.shape[0], torch.empty_like(states), calls_for(states)
     table: Any = iter(transposed)
     if isinstance(transposed, Tensor):
         table = calls.view(transposed.contiguous())
     else:
         calls = calls.by_step
-    ratios, start = torch.empty_like(states), grad / results[0]
-    torch.div(states[:-1], results[1:], out=ratios[1:])
-    ratios[:end:length] = 1.0  # here it goes on from vectors g
-    ratios[end : end + 1] = 1.0
-    if silent is not None:
-        ratios.masked_fill_(silent, 0.0)
-    grads = torch.empty_like(states)
+
+    def finish(at: slice, scales: Tensor) -> None:
+        if flow is not None:
+            flow(at, scales)
+        grads[at].mul_(states[at])
+
     with np.errstate(all="ignore"):
-        if maps is not None:
-            firsts = torch.cat(
-                [results[:end:length], results[end : end + 1] if end < len(states) else torch.ones_like(results[:1])]
-            )
-            mapped = (maps * firsts[1:].permute(1, 2, 0)).sum((0, 1))
-            maps = maps.transpose(0, 1) * (firsts[:-1].sum(1).t() / mapped)
-            between = vectors_between(calls, maps, start, is_scaled=False)
-            columns = beside(ratios[:end], length)
-            made = torch.empty_like(columns)
-            run(calls, table, (columns, columns, made), between[:, :, :-1].flatten(1))
-            write_apart(ratios[:end], columns)
-            write_apart(grads[:end], made)
-            start = between[:, :, -1]
-        run(calls, table, (ratios[end:], ratios[end:], grads[end:]), start)
-    return ratios, grads.mul_(states)
+        if found.maps is not None:
+            length = _block_length(states)
+            done = num_steps // length * length
+            scales = _ratios(found, slice(0, done), silent, length)
+            start = _fall_in_blocks(calls, table, found, scales, start, grads[:done])
+            finish(slice(0, done), scales)
+        size = max(1, _CACHED // max(1, states[0].numel()))
+        for first in range(done, num_steps, size):
+            at = slice(first, min(first + size, num_steps))
+            scales = _ratios(found, at, silent, 0 if first > done else num_steps)
+            run(calls, table, (scales, scales, grads[at]), start)
+            start = grads[at.stop - 1].clone()
+            finish(at, scales)
+    return grads
+
+
+def _ratios(found: Rise, at: slice, silent: Tensor | None, length: int) -> Tensor:
+    """Return r_t of some steps; 1 in each of so many, where the recurrence goes on from vectors g, unless it is 0."""
+    first, ratios = max(1, at.start), torch.empty_like(found.states[at])
+    torch.div(found.states[first - 1 : at.stop - 1], found.results[first : at.stop], out=ratios[first - at.start :])
+    if length:
+        ratios[::length] = 1.0
+    return ratios if silent is None else ratios.masked_fill_(silent[at], 0.0)
+
+
+def _fall_in_blocks(calls: Calls, table: Any, found: Rise, ratios: Tensor, start: Tensor, grads: Tensor) -> Tensor:
+    """Write what ``W^T`` makes of g_t, and g_t over the ratios; return what is after the blocks, (K, B)."""
+    assert found.maps is not None
+    results, end = found.results, len(ratios)
+    length = end // found.maps.shape[3]
+    firsts = torch.cat(
+        [results[:end:length], results[end : end + 1] if end < len(results) else torch.ones_like(results[:1])]
+    )
+    mapped = (found.maps * firsts[1:].permute(1, 2, 0)).sum((0, 1))
+    maps = found.maps.transpose(0, 1) * (firsts[:-1].sum(1).t() / mapped)
+    between = vectors_between(calls, maps, start, is_scaled=False)
+    columns = beside(ratios, length)
+    made = torch.empty_like(columns)
+    run(calls, table, (columns, columns, made), between[:, :, :-1].transpose(1, 2).flatten(1))
+    write_apart(ratios, columns)
+    write_apart(grads, made)
+    return between[:, :, -1]
 
 
 def best_path(log_weights: Tensor, states: Tensor, first: Tensor) -> Tensor:
@@ -241,10 +285,9 @@ def _is_small(states: Tensor, bound: int) -> bool:
 
 
 def _rise(
-    calls: Calls, matrix: Tensor, factors: Tensor, offsets: Tensor | None, *, every: int, in_blocks: bool
+    calls: Calls, table: Any, factors: Tensor, offsets: Tensor | None, *, every: int, in_blocks: bool
 ) -> Rise | None:
     """Evaluate ``y_t = W (f_t y_t+1) plus o_t``, perhaps in place of the factors; None where blocks do not fit."""
-    table = calls.view(matrix)
     is_thin = _is_small(factors, _FEW_COLUMNS) and factors[0].numel() <= _FEW_NUMBERS
     if in_blocks or (is_thin and len(factors) >= 4 * _NUM_GUESSED * _CHUNK):
         found = _side_by_side(calls, table, factors, offsets, every=every, by_maps=in_blocks)
@@ -271,7 +314,7 @@ def _side_by_side(
     """
     length = _block_length(factors) if by_maps else factors.shape[0] // _NUM_GUESSED
     count, maps = factors.shape[0] // length, None
-    end, (num_steps, size, batch_size) = count * length, factors.shape
+    end, num_steps, batch_size = count * length, factors.shape[0], factors.shape[2]
     states, results = torch.empty_like(factors), torch.empty_like(factors)
     scales, start = torch.full_like(factors[:, :1], calls.one), torch.full_like(factors[0], calls.one)
     parts = (factors, states, results, scales, *(() if offsets is None else (offsets,)))
@@ -283,12 +326,12 @@ def _side_by_side(
     columns += [beside(part[:end], length) for part in parts[4:]]
     if by_maps:
         maps = maps_of(calls, table, of_blocks, *columns[4:], every=every, batch_size=batch_size)
-        guess = vectors_between(calls, maps.flip(3), start, is_scaled=every > 0).flip(2)[:, :, 1:].reshape(size, -1)
+        between = vectors_between(calls, maps.flip(3), start, is_scaled=every > 0).flip(2)
+        guess = between[:, :, 1:].transpose(1, 2).flatten(1)
     else:
-        guess = start.repeat_interleave(count, 1)
+        guess = start.repeat(1, count)
     run(calls, table, columns, guess, every=every, backwards=True)
-    firsts = columns[2][0].view(size, batch_size, count)
-    before, later = torch.cat([firsts[:, :, 1:], start.unsqueeze(2)], 2).view(size, -1), length
+    before, later = torch.cat([columns[2][0][:, batch_size:], start], 1), length
     is_exact = by_maps and not calls.are_sums  # no logarithm underflows
     if is_exact and every:
         columns[3][length - 1] += before.amax(0) - guess.amax(0)
@@ -315,34 +358,3 @@ def _fits(calls: Calls, vectors: Tensor, guess: Tensor, scale: Tensor) -> bool:
         return False
     calls.times(scales, most, out=scales)
     return True
-
-
-def run(
-    calls: Calls, table: Any, parts: Sequence[Tensor], start: Tensor, *, every: int = 0, backwards: bool = False
-) -> None:
-    """Evaluate ``x_n = f_n y_n-1`` and ``y_n = W x_n plus o_n`` from ``start``, y before the first step.
-
-    Args:
-        calls: what is done.
-        table: W, as they take it.
-        parts: f_n; where x_n and y_n are put, and, where there are some, the scales of x_n; o_n, if there are any.
-        start: (..., K, C).
-        every: x_n are divided by their maximum every so many steps; 0: never.
-        backwards: whether the last step comes first.
-    """
-    ordered = [list(calls.view(part))[:: -1 if backwards else 1] for part in parts]
-    scales, offsets = ordered[3] if every else [], ordered[4] if len(ordered) > 4 else None
-    times, mix, peak, divide = calls.times, calls.mix, calls.peak, calls.divide
-    before = calls.view(start)
-    for step, (factor, x, y) in enumerate(zip(*ordered[:3], strict=True)):
-        times(factor, before, out=x)
-        if every and not step % every:
-            scale = scales[step]
-            peak(x, axis=-2, keepdims=True, out=scale)
-            if offsets is not None:  # where these are all of y, x is 0
-                calls.plus(scale, offsets[step], out=scale)
-            divide(x, scale, out=x)
-        mix(table, x, out=y)
-        if offsets is not None:
-            calls.plus(y, offsets[step], out=y)
-        before = y

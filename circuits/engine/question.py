@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from circuits.engine.compile import CompiledCircuit
 
 _LOG = LogSemiring()
-_LARGE_STEP = 1 << 15  # numbers: layers of a chain that are so large are faster one by one, in the processor's cache
 
 
 class Question:
@@ -307,9 +306,10 @@ class Question:
         """
         values, given = dict(enumerate(inputs)), self.weights.given
         for step in self.schedule:
-            chain, scan, size = step.chain, None, self.pc.layer_sizes[step.position][1] * self.evidence.batch_size
-            if scans and chain is not None and (saved is not None or given or size < _LARGE_STEP):
-                scan = chain.scan(values, self.weights.own[chain.bank], given, self.latents, self.silent)
+            chain, scan = step.chain, None
+            if scans and chain is not None:
+                own, is_kept = self.weights.own[chain.bank], saved is not None
+                scan = chain.scan(values, own, given, self.latents, self.silent, keep=is_kept)
             if scan is not None:
                 values[step.position] = scan.first
                 if saved is not None:

@@ -6,6 +6,7 @@ import torch
 import circuits as ct
 from circuits.chains import finding as schedules
 from circuits.chains import recurrence
+from circuits.engine.question import Question
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -171,7 +172,8 @@ def test_blocks_are_exact_or_refused_where_entries_between_them_underflow():
         runs = torch.randint(1, 9, (150,), generator=generator)  # of steps that favour the same state
         factors = 10 ** (torch.rand(150, 2, 1, generator=generator) * -9)
         factors = (factors / factors.amax(1, keepdim=True)).repeat_interleave(runs, 0)[:150]
-        found = recurrence.rise_of_sums(transition, factors.clone(), None, every=4, in_blocks=True)
+        peak = torch.zeros(150, 1, 1)
+        found = recurrence.rise_of_sums(transition, factors.log(), peak, None, every=4, in_blocks=True)
         if found is None:
             continue
         num_exact += 1
@@ -224,10 +226,30 @@ def test_other_circuits_have_no_chain(circuit):
     assert not any(step.chain for step in pc.schedule)
 
 
-def test_large_steps_without_a_gradient_give_what_they_give_with_one(generator):
-    """They go layer by layer, and with a gradient as one recurrence."""
-    pc = ct.compile(ct.structures.hmm(5, 512, 3), seed=0)
-    x = torch.randint(3, (64, 5), generator=generator)
+@pytest.mark.parametrize("homogeneous", [True, False])
+def test_large_steps_give_what_layers_give_without_a_gradient_and_by_segments_with_one(monkeypatch, homogeneous):
+    circuit = ct.structures.hmm(40, 32, 4, homogeneous=homogeneous)
+    evidence = padded(65, 40, 4).with_latents({"transition3": torch.randn(65, 32, dtype=torch.float64)})
+    found = answers(compiled(circuit, monkeypatch), evidence)
+    expected = answers(compiled(circuit, monkeypatch, shortest=100), evidence)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    silenced = Question(compiled(circuit, monkeypatch), evidence).silenced()
     with torch.no_grad():
-        alone = pc(x)
-    torch.testing.assert_close(alone, pc(x).detach(), rtol=1e-5, atol=1e-5)
+        assert silenced.silent
+        torch.testing.assert_close(silenced.log_z, expected[0].detach(), **CLOSE)
+
+
+def test_large_steps_that_underflow_are_exact_without_a_gradient():
+    """A half of the states is left for the other one once in 1e30 steps; that happened twice, one after the other."""
+    size = 32
+    transition = torch.eye(size).clamp_min(1e-30)
+    emission = torch.zeros(size, 2)
+    emission[: size // 2, 0] = emission[size // 2 :, 1] = 1.0
+    initial = torch.full((size,), 1 / size)
+    pc = ct.compile(ct.structures.hmm(6, size, 2, transition=transition, emission=emission, initial=initial))
+    x = torch.tensor([[1, 1, 0, 1, 1, 1]]).expand(64, -1)
+    with torch.no_grad():
+        log_p = pc(x)
+    expected = torch.tensor(0.5).log() + 2 * (torch.tensor(1e-30).log() + torch.tensor(size / 2).log())
+    torch.testing.assert_close(log_p, expected.expand(64), rtol=1e-5, atol=1e-5)

@@ -25,8 +25,8 @@ def scanned(monkeypatch):
     """Of every chain that is asked for, whether it was one recurrence."""
     found = []
 
-    def spied(*args, original=chains.mixed):
-        found.append(original(*args))
+    def spied(*args, original=chains.mixed, **options):
+        found.append(original(*args, **options))
         return found[-1]
 
     monkeypatch.setattr(chains, "mixed", spied)
