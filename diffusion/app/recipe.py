@@ -76,6 +76,8 @@ class CircuitRecipe:
         structure: "hmm", or "auto": validation chooses among hidden Markov models of half, as many and twice the
             states, and of a quarter of them with tables of their own at every position.
         num_states: N of the hidden Markov model over a block.
+        num_splits: how often the states of a smaller model are split in two on the way to N, and the model fitted again
+            by maximum likelihood, see :func:`circuits.transforms.grow`; N is a multiple of 2 to that power.
         likelihood_blocks: plain training blocks: of the maximum-likelihood fit, and of the second term of the coupled
             one, where it has a ``likelihood_weight``.
         likelihood_epochs: passes over them.
@@ -96,6 +98,7 @@ class CircuitRecipe:
 
     structure: Structure = "hmm"
     num_states: Size = 128
+    num_splits: Annotated[int, Range(0, 16)] = 0
     likelihood_blocks: Count = 40_000
     likelihood_epochs: Count = 5
     cached_blocks: Count = 16_384

@@ -50,6 +50,8 @@ from diffusion.training.denoiser import train_denoiser
 from diffusion.training.joint import JointTraining, fit_jointly
 from diffusion.training.logit_cache import LogitCache, cache_logits
 
+_NOISE_OF_COPIES = 0.3
+"""Of the log-weights of states that are split: what parts the copies."""
 STEPS = (1, 2, 4, 8, 16, 32)
 """Denoiser calls per block that are compared, those that a block has room for."""
 
@@ -207,6 +209,10 @@ class Workspace(Folder):
             where: dict[str, Any] = {"device": self.device, "folder": checkpoint.with_suffix("")}
             return ct.learning.choose_structure(candidates, blocks, seed=recipe.seed, **where, **options).pc
         pc = ct.compile(candidates["hmm"], device=self.device, seed=recipe.seed)
+        for left in range(settings.num_splits, 0, -1):  # a run that goes on finds what it had fitted
+            place = checkpoint.with_name(f"{checkpoint.stem}-{left}{checkpoint.suffix}")
+            ct.learning.fit(pc, blocks, checkpoint_path=place, **options)
+            pc = ct.transforms.grow(pc, noise=_NOISE_OF_COPIES, seed=recipe.seed + left)
         ct.learning.fit(pc, blocks, checkpoint_path=checkpoint, log_dir=self.log("likelihood"), **options)
         return pc
 

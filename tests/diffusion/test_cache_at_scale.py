@@ -107,6 +107,7 @@ def test_shards_are_read_as_one_cache(denoiser, tmp_path, top_k):
         expected = torch.cat([getattr(one, name) for one in everything])
         assert torch.equal(getattr(found, name), expected[rows])
         assert torch.equal(getattr(whole.batch(slice(2, 9)), name), expected[2:9])
+    assert torch.equal(whole.batch(rows, masked_only=True).log_q[0], found.log_q[found.masked])
     head = df.CoupledHead(ct.compile(ct.structures.hmm(L, 2, V), seed=0))
     curve = df.fit_coupled(head, whole, whole, config=df.CircuitTraining(steps=2, batch_size=4), progress=False)
     assert np.isfinite(curve.held_out).all()

@@ -76,10 +76,11 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert (tuned.activation_threshold, tuned.temperature) == (stored["activation_threshold"], stored["temperature"])
     assert (tuned.decoding["decode"], tuned.decoding["strategy"]) == (stored["decode"], stored["strategy"])
     assert (out / "checkpoints" / "tuning" / "joint-entropy-4.json").exists()  # where a run that was killed goes on
-    local = ("--normalization", "local", "--likelihood-weight", 0.3)
+    local = ("--normalization", "local", "--likelihood-weight", 0.3, "--states", 6, "--grow", 1)
     assert run("fit", "--out", out, "--no-calibration", "--potentials", *local, "--quiet")[0] == 0
     assert workspace.Workspace(out).head().normalization == "local"
-    assert workspace.Workspace(out).recipe().circuit.training.likelihood_weight == 0.3
+    circuit = workspace.Workspace(out).recipe().circuit
+    assert (circuit.training.likelihood_weight, circuit.num_states, circuit.num_splits) == (0.3, 6, 1)
     (potentials,) = workspace.Workspace(out).head().conditioners
     assert isinstance(potentials, LatentPotentials)
     assert 0 < potentials.linear.weight.abs().max() <= 3 * 1e-3 + 1e-6  # three updates of Adam

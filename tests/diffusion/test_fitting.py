@@ -23,6 +23,7 @@ from diffusion import (
 from diffusion.app.fitting import initial_head, structures_of, was_fitted
 from diffusion.app.recipe import PRESETS, CircuitRecipe
 from diffusion.app.workspace import Workspace
+from diffusion.errors import ArgumentError, Interrupted
 from diffusion.training.circuit import coupled_loss
 
 
@@ -99,3 +100,33 @@ def test_validation_chooses_the_structure_of_a_folders_circuit(tmp_path):
     assert was_fitted(folder, replace(recipe, circuit=settings))
     space.fit(recipe)
     assert not place.exists()
+
+
+def test_a_circuit_that_grows_ends_with_its_states_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, fits=False)
+    space = Workspace(folder, progress=False)
+    recipe = space.recipe()
+    grows = replace(recipe, circuit=replace(recipe.circuit, num_states=8, num_splits=2))
+    begun, fit = [], ct.learning.fit
+
+    def watched(pc, *data, **options):
+        begun.append(pc.log_weights("transition0").shape[0])
+        if begun == [2, 4]:
+            raise Interrupted("asked to stop")
+        return fit(pc, *data, **options)
+
+    monkeypatch.setattr(ct.learning, "fit", watched)
+    with pytest.raises(Interrupted):
+        space.fit(grows)
+    head = space.fit(grows)
+    assert begun == [2, 4, 2, 4, 8]
+    assert head.pc.log_weights("transition0").shape == (8, 8)
+    assert was_fitted(folder, grows)
+    assert not was_fitted(folder, replace(grows, circuit=replace(grows.circuit, num_splits=0)))
+    assert not list((folder / "checkpoints").glob("likelihood-*-*"))  # what smaller models left behind
+
+
+@pytest.mark.parametrize("options", [{"num_states": 6}, {"num_states": 8, "structure": "auto"}])
+def test_states_that_cannot_be_split_so_often_are_refused(options):
+    with pytest.raises(ArgumentError, match="num_splits: expected a multiple of 4 states of the structure hmm"):
+        structures_of(CircuitRecipe(num_splits=2, **options), 4, 9)

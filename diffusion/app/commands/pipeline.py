@@ -139,6 +139,13 @@ class FitOptions(OptionGroup):
 
     OPTIONS: ClassVar[Mapping[str, Any]] = {
         "states": count("States of the hidden Markov model.", most=1 << 16),
+        "grow": optional(
+            int,
+            "How often the states of a smaller model are split in two on the way to these, each time fitted again.",
+            shown="the preset's",
+            min=0,
+            max=16,
+        ),
         "structure": optional(
             str,
             "hmm, or auto: validation chooses among models of half to twice the states, and by position.",
@@ -196,6 +203,7 @@ class FitOptions(OptionGroup):
         chosen = {
             "structure": self.structure,
             "num_states": self.states,
+            "num_splits": self.grow,
             "is_calibrated": self.calibration,
             "has_mixture": self.mixture,
             "has_potentials": self.potentials,
