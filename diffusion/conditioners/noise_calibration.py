@@ -93,7 +93,7 @@ class NoiseCalibration(Conditioner):
             block = torch.arange(len(masked), device=masked.device) if where is None else where.nonzero()[:, 0]
             index = block.unsqueeze(dim).unsqueeze(-1) * of_blocks.shape[1] + values
             bias = of_blocks.flatten().gather(0, index.flatten()).view_as(index)
-        if bool((log_q.detach().amin(-1) > -torch.inf).all()):
+        if not log_q.numel() or bool(log_q.detach().amin() > -torch.inf):
             return (scale * log_q.to(scale.dtype)).add_(bias)
         is_possible = log_q > -torch.inf  # where it is not, the scale would have no gradient
         factors = scale * log_q.masked_fill(~is_possible, 0.0).to(scale.dtype) + bias
