@@ -98,6 +98,24 @@ def test_sums_that_mix_products_of_more_factors_begin_a_chain_of_their_own():
     torch.testing.assert_close(pc(x), (y @ pc.log_weights("root").exp().t()).squeeze(1).log(), **CLOSE)
 
 
+def test_a_sum_of_one_unit_of_each_child_ends_no_chain():
+    """It has as many weights as a step, but two children."""
+    ends = [ct.inputs(0, 2, ct.Categorical(3)) for _ in range(2)]
+    last = ct.sum(*ends, num_units=2, unit=1, name="last")
+    node = last
+    for var in range(1, 7):
+        node = ct.sum(ct.product(ct.inputs(var, 2, ct.Categorical(3)), node), num_units=2, tied_to=last)
+    pc = ct.compile(ct.Circuit(ct.sum(node, num_units=1)), seed=0, dtype=torch.float64)
+    x = torch.randint(3, (5, 7), generator=torch.Generator().manual_seed(0))
+    below = {leaf: pc.log_weights(leaf).exp()[x[:, leaf.var]] for leaf in pc.circuit.inputs}
+    table = pc.log_weights("last").exp().t()
+    y = torch.stack([below[end][:, 1] for end in ends], 1) @ table
+    for leaf in sorted(set(below) - set(ends), key=lambda leaf: leaf.var):
+        y = (below[leaf] * y) @ table
+    root = pc.log_weights(pc.circuit.root).exp().t()
+    torch.testing.assert_close(pc(x), (y @ root).squeeze(1).log(), **CLOSE)
+
+
 def test_the_log_likelihood_is_that_of_the_forward_algorithm(schedule, monkeypatch):
     pc = compiled(ct.structures.hmm(40, 3, 4), monkeypatch)
     x = torch.randint(4, (7, 40), generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ import torch
 import circuits as ct
 from circuits.chains import chain as chains
 from circuits.chains import finding, recurrence
+from circuits.engine.question import Question
 from circuits.weights import Gates, LowRank
 
 DOUBLE = torch.float64
@@ -185,22 +186,34 @@ def test_gradients_are_those_of_the_log_partition_twice(scanned, monkeypatch, ki
     assert all(one is not None for one in scanned)
 
 
-def test_steps_that_share_tables_with_another_history_keep_their_own_gradients(monkeypatch):
+def test_steps_that_share_numbers_with_another_history_keep_their_own_gradients(monkeypatch):
     length, batch_size = 12, 3
-    pc, factors = compiled(length, 3, monkeypatch), evidence_of(batch_size, length)
-    layers = compiled(length, 3, monkeypatch, shortest=100)
-    gates, tables = tensors_of("gates", length, 3, batch_size)
+    u, log_v = tensors_of("low rank", length, 3, batch_size)
     found = []
-    for one in (pc, layers):
-        learnt = tables.clone().requires_grad_()
+    for shortest in (4, 100):
+        pc, v = compiled(length, 3, monkeypatch, shortest=shortest), log_v.exp().requires_grad_()
         given = {
-            f"transition{step}": Gates(gates[:, step], learnt if step % 2 else learnt.detach())
+            f"transition{step}": LowRank(u[:, step].clamp_min(0), v.detach() if step % 2 else v)
             for step in range(length - 1)
         }
-        weights = one.weights(external=given)
-        ct.queries.log_partition(one, ct.Evidence.soft(factors), weights=weights).sum().backward()
-        found.append(learnt.grad)
+        evidence = ct.Evidence.soft(evidence_of(batch_size, length))
+        ct.queries.log_partition(pc, evidence, weights=pc.weights(external=given)).sum().backward()
+        found.append(v.grad)
     torch.testing.assert_close(*found, **CLOSE)
+
+
+def test_nothing_flows_where_nothing_is_known_whatever_is_differentiated_later(scanned, monkeypatch):
+    length, batch_size = 12, 4
+    pc = compiled(length, 3, monkeypatch)
+    given = given_of("some", tensors_of("some", length, 3, batch_size))
+    weights = pc.weights(external=given).detached(requires_grad=True)
+    log_z = Question(pc, padded(batch_size, length), weights).silenced().log_z
+    flows, again = (
+        torch.autograd.grad(log_z.sum(), weights.own["sum_3x3"].log, retain_graph=True, create_graph=later)[0]
+        for later in (False, True)
+    )
+    torch.testing.assert_close(again, flows, **CLOSE)
+    assert scanned
 
 
 @pytest.mark.parametrize("kind", ["gates", "low rank"])
