@@ -129,7 +129,7 @@ def rise_of_sums(
         return None
     calls, offsets = calls_for(leaves), None if silent is None else silent.to(leaves.dtype)
     table: Any = calls.view(weights) if isinstance(weights, Tensor) else reversed(weights)
-    safe, found = smallest_safe_sum(leaves.dtype, leaves.shape[1]), None
+    safe = smallest_safe_sum(leaves.dtype, leaves.shape[1])
     with np.errstate(all="ignore"):
         if not in_blocks and leaves[0].numel() >= _MANY_NUMBERS:
             calls = calls if isinstance(weights, Tensor) else calls.by_step
@@ -142,7 +142,6 @@ def rise_of_sums(
                 found = _rise(calls, table, factors, offsets, every=every, in_blocks=in_blocks)
             else:
                 found = _step_by_step(calls.by_step, table, factors, offsets, every=every)
-            found = found if found is not None and bool(found.results.min() >= safe) else None
     if found is not None and silent is not None and keep:
         found.states.masked_fill_(silent, 1.0)
     return found
@@ -296,11 +295,19 @@ def _rise(
     return _step_by_step(calls, table, factors, offsets, every=every)
 
 
-def _step_by_step(calls: Calls, table: Any, factors: Tensor, offsets: Tensor | None, *, every: int) -> Rise:
+def _step_by_step(calls: Calls, table: Any, factors: Tensor, offsets: Tensor | None, *, every: int) -> Rise | None:
     results, scales = torch.empty_like(factors), torch.full_like(factors[:, :1], calls.one)
     parts = (factors, factors, results, scales, *(() if offsets is None else (offsets,)))
     run(calls, table, parts, torch.full_like(factors[0], calls.one), every=every, backwards=True)
-    return Rise(factors, results, scales, None)
+    return Rise(factors, results, scales, None) if _are_safe(calls, results, scales) else None
+
+
+def _are_safe(calls: Calls, results: Tensor, scales: Tensor) -> bool:
+    """Whether what underflowed, before it was scaled, is too little to count."""
+    if not calls.are_sums:
+        return True
+    least = (results.amin(1, keepdim=True) * scales).min()
+    return bool(least >= smallest_safe_sum(results.dtype, results.shape[1]))
 
 
 def _side_by_side(
@@ -335,7 +342,7 @@ def _side_by_side(
     is_exact = by_maps and not calls.are_sums  # no logarithm underflows
     if is_exact and every:
         columns[3][length - 1] += before.amax(0) - guess.amax(0)
-    while not (is_exact or _fits(calls, before, guess, columns[3][later - 1])):
+    while not is_exact and (change := _change(calls, before, guess)) is None:
         later -= _CHUNK
         if by_maps or later <= 0:
             return None
@@ -344,17 +351,20 @@ def _side_by_side(
         before = columns[2][later]
     for whole, part in zip(parts[1:4], columns[1:4], strict=True):
         write_apart(whole[:end], part)
+    if not _are_safe(calls, results, scales):
+        return None
+    if not is_exact:
+        last = calls.view(scales[later - 1 : end : length, 0])
+        calls.times(last, change.reshape(last.shape), out=last)
     return Rise(states, results, scales, maps)
 
 
-def _fits(calls: Calls, vectors: Tensor, guess: Tensor, scale: Tensor) -> bool:
-    """Whether vectors (K, C) are a guess but for factors; scale what was computed from it, over ``scale``, by these."""
-    found, guessed, scales = map(calls.view, (vectors, guess, scale))
+def _change(calls: Calls, vectors: Tensor, guess: Tensor) -> Any:
+    """Return the factors, (C,), by which vectors (K, C) differ from a guess; None where they differ by more."""
+    found, guessed = map(calls.view, (vectors, guess))
     change = calls.divide(found, guessed)
     most, least = calls.peak(change, axis=0), -calls.peak(-change, axis=0)
     size = least if calls.are_sums else calls.peak(abs(found), axis=0) + 1
     rounding = _ROUNDING * torch.finfo(vectors.dtype).eps
-    if not bool(((most - least <= rounding * size) & (abs(least) < math.inf)).all()):
-        return False
-    calls.times(scales, most, out=scales)
-    return True
+    fits = ((most - least <= rounding * size) & (abs(least) < math.inf)).all()
+    return most if bool(fits) else None

@@ -60,21 +60,22 @@ def sums_of_logs(
         keep: whether all x and y are kept; else those of all steps are in one place.
 
     Returns:
-        x and y, (T or 1, K, B); the scales, (T, 1, B), and the least of all y.
+        x and y, (T or 1, K, B); the scales, (T, 1, B), and the least of all y before these were taken out.
     """
     leaves, peak, offsets = parts
     library: Any = torch if calls.view is SUM_LARGE.view else np
     num_steps = leaves.shape[0]
     states, results = leaves.new_empty(2, num_steps if keep else 1, *leaves.shape[1:])
-    scales, least = torch.ones_like(peak), leaves.new_ones(num_steps)
+    scales, least = torch.ones_like(peak), torch.ones_like(peak)
     logs, peaks, low = map(calls.view, (leaves, peak, least))
     xs, ys = (list(calls.view(part)) * (1 if keep else num_steps) for part in (states, results))
+    lowest: Any = torch.amin if library is torch else np.minimum.reduce
     heard = None if offsets is None else calls.view(1 - offsets)
 
     def factors() -> Iterator[Any]:
         for step in reversed(range(num_steps)):
             if step + 1 < num_steps:
-                low[step] = ys[step + 1].min()
+                lowest(ys[step + 1], axis=0, keepdims=True, out=low[step + 1])
             library.exp(library.subtract(logs[step], peaks[step], out=xs[step]), out=xs[step])
             if heard is not None:
                 calls.times(xs[step], heard[step], out=xs[step])
@@ -82,4 +83,5 @@ def sums_of_logs(
 
     steps = [factors(), xs[::-1], ys[::-1], scales, *([] if offsets is None else [offsets])]
     run(calls, table, steps, torch.ones_like(states[0]), every=every, backwards=True)
-    return states, results, scales, torch.minimum(least.min(), results[0].min())
+    lowest(ys[0], axis=0, keepdims=True, out=low[0])
+    return states, results, scales, least.mul_(scales).min()

@@ -152,6 +152,22 @@ def test_whatever_the_weights_float32_gives_what_layers_give_in_float64(schedule
             torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("many", [1, 1 << 30])
+def test_what_underflows_before_it_is_scaled_up_is_not_lost(schedule, monkeypatch, many):
+    """Of state 2 at step 1 all but nothing comes from state 0, whose 1e-46 is divided by a maximum of 1e-22."""
+    monkeypatch.setattr(recurrence, "_MANY_NUMBERS", many)
+    rare, weak = 1e-25, 1e-20
+    transition = torch.tensor([[rare, rare, 1.0], [0.9, 0.1, rare], [1.0, rare, rare]], dtype=torch.float64)
+    factors = torch.tensor([[0, 0, 1], [weak, weak, 1], [1, 1, 0], [1, 1, 0], [1, 1, 0]], dtype=torch.float64)
+    circuit = ct.structures.hmm(5, 3, 3, initial=torch.ones(3) / 3, transition=transition, emission=torch.eye(3))
+    pc = compiled(circuit, monkeypatch, dtype=torch.float32)
+    y = torch.ones(3, dtype=torch.float64)
+    for step in (4, 3, 2, 1):
+        y = transition @ (factors[step] * y)
+    found = pc(ct.Evidence.soft(factors.log().float().unsqueeze(0)))
+    torch.testing.assert_close(found.double(), (factors[0] * y).mean().log().unsqueeze(0), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("stay", "is_forgotten"), [(0.2, True), (0.999, False)])
 def test_blocks_from_guesses_count_only_where_guesses_are_forgotten(monkeypatch, stay, is_forgotten):
     length, num_states = 700, 12
