@@ -282,14 +282,22 @@ class Indexed(Where):
         vars(self).update(index=index, rows=rows)
 
     condition = property(lambda self: self.index < 0)
-    one = property(lambda self: self.rows.map(lambda part: part[0, (~self.index).clamp_min(0)]))
+    one = property(lambda self: self.rows.map(self._of_row))
     other = property(lambda self: Listed(self.index.clamp_min(0).unsqueeze(-1)))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         index = function(self.index)
         return Indexed(index, self.rows.map(lambda part: part.to(index.device)))
 
+    def _of_row(self, part: Tensor) -> Tensor:
+        if not part.shape[1]:  # then all is observed
+            return part.new_zeros(*self.index.shape, *part.shape[2:])
+        return part[0, (~self.index).clamp_min(0)]
+
     def check(self, num_categories: Tensor) -> None:
+        num_rows, least = self.rows.stored.shape[1], int(self.index.min()) if self.index.numel() else 0
+        if least < -num_rows:
+            raise ArgumentError(f"index: expected values v >= 0, or ~j for one of {num_rows} rows j, got {least}")
         (self.rows if isinstance(self.rows, Dense) else self.one).check(num_categories)
         self.other.check(num_categories)
 

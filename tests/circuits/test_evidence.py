@@ -128,3 +128,21 @@ def test_evidence_does_not_change_with_the_mask_it_was_made_of() -> None:
     before = [evidence.dense(3) for evidence in (hard, both)]
     observed.fill_(True)
     assert all(torch.equal(evidence.dense(3), dense) for evidence, dense in zip((hard, both), before, strict=True))
+
+
+_NO_LISTS = torch.zeros(1, 0, 2)
+
+
+@pytest.mark.parametrize("rows", [Dense(torch.zeros(1, 0, 4)), Listed(_NO_LISTS.long(), _NO_LISTS)])
+def test_values_that_are_all_observed_need_no_rows(rows: Dense | Listed) -> None:
+    pc, x = ct.compile(ct.structures.hmm(3, 2, 4), seed=0, dtype=DOUBLE), torch.tensor([[0, 1, 2], [3, 3, 0]])
+    evidence = ct.Evidence(Indexed(x, rows))
+    torch.testing.assert_close(pc(evidence), pc(x))
+    torch.testing.assert_close(evidence.dense(4), ct.Evidence.observe(x).dense(4))
+    torch.testing.assert_close(pc(evidence.without(x == 0)), pc(ct.Evidence.observe(x, x != 0)))
+
+
+def test_rows_that_do_not_exist_are_refused() -> None:
+    pc = ct.compile(ct.structures.hmm(3, 2, 4, homogeneous=False), seed=0)
+    with pytest.raises(ct.ArgumentError, match="2 rows j, got -3"):
+        pc(ct.Evidence(Indexed(torch.tensor([[~0, ~1, ~2]]), Dense(torch.randn(1, 2, 4)))))
