@@ -24,7 +24,7 @@ from circuits.reading import Range, parsed_json, record_of, short, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.blocks import check_circuit
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
-from diffusion.conditioners.base import built, described, weighed
+from diffusion.conditioners.base import built, check_told, described, weighed
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
@@ -227,6 +227,7 @@ class CoupledHead(OnHub, nn.Module):
             prediction: of all tokens, or of listed ones.
             masked: bool (B, L).
         """
+        check_told(prediction, self.conditioners)
         conditioned = Conditioned(prediction)
         for conditioner in self.conditioners:
             conditioned = conditioned.then(conditioner.condition(conditioned.prediction, masked))

@@ -23,6 +23,9 @@ from diffusion.errors import ArgumentError
 LogitsHook = Callable[[Tensor], Tensor]
 """Changes a denoiser's logits, float32 (B, L, V), before forbidden tokens are ruled out; must keep their shape."""
 
+NEGLIGIBLE = -1e4
+"""A log-probability that stands for zero: caches, of half precision, know none below -6e4, and no -inf."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prediction:
@@ -58,9 +61,12 @@ class Prediction:
             raise ArgumentError(
                 f"values: expected int64 of shape {tuple(log_q.shape)}, got {values.dtype} {tuple(values.shape)}"
             )
-        if self.where is not None and (self.where.dim() != 2 or log_q.shape[:2] != (1, int(self.where.sum()))):
-            got = f"{int(self.where.sum())} positions of {tuple(self.where.shape)}"
-            raise ArgumentError(f"where: expected bool (B, L) with {log_q.shape[1]} positions, got {got}")
+        if self.where is not None:
+            where, expected = self.where, f"bool (B, L) with {log_q.shape[1]} positions"
+            if not isinstance(where, Tensor) or where.dtype != torch.bool or where.dim() != 2:
+                raise ArgumentError(f"where: expected {expected}, got {kind_of(where)}")
+            if log_q.shape[:2] != (1, int(where.sum())):
+                raise ArgumentError(f"where: expected {expected}, got {int(where.sum())} of {tuple(where.shape)}")
         if features is not None and (features.dim() != 3 or features.shape[:2] != self.shape):
             raise ArgumentError(
                 f"features: expected (B, L, H) with (B, L) = {tuple(self.shape)}, got {tuple(features.shape)}"
@@ -177,9 +183,15 @@ class Prediction:
         return self.log_q.shape[:2] if self.where is None else self.where.shape
 
     def only(self, where: Tensor) -> Prediction:
-        """Return what is said of some positions alone, bool (B, L): what follows costs as much as there are of them."""
-        values = None if self.values is None else self.values[where].unsqueeze(0)
-        return replace(self, log_q=self.log_q[where].unsqueeze(0), values=values, where=where)
+        """Return what is said of some positions alone, bool (B, L): what follows costs as much as there are of them.
+
+        Raises ArgumentError for a wrong shape or dtype, or a position that nothing is said of.
+        """
+        if not isinstance(where, Tensor) or where.dtype != torch.bool or where.shape != self.shape:
+            raise ArgumentError(f"where: expected bool {tuple(self.shape)}, got {kind_of(where)}")
+        here = self.placed(where)
+        values = None if self.values is None else self.values[here].unsqueeze(0)
+        return replace(self, log_q=self.log_q[here].unsqueeze(0), values=values, where=where)
 
     def whole(self) -> Prediction:
         """Return the prediction of all positions; where nothing is said, any tokens are equally probable."""

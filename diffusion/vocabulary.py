@@ -17,10 +17,7 @@ from circuits import CompiledCircuit, RowGenerators
 from circuits.queries import DeterministicAutomaton
 from diffusion.coupling import IGNORED_LABEL, CoupledDistribution
 from diffusion.errors import ArgumentError
-from diffusion.prediction import Prediction
-
-_NEGLIGIBLE = -1e4
-"""A log-probability that stands for zero: caches of half precision know no smaller ones."""
+from diffusion.prediction import NEGLIGIBLE, Prediction
 
 
 def checked_vocabulary(vocabulary: Sequence[int] | Tensor, pc: CompiledCircuit) -> Tensor:
@@ -50,7 +47,7 @@ def check_padding(prediction: Prediction, masked: Tensor, num_categories: int) -
             beyond = prediction.log_q[..., num_categories:].amax(-1)
         else:
             beyond = prediction.log_q.masked_fill(prediction.values < num_categories, -torch.inf).amax(-1)
-        if not bool(((beyond > _NEGLIGIBLE) & prediction.placed(masked)).any()):
+        if not bool(((beyond > NEGLIGIBLE) & prediction.placed(masked)).any()):
             return
     raise ArgumentError(
         f"prediction: expected one of the circuit's {num_categories} tokens, got one of {prediction.vocab_size}; "

@@ -97,6 +97,16 @@ class Conditioner(nn.Module, ABC):
         """Raise ArgumentError unless the module fits a circuit; any does by default."""
 
 
+def check_told(prediction: Prediction, conditioners: Iterable[Conditioner]) -> None:
+    """Raise ArgumentError if a conditioner looks at observed positions, and the prediction is of others alone."""
+    for one in conditioners:
+        if one.needs_observed and prediction.where is not None:
+            raise ArgumentError(
+                f"prediction: expected one of all positions, at which {type(one).__name__} looks, got one of some "
+                "alone; read the batch without masked_only, or set needs_observed = False if it looks at no others"
+            )
+
+
 @own_precision
 def weighed(dist: CoupledDistribution, conditioners: Iterable[Conditioner]) -> CoupledDistribution:
     """Return a distribution with the log-factors :meth:`Conditioner.latents_under` it, beside those that it has."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.conditioners.base import Conditioned, Conditioner, register
-from diffusion.prediction import Prediction
+from diffusion.prediction import NEGLIGIBLE, Prediction
 
 
 @register("circuit_alone")
@@ -20,10 +20,13 @@ class CircuitAlone(Conditioner):
     of a :class:`~diffusion.decoding.head_mixture.HeadMixture` where much is masked and the denoiser knows little.
     """
 
+    needs_observed = False
+
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
         """Return the prediction without what it prefers."""
-        log_q = prediction.log_q
-        return Conditioned(replace(prediction, log_q=torch.where(log_q > -torch.inf, 0.0, log_q)))
+        impossible = prediction.log_q <= NEGLIGIBLE
+        equal = torch.zeros_like(prediction.log_q).masked_fill(impossible, -torch.inf)
+        return Conditioned(replace(prediction, log_q=equal))
 
     def settings(self) -> dict[str, Any]:
         """Return nothing: it has no arguments."""

@@ -108,7 +108,7 @@ class HeadMixture(OnHub, nn.Module):
     @own_precision
     def distribution(
         self,
-        prediction: Prediction,
+        prediction: Prediction | Tensor,
         tokens: Tensor,  # shape: (B, L)
         masked: Tensor,  # shape: (B, L)
         *,
@@ -118,17 +118,21 @@ class HeadMixture(OnHub, nn.Module):
     ) -> MixedDistribution:
         """Return the joint distribution of B blocks, see :meth:`diffusion.CoupledHead.distribution`."""
         masked = masked if absent is None else masked & ~absent
+        if isinstance(prediction, Tensor):
+            prediction = Prediction.from_logits(prediction.to(self.log_weights.dtype), masked)
         asked: dict[str, Any] = {"include": include, "absent": absent, "keeps_list": keeps_list}
         parts = [head.distribution(prediction, tokens, masked, **asked) for head in self.heads]
         log_weights = at_mask_ratio(masked, self.log_weights)[0].log_softmax(1)
         known = ~masked if absent is None else ~masked & ~absent
-        sure = replace(prediction, log_q=prediction.dense().to(log_weights), values=None).with_observed(tokens, known)
+        said = replace(prediction.whole(), log_q=prediction.dense().to(log_weights), values=None)
+        sure = said.with_observed(tokens, known)
         plain = PlainDistribution(sure, tokens, masked, absent)
         return MixedDistribution((plain, *parts), log_weights, sure, tokens, masked)
 
-    def conditional_log_likelihood(self, prediction: Prediction, targets: Tensor, masked: Tensor) -> Tensor:
+    def conditional_log_likelihood(self, prediction: Prediction | Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Return that of the true tokens, (B,), in nats, as :meth:`diffusion.CoupledHead` has it."""
-        check_token_ids("targets", targets, masked.shape, prediction.vocab_size)
+        size = prediction.shape[-1] if isinstance(prediction, Tensor) else prediction.vocab_size
+        check_token_ids("targets", targets, masked.shape, size)
         return self.distribution(prediction, targets, masked, include=targets).log_prob(targets)
 
     def check_constraint(self) -> None:

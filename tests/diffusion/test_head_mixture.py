@@ -286,3 +286,13 @@ def test_what_all_components_rule_out_makes_no_weight_nan(mixture, said):
     assert bool(ruled_out.log_weights.isfinite().all())
     torch.testing.assert_close(ruled_out.log_weights.exp().sum(1), torch.ones(B, dtype=DOUBLE))
     assert not bool(ruled_out.posterior().log_q.isnan().any())
+
+
+def test_it_takes_what_a_head_takes(mixture, heads, said, block):
+    """Logits, and predictions of masked positions alone."""
+    tokens, masked = block
+    expected = mixture.conditional_log_likelihood(said, tokens, masked)
+    torch.testing.assert_close(mixture.conditional_log_likelihood(said.only(masked), tokens, masked), expected)
+    plain = HeadMixture(heads[:1]).requires_grad_(False)
+    found = plain.conditional_log_likelihood(said.log_q, tokens, masked)
+    torch.testing.assert_close(found, plain.conditional_log_likelihood(said, tokens, masked))

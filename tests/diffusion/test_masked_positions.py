@@ -9,6 +9,7 @@ from hmm_cases import L, N, V, joints, texts
 import circuits as ct
 from circuits.algebra import logspace
 from diffusion import (
+    CircuitAlone,
     CircuitTraining,
     Conditioned,
     Conditioner,
@@ -213,3 +214,40 @@ def test_what_is_said_of_other_positions_is_refused(generator, block):
     dist = CoupledDistribution.of(pc, prediction.only(masked), tokens.clamp_min(1), masked)
     with pytest.raises(ImpossibleEvidenceError, match="rule out every text"):
         dist.log_prob(tokens.clamp_min(1))
+
+
+def test_a_conditioner_that_reads_what_is_seen_refuses_masked_positions_alone(generator, block):
+    tokens, masked = block
+    head = CoupledHead(compiled(), conditioners=[Confidence()])
+    with pytest.raises(ArgumentError, match="prediction: expected one of all positions, at which Confidence"):
+        head.conditional_log_likelihood(random_prediction(generator).only(masked), tokens, masked)
+
+
+def test_positions_that_do_not_fit_are_refused(generator, block):
+    said, (_, masked) = random_prediction(generator), block
+    for where in (masked[:2], masked.long(), masked[0], masked.tolist()):
+        with pytest.raises(ArgumentError, match=r"where: expected bool \(3, 3\)"):
+            said.only(where)
+    with pytest.raises(ArgumentError, match="where: expected bool"):
+        Prediction(log_q=said.log_q[:1], vocab_size=V, where=torch.ones(1, L))
+    first = masked & (torch.arange(L) == 0)
+    torch.testing.assert_close(said.only(masked).only(first).log_q, said.only(first).log_q, rtol=0, atol=0)
+    with pytest.raises(ArgumentError, match="where: expected bool"):
+        said.only(first).only(masked)
+
+
+@pytest.mark.parametrize("masked_only", [False, True])
+def test_the_circuit_alone_rules_out_what_a_cache_holds_as_zero(masked_only, generator, block):
+    tokens, masked = block
+    tokens = tokens.clamp(max=V - 2)
+    logits = random_prediction(generator).log_q.index_fill(2, torch.tensor([V - 1]), -torch.inf)
+    pc, live = compiled(), Prediction.from_logits(logits)
+    q = (live.dense() > -torch.inf).double().numpy() / (V - 1)
+    law = joints(pc, q, tokens, masked, "global").sum(2)  # (B, V ** L)
+    kept = live.log_q.clamp_min(-6e4).half().numpy()
+    batch = LogitCache(tokens.numpy(), masked.numpy(), kept, None, V, "made").batch(
+        slice(None), masked_only=masked_only
+    )
+    dist = batch.distribution(CoupledHead(pc, conditioners=[CircuitAlone()]))
+    found = dist.log_prob(texts(B)).exp().detach()
+    torch.testing.assert_close(found, torch.from_numpy(law.T), **CLOSE)
