@@ -21,7 +21,7 @@ from diffusion.conditioners.mixture_weights import MixtureWeights
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.conditioners.transition_gates import TransitionGates
 from diffusion.denoisers.transformer import TransformerConfig, TransformerDenoiser
-from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.errors import CheckpointError
 from diffusion.head import FORMAT as HEAD
 from diffusion.head import CoupledHead
 from diffusion.json_files import read_json
@@ -58,19 +58,10 @@ def initial_denoiser(recipe: Recipe, tokenizer: TextTokenizer) -> TransformerDen
 
 
 def structures_of(settings: CircuitRecipe, block_length: int, num_tokens: int) -> dict[str, Circuit]:
-    """Return the structures, by name, that validation is to choose from; of a model that grows, the first.
-
-    Raises:
-        ArgumentError: states cannot be halved so often, or there are several structures that would grow.
-    """
-    states, parts = settings.num_states, 1 << settings.num_splits
-    if states % parts or (parts > 1 and settings.structure != "hmm"):
-        raise ArgumentError(
-            f"num_splits: expected a multiple of {parts} states of the structure hmm, to split {settings.num_splits} "
-            f"times, got {states} of {settings.structure}; take other states, or split less often"
-        )
+    """Return the structures, by name, that validation is to choose from; of a model that grows, the first."""
+    states = settings.num_states
     if settings.structure == "hmm":
-        return {"hmm": ct.structures.hmm(block_length, states // parts, num_tokens)}
+        return {"hmm": ct.structures.hmm(block_length, states >> settings.num_splits, num_tokens)}
     sizes = sorted({max(1, states // 2), states, 2 * states})
     found = {f"hmm-{size}": ct.structures.hmm(block_length, size, num_tokens) for size in sizes}
     few = max(1, states // 4)

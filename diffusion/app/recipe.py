@@ -12,7 +12,7 @@ from circuits.digests import digest
 from circuits.reading import Range, record_of, short
 from diffusion.coupling import Normalization
 from diffusion.denoisers.transformer import Attention
-from diffusion.errors import CheckpointError
+from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.json_files import read_json, write_json
 from diffusion.text.tables import absolute_source
 from diffusion.text.tokenizer import TokenizerKind
@@ -94,6 +94,9 @@ class CircuitRecipe:
         normalization: of the product of prediction and circuit, "global" or "local", see :mod:`diffusion.coupling`.
         training: the coupled fit.
         joint: the training of denoiser and head together after it; None: the denoiser stays as it is.
+
+    Raises:
+        ArgumentError: the states cannot be halved so often, or there are several structures that would grow.
     """
 
     structure: Structure = "hmm"
@@ -112,6 +115,14 @@ class CircuitRecipe:
     normalization: Normalization = "global"
     training: CircuitTraining = field(default_factory=CircuitTraining)
     joint: JointTraining | None = None
+
+    def __post_init__(self) -> None:
+        parts = 1 << self.num_splits
+        if self.num_states % parts or (parts > 1 and self.structure != "hmm"):
+            raise ArgumentError(
+                f"grow: expected a multiple of {parts} states of the structure hmm, to split {self.num_splits} times, "
+                f"got {self.num_states} of {self.structure}; take other states, or grow less often, 0 for not at all"
+            )
 
     @property
     def needs_features(self) -> bool:

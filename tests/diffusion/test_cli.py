@@ -81,6 +81,8 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert workspace.Workspace(out).head().normalization == "local"
     circuit = workspace.Workspace(out).recipe().circuit
     assert (circuit.training.likelihood_weight, circuit.num_states, circuit.num_splits) == (0.3, 6, 1)
+    assert run("fit", "--out", out, "--states", 5, "--quiet")[0] == 2  # 5 cannot be halved, as the folder's recipe asks
+    assert workspace.Workspace(out).recipe().circuit == circuit  # what is refused is not written down
     (potentials,) = workspace.Workspace(out).head().conditioners
     assert isinstance(potentials, LatentPotentials)
     assert 0 < potentials.linear.weight.abs().max() <= 3 * 1e-3 + 1e-6  # three updates of Adam
