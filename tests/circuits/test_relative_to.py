@@ -42,7 +42,7 @@ def explained(pc, evidence, other, query, plus, latents=None, classes=None):
                 table = (table.unsqueeze(1) + right).flatten(0, 1) if node.mode == "outer" else table + right
             tables[node] = table
         else:
-            children = torch.cat([tables[child] for child in node.children])
+            children = node.mixed([tables[child] for child in node.children])
             weights = pc.log_weights(node).detach()
             if latents and node.name in latents:
                 weights = weights + latents[node.name][query]
