@@ -202,7 +202,10 @@ class HeadMixture(OnHub, nn.Module):
         return {"a mixture of": "; ".join(["the plain prediction", *of])}
 
     def fit(self, batches: Iterable[Examples], *, decay: float = 1e-3) -> HeadMixture:
-        """Set the weights to those that are best in nats per masked token of some blocks; return the mixture.
+        """Set the weights to those of maximum likelihood on some blocks; return the mixture.
+
+        Each block counts once, however much of it is masked: a component that no block prefers is then left out of
+        draws too, while per masked token it would cost next to nothing to keep it.
 
         Args:
             batches: of blocks that the heads were not fitted on, such as ``[cache.batch(slice(None))]`` of a cache for
@@ -248,7 +251,7 @@ class _Settings:
 
 @torch.enable_grad()
 def _fit_weights(log_weights: Tensor, given: Tensor, masked: Tensor, *, decay: float) -> None:
-    """Overwrite log-weights, (M, K), by those that are best in nats per masked token, by L-BFGS.
+    """Overwrite log-weights, (M, K), by those of maximum likelihood, by L-BFGS.
 
     Args:
         log_weights: a leaf that requires a gradient.
@@ -261,7 +264,7 @@ def _fit_weights(log_weights: Tensor, given: Tensor, masked: Tensor, *, decay: f
     def loss() -> Tensor:
         optimizer.zero_grad()
         log_prob = (at_mask_ratio(masked, log_weights)[0].log_softmax(1) + given).logsumexp(1)
-        value = -(log_prob / masked.sum(1)).mean() + decay * log_weights.square().sum()
+        value = decay * log_weights.square().sum() - log_prob.mean()
         value.backward()
         return value
 
