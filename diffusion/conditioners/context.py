@@ -56,7 +56,16 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, int]:
 def transitions_of(pc: CompiledCircuit, prefix: str) -> dict[str, list[int]]:
     """Return the places of the transitions of a circuit of :func:`circuits.structures.hmm`: ``t`` and ``t + 1``."""
     check_circuit(pc)
-    return {f"{prefix}transition{step}": [step, step + 1] for step in range(pc.circuit.num_vars - 1)}
+    places = {f"{prefix}transition{step}": [step, step + 1] for step in range(pc.circuit.num_vars - 1)}
+    try:
+        for name in (f"{prefix}initial", *places):
+            pc.sum_node(name)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"pc: expected a circuit of ct.structures.hmm, got one without its node {name!r}; give the prefix of its "
+            "names, or build potentials, for_tree or for_block_sparse_hmm"
+        ) from error
+    return places
 
 
 def check_nodes(pc: CompiledCircuit, places: Places, shape: Sequence[int], who: str) -> None:

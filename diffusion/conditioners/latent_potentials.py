@@ -24,7 +24,7 @@ from circuits import CompiledCircuit, Input, Node, Sum
 from circuits.arguments import checked_count
 from diffusion.blocks import check_circuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
-from diffusion.conditioners.context import check_sizes, network, read_context
+from diffusion.conditioners.context import check_sizes, network, read_context, transitions_of
 from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
@@ -92,9 +92,8 @@ class LatentPotentials(Conditioner):
         Raises:
             ArgumentError: the circuit has no nodes of these names.
         """
-        check_circuit(pc)
-        steps = range(pc.circuit.num_vars - 1)
-        positions = {f"{prefix}initial": 0, **{f"{prefix}transition{step}": step + 1 for step in steps}}
+        places = transitions_of(pc, prefix)
+        positions = {f"{prefix}initial": 0, **{name: right for name, (_, right) in places.items()}}
         made = cls(positions, pc.sum_node(f"{prefix}initial").parameter_shape[1], num_features, **options)
         made.check(pc)
         return made

@@ -56,7 +56,8 @@ class HeadMixture(OnHub, nn.Module):
     Draws, marginals and conditionals are exact at temperature 1. At another, the component is drawn from the weights to
     the power 1 / tau, and its tokens as it draws them at tau; at 0 it is the likeliest of the components' best texts.
     Under a constraint the circuits of all heads have to be chains; a component gains by what it foresaw of it. A head
-    with :class:`~diffusion.conditioners.circuit_alone.CircuitAlone` makes the circuit alone a component.
+    with :class:`~diffusion.conditioners.circuit_alone.CircuitAlone` makes the circuit alone a component. Activation
+    thresholds, temperatures and options of decoding of single heads do not count here.
 
     Args:
         heads: K of them, up to 32, over as many positions.
@@ -116,11 +117,14 @@ class HeadMixture(OnHub, nn.Module):
         absent: Tensor | None = None,  # shape: (B, L)
         keeps_list: bool = False,
     ) -> MixedDistribution:
-        """Return the joint distribution of B blocks, see :meth:`diffusion.CoupledHead.distribution`."""
+        """Return the joint distribution of B blocks, see :meth:`diffusion.CoupledHead.distribution`.
+
+        ``keeps_list`` changes nothing: heads list what their own ``top_k`` says, under a constraint too.
+        """
         masked = masked if absent is None else masked & ~absent
         if isinstance(prediction, Tensor):
             prediction = Prediction.from_logits(prediction.to(self.log_weights.dtype), masked)
-        asked: dict[str, Any] = {"include": include, "absent": absent, "keeps_list": keeps_list}
+        asked: dict[str, Any] = {"include": include, "absent": absent}
         parts = [head.distribution(prediction, tokens, masked, **asked) for head in self.heads]
         log_weights = at_mask_ratio(masked, self.log_weights)[0].log_softmax(1)
         known = ~masked if absent is None else ~masked & ~absent

@@ -174,8 +174,9 @@ def test_potentials_on_pairs_of_states_are_those_of_the_dense_chain(said, block,
     found = CoupledHead(pairs, conditioners=[made])(said, *block).log_prob(texts(B))
     law = CoupledHead(dense, conditioners=[expected])(said, *block).log_prob(texts(B))
     torch.testing.assert_close(found, law, rtol=1e-6, atol=1e-9)
-    with pytest.raises(ArgumentError, match="transition0"):
-        TransitionGates.for_hmm(pairs, H)
+    for kind in (TransitionGates, LatentPotentials):
+        with pytest.raises(ArgumentError, match=r"pc: expected a circuit of ct.structures.hmm, got one without its"):
+            kind.for_hmm(pairs, H)
 
 
 def test_potentials_on_a_tree_read_the_positions_that_its_hidden_variables_emit(said, block, generator):

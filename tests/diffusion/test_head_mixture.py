@@ -298,3 +298,15 @@ def test_it_takes_what_a_head_takes(mixture, heads, said, block):
     plain = HeadMixture(heads[:1]).requires_grad_(False)
     found = plain.conditional_log_likelihood(said.log_q, tokens, masked)
     torch.testing.assert_close(found, plain.conditional_log_likelihood(said, tokens, masked))
+
+
+def test_heads_that_list_tokens_list_them_under_a_constraint_too(heads, said):
+    tokens, masked = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
+    heads[0].top_k = 2
+    mixture = HeadMixture(heads).requires_grad_(False)
+    accepted = (texts(B)[..., 1:] != texts(B)[..., :-1]).all(-1)
+    with torch.no_grad():
+        law = law_of(mixture, heads, said, tokens, masked) * accepted
+        dist = mixture.distribution(said, tokens, masked, keeps_list=True)  # as decoding under a constraint asks
+        found = dist.under(NO_TWO_ALIKE, **ends(NO_TWO_ALIKE)).log_prob(texts(B)).exp()
+    torch.testing.assert_close(found, law / law.sum(0))
