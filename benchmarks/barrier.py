@@ -236,17 +236,21 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
 
 
 @torch.no_grad()
-def chain_rows(measure: Measure, number: int, head: str = "switched potentials") -> list[dict[str, str]]:
-    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with a mixture."""
+def chain_rows(measure: Measure, number: int) -> list[dict[str, str]]:
+    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with two heads."""
     denoiser, seed = measure.bed.denoiser, measure.fits.seed
     training = texts_of(measure.bed.train)
-    mixture = measure.fits.gate(denoiser, head, "shipped")
+    heads: dict[str, df.JointHead | None] = {
+        "": None,
+        "aligned potentials": measure.fits.head(denoiser, "aligned potentials", "shipped"),
+        "switched potentials": measure.fits.gate(denoiser, "switched potentials", "shipped"),
+    }
     rows = [
         {"seed": str(seed), "calls": "", "head": "far reads"}
         | described(denoiser, texts_of(measure.bed.held_out["far"][:number]), training, measure.forbidden, seed=seed)
     ]
     for calls in CALLS:
-        for name, chosen in (("", None), (head, mixture)):
+        for name, chosen in heads.items():
             path = measure.folder / f"chains-{calls}-{number}{'-' + name.replace(' ', '-') if name else ''}.json"
             drawn = chains(denoiser, chosen, calls, number, path, seed=seed)
             known = described(denoiser, drawn, training, measure.forbidden, seed=seed)
