@@ -35,6 +35,8 @@ from diffusion.training.plain import PlainText
 __all__ = ["CircuitTraining", "OptimizerName", "Weighting", "coupled_loss", "fit_coupled", "losses_by_ratio"]
 
 OptimizerName = Literal["adam", "anemone"]
+_MAX_WEIGHT = 1e6
+"""Of a second term; far beyond, squares of gradients are no numbers in single precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,8 @@ class CircuitTraining:
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         check_weighting(self.weighting)
-        checked_number("likelihood_weight", self.likelihood_weight)
+        if checked_number("likelihood_weight", self.likelihood_weight) > _MAX_WEIGHT:
+            raise ArgumentError(f"likelihood_weight: expected at most {_MAX_WEIGHT:g}, got {self.likelihood_weight}")
 
 
 @own_precision

@@ -148,6 +148,9 @@ def test_joint_training_counts_the_blocks_of_its_windows():
     torch.testing.assert_close(found, list(plain), rtol=1e-6, atol=1e-9)
     with pytest.raises(ArgumentError, match="likelihood_weight: expected a number >= 0"):
         df.JointTraining(likelihood_weight=-1.0)
+    for weight in (1e7, 1e300):  # of which gradients, or their squares, are infinite in single precision
+        with pytest.raises(ArgumentError, match=r"likelihood_weight: expected at most 1e\+06, got"):
+            df.CircuitTraining(likelihood_weight=weight)
 
 
 @pytest.mark.parametrize(
