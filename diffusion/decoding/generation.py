@@ -13,6 +13,7 @@ from circuits.arguments import checked_count
 from diffusion.decoding.canvas import Canvas
 from diffusion.decoding.config import DecodeMode, DecodingConfig, Strategy
 from diffusion.decoding.controls import Control, View, all_controls, steered
+from diffusion.decoding.head_mixture import HeadMixture
 from diffusion.decoding.joint import JointHead, check_constrained, check_head, spec_with
 from diffusion.decoding.plans import Anywhere, Blocks, DynamicWindows, Look, Plan
 from diffusion.decoding.prompts import Rows, checked_seeds, holed_canvas, prompted_canvas, token_rows
@@ -368,5 +369,5 @@ def _check(
         raise ArgumentError(f"{given[0]}: a plan has its own, got both; say it in the plan, {plan!r}")
     if head is not None:
         check_head(head, denoiser.spec, config or DecodingConfig())
-        if isinstance(head, CoupledHead):
+        if isinstance(head, CoupledHead | HeadMixture):
             head.check_tokenizer(getattr(denoiser, "tokenizer_fingerprint", None))

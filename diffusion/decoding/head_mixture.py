@@ -144,6 +144,11 @@ class HeadMixture(OnHub, nn.Module):
         for head in self.heads:
             check_chain(head.pc)
 
+    def check_tokenizer(self, fingerprint: str | None) -> None:
+        """Raise ArgumentError if a head was trained with a tokenizer of another fingerprint; None: unknown."""
+        for head in self.heads:
+            head.check_tokenizer(fingerprint)
+
     def save(self, path: str | os.PathLike[str], *, made_from: Any = None) -> None:
         """Write a folder: the heads in ``head0/``, ``head1/``, ..., the weights in ``mixture.safetensors``; no pickle.
 

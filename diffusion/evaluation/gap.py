@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits import CompiledCircuit, queries
+from circuits.arguments import kind_of
 from circuits.progress import progress_bar
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
@@ -144,6 +145,8 @@ def misspecification_gap(
         ArgumentError: shapes or ratios that do not fit.
         Interrupted: long work was asked to stop, see :func:`circuits.progress.request_stop`.
     """
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"head: expected df.CoupledHead, got {kind_of(head)}")
     length = head.block_length
     if data.dim() != 2 or len(data) < 2 or data.shape[1] < length:
         raise ArgumentError(f"data: expected int64 (N >= 2, at least {length}), got {tuple(data.shape)}")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import circuits as ct
-from circuits.arguments import checked_number
+from circuits.arguments import checked_number, kind_of
 from circuits.digests import digest
 from circuits.learning.checkpoint import Checkpoint
 from circuits.learning.distributed import Processes, checked_processes
@@ -354,6 +354,8 @@ def settings_of(config: CircuitTraining) -> dict[str, Any]:
 
 def _check_caches(head: CoupledHead, *caches: LogitCache | None) -> None:
     """Raise ArgumentError unless the head's circuit is over the blocks and the tokens of the caches."""
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"head: expected df.CoupledHead, got {kind_of(head)}")
     for cache in (cache for cache in caches if cache is not None):
         if cache.block_length != head.block_length:
             raise ArgumentError(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from circuits.arguments import kind_of
 from circuits.digests import digest
 from circuits.learning.distributed import Processes, checked_processes
 from circuits.learning.loop import mixed_seed
@@ -187,6 +188,8 @@ class _Training(HeadTraining):
 
 
 def _check_windows(name: str, windows: Tensor, denoiser: Denoiser, head: CoupledHead) -> None:
+    if not isinstance(head, CoupledHead):
+        raise ArgumentError(f"head: expected df.CoupledHead, got {kind_of(head)}")
     is_tensor = isinstance(windows, Tensor) and windows.dim() == 2
     if not is_tensor or not len(windows) or windows.shape[1] < head.block_length:
         got = tuple(windows.shape) if isinstance(windows, Tensor) else type(windows).__name__

@@ -14,11 +14,15 @@ from diffusion import (
     CoupledHead,
     HeadMixture,
     LatentPotentials,
+    LogitCache,
     NoiseCalibration,
     Prediction,
+    fit_coupled,
+    fit_jointly,
     generate,
 )
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
+from diffusion.evaluation import misspecification_gap
 from diffusion.testing.worlds import alternating
 
 
@@ -310,3 +314,20 @@ def test_heads_that_list_tokens_list_them_under_a_constraint_too(heads, said):
         dist = mixture.distribution(said, tokens, masked, keeps_list=True)  # as decoding under a constraint asks
         found = dist.under(NO_TWO_ALIKE, **ends(NO_TWO_ALIKE)).log_prob(texts(B)).exp()
     torch.testing.assert_close(found, law / law.sum(0))
+
+
+def test_a_mixture_is_for_the_tokenizer_of_its_heads_and_is_not_fitted_as_one():
+    world = alternating(4)
+    denoiser, head = world.denoiser(), CoupledHead(world.circuit())
+    denoiser.tokenizer_fingerprint, head.tokenizer_fingerprint = "one", "another"
+    mixture, texts_of = HeadMixture([head]), torch.zeros(4, 4, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match="head: expected one for the tokenizer one, got one for another"):
+        generate(denoiser, [[]], head=mixture, gen_length=4)
+    cache = LogitCache(texts_of.numpy(), texts_of.bool().numpy(), torch.zeros(4, 4, 3).numpy(), None, 3, "made")
+    for ask in (
+        lambda: fit_coupled(mixture, cache, progress=False),
+        lambda: fit_jointly(denoiser, mixture, texts_of, progress=False),
+        lambda: misspecification_gap(denoiser, mixture, texts_of, progress=False),
+    ):
+        with pytest.raises(ArgumentError, match=r"head: expected df\.CoupledHead, got HeadMixture"):
+            ask()
