@@ -1,9 +1,11 @@
-"""Some examples of a cache of predictions, and the coupled distribution that a head makes of them."""
+"""Some examples of a cache of predictions, which of them a step takes, and what a head makes of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits import CircuitWeights
@@ -46,3 +48,17 @@ class CachedBatch:
     def distribution(self, head: CoupledHead, *, weights: CircuitWeights | None = None) -> Coupled:
         """Couple a head's circuit to the cached predictions, as :meth:`CoupledHead.distribution` couples any."""
         return head.distribution(self.prediction, self.tokens, self.masked, include=self.tokens, weights=weights)
+
+
+def blocks_of(step: int, num_blocks: int, batch_size: int, *, seed: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return which blocks one step takes, at most a batch: every epoch is a permutation of its own.
+
+    Args:
+        step: of the fit, from 0.
+        num_blocks: that there are.
+        batch_size: of a step; of the rest of an epoch there is no batch.
+        seed: with the step alone it decides.
+    """
+    epoch, position = divmod(step, max(1, num_blocks // batch_size))
+    order = np.random.default_rng([seed[0], epoch, *seed[1:]]).permutation(num_blocks)
+    return order[position * batch_size : (position + 1) * batch_size]

@@ -25,7 +25,7 @@ from circuits.learning.loop import EarlyStopping, ModuleTraining, Plan, run
 from circuits.precision import own_precision
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
-from diffusion.training.cached import CachedBatch
+from diffusion.training.cached import CachedBatch, blocks_of
 from diffusion.training.coupled_em import CoupledAnemone
 from diffusion.training.curve import TrainingCurve
 from diffusion.training.logit_cache import LogitCache
@@ -250,7 +250,11 @@ class HeadTraining(ModuleTraining, ABC):
         decay = (1 + math.cos(math.pi * step / config.steps)) / 2
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * decay
-        weights = flows.weights() if flows is not None else None if self.plain is None else self.head.pc.weights()
+        weights = None
+        if flows is not None:
+            weights = flows.weights()
+        elif self.plain is not None:  # both terms read them once
+            weights = self.head.pc.weights()
         dist = batch.distribution(self.head, weights=weights)
         log_partition: Tensor | None = None if flows is None else dist.log_partition
         constant = None if log_partition is None else log_partition.detach()
@@ -264,17 +268,19 @@ class HeadTraining(ModuleTraining, ABC):
                 f"learning_rate: expected one with finite losses, got {config.learning_rate} and a loss of "
                 f"{total / num_losses} at step {step}; lower it"
             )
-        log_joint, log_z, plain_mass = -losses.sum(), losses.new_zeros(()), 0.0
-        if self.plain is not None and weights is not None:
+        log_joint, plain_mass = -losses.sum(), 0.0
+        text = None if self.plain is None else self.plain.batch(step)
+        if self.plain is not None and text is not None and weights is not None:
             per_token = 1 if config.weighting == "uniform" else batch.masked.shape[1]
             plain_mass = config.likelihood_weight * num_losses / per_token
-            log_p, log_one = self.plain.log_likelihood(self.head.pc, weights, step)
-            log_joint, log_z = log_joint + plain_mass * log_p, plain_mass * log_one
+            log_joint = log_joint + plain_mass * self.plain.log_likelihood(self.head.pc, weights, text)
         self.optimizer.zero_grad()
         if flows is None or log_partition is None:
             (-log_joint / num_losses).backward()
         else:
-            log_z = log_z + per_block(log_partition, batch.masked, config.weighting).sum()
+            log_z = per_block(log_partition, batch.masked, config.weighting).sum()
+            if self.plain is not None and text is not None and weights is not None:
+                log_z = log_z + plain_mass * self.plain.log_normaliser(self.head.pc, weights, text)
             flows.differentiate(log_joint, log_z, self._others, num_losses)
         self._sum_gradients()
         self.clip()
@@ -390,8 +396,5 @@ def _parameter_groups(head: CoupledHead, config: CircuitTraining) -> list[dict[s
 
 
 def _rows_of(num_blocks: int, config: CircuitTraining, step: int) -> NDArray[np.int64]:
-    """Return the blocks of one step: every epoch is a permutation of its own, a function of seed and step alone."""
-    per_epoch = max(1, num_blocks // config.batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([config.seed, epoch]).permutation(num_blocks)
-    return np.sort(order[position * config.batch_size : (position + 1) * config.batch_size])
+    """Return the blocks of one step, a function of seed and step alone."""
+    return np.sort(blocks_of(step, num_blocks, config.batch_size, seed=(config.seed,)))  # in the order of the files

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from circuits.learning.distributed import Processes
 from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import check_token_ids
+from diffusion.training.cached import blocks_of
 
 if TYPE_CHECKING:
     from circuits import CircuitWeights
@@ -69,22 +69,31 @@ class PlainText:
         everywhere = torch.ones_like(text, dtype=torch.bool)
         return cls(head.vocabulary_in(num_tokens).known("text", text, everywhere), config, processes)
 
-    def log_likelihood(self, pc: ct.CompiledCircuit, weights: CircuitWeights, step: int) -> tuple[Tensor, Tensor]:
-        """Return the mean of ``log p(x)`` over a step's blocks, and that of log Z where any token goes: its own parts.
+    @property
+    def batch_size(self) -> int:
+        """Blocks of every step, those of all processes together."""
+        return min(self.config.batch_size, len(self.categories))
 
-        The second is 0; its gradients in the log-weights are the flows of the circuit itself.
+    def batch(self, step: int) -> Tensor:
+        """Return this process's share of the blocks of one step, int64 (b, L)."""
+        rows = blocks_of(step, len(self.categories), self.config.batch_size, seed=(self.config.seed, 1))
+        return self.categories[self.processes.share(torch.from_numpy(rows)).to(self.categories.device)]
+
+    def log_likelihood(self, pc: ct.CompiledCircuit, weights: CircuitWeights, x: Tensor) -> Tensor:
+        """Return what a share (b, L) adds to the mean of ``log p(x)`` over a step's blocks.
 
         Raises:
             ArgumentError: a block is impossible.
         """
-        size = min(self.config.batch_size, len(self.categories))
-        epoch, position = divmod(step, len(self.categories) // size)
-        order = np.random.default_rng([self.config.seed, epoch, 1]).permutation(len(self.categories))
-        chosen = self.processes.share(torch.from_numpy(order[position * size : (position + 1) * size]))
-        x = self.categories[chosen.to(self.categories.device)].to(pc.device)
-        log_p = pc.log_partition(ct.Evidence.observe(x), weights)
+        log_p = pc.log_partition(ct.Evidence.observe(x.to(pc.device)), weights)
         if not bool(log_p.detach().isfinite().all()):
             raise ArgumentError("text: expected blocks that the circuit holds possible, got one of probability 0")
+        return log_p.sum() / self.batch_size
+
+    def log_normaliser(self, pc: ct.CompiledCircuit, weights: CircuitWeights, x: Tensor) -> Tensor:
+        """Return what it adds to the mean of log Z where any token goes; it is 0, but not its gradients.
+
+        Those in the log-weights are the flows of the circuit itself, which steps by flows subtract.
+        """
         anything = torch.zeros(1, x.shape[1], max(pc.circuit.num_categories), dtype=pc.dtype, device=pc.device)
-        log_one = pc.log_partition(ct.Evidence.soft(anything), weights).sum()
-        return log_p.sum() / size, log_one * len(x) / size
+        return pc.log_partition(ct.Evidence.soft(anything), weights).sum() * len(x) / self.batch_size
