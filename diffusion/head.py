@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import torch
@@ -20,7 +19,7 @@ from circuits.arguments import checked_count, checked_temperature
 from circuits.files import check_finite, file_hash, not_finite, read_tensors, write_tensors
 from circuits.interop import find_jpc, load_jpc
 from circuits.precision import own_precision
-from circuits.reading import Range, parsed_json, record_of, short, unreadable
+from circuits.reading import Range, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.blocks import check_circuit
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
@@ -29,7 +28,7 @@ from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
 from diffusion.prediction import Prediction, check_token_ids
-from diffusion.publishing import OnHub, options_of
+from diffusion.publishing import OnHub, named, options_of, read_settings
 from diffusion.vocabulary import Coupled, MappedDistribution, Vocabulary, check_padding, checked_vocabulary
 
 if TYPE_CHECKING:
@@ -362,19 +361,11 @@ class CoupledHead(OnHub, nn.Module):
                 f"{folder / _FILE}: expected a head of the circuit beside it, got that of another; {_WAY_OUT}"
             )
         check_finite(tensors, folder / _FILE, way_out=_WAY_OUT)
-        try:
-            settings = parsed_json(metadata["settings"].encode())
-            decoding = settings.pop("decoding", None)
-            if not isinstance(decoding, (dict, NoneType)):
-                raise CheckpointError(f"decoding: expected an object with keys, got {short(decoding)}")
-            given = vars(record_of(_Settings, settings, "settings")) | {"decoding": decoding}
+        with named(folder / _FILE, _WAY_OUT):
+            given, decoding = read_settings(_Settings, metadata)
             vocabulary, made = tensors.pop("vocabulary", None), built(metadata.get("conditioners"), tensors)
-            return cls(ct.load(folder / "circuit"), **given, vocabulary=vocabulary, conditioners=made)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError) and str(folder) in str(error):
-                raise
-            problem = f"settings: expected some, got no {error}" if isinstance(error, KeyError) else error
-            raise CheckpointError(f"{folder / _FILE}: {problem}; {_WAY_OUT}") from error
+            options = vars(given) | {"decoding": decoding, "vocabulary": vocabulary, "conditioners": made}
+            return cls(ct.load(folder / "circuit"), **options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,26 @@
-"""Share heads over the Hugging Face hub: folders of ``head.save`` with a model card, no pickle anywhere."""
+"""Folders of heads: read back, and shared over the Hugging Face hub with a model card; no pickle anywhere."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 
 from circuits.io.hub import Published, local_folder
+from circuits.reading import parsed_json, record_of, short
 from circuits.store import MANIFEST
-from diffusion.errors import ArgumentError
+from diffusion.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_T = TypeVar("_T")
 
 FILES = ("circuit/structure.json", "circuit/weights.safetensors", f"circuit/{MANIFEST}", "head.safetensors", MANIFEST)
 """Of one head."""
@@ -154,3 +159,24 @@ def facts(head: Any) -> dict[str, str]:
 def _said(decoding: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name}={value!r}" for name, value in decoding.items() if value is not None)
     return told or "the library's defaults"
+
+
+def read_settings(kind: type[_T], metadata: Mapping[str, str]) -> tuple[_T, dict[str, Any] | None]:
+    """Return the settings that a file holds, as a record, and the options of decoding beside it."""
+    settings = parsed_json(metadata["settings"].encode())
+    decoding = settings.pop("decoding", None)
+    if not isinstance(decoding, (dict, NoneType)):
+        raise CheckpointError(f"decoding: expected an object with keys, got {short(decoding)}")
+    return record_of(kind, settings, "settings"), decoding
+
+
+@contextlib.contextmanager
+def named(path: Path, way_out: str) -> Iterator[None]:
+    """Turn what goes wrong while a head is built of a file into a CheckpointError that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError) and str(path.parent) in str(error):
+            raise
+        problem = f"settings: expected some, got no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path}: {problem}; {way_out}") from error

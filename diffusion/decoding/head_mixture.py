@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from circuits.arguments import checked_count, checked_number
 from circuits.files import check_finite, not_finite, read_tensors, write_tensors
 from circuits.precision import own_precision
-from circuits.reading import Range, parsed_json, record_of, short
+from circuits.reading import Range
 from circuits.store import MANIFEST, Manifest, read_folder, replace_folder, write_manifest
 from diffusion.conditioners.context import at_mask_ratio
 from diffusion.decoding.constraints.coupled import check_chain
 from diffusion.decoding.mixed_distribution import MixedDistribution, PlainDistribution
-from diffusion.errors import ArgumentError, CheckpointError
+from diffusion.errors import ArgumentError
 from diffusion.head import CoupledHead
 from diffusion.prediction import Prediction, check_token_ids
-from diffusion.publishing import FILES, OnHub, facts, options_of
+from diffusion.publishing import FILES, OnHub, facts, named, options_of, read_settings
 
 FORMAT = "unfactor-head-mixture"
 FORMAT_VERSION = 1
@@ -184,22 +184,15 @@ class HeadMixture(OnHub, nn.Module):
             is_verified=_FILE in manifest.files,
         )
         check_finite(tensors, folder / _FILE, way_out=_WAY_OUT)
-        try:
-            settings = parsed_json(metadata["settings"].encode())
-            decoding = settings.pop("decoding")
-            if not isinstance(decoding, dict):
-                raise CheckpointError(f"decoding: expected an object with keys, got {short(decoding)}")
-            said = record_of(_Settings, settings, "settings")
+        with named(folder / _FILE, _WAY_OUT):
+            said, decoding = read_settings(_Settings, metadata)
+            if decoding is None:
+                raise KeyError("decoding")
             heads = [CoupledHead.load(folder / f"head{number}") for number in range(said.num_heads)]
             log_weights = tensors["log_weights"]
             mixture = cls(heads, vocab_size=said.vocab_size, num_knots=len(log_weights), decoding=decoding)
             mixture.load_state_dict({**mixture.state_dict(), "log_weights": log_weights})
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError) and str(folder) in str(error):
-                raise
-            problem = f"expected {error}, got none of it" if isinstance(error, KeyError) else error
-            raise CheckpointError(f"{folder / _FILE}: {problem}; {_WAY_OUT}") from error
-        return mixture
+            return mixture
 
     def files(self) -> tuple[str, ...]:
         """Return the names of its files, the manifest last."""
