@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -168,7 +167,7 @@ class Gates(Maps):
         ]
         tables = self.weights[0].tables
         if wanted(tables):
-            gates, states = self.gates.permute(1, 2, 0, 3), _side_by_side(steps.states).t()
+            gates, states = self.gates.permute(1, 2, 0, 3), _as_columns(steps.states).t()
             scales = steps.scales.transpose(0, 1).contiguous()
             by_table = [(scales * of_table).flatten(1) @ states for of_table in gates]
             found.append((tables, torch.stack(by_table, 1).unsqueeze(0)))
@@ -249,7 +248,7 @@ Groups = Sequence[tuple[type[Maps], list[int]]]
 
 def grouped(weights: Sequence[JoinedWeights]) -> Groups | None:
     """Return the kinds of maps of T steps, and which steps share them; None where some are of another kind."""
-    groups: dict[Hashable, tuple[type[Maps], list[int]]] = defaultdict()
+    groups: dict[Hashable, tuple[type[Maps], list[int]]] = {}
     for step, one in enumerate(weights):
         shared: Sequence[Tensor]
         kind: type[Maps]
@@ -271,11 +270,11 @@ def _identity(tensor: Tensor) -> Hashable:
     return id(tensor) if tensor.requires_grad else place
 
 
-def _side_by_side(steps: Tensor) -> Tensor:
+def _as_columns(steps: Tensor) -> Tensor:
     """Return the vectors of all steps, (S, K, B), as columns, (K, S * B)."""
     return steps.transpose(0, 1).flatten(1)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Return the sum of all steps' and queries' outer products, of (S, K, B) and (S, I, B): (K, I)."""
-    return _side_by_side(left) @ _side_by_side(right).t()
+    return _as_columns(left) @ _as_columns(right).t()

@@ -7,6 +7,7 @@ side, first as matrices and, once the vectors between the blocks are known, as v
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -128,20 +129,21 @@ def rise_of_sums(
     if not leaves.numel():
         return None
     calls, offsets = calls_for(leaves), None if silent is None else silent.to(leaves.dtype)
-    table: Any = calls.view(weights) if isinstance(weights, Tensor) else reversed(weights)
+    table: Any = None
+    rise: Callable[..., Rise | None] = _step_by_step
+    if isinstance(weights, Tensor):
+        table, rise = calls.view(weights), functools.partial(_rise, in_blocks=in_blocks)
+    else:
+        calls, table = calls.by_step, reversed(weights)
     safe = smallest_safe_sum(leaves.dtype, leaves.shape[1])
     with np.errstate(all="ignore"):
         if not in_blocks and leaves[0].numel() >= _MANY_NUMBERS:
-            calls = calls if isinstance(weights, Tensor) else calls.by_step
             states, results, scales, least = sums_of_logs(calls, table, (leaves, peak, offsets), every=every, keep=keep)
             found = Rise(states, results, scales, None) if bool(least >= safe) else None
         else:
             factors = without(peak, leaves).exp_()
             factors = factors if silent is None else factors.masked_fill_(silent, 0.0)
-            if isinstance(weights, Tensor):
-                found = _rise(calls, table, factors, offsets, every=every, in_blocks=in_blocks)
-            else:
-                found = _step_by_step(calls.by_step, table, factors, offsets, every=every)
+            found = rise(calls, table, factors, offsets, every=every)
     if found is not None and silent is not None and keep:
         found.states.masked_fill_(silent, 1.0)
     return found
