@@ -24,7 +24,7 @@ CHUNK, BATCH_SIZE = 2048, 256
 SHARE_OF_THE_START = 0.2
 """Of the time of a model that starts from smaller ones, what each of their fits takes."""
 
-Start = Callable[["Learner"], ct.Circuit]
+Start = Callable[["Learner"], ct.Circuit | ct.CompiledCircuit]
 
 
 class Learner:
@@ -34,9 +34,12 @@ class Learner:
         self.train, self.num_categories, self.seconds, self.seed = train, num_categories, seconds, seed
         self.length = train.shape[1]
 
-    def fit(self, circuit: ct.Circuit, until: float, seed: int | None = None) -> tuple[ct.CompiledCircuit, int]:
+    def fit(
+        self, start: ct.Circuit | ct.CompiledCircuit, until: float, seed: int | None = None
+    ) -> tuple[ct.CompiledCircuit, int]:
         """Return a model that learnt until the process had used so many seconds, and from how many blocks."""
-        pc, seen = ct.compile(circuit, seed=self.seed if seed is None else seed), 0
+        pc = ct.compile(start, seed=self.seed if seed is None else seed) if isinstance(start, ct.Circuit) else start
+        seen = 0
         while time.process_time() < until:
             first = seen % len(self.train)
             chunk = self.train[first : first + CHUNK]
@@ -53,17 +56,9 @@ class Learner:
         return ct.structures.hmm(self.length, num_states, self.num_categories)
 
 
-def split(learner: Learner) -> ct.Circuit:
+def split(learner: Learner) -> ct.CompiledCircuit:
     """Return a dense model of 256 states, pairs of copies of 128 that learnt."""
-    pc = learner.started(learner.dense(128))
-    tables = [pc.parameters_of("initial")[0], pc.parameters_of("transition0"), pc.parameters_of("emission0").t()]
-    copies = [table.detach().log().repeat_interleave(2, 0) for table in tables]
-    copies[1] = copies[1].repeat_interleave(2, 1)
-    generator = torch.Generator().manual_seed(learner.seed)
-    noisy = (copy + 0.3 * torch.randn(copy.shape, generator=generator) for copy in copies)
-    initial, transition, emission = (copy.softmax(-1) for copy in noisy)
-    options = {"initial": initial, "transition": transition, "emission": emission}
-    return ct.structures.hmm(learner.length, 256, learner.num_categories, **options)
+    return ct.transforms.grow(learner.started(learner.dense(128)), noise=0.3, seed=learner.seed)
 
 
 def sparse(num_groups: int, rank: int) -> Start:
