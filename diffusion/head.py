@@ -23,7 +23,7 @@ from circuits.reading import Range, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.blocks import check_circuit
 from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
-from diffusion.conditioners.base import built, check_told, described, weighed
+from diffusion.conditioners.base import built, check_told, described
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
 from diffusion.errors import ArgumentError, CheckpointError
@@ -216,7 +216,9 @@ class CoupledHead(OnHub, nn.Module):
             weights=weights,
             absent=absent,
         )
-        return weighed(coupled, self.conditioners)
+        for conditioner in self.conditioners:
+            coupled = conditioner.refined(coupled)
+        return coupled
 
     @own_precision
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:

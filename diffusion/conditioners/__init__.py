@@ -4,6 +4,7 @@ from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.circuit_alone import CircuitAlone
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.low_rank_transitions import LowRankTransitions
+from diffusion.conditioners.marginal_matching import MarginalMatching
 from diffusion.conditioners.mixture_weights import MixtureWeights
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.conditioners.transition_gates import TransitionGates
@@ -14,6 +15,7 @@ __all__ = [
     "Conditioner",
     "LatentPotentials",
     "LowRankTransitions",
+    "MarginalMatching",
     "MixtureWeights",
     "NoiseCalibration",
     "TransitionGates",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import circuits as ct
 from circuits import CompiledCircuit
-from circuits.precision import own_precision
 from circuits.reading import arguments_of, parsed_json, record_of, short
 from diffusion.coupling import CoupledDistribution
 from diffusion.errors import ArgumentError, CheckpointError
@@ -77,13 +76,13 @@ class Conditioner(nn.Module, ABC):
             masked: bool, True where a token is to be predicted.
         """
 
-    def latents_under(self, dist: CoupledDistribution) -> Mapping[Any, Tensor]:
-        """Return further log-factors on latents, by sum node or its name, (B, I) each; by default there are none.
+    def refined(self, dist: CoupledDistribution) -> CoupledDistribution:
+        """Return the distribution that all conditioners made, changed by what depends on it; by default as it is.
 
         Args:
-            dist: the distribution that everything else makes, which the factors may depend on.
+            dist: of B blocks; what conditioners before this one refine is in it.
         """
-        return {}
+        return dist
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -105,18 +104,6 @@ def check_told(prediction: Prediction, conditioners: Iterable[Conditioner]) -> N
                 f"prediction: expected one of all positions, at which {type(one).__name__} looks, got one of some "
                 "alone; read the batch without masked_only, or set needs_observed = False if it looks at no others"
             )
-
-
-@own_precision
-def weighed(dist: CoupledDistribution, conditioners: Iterable[Conditioner]) -> CoupledDistribution:
-    """Return a distribution with the log-factors :meth:`Conditioner.latents_under` it, beside those that it has."""
-    for conditioner in conditioners:
-        given = dict(dist.evidence.latents or {})
-        known = {dist.pc.sum_node(key): key for key in given}
-        for one, log in conditioner.latents_under(dist).items():
-            key = known.get(dist.pc.sum_node(one), one)
-            dist = dist.with_latents({key: given[key] + log if key in given else log})
-    return dist
 
 
 C = TypeVar("C", bound=type[Conditioner])

@@ -20,7 +20,6 @@ block when it is first asked about; tokens that are committed later condition th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 import circuits as ct
 from circuits import CompiledCircuit
 from circuits.arguments import checked_count, checked_number, is_number, kind_of
+from circuits.precision import own_precision
 from diffusion.blocks import check_circuit
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.context import at_mask_ratio, check_sizes, is_zero, network, read_block
@@ -141,24 +141,25 @@ class MixtureWeights(Conditioner):
         return is_still and (self.network is None or is_zero(self.network))
 
     def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
-        """Return the prediction as it is: the factors are those of :meth:`latents_under`."""
+        """Return the prediction as it is: the factors are those that :meth:`refined` adds."""
         return Conditioned(prediction)
 
-    def latents_under(self, dist: CoupledDistribution) -> Mapping[Any, Tensor]:
-        """Return the log-factors (B, K) of what the root chooses.
+    @own_precision
+    def refined(self, dist: CoupledDistribution) -> CoupledDistribution:
+        """Return the distribution with log-factors (B, K) on what the root chooses.
 
         Raises:
             ArgumentError: the prediction has no features, or of another number.
         """
         if not torch.is_grad_enabled() and self.is_static:
-            return {}
+            return dist
         bias, power = at_mask_ratio(dist.masked, self.bias, self.power)
         if self.network is not None:
             assert self.num_features is not None
             bias = bias + self.network(read_block(self.num_features, dist.prediction, dist.masked, self.bias))
         log_z = dist.query(ct.queries.component_log_partition)
         log_z = log_z.masked_fill(log_z == -torch.inf, 0.0)  # what is impossible stays so
-        return {dist.pc.circuit.root: bias.to(log_z) - power.to(log_z) * log_z}
+        return dist.with_more_latents({dist.pc.circuit.root: bias.to(log_z) - power.to(log_z) * log_z})
 
     def feature_parameters(self) -> list[nn.Parameter]:
         """Return the network's."""

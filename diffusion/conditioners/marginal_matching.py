@@ -1,0 +1,114 @@
+"""Factors under which the product's own marginals become what the denoiser predicts.
+
+Prediction and circuit both know what the visible tokens say, and their product counts it twice. What the prediction
+lacks is how tokens depend on each other, and what the circuit lacks is the rest. Of all distributions with given
+marginals q, the one nearest to the circuit, its I-projection (Csiszár 1975), is again a product with a factor for every
+token, ``p(x) prod_i f_i(x_i) / Z``; iterative proportional fitting (Deming and Stephan 1940) finds the factors: step by
+step it divides them by the marginals m of the product that they make, and multiplies them with q. Discrete copula
+diffusion (Liu et al. 2024, arXiv 2410.01949) couples a denoiser to a language model so. Here a few damped steps are
+taken, and how far they go is learnt:
+
+    log f^0 = 0,      log f^{k+1} = log f^k + a_k(r) log q - c_k(r) log m(f^k),
+
+with log a_k and c_k piecewise linear in the share r of the block that is masked. With many steps ``a = c`` gives
+marginals of exactly q; one step with ``a = 1, c = 0`` is the plain product. A circuit of maximum likelihood needs no
+more than this to be a good head: where little is masked m is near q, and the product near the prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits.arguments import checked_count, checked_number
+from circuits.precision import own_precision
+from diffusion.conditioners.base import Conditioned, Conditioner, register
+from diffusion.conditioners.context import at_mask_ratio
+from diffusion.coupling import CoupledDistribution
+from diffusion.errors import ArgumentError
+from diffusion.prediction import Prediction
+
+_LEAST = 1e-8
+"""Of a marginal: a token that is less probable than this is not made more so at once."""
+
+
+@register("marginal_matching")
+class MarginalMatching(Conditioner):
+    """A few steps of iterative proportional fitting, whose sizes depend on the mask ratio.
+
+    Every step costs the circuit's forward and backward pass, whenever the denoiser is asked. The product has to be
+    normalised globally. What conditioners before it say, potentials for example, holds in the marginals too.
+
+    Args:
+        num_steps: K.
+        num_knots: M >= 2; log a and c are given at M evenly spaced mask ratios from 0 to 1, and linear in between.
+        step: a and c at first, 0 < step <= 1: the exact algorithm has 1, one position at a time; all positions at
+            once need less.
+        exact_gradients: whether gradients go through the marginals m too, at some four times the time. Otherwise these
+            are constants to them: what is learnt then is all but how later marginals depend on earlier steps.
+
+    Attributes:
+        log_scale: log a at the knots, (M, K).
+        discount: c at the knots, (M, K).
+    """
+
+    needs_observed = False
+
+    def __init__(
+        self, num_steps: int = 4, num_knots: int = 5, *, step: float = 0.3, exact_gradients: bool = False
+    ) -> None:
+        super().__init__()
+        checked_count("num_steps", num_steps)
+        checked_count("num_knots", num_knots, 2)
+        if not 0 < checked_number("step", step) <= 1:
+            raise ArgumentError(f"step: expected a number above 0 and at most 1, got {step!r}")
+        if not isinstance(exact_gradients, bool):
+            raise ArgumentError(f"exact_gradients: expected True or False, got {exact_gradients!r}")
+        self.exact_gradients = exact_gradients
+        self.log_scale = nn.Parameter(torch.full((num_knots, num_steps), math.log(step)))
+        self.discount = nn.Parameter(torch.full((num_knots, num_steps), float(step)))
+
+    def condition(self, prediction: Prediction, masked: Tensor) -> Conditioned:
+        """Return the prediction as it is: :meth:`refined` changes it, which knows the circuit."""
+        return Conditioned(prediction)
+
+    @own_precision
+    def refined(self, dist: CoupledDistribution) -> CoupledDistribution:
+        """Return the circuit with the factors in place of the prediction.
+
+        Raises:
+            ArgumentError: the normalisation is local.
+        """
+        if dist.normalization != "global":
+            raise ArgumentError(
+                f"normalization: expected 'global' for MarginalMatching, got {dist.normalization!r}; leave it out, or "
+                "normalise the head globally"
+            )
+        said = dist.said
+        log_scale, discount = at_mask_ratio(dist.masked, self.log_scale, self.discount, where=said.where)
+        dim = 1 if said.where is None else 0  # (K, B, 1, 1), or (K, 1, n, 1)
+        scale, discount = (one.T.unsqueeze(dim + 1).unsqueeze(-1).to(said.log_q) for one in (log_scale.exp(), discount))
+        counts = torch.ones_like(said.log_q, dtype=torch.bool)
+        if said.where is None:
+            counts &= dist.masked.unsqueeze(-1)
+        is_possible = said.log_q > -torch.inf
+        counts &= is_possible
+        log_q = said.log_q.masked_fill(~counts, 0.0)
+        start = said.log_q.masked_fill(counts, 0.0)  # nothing is said of what is possible, and all else stays
+        dist = dist.with_prediction(replace(said, log_q=start))
+        exact = self.exact_gradients and torch.is_grad_enabled()
+        for scale_k, discount_k in zip(scale, discount, strict=True):
+            marginals = dist.listed_marginals(differentiable=exact).nan_to_num(1.0).clamp_min(_LEAST)
+            step = scale_k * log_q - discount_k * marginals.log().masked_fill(~counts, 0.0)
+            moved = replace(dist.said, log_q=dist.said.log_q + step)
+            dist = dist.with_prediction(moved.normalised())
+        return dist
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        num_knots, num_steps = self.discount.shape
+        return {"num_steps": num_steps, "num_knots": num_knots, "exact_gradients": self.exact_gradients}
