@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from _antibody_data import LENGTH, RESIDUES, VOCABULARY
+from _antibody_mutations import LOOP
 from _barrier_losses import Masks, one_step_losses
-from _bed_antibody import LOOP, common
+from _bed_antibody import common
 from torch import Tensor
 
 import diffusion as df

@@ -15,17 +15,25 @@ import diffusion as df
 from circuits.files import replace_file
 from diffusion.training.circuit import losses_by_ratio
 
-HEADS = ("plain", "calibrated", "aligned", "potentials", "aligned potentials", "gates", "low rank", "all")
+MATCHED = {"matched": "calibrated", "aligned matched": "aligned", "matched potentials": "potentials"}
+"""Heads whose marginals are those that the denoiser predicts, and the heads whose other conditioners they have.
+
+Static ones have the circuit of maximum likelihood. Nothing but the sizes of the steps is fitted, on validation windows.
+"""
+HEADS = ("plain", "calibrated", "aligned", *MATCHED, "potentials", "aligned potentials", "gates", "low rank", "all")
 """Contextual ones start from static ones, those of the bed's own circuit from ``aligned``.
 
 This circuit keeps its weights of maximum likelihood: with tables at every position it has too many for the few blocks
 that a denoiser was asked about.
 """
-STATIC = ("plain", "calibrated", "aligned")
+STATIC = ("plain", "calibrated", "aligned", "matched", "aligned matched")
 """These have no random start: of the beds of text they are the same for all seeds, like circuit and predictions."""
 GATES = {
-    "switched": ("calibrated", "aligned"),
-    "switched potentials": ("calibrated", "aligned", "potentials", "aligned potentials"),
+    "switched": ("calibrated", "aligned", "matched", "aligned matched"),
+    "switched potentials": (
+        *("calibrated", "aligned", "matched", "aligned matched"),
+        *("potentials", "aligned potentials", "matched potentials"),
+    ),
 }
 """Mixtures of the plain prediction, of the circuit alone and of heads."""
 
@@ -49,6 +57,8 @@ class Sizes:
         validate_every: updates between two looks at the validation windows.
         patience: looks without a better one until a fit stops.
         hidden: units between features and log-factors.
+        matching: steps of matched heads.
+        matching_updates: of the sizes of these steps.
     """
 
     states: int = 128
@@ -65,9 +75,22 @@ class Sizes:
     validate_every: int = 50
     patience: int = 5
     hidden: int = 128
+    matching: int = 4
+    matching_updates: int = 60
 
 
-QUICK = Sizes(states=4, epochs=1, masks=1, knots=3, batch_size=4, steps=2, validate_every=1, patience=1, hidden=4)
+QUICK = Sizes(
+    states=4,
+    epochs=1,
+    masks=1,
+    knots=3,
+    batch_size=4,
+    steps=2,
+    validate_every=1,
+    patience=1,
+    hidden=4,
+    matching_updates=1,
+)
 
 
 @dataclass(frozen=True)
@@ -160,12 +183,20 @@ class Fits:
 
     def head(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
         """Return a head of :data:`HEADS` for a denoiser of some name."""
-        path = self.path(kind, name)
-        if not path.is_dir():
+        path, sizes = self.path(kind, name), self.sizes
+        if not path.is_dir() and kind in MATCHED:
+            head, began = self._matched(denoiser, kind, name), time.process_time()
+            cache, updates = self.cache(denoiser, "validation", name), sizes.matching_updates
+            config = df.CircuitTraining(
+                steps=updates, batch_size=32, learning_rate=0.03, validate_every=updates, checkpoint_every=10
+            )
+            df.fit_coupled(head, cache, config=config, checkpoint_path=path.with_suffix(".safetensors"), progress=False)
+            head.save(path)
+            self._report(path, head, cache, updates, time.process_time() - began)
+        elif not path.is_dir():
             caches = [self.cache(denoiser, part, name) for part in ("train", "validation")]
             head, began = self._first(denoiser, kind, name), time.process_time()
             head.pc.requires_grad_(not kind.startswith("aligned"))
-            sizes = self.sizes
             config = df.CircuitTraining(
                 steps=sizes.steps,
                 batch_size=sizes.batch_size,
@@ -222,6 +253,17 @@ class Fits:
         }[kind.removeprefix("aligned ")]
         made = [one.for_hmm(static.pc, bed.num_features, **options) for one in of]
         return df.CoupledHead(static.pc, conditioners=[*static.conditioners, *made], vocabulary=bed.vocabulary)
+
+    def _matched(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
+        made: list[df.Conditioner] = []
+        if kind in STATIC:
+            pc = self.circuit(kind.startswith("aligned"))
+        else:
+            other = self.head(denoiser, MATCHED[kind], name)
+            pc, made = other.pc, [one for one in other.conditioners if not isinstance(one, df.NoiseCalibration)]
+        head = df.CoupledHead(pc, conditioners=made, vocabulary=self.bed.vocabulary).requires_grad_(False)
+        matching = df.MarginalMatching(self.sizes.matching, step=0.25)
+        return df.CoupledHead(pc, conditioners=[*head.conditioners, matching], vocabulary=self.bed.vocabulary)
 
     def _report(self, path: Path, head: df.CoupledHead, cache: df.LogitCache, steps: int, seconds: float) -> None:
         bins = losses_by_ratio(head, cache)

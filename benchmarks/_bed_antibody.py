@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import copy
 import csv
-import itertools
 import math
 import os
-import random
 import re
 import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import torch
 from _antibody_data import LENGTH, RESIDUES, VOCABULARY, prepare, translated, wheel
+from _antibody_mutations import LOOP, Chain, Mutations
 from _bed import Bed
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,8 +32,6 @@ import diffusion as df
 from circuits.files import replace_file, write_safetensors
 
 GENES = "olga/default_models/human_B_heavy"
-LOOP = re.compile("C([A-Z]{4,40}?)WG[A-Z]G")
-MOST_MUTATED = 0.35
 MUTATIONS = 3
 """Versions of each germline chain."""
 SAME_CLUSTER = 80
@@ -50,16 +46,20 @@ def antibody_bed(folder: Path, *, seed: int, is_quick: bool) -> Bed:
         windows = windows[::8]
     split = split_reads(windows, seed=seed)
     tail = Counter(read[read.rfind("VSS") + 3 :] for read in split["train"] if "VSS" in read).most_common(1)[0][0]
-    germline = [chain + tail for chain in germline_chains(folder, 200 if is_quick else 8000, seed=seed)]
-    germline = [chain[-LENGTH:] for chain in germline if len(chain) >= LENGTH]
-    drawn = [ids_of(mutated(germline, seed=one)) for one in range(seed, seed + 100 * MUTATIONS, 100)]
+    germline = germline_chains(folder, 200 if is_quick else 8000, seed=seed)
+    germline = [chain for chain in germline if len("".join(chain)) + len(tail) >= LENGTH]
+    mutations = Mutations.of(split["train"], *map(tuple, map(dict.values, germline_genes(folder))))
+    drawn = [
+        ids_of([(chain + tail)[-LENGTH:] for chain in mutations.mutated(germline, seed=one)])
+        for one in range(seed, seed + 100 * MUTATIONS, 100)
+    ]
     train = ids_of(split["train"])
     loops = [cdr3(read) for read in split["far"]]
     whole = df.load_denoiser(model)
     assert isinstance(whole, df.MaskedLMDenoiser)
     denoiser = in_bfloat16(whole)
     return Bed(
-        name="kept",
+        name="learnt",
         denoiser=denoiser,
         num_features=denoiser.model.config.hidden_size,  # type: ignore[union-attr,arg-type]
         block_length=LENGTH,
@@ -95,32 +95,6 @@ def cdr3(window: str) -> range:
 def places_of(loops: list[range]) -> Tensor:
     """Return where loops are, bool (N, 100)."""
     return torch.tensor([[place in loop for place in range(LENGTH)] for loop in loops]).view(-1, LENGTH)
-
-
-def mutated(chains: list[str], *, seed: int) -> list[str]:
-    """Replace residues by such that another base in one of their codons makes; each chain at a rate of its own.
-
-    Somatic hypermutation changes up to a fifth of the residues, and more in a few chains: rates are U(0, MOST_MUTATED).
-    """
-    generator = random.Random(seed)
-    found = []
-    for chain in chains:
-        rate = generator.uniform(0.0, MOST_MUTATED)
-        drawn = (generator.choice(neighbours()[one]) if generator.random() < rate else one for one in chain)
-        found.append("".join(drawn))
-    return found
-
-
-@cache
-def neighbours() -> dict[str, str]:
-    """Return the residues that a change of one base makes of each, as often as there are such pairs of codons."""
-    codons = list(map("".join, itertools.product("TCAG", repeat=3)))
-    found = dict.fromkeys(RESIDUES, "")
-    for one, other in itertools.permutations(codons, 2):
-        residue, new = translated(one), translated(other)
-        if sum(map(str.__ne__, one, other)) == 1 and residue != new and "*" not in (residue, new):
-            found[residue] += new
-    return found
 
 
 def aligned_chain(num_states: int, categories: Tensor, *, seed: int) -> ct.Circuit:
@@ -199,31 +173,33 @@ def common(places: dict[str, int], window: str) -> int:
     return LENGTH - state.bit_count()
 
 
-def germline_chains(folder: Path, number: int, *, seed: int) -> list[str]:
+def germline_chains(folder: Path, number: int, *, seed: int) -> list[Chain]:
     """Return chains that rearrange germline genes without mutations: V, a drawn CDR3, and J; kept in the folder."""
-    path = folder / f"germline-{number}-{seed}.txt"
+    path, (before, after) = folder / f"germline-{number}-{seed}.tsv", germline_genes(folder)
     if not path.is_file():
-        program = folder / "olga-1.3.0"
-        if not (program / GENES).is_dir():
-            with zipfile.ZipFile(wheel(folder, "olga==1.3.0")) as archive:
-                archive.extractall(program)
-        with replace_file(path.with_suffix(".tsv")) as temporary:
+        with replace_file(path) as temporary:
             command = [sys.executable, "-m", "olga.generate_sequences", "--humanIGH", "--time_updates_off"]
             command += ["-n", str(number), f"--seed={seed}", "--delimiter=tab", "-o", str(temporary)]
-            subprocess.run(
-                command, check=True, env={**os.environ, "PYTHONPATH": str(program)}, stdout=subprocess.DEVNULL
-            )
-        before, after = germline_genes(program / GENES)
-        with open(path.with_suffix(".tsv"), encoding="ascii") as file:
-            drawn = [row[1:4] for row in csv.reader(file, delimiter="\t")]
-        found = sorted({before[v] + cdr3 + after[j] for cdr3, v, j in drawn if v in before and j in after})
-        with replace_file(path) as temporary:
-            temporary.write_text("\n".join(chain for chain in found if set(chain) <= set(RESIDUES)), encoding="ascii")
-    return path.read_text("ascii").split()
+            environment = {**os.environ, "PYTHONPATH": str(olga(folder))}
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    with open(path, encoding="ascii") as file:
+        drawn = [row[1:4] for row in csv.reader(file, delimiter="\t")]
+    known = [Chain(before[v], loop, after[j]) for loop, v, j in drawn if v in before and j in after]
+    return sorted({chain for chain in known if set(chain.loop) <= set(RESIDUES)})
+
+
+def olga(folder: Path) -> Path:
+    """Return the folder of the program that draws rearrangements, which is unpacked first if it is not there."""
+    program = folder / "olga-1.3.0"
+    if not (program / GENES).is_dir():
+        with zipfile.ZipFile(wheel(folder, "olga==1.3.0")) as archive:
+            archive.extractall(program)
+    return program
 
 
 def germline_genes(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return the residues of V genes before the C that CDR3 begins with, and of J genes after its last; by gene."""
+    folder = olga(folder) / GENES
     parameters = (folder / "model_params.txt").read_text("ascii")
     bases = dict(re.findall(r"^%(IGH[VJ][^;]*);([ACGT]+);", parameters, re.MULTILINE))
     parts: list[dict[str, str]] = []

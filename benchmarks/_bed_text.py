@@ -33,6 +33,7 @@ TEXT = Sizes(
     steps=250,
     patience=2,
     hidden=512,
+    matching_updates=30,
 )
 ANSWERS = replace(TEXT, states=1024)
 GROWTH = ((0.4, 0.4, 0.3), (0.4, 0.3), (0.4, 0.4, 0.3), (0.4, 0.4, 0.3, 0.2))

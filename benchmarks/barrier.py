@@ -9,12 +9,13 @@
 
 Losses are nats per masked token. *one-step*: the denoiser, all masked tokens independently; *circuit alone*: the
 circuit of maximum likelihood; *plain*: their product, fitted; *calibrated*: with a calibration by noise; *potentials*,
-*gates*, *low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *aligned*, *aligned
-potentials*: of the bed's own circuit; *switched*: one step, the circuit alone, *calibrated* and *aligned* behind a gate
-that reads the mask ratio, *switched potentials*: the heads with potentials too; *sequential*: the denoiser, one token
-at a time; *tuned ...*: the same with the denoiser trained further on the same text, for as long as *switched
-potentials* took. Every cell, a column on eight windows, is kept in a file of ``--folder``: an interrupted run goes on
-where it was, and one with more ``--windows`` or ``--seeds`` computes what is new.
+*gates*, *low rank*, *all* (potentials and gates): heads that see the denoiser's hidden states too; *matched*: factors
+under which the product's marginals become the denoiser's; *aligned ...*: of the bed's own circuit; *switched*: one
+step, the circuit alone and all static heads behind a gate that reads the mask ratio, *switched potentials*: the heads
+with potentials too; *sequential*: the denoiser, one token at a time; *tuned ...*: the same with the denoiser trained
+further on the same text, for as long as *switched potentials* took. Every cell, a column on eight windows, is kept in
+a file of ``--folder``: an interrupted run goes on where it was, and one with more ``--windows`` or ``--seeds`` computes
+what is new.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ BEDS = {
 """What prepares a bed, and how much of everything it is given."""
 TUNED = tuple(f"tuned {name}" for name in ("one-step", "switched", "switched potentials", "sequential"))
 COLUMNS = ("one-step", "circuit alone", *HEADS, *GATES, "sequential", *TUNED)
-CONTEXTUAL = ("potentials", "gates", "low rank", "all")
+CONTEXTUAL = dict.fromkeys(("potentials", "gates", "low rank", "all"), "calibrated") | {
+    "aligned potentials": "aligned",
+    "matched potentials": "matched",
+    "switched potentials": "switched",
+    "tuned switched potentials": "tuned switched",
+}
+"""Heads that see hidden states, and the static ones that they are compared with."""
 CHUNK = 8
 """Windows of a cell."""
 
@@ -210,7 +217,7 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
     """Return the table of one kind of windows: a row for each column, with losses and shares of each mask.
 
     The windows of all seeds are taken together, and resampled together in all columns: so intervals of shares are of
-    differences window by window. Heads that see hidden states also say by how many nats they are below *calibrated*.
+    differences window by window. Heads that see hidden states also say by how many nats they are below the static ones.
     """
     titles = {str(ratio): f"{ratio:.2f}" for ratio in measures[0].bed.ratios}
     rows: list[dict[str, str]] = []
@@ -228,8 +235,9 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
             row[title] = str(Decimals.of(loss.mean(), loss[resamples].mean(1)))
             if ends[0] is not None and ends[1] is not None and not column.endswith(("one-step", "sequential")):
                 row[f"share {title}"] = share(ends[0][name], loss, ends[1][name], resamples)
-            if column in CONTEXTUAL and "calibrated" in losses:
-                less = losses["calibrated"][name] - loss
+            static = losses.get(CONTEXTUAL.get(column, ""))
+            if static is not None:
+                less = static[name] - loss
                 row[f"below static {title}"] = str(Decimals.of(less.mean(), less[resamples].mean(1)))
         rows.append(row)
     return rows

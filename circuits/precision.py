@@ -39,6 +39,46 @@ def own_matmul(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
+class _SumOfRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+        ctx.save_for_backward(table, index, shares)
+        with torch.enable_grad():
+            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+            ctx.leaves = [one.detach().requires_grad_(need) for one, need in zip((table, shares), needs, strict=True)]
+            ctx.total = _sum_of_rows(ctx.leaves[0], index, ctx.leaves[1])
+        return ctx.total.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, index, shares = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        leaves = [table, shares] if again else ctx.leaves
+        total = (table[index] * shares.unsqueeze(2)).sum(1) if again else ctx.total
+        needed = [one for one in leaves if one.requires_grad]
+        found = iter(torch.autograd.grad(total, needed, grad, create_graph=again, retain_graph=True))
+        of_table, of_shares = (next(found) if one.requires_grad else None for one in leaves)
+        return of_table, None, of_shares
+
+
+def _sum_of_rows(table: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+    return torch.nn.functional.embedding_bag(index, table, mode="sum", per_sample_weights=shares)
+
+
+def own_sum_of_rows(table: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+    """Return ``sum_j shares[n, j] table[index[n, j]]``; torch's own function for it has no second gradient.
+
+    Args:
+        table: (V, K).
+        index: int64 (n, k), rows of it.
+        shares: (n, k).
+    """
+    if torch.compiler.is_compiling() or not (table.requires_grad or shares.requires_grad):
+        return _sum_of_rows(table, index, shares)
+    total: Tensor = _SumOfRows.apply(table, index, shares)
+    return total
+
+
 def own_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that it runs with autocast switched off."""
 

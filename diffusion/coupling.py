@@ -68,9 +68,8 @@ class CoupledDistribution(CircuitDistribution):
         include: int64 (B, L), tokens that ``top_k`` must not drop, for instance the true ones in training.
 
     Attributes:
-        tokens: int64 (B, L).
-        masked: bool (B, L).
-        normalization: "global" or "local".
+        said: what the circuit is multiplied with, of all positions or of the masked ones alone.
+        normalization, tokens, masked: as given.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit, or logits with NaN or rows that forbid every token.
@@ -218,9 +217,8 @@ class CoupledDistribution(CircuitDistribution):
         observed = observed & self.masked
         sure = self.prediction.with_observed(tokens, observed)
         evidence = self.evidence.with_factors(sure.log_q, sure.values, self.evidence.missing)
-        all_tokens = torch.where(observed, tokens, self.tokens)
-        masked = self.masked & ~observed
-        dist = self._with(evidence=evidence, prediction=sure, said=sure, tokens=all_tokens, masked=masked)
+        known = {"said": sure, "prediction": sure, "masked": self.masked & ~observed}
+        dist = self._with(evidence=evidence, tokens=torch.where(observed, tokens, self.tokens), **known)
         if self._posterior is not None and not torch.is_grad_enabled():
             dist._posterior = self._posterior.given(tokens, observed)
         return dist
@@ -228,50 +226,6 @@ class CoupledDistribution(CircuitDistribution):
     def with_latents(self, latents: Mapping[Sum | str, Tensor]) -> CoupledDistribution:
         """Return this distribution with other log-factors on latents, see :meth:`circuits.Evidence.with_latents`."""
         return self._with(evidence=self.evidence.with_latents(latents))
-
-    def with_more_latents(self, latents: Mapping[Sum | str, Tensor]) -> CoupledDistribution:
-        """Return this distribution with further log-factors on latents, beside those that it has."""
-        given: dict[Any, Tensor] = dict(self.evidence.latents or {})
-        known = {self.pc.sum_node(key): key for key in given}
-        for one, log in latents.items():
-            key = known.get(self.pc.sum_node(one), one)
-            given[key] = given[key] + log if key in given else log
-        return self.with_latents(given)
-
-    def with_prediction(self, prediction: Prediction) -> CoupledDistribution:
-        """Return the circuit coupled to another prediction of the same blocks, and all else as it is here.
-
-        Raises:
-            ArgumentError: the prediction is for other blocks, or for another number of tokens.
-        """
-        dist = type(self).__new__(type(self))
-        latents, absent = self.evidence.latents, self.summed_out
-        dist._couple(
-            self.pc, prediction, self.tokens, self.masked, self.normalization, latents, self.weights, absent
-        )
-        return dist
-
-    def listed_marginals(self, *, differentiable: bool = False) -> Tensor:
-        """Return ``p_hat(x_i = v | observed tokens) = d log Z / d log q_i(v)`` (Darwiche 2003) in the shape of :attr:`said`.
-
-        It costs a pass and its gradient, at the positions and tokens that something is said of and no others.
-
-        Args:
-            differentiable: whether the result is differentiable in prediction, latents and weights, at more time and
-                memory.
-
-        Raises:
-            ArgumentError: the normalisation is local.
-        """
-        if self.normalization != "global":
-            raise ArgumentError(
-                f"normalization: expected 'global', got {self.normalization!r}; ask marginal_probs or posterior()"
-            )
-        with torch.enable_grad():
-            log_q = self.said.log_q if differentiable else self.said.log_q.detach()
-            log_q = log_q if log_q.requires_grad else log_q.requires_grad_()
-            log_z = self.with_prediction(replace(self.said, log_q=log_q)).log_partition
-            return torch.autograd.grad(log_z.sum(), log_q, create_graph=differentiable)[0]
 
     def _with(self, **attributes: Any) -> CoupledDistribution:
         dist = type(self).__new__(type(self))

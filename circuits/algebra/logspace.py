@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuits.precision import own_precision
+from circuits.precision import own_precision, own_sum_of_rows
 
 _REPAIR_CHUNK = 1 << 22
 _FEW_COLUMNS, _LARGE_MATRIX = 8, 1 << 14
@@ -217,7 +217,7 @@ def log_mix(
     peak = log_factors.detach().amax(1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
     table = log_table.exp() if table is None or log_table.requires_grad else table
-    total = torch.nn.functional.embedding_bag(values, table, mode="sum", per_sample_weights=(log_factors - peak).exp())
+    total = own_sum_of_rows(table, values, (log_factors - peak).exp())
     low = total < smallest_safe_sum(log_table.dtype, values.shape[1])
     out = torch.where(low, -torch.inf, torch.where(low, 1.0, total).log() + peak)
     if torch.compiler.is_compiling() or not bool(low.any()):

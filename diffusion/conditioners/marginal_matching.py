@@ -40,16 +40,15 @@ _LEAST = 1e-8
 class MarginalMatching(Conditioner):
     """A few steps of iterative proportional fitting, whose sizes depend on the mask ratio.
 
-    Every step costs the circuit's forward and backward pass, whenever the denoiser is asked. The product has to be
-    normalised globally. What conditioners before it say, potentials for example, holds in the marginals too.
+    Every step costs the circuit's forward and backward pass, whenever the denoiser is asked, and gradients go through
+    all of them, at some four times the time. The product has to be normalised globally. What conditioners before it
+    say, potentials for example, holds in the marginals too.
 
     Args:
         num_steps: K.
         num_knots: M >= 2; log a and c are given at M evenly spaced mask ratios from 0 to 1, and linear in between.
         step: a and c at first, 0 < step <= 1: the exact algorithm has 1, one position at a time; all positions at
             once need less.
-        exact_gradients: whether gradients go through the marginals m too, at some four times the time. Otherwise these
-            are constants to them: what is learnt then is all but how later marginals depend on earlier steps.
 
     Attributes:
         log_scale: log a at the knots, (M, K).
@@ -58,17 +57,12 @@ class MarginalMatching(Conditioner):
 
     needs_observed = False
 
-    def __init__(
-        self, num_steps: int = 4, num_knots: int = 5, *, step: float = 0.3, exact_gradients: bool = False
-    ) -> None:
+    def __init__(self, num_steps: int = 4, num_knots: int = 5, *, step: float = 0.3) -> None:
         super().__init__()
         checked_count("num_steps", num_steps)
         checked_count("num_knots", num_knots, 2)
         if not 0 < checked_number("step", step) <= 1:
             raise ArgumentError(f"step: expected a number above 0 and at most 1, got {step!r}")
-        if not isinstance(exact_gradients, bool):
-            raise ArgumentError(f"exact_gradients: expected True or False, got {exact_gradients!r}")
-        self.exact_gradients = exact_gradients
         self.log_scale = nn.Parameter(torch.full((num_knots, num_steps), math.log(step)))
         self.discount = nn.Parameter(torch.full((num_knots, num_steps), float(step)))
 
@@ -88,27 +82,40 @@ class MarginalMatching(Conditioner):
                 f"normalization: expected 'global' for MarginalMatching, got {dist.normalization!r}; leave it out, or "
                 "normalise the head globally"
             )
-        said = dist.said
-        log_scale, discount = at_mask_ratio(dist.masked, self.log_scale, self.discount, where=said.where)
-        dim = 1 if said.where is None else 0  # (K, B, 1, 1), or (K, 1, n, 1)
-        scale, discount = (one.T.unsqueeze(dim + 1).unsqueeze(-1).to(said.log_q) for one in (log_scale.exp(), discount))
-        counts = torch.ones_like(said.log_q, dtype=torch.bool)
+        said, log_q = dist.said, dist.said.log_q
+        is_free = log_q > -torch.inf
         if said.where is None:
-            counts &= dist.masked.unsqueeze(-1)
-        is_possible = said.log_q > -torch.inf
-        counts &= is_possible
-        log_q = said.log_q.masked_fill(~counts, 0.0)
-        start = said.log_q.masked_fill(counts, 0.0)  # nothing is said of what is possible, and all else stays
-        dist = dist.with_prediction(replace(said, log_q=start))
-        exact = self.exact_gradients and torch.is_grad_enabled()
-        for scale_k, discount_k in zip(scale, discount, strict=True):
-            marginals = dist.listed_marginals(differentiable=exact).nan_to_num(1.0).clamp_min(_LEAST)
-            step = scale_k * log_q - discount_k * marginals.log().masked_fill(~counts, 0.0)
-            moved = replace(dist.said, log_q=dist.said.log_q + step)
-            dist = dist.with_prediction(moved.normalised())
+            is_free = is_free & dist.masked.unsqueeze(-1)
+        sizes = at_mask_ratio(dist.masked, self.log_scale, self.discount, where=said.where)  # (B or n, K) each
+        dim = 1 if said.where is None else 0
+        scales, discounts = (one.to(log_q).T.unsqueeze(1 + dim).unsqueeze(-1) for one in (sizes[0].exp(), sizes[1]))
+        dist = _with_factors(dist, replace(said, log_q=log_q.masked_fill(is_free, 0.0)))
+        log_q = log_q.masked_fill(~is_free, 0.0)
+        differentiable = torch.is_grad_enabled()
+        for scale, discount in zip(scales, discounts, strict=True):  # (B, 1, 1) or (1, n, 1)
+            log_m = _marginals(dist, differentiable).nan_to_num(1.0).clamp_min(_LEAST).log()
+            moved = dist.said.log_q + scale * log_q - discount * log_m.masked_fill(~is_free, 0.0)
+            dist = _with_factors(dist, replace(dist.said, log_q=moved).normalised())
         return dist
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         num_knots, num_steps = self.discount.shape
-        return {"num_steps": num_steps, "num_knots": num_knots, "exact_gradients": self.exact_gradients}
+        return {"num_steps": num_steps, "num_knots": num_knots}
+
+
+def _with_factors(dist: CoupledDistribution, factors: Prediction) -> CoupledDistribution:
+    """Return the circuit with other factors on tokens, and everything else as it is."""
+    latents, absent = dist.evidence.latents, dist.summed_out
+    return CoupledDistribution.of(
+        dist.pc, factors, dist.tokens, dist.masked, latents=latents, weights=dist.weights, absent=absent
+    )
+
+
+def _marginals(dist: CoupledDistribution, differentiable: bool) -> Tensor:
+    """Return ``p_hat(x_i = v) = d log Z / d log q_i(v)`` (Darwiche 2003) in the shape of ``dist.said.log_q``."""
+    with torch.enable_grad():
+        log_q = dist.said.log_q if differentiable else dist.said.log_q.detach()
+        log_q = log_q if log_q.requires_grad else log_q.requires_grad_()
+        log_z = _with_factors(dist, replace(dist.said, log_q=log_q)).log_partition
+        return torch.autograd.grad(log_z.sum(), log_q, create_graph=differentiable)[0]

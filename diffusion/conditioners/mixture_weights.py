@@ -159,7 +159,11 @@ class MixtureWeights(Conditioner):
             bias = bias + self.network(read_block(self.num_features, dist.prediction, dist.masked, self.bias))
         log_z = dist.query(ct.queries.component_log_partition)
         log_z = log_z.masked_fill(log_z == -torch.inf, 0.0)  # what is impossible stays so
-        return dist.with_more_latents({dist.pc.circuit.root: bias.to(log_z) - power.to(log_z) * log_z})
+        factors = bias.to(log_z) - power.to(log_z) * log_z
+        given: dict[Any, Tensor] = dict(dist.evidence.latents or {})
+        root: Any = dist.pc.circuit.root
+        key = next((key for key in given if dist.pc.sum_node(key) is root), root)
+        return dist.with_latents({**given, key: given[key] + factors if key in given else factors})
 
     def feature_parameters(self) -> list[nn.Parameter]:
         """Return the network's."""

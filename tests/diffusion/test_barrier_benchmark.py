@@ -21,6 +21,7 @@ from diffusion.errors import CorpusError
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, that import what lies beside them
 
 import _antibody_data as antibody
+import _antibody_mutations as mutations
 import _barrier_chains as drawn
 import _barrier_fits as fits
 import _barrier_losses as losses
@@ -138,13 +139,33 @@ def test_the_third_loop_is_between_the_cysteine_and_the_motif():
     assert bed.places_of([range(1, 3)]).nonzero().tolist() == [[0, 1], [0, 2]]
 
 
-def test_a_mutation_changes_one_base_of_a_codon():
+def test_a_mutation_that_no_read_has_changes_one_base_of_a_codon():
     """M has one codon, ATG: I is behind three of its nine changes, L (TTG, CTG) behind two, K, T, R, V behind one."""
-    assert sorted(bed.neighbours()["M"]) == sorted("IIILLKTRV")
-    chains = ["M" * 100] * 200
-    changed = [sum(residue != "M" for residue in chain) for chain in bed.mutated(chains, seed=0)]
-    assert np.mean(changed) == pytest.approx(100 * bed.MOST_MUTATED / 2, rel=0.2)
-    assert max(changed) > 25
+    assert sorted(mutations.neighbours()["M"]) == sorted("IIILLKTRV")
+    learnt = mutations.Mutations.of([], ["M" * 60], ["M" * 10])
+    drawn = learnt.mutated([mutations.Chain("M" * 60, "C" + "M" * 8 + "W", "M" * 10)] * 200, seed=0)
+    assert set("".join(drawn)) <= set("MIKLTRVCW" + "".join(map(mutations.neighbours().get, "CW")))
+    changed = [sum(residue != "M" for residue in chain[:60]) for chain in drawn]
+    assert np.mean(changed) == pytest.approx(60 * mutations.MOST_MUTATED / 2, rel=0.2)
+    assert max(changed) > 15
+
+
+def test_mutations_are_learnt_by_place_and_residue():
+    """Reads of a gene whose third place from the end is always K, the fifth after CDR3 sometimes S, all else kept."""
+    before, after = "M" * 30, "WGQGTLVTVSS"[1:]
+    reads = [
+        "M" * 27 + "KMM" + "CARDYYAW" + after[:4] + ("S" if number % 2 else "L") + after[5:] for number in range(400)
+    ]
+    learnt = mutations.Mutations.of(reads, ["A" * 30, before], [after])
+    assert learnt.before[2] > 10 > 0.5 > learnt.before[[0, 1, 3, 10]].max()
+    assert learnt.after[4] > 5 > 0.5 > learnt.after[[0, 3, 5]].max()
+    assert learnt.at[2].argmax() == mutations.RESIDUES.index("K")
+    assert learnt.at.sum() == 400
+    assert learnt.becomes[mutations.RESIDUES.index("M")].argmax() == mutations.RESIDUES.index("K")
+    drawn = learnt.mutated([mutations.Chain(before, "CARDYYAW", after)] * 100, seed=1)
+    changed = np.array([[one != "M" for one in chain[:30]] for chain in drawn]).mean(0)
+    assert changed[27] > 0.7 > 0.15 > np.delete(changed, 27).max()
+    assert drawn == learnt.mutated([mutations.Chain(before, "CARDYYAW", after)] * 100, seed=1)
 
 
 def test_states_of_an_aligned_chain_begin_as_chains():
@@ -241,7 +262,8 @@ with open(path, "w") as file:
 
 def test_germline_chains_are_v_gene_drawn_loop_and_j_gene(wheels):
     """V: AGC TTG TGA TGT from base 7 % 3 on is GCT TGT; J: TTT GGG TAT behind GGG is TAT."""
-    assert sorted(bed.germline_chains(wheels, 3, seed=0), key=len) == ["ACCWY", "ACCARWY", "ACCARARWY"]
+    found = sorted(bed.germline_chains(wheels, 3, seed=0), key=lambda chain: len(chain.loop))
+    assert found == [("AC", "CW", "Y"), ("AC", "CARW", "Y"), ("AC", "CARARW", "Y")]
 
 
 def test_a_run_prepares_fits_and_prints_and_is_printed_again_without_measuring(wheels, capsys, monkeypatch):
