@@ -17,6 +17,7 @@ from diffusion.app.recipe import CircuitRecipe, Recipe
 from diffusion.conditioners.base import Conditioner
 from diffusion.conditioners.latent_potentials import LatentPotentials
 from diffusion.conditioners.low_rank_transitions import LowRankTransitions
+from diffusion.conditioners.marginal_matching import MarginalMatching
 from diffusion.conditioners.mixture_weights import MixtureWeights
 from diffusion.conditioners.noise_calibration import NoiseCalibration
 from diffusion.conditioners.transition_gates import TransitionGates
@@ -77,7 +78,7 @@ def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache
     """
     conditioners: list[Conditioner] = []
     calibration = None
-    if settings.is_calibrated:
+    if settings.is_calibrated and not settings.num_matching_steps:
         counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
         calibration = NoiseCalibration.dividing_out(torch.from_numpy(counts))
         conditioners.append(calibration)
@@ -97,6 +98,8 @@ def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache
             conditioners.append(LowRankTransitions.for_hmm(pc, num_features, rank=settings.rank, **options))
     if settings.has_mixture:
         conditioners.append(MixtureWeights.for_mixture(pc, num_features, hidden=settings.hidden_units, power=1.0))
+    if settings.num_matching_steps:
+        conditioners.append(MarginalMatching(settings.num_matching_steps))
     return CoupledHead(pc, conditioners=conditioners, normalization=settings.normalization).to(pc.device)
 
 

@@ -83,6 +83,8 @@ class CircuitRecipe:
         likelihood_epochs: passes over them.
         cached_blocks: noised blocks whose predictions the coupled fit trains on.
         is_calibrated: whether the prediction is calibrated by the noise level, see :mod:`diffusion.conditioners`.
+        num_matching_steps: K > 0: in place of that, K steps towards the denoiser's own marginals, see
+            :class:`~diffusion.conditioners.marginal_matching.MarginalMatching`; 0: none.
         has_mixture: whether the circuit is mixed with the plain prediction, by weights that noise and context decide,
             see :class:`~diffusion.conditioners.mixture_weights.MixtureWeights`.
         has_potentials: whether potentials on the latents are read from the denoiser's hidden states.
@@ -96,7 +98,8 @@ class CircuitRecipe:
         joint: the training of denoiser and head together after it; None: the denoiser stays as it is.
 
     Raises:
-        ArgumentError: the states cannot be halved so often, or there are several structures that would grow.
+        ArgumentError: the states cannot be halved so often, or there are several structures that would grow; or
+            marginals are to be matched by a product that is normalised locally.
     """
 
     structure: Structure = "hmm"
@@ -106,6 +109,7 @@ class CircuitRecipe:
     likelihood_epochs: Count = 5
     cached_blocks: Count = 16_384
     is_calibrated: bool = True
+    num_matching_steps: Annotated[int, Range(0, 64)] = 0
     has_mixture: bool = False
     has_potentials: bool = False
     transitions: Transitions = "static"
@@ -122,6 +126,11 @@ class CircuitRecipe:
             raise ArgumentError(
                 f"grow: expected a multiple of {parts} states of the structure hmm, to split {self.num_splits} times, "
                 f"got {self.num_states} of {self.structure}; take other states, or grow less often, 0 for not at all"
+            )
+        if self.num_matching_steps and self.normalization != "global":
+            raise ArgumentError(
+                f"matching: expected 0 steps with normalization {self.normalization}, got {self.num_matching_steps}; "
+                "leave it out, or normalise globally"
             )
 
     @property

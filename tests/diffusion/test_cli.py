@@ -9,7 +9,7 @@ import torch
 from diffusion.app import terminal, workspace
 from diffusion.app.options import OPTIONS, described
 from diffusion.app.stream import SEPARATOR
-from diffusion.conditioners import LatentPotentials
+from diffusion.conditioners import LatentPotentials, MarginalMatching
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
 from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, Estimate, GapRow, GapTable
 from diffusion.training.circuit import CircuitTraining
@@ -86,6 +86,12 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     (potentials,) = workspace.Workspace(out).head().conditioners
     assert isinstance(potentials, LatentPotentials)
     assert 0 < potentials.linear.weight.abs().max() <= 3 * 1e-3 + 1e-6  # three updates of Adam
+    code, _, error = run("fit", "--out", out, "--matching", 2, "--quiet")
+    assert code == 2
+    assert "matching: expected 0 steps with normalization local, got 2" in error
+    code, _, error = run("fit", "--out", out, "--matching", 2, "--normalization", "global", "--quiet")
+    assert code == 0, error
+    assert [type(one) for one in workspace.Workspace(out).head().conditioners] == [LatentPotentials, MarginalMatching]
 
 
 def test_denoiser_and_circuit_are_trained_together_beside_the_denoiser_that_was(run, corpus, tmp_path, monkeypatch):

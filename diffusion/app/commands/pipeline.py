@@ -161,6 +161,13 @@ class FitOptions(OptionGroup):
             shown="the preset's",
         ),
         "calibration": flag("Calibrate the prediction by the noise level.", "--calibration/--no-calibration"),
+        "matching": optional(
+            int,
+            "Steps towards the denoiser's own marginals, in place of the calibration; 0 for none.",
+            shown="the preset's",
+            min=0,
+            max=64,
+        ),
         "mixture": optional(
             bool,
             "Mix the circuit with the plain prediction, by weights that noise and context decide.",
@@ -205,6 +212,7 @@ class FitOptions(OptionGroup):
             "num_states": self.states,
             "num_splits": self.grow,
             "is_calibrated": self.calibration,
+            "num_matching_steps": self.matching,
             "has_mixture": self.mixture,
             "has_potentials": self.potentials,
             "transitions": self.transitions,
