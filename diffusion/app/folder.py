@@ -22,6 +22,7 @@ from circuits.store import LOCK, is_whole, locked, made_from
 from diffusion.app.models import Models
 from diffusion.app.recipe import Recipe, read_recipe, write_recipe
 from diffusion.app.sources import check_corpus, corpus_of, encoded_corpus, load_tokenizer, read_digests
+from diffusion.decoding.joint import JointHead
 from diffusion.denoisers.transformer import TransformerDenoiser
 from diffusion.errors import CheckpointError
 from diffusion.head import FORMAT as HEAD
@@ -102,7 +103,7 @@ class Folder:
             finally:
                 self._is_alone = False
 
-    def models(self, head: CoupledHead | None = None) -> Models:
+    def models(self, head: JointHead | None = None) -> Models:
         """Return what decodes: the denoiser, the tokenizer, and a head if one is given."""
         return Models(
             name=str(self.path), denoiser=self.denoiser(), tokenizer=self.tokenizer(), head=head, device=self.device

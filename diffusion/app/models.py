@@ -11,6 +11,8 @@ import torch
 import typer
 
 from diffusion.app.option_groups import OptionGroup, flag, optional
+from diffusion.decoding.head_mixture import MIXTURE_FILE, HeadMixture
+from diffusion.decoding.joint import JointHead
 from diffusion.decoding.names import MODELS, elsewhere, flags
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
@@ -29,7 +31,7 @@ class Models:
     name: str
     denoiser: Denoiser
     tokenizer: Any
-    head: CoupledHead | None
+    head: JointHead | None
     device: torch.device
 
     @property
@@ -88,14 +90,16 @@ def open_models(
     return Models(name=model, denoiser=denoiser, tokenizer=tokenizer, head=own_head, device=torch.device(device))
 
 
-def _head_at(path: Path, device: str) -> CoupledHead:
+def _head_at(path: Path, device: str) -> CoupledHead | HeadMixture:
+    if (path / MIXTURE_FILE).is_file():
+        return HeadMixture.load(path, device=device)
     if path.is_dir() and not any(path.glob("*.jpc")):
         return CoupledHead.load(path, device=device)
     return CoupledHead.from_jpc(path, device=device)
 
 
 def _of_folder(
-    folder: Path, head: CoupledHead | None, device: str, use_circuit: bool, given: tuple[str | None, ...]
+    folder: Path, head: JointHead | None, device: str, use_circuit: bool, given: tuple[str | None, ...]
 ) -> Models:
     from diffusion.app.workspace import Workspace
 
@@ -130,8 +134,8 @@ class ModelOptions(OptionGroup):
         ),
         "head": optional(
             Path,
-            "A saved head; or a circuit that PyJuice wrote, as CoDD has them: a .jpc file, or a folder or repository "
-            f"of the hub with one.{elsewhere('head')}",
+            "A saved head, or a mixture of heads; or a circuit that PyJuice wrote, as CoDD has them: a .jpc file, or a "
+            f"folder or repository of the hub with one.{elsewhere('head')}",
             *("--head", *flags("head")),
             shown="the folder's; none with --model",
         ),

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from circuits.arguments import checked_count, checked_number
+from circuits.arguments import checked_count, checked_number, kind_of
 from circuits.files import check_finite, not_finite, read_tensors, write_tensors
 from circuits.precision import own_precision
 from circuits.reading import Range
@@ -34,7 +34,7 @@ from diffusion.publishing import FILES, OnHub, facts, named, options_of, read_se
 
 FORMAT = "unfactor-head-mixture"
 FORMAT_VERSION = 1
-_FILE = "mixture.safetensors"
+MIXTURE_FILE = "mixture.safetensors"
 _MAX_HEADS = 32
 _WAY_OUT = "save the mixture again"
 
@@ -75,7 +75,7 @@ class HeadMixture(OnHub, nn.Module):
     activation_threshold: ClassVar[float] = 1.0
     temperature: ClassVar[float] = 1.0
     top_k: ClassVar[int | None] = None
-    downloaded: ClassVar[tuple[str, ...]] = (_FILE, *(f"head*/{name}" for name in FILES), MANIFEST)
+    downloaded: ClassVar[tuple[str, ...]] = (MIXTURE_FILE, *(f"head*/{name}" for name in FILES), MANIFEST)
 
     def __init__(
         self,
@@ -157,13 +157,13 @@ class HeadMixture(OnHub, nn.Module):
         tensors = {"log_weights": self.log_weights}
         if not_finite(tensors) is not None:
             raise ArgumentError("log_weights: expected finite numbers, got NaN or infinite ones; fit them again")
-        names = (_FILE, *map("head{}".format, range(_MAX_HEADS)))
+        names = (MIXTURE_FILE, *map("head{}".format, range(_MAX_HEADS)))
         with replace_folder(path, names, kind="a saved mixture of heads") as folder:
             for number, head in enumerate(self.heads):
                 head.save(folder / f"head{number}")
             settings = {"num_heads": len(self.heads), "vocab_size": self.vocab_size, "decoding": self.decoding}
             metadata = {"settings": json.dumps(settings)}
-            write_tensors(folder / _FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
+            write_tensors(folder / MIXTURE_FILE, tensors, format=FORMAT, version=FORMAT_VERSION, metadata=metadata)
             write_manifest(folder, format=FORMAT, version=FORMAT_VERSION, made_from=made_from)
 
     @classmethod
@@ -177,14 +177,14 @@ class HeadMixture(OnHub, nn.Module):
     @classmethod
     def _loaded(cls, folder: Path, manifest: Manifest) -> HeadMixture:
         metadata, tensors = read_tensors(
-            folder / _FILE,
+            folder / MIXTURE_FILE,
             format=FORMAT,
             versions=(FORMAT_VERSION,),
             way_out=_WAY_OUT,
-            is_verified=_FILE in manifest.files,
+            is_verified=MIXTURE_FILE in manifest.files,
         )
-        check_finite(tensors, folder / _FILE, way_out=_WAY_OUT)
-        with named(folder / _FILE, _WAY_OUT):
+        check_finite(tensors, folder / MIXTURE_FILE, way_out=_WAY_OUT)
+        with named(folder / MIXTURE_FILE, _WAY_OUT):
             said, decoding = read_settings(_Settings, metadata)
             if decoding is None:
                 raise KeyError("decoding")
@@ -196,7 +196,11 @@ class HeadMixture(OnHub, nn.Module):
 
     def files(self) -> tuple[str, ...]:
         """Return the names of its files, the manifest last."""
-        return (_FILE, *(f"head{number}/{name}" for number in range(len(self.heads)) for name in FILES), MANIFEST)
+        return (
+            MIXTURE_FILE,
+            *(f"head{number}/{name}" for number in range(len(self.heads)) for name in FILES),
+            MANIFEST,
+        )
 
     def facts(self) -> dict[str, str]:
         """Return what a model card says about it."""
@@ -215,10 +219,15 @@ class HeadMixture(OnHub, nn.Module):
             decay: of the squares of log-weights, which keeps those that no block speaks of equal.
 
         Raises:
-            ArgumentError: a block is impossible under prediction and heads alike, none has masked tokens, or the decay
-                is no number >= 0.
+            ArgumentError: these are no batches, a block is impossible under prediction and heads alike, none has masked
+                tokens, or the decay is no number >= 0.
         """
         checked_number("decay", decay)
+        if not isinstance(batches, Iterable):
+            raise ArgumentError(
+                f"batches: expected some, each with prediction, tokens and masked, got {kind_of(batches)}; of a cache "
+                "give [cache.batch(slice(None))]"
+            )
         scores, ratios = [], []
         with torch.no_grad():
             for batch in batches:

@@ -17,11 +17,11 @@ from circuits.arguments import checked_count, kind_of
 from diffusion.decoding.canvas import Canvas, Teacher
 from diffusion.decoding.config import KEEPS_LAW, MODES, DecodingConfig
 from diffusion.decoding.generation import fill
+from diffusion.decoding.joint import JointHead
 from diffusion.decoding.plans import Blocks, Look, Plan
 from diffusion.decoding.prompts import Rows, check_length, checked_seeds, padded_rows, token_rows
 from diffusion.denoisers.base import Denoiser, DenoiserSpec
 from diffusion.errors import ArgumentError
-from diffusion.head import CoupledHead
 
 Method = Literal["decoder", "elbo", "sequential"]
 _OPTIONS: dict[Method, frozenset[str]] = {
@@ -36,7 +36,7 @@ def log_likelihood(
     prompt: Rows,
     answer: Rows,
     *,
-    head: CoupledHead | None = None,
+    head: JointHead | None = None,
     method: Method = "decoder",
     block_length: int | None = None,
     valid: Tensor | None = None,
@@ -100,7 +100,7 @@ def log_likelihood(
 def _of_decoder(
     denoiser: Denoiser,
     text: _Text,
-    head: CoupledHead | None,
+    head: JointHead | None,
     block_length: int,
     *,
     num_steps: int | None = None,
@@ -114,14 +114,14 @@ def _of_decoder(
 
 
 def _sequential(
-    denoiser: Denoiser, text: _Text, head: CoupledHead | None, block_length: int, *, order: Tensor | None = None
+    denoiser: Denoiser, text: _Text, head: JointHead | None, block_length: int, *, order: Tensor | None = None
 ) -> Tensor:
     plan = _OneByOne(block_length, text.ranks(order))
     return _replayed(denoiser, text.canvas(text.is_answer), plan, head, DecodingConfig(temperature=1.0))
 
 
 def _elbo(
-    denoiser: Denoiser, text: _Text, head: CoupledHead | None, block_length: int, *, num_samples: int = 32
+    denoiser: Denoiser, text: _Text, head: JointHead | None, block_length: int, *, num_samples: int = 32
 ) -> Tensor:
     checked_count("num_samples", num_samples)
     config = DecodingConfig(decode="marginal", temperature=1.0)
@@ -146,9 +146,7 @@ def _elbo(
     return total
 
 
-def _replayed(
-    denoiser: Denoiser, canvas: Canvas, plan: Plan, head: CoupledHead | None, config: DecodingConfig
-) -> Tensor:
+def _replayed(denoiser: Denoiser, canvas: Canvas, plan: Plan, head: JointHead | None, config: DecodingConfig) -> Tensor:
     assert canvas.teacher is not None
     fill(denoiser, canvas, plan, head=head, config=config)
     return canvas.teacher.log_prob

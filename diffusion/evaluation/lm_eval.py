@@ -22,11 +22,11 @@ from circuits.progress import progress_bar
 from diffusion.decoding.config import DecodingConfig
 from diffusion.decoding.controls import Control, RepetitionPenalty, StopStrings, TopK, TopP, before_stop
 from diffusion.decoding.generation import Step, generate
+from diffusion.decoding.joint import JointHead
 from diffusion.denoisers.base import Denoiser
 from diffusion.errors import ArgumentError
 from diffusion.evaluation.likelihood import Method, log_likelihood
 from diffusion.evaluation.tasks.task import chat_text
-from diffusion.head import CoupledHead
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -112,7 +112,7 @@ class DiffusionLM(LM):
         denoiser: Denoiser,
         tokenizer: Any,
         *,
-        head: CoupledHead | None = None,
+        head: JointHead | None = None,
         options: HarnessOptions | None = None,
         name: str = "unfactor",
     ) -> None:

@@ -11,6 +11,7 @@ from diffusion.app.options import OPTIONS, described
 from diffusion.app.stream import SEPARATOR
 from diffusion.conditioners import LatentPotentials, MarginalMatching
 from diffusion.decoding.config import MODES, STRATEGIES, DecodingConfig
+from diffusion.decoding.head_mixture import HeadMixture
 from diffusion.evaluation.gap import ABOVE_ONE, NOT_MEANINGFUL, Estimate, GapRow, GapTable
 from diffusion.training.circuit import CircuitTraining
 from diffusion.training.denoiser import DenoiserTraining
@@ -91,7 +92,10 @@ def test_the_stages_one_by_one(run, corpus, tmp_path):
     assert "matching: expected 0 steps with normalization local, got 2" in error
     code, _, error = run("fit", "--out", out, "--matching", 2, "--normalization", "global", "--quiet")
     assert code == 0, error
-    assert [type(one) for one in workspace.Workspace(out).head().conditioners] == [LatentPotentials, MarginalMatching]
+    head = workspace.Workspace(out).head()
+    assert [type(one) for one in head.conditioners] == [LatentPotentials, MarginalMatching]
+    HeadMixture([head], vocab_size=workspace.Workspace(out).denoiser().spec.vocab_size).save(tmp_path / "mixture")
+    assert run(*options, "--head", tmp_path / "mixture")[0] == 0
 
 
 def test_denoiser_and_circuit_are_trained_together_beside_the_denoiser_that_was(run, corpus, tmp_path, monkeypatch):

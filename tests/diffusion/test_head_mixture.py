@@ -284,6 +284,11 @@ def test_weights_are_not_fitted_to_what_says_nothing(heads, masked, q, decay, me
         HeadMixture(heads[:1], vocab_size=-1)
 
 
+def test_weights_are_fitted_to_batches():
+    with pytest.raises(ArgumentError, match=r"batches: expected some, .*, got int; of a cache give \[cache.batch"):
+        HeadMixture([CoupledHead(ct.compile(ct.structures.hmm(L, 2, V)))]).fit(3)
+
+
 def test_what_all_components_rule_out_makes_no_weight_nan(mixture, said):
     tokens, every = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
     some = torch.zeros(B, L, dtype=torch.bool)
