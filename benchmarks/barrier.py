@@ -245,12 +245,13 @@ def rows_of(measures: list[Measure], kind: str, num_bootstrap: int = 2000) -> li
 
 @torch.no_grad()
 def chain_rows(measure: Measure, number: int) -> list[dict[str, str]]:
-    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with two heads."""
+    """Return what whole chains are like that a seed's denoiser draws in few calls, alone and with three heads."""
     denoiser, seed = measure.bed.denoiser, measure.fits.seed
     training = texts_of(measure.bed.train)
     heads: dict[str, df.JointHead | None] = {
         "": None,
         "aligned potentials": measure.fits.head(denoiser, "aligned potentials", "shipped"),
+        "aligned matched": measure.fits.head(denoiser, "aligned matched", "shipped"),
         "switched potentials": measure.fits.gate(denoiser, "switched potentials", "shipped"),
     }
     rows = [

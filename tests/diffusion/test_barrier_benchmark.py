@@ -275,7 +275,7 @@ def test_a_run_prepares_fits_and_prints_and_is_printed_again_without_measuring(w
     tables = barrier.main(options)
     assert [row["column"] for row in tables["far"]] == list(barrier.COLUMNS)
     assert [row["column"] for row in tables["CDR3"]] == list(barrier.COLUMNS)
-    assert [row["calls"] for row in tables["chains"]] == ["", *(str(calls) for calls in (1, 2) for _ in range(3))]
+    assert [row["calls"] for row in tables["chains"]] == ["", *(str(calls) for calls in (1, 2) for _ in range(4))]
     assert "| calibrated |" in capsys.readouterr().out
     assert json.loads((home / "tables.json").read_text()) == tables
     monkeypatch.setattr(barrier.Measure, "losses", None)
