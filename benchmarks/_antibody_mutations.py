@@ -69,8 +69,8 @@ class Mutations:
             parts = read[: start - 1][::-1], read[stop + 1 :]
             genes = [gene[::-1] for gene in before], after
             pairs = [nearest(part, known) for part, known in zip(parts, genes, strict=True)]
-            rate = np.mean([one != other for one, other in pairs[0]])
-            if rate > MOST_MUTATED:
+            rate = np.mean([one != other for one, other in pairs[0]]) if pairs[0] else np.inf
+            if rate > MOST_MUTATED or not set(read) <= set(RESIDUES):
                 continue
             for which, places in enumerate(pairs):
                 for place, (one, other) in enumerate(places):

@@ -185,8 +185,8 @@ class Fits:
         """Return a head of :data:`HEADS` for a denoiser of some name."""
         path, sizes = self.path(kind, name), self.sizes
         if not path.is_dir() and kind in MATCHED:
-            head, began = self._matched(denoiser, kind, name), time.process_time()
-            cache, updates = self.cache(denoiser, "validation", name), sizes.matching_updates
+            head, cache = self._matched(denoiser, kind, name), self.cache(denoiser, "validation", name)
+            began, updates = time.process_time(), sizes.matching_updates
             config = df.CircuitTraining(
                 steps=updates, batch_size=32, learning_rate=0.03, validate_every=updates, checkpoint_every=10
             )
@@ -261,9 +261,10 @@ class Fits:
         else:
             other = self.head(denoiser, MATCHED[kind], name)
             pc, made = other.pc, [one for one in other.conditioners if not isinstance(one, df.NoiseCalibration)]
-        head = df.CoupledHead(pc, conditioners=made, vocabulary=self.bed.vocabulary).requires_grad_(False)
         matching = df.MarginalMatching(self.sizes.matching, step=0.25)
-        return df.CoupledHead(pc, conditioners=[*head.conditioners, matching], vocabulary=self.bed.vocabulary)
+        head = df.CoupledHead(pc, conditioners=[*made, matching], vocabulary=self.bed.vocabulary).requires_grad_(False)
+        matching.requires_grad_(True)
+        return head
 
     def _report(self, path: Path, head: df.CoupledHead, cache: df.LogitCache, steps: int, seconds: float) -> None:
         bins = losses_by_ratio(head, cache)

@@ -185,7 +185,7 @@ def germline_chains(folder: Path, number: int, *, seed: int) -> list[Chain]:
     with open(path, encoding="ascii") as file:
         drawn = [row[1:4] for row in csv.reader(file, delimiter="\t")]
     known = [Chain(before[v], loop, after[j]) for loop, v, j in drawn if v in before and j in after]
-    return sorted({chain for chain in known if set(chain.loop) <= set(RESIDUES)})
+    return sorted({chain for chain in known if set("".join(chain)) <= set(RESIDUES)})
 
 
 def olga(folder: Path) -> Path:
@@ -210,7 +210,7 @@ def germline_genes(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
                 gene, anchor = row["gene"], int(row["anchor_index"])
                 text = bases[gene][anchor % 3 : anchor] if kind == "V" else bases[gene][anchor + 3 :]
                 genes.setdefault(gene.partition("*")[0], translated(text))  # the first allele
-        parts.append(genes)
+        parts.append({gene: text for gene, text in genes.items() if set(text) <= set(RESIDUES)})
     return parts[0], parts[1]
 
 

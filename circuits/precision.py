@@ -43,22 +43,31 @@ class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, shares: Tensor) -> Tensor:
         ctx.save_for_backward(table, index, shares)
-        with torch.enable_grad():
-            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-            ctx.leaves = [one.detach().requires_grad_(need) for one, need in zip((table, shares), needs, strict=True)]
-            ctx.total = _sum_of_rows(ctx.leaves[0], index, ctx.leaves[1])
-        return ctx.total.detach()
+        ctx.first = _recorded(ctx, table, index, shares)
+        total: Tensor = ctx.first[1].detach()
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         table, index, shares = ctx.saved_tensors
         again = torch.is_grad_enabled()
-        leaves = [table, shares] if again else ctx.leaves
-        total = (table[index] * shares.unsqueeze(2)).sum(1) if again else ctx.total
+        if again:
+            leaves, total = [table, shares], (table[index] * shares.unsqueeze(2)).sum(1)
+        else:
+            leaves, total = ctx.first or _recorded(ctx, table, index, shares)
+        ctx.first = None  # a loss that is kept does not hold it
         needed = [one for one in leaves if one.requires_grad]
-        found = iter(torch.autograd.grad(total, needed, grad, create_graph=again, retain_graph=True))
+        found = iter(torch.autograd.grad(total, needed, grad, create_graph=again))
         of_table, of_shares = (next(found) if one.requires_grad else None for one in leaves)
         return of_table, None, of_shares
+
+
+def _recorded(ctx: Any, table: Tensor, index: Tensor, shares: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return leaves in place of table and shares, and the sum of rows of these, which torch can differentiate once."""
+    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    with torch.enable_grad():
+        leaves = [one.detach().requires_grad_(need) for one, need in zip((table, shares), needs, strict=True)]
+        return leaves, _sum_of_rows(leaves[0], index, leaves[1])
 
 
 def _sum_of_rows(table: Tensor, index: Tensor, shares: Tensor) -> Tensor:
@@ -92,6 +101,19 @@ def own_precision(function: Callable[P, R]) -> Callable[P, R]:
         with contextlib.ExitStack() as stack:
             for device in active:
                 stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that what it makes may be differentiated later: many answers are gradients themselves."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
     return run

@@ -69,7 +69,8 @@ class CoupledDistribution(CircuitDistribution):
 
     Attributes:
         said: what the circuit is multiplied with, of all positions or of the masked ones alone.
-        normalization, tokens, masked: as given.
+        normalization: as given.
+        tokens, masked: the blocks: what is known of them, and what is to be predicted.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit, or logits with NaN or rows that forbid every token.
@@ -217,8 +218,8 @@ class CoupledDistribution(CircuitDistribution):
         observed = observed & self.masked
         sure = self.prediction.with_observed(tokens, observed)
         evidence = self.evidence.with_factors(sure.log_q, sure.values, self.evidence.missing)
-        known = {"said": sure, "prediction": sure, "masked": self.masked & ~observed}
-        dist = self._with(evidence=evidence, tokens=torch.where(observed, tokens, self.tokens), **known)
+        tokens, masked = torch.where(observed, tokens, self.tokens), self.masked & ~observed
+        dist = self._with(evidence=evidence, said=sure, prediction=sure, tokens=tokens, masked=masked)
         if self._posterior is not None and not torch.is_grad_enabled():
             dist._posterior = self._posterior.given(tokens, observed)
         return dist

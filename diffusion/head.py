@@ -18,11 +18,11 @@ from circuits import CompiledCircuit
 from circuits.arguments import checked_count, checked_temperature
 from circuits.files import check_finite, file_hash, not_finite, read_tensors, write_tensors
 from circuits.interop import find_jpc, load_jpc
-from circuits.precision import own_precision
+from circuits.precision import outside_inference_mode, own_precision
 from circuits.reading import Range, unreadable
 from circuits.store import Manifest, read_folder, replace_folder, write_manifest
 from diffusion.blocks import check_circuit
-from diffusion.conditioners import Conditioned, Conditioner, NoiseCalibration
+from diffusion.conditioners import Conditioned, Conditioner, MarginalMatching, NoiseCalibration
 from diffusion.conditioners.base import built, check_told, described
 from diffusion.coupling import CoupledDistribution, Normalization
 from diffusion.denoisers.base import DenoiserSpec
@@ -105,6 +105,8 @@ class CoupledHead(OnHub, nn.Module):
             if not isinstance(conditioner, Conditioner):
                 raise ArgumentError(f"conditioners: expected df.Conditioner modules, got {type(conditioner).__name__}")
             conditioner.check(pc)
+        if sum(isinstance(one, MarginalMatching) for one in chosen) > 1:
+            raise ArgumentError("conditioners: expected at most one df.MarginalMatching, got more; give it more steps")
         self.pc = pc
         self.activation_threshold = activation_threshold
         self.temperature = temperature
@@ -148,6 +150,7 @@ class CoupledHead(OnHub, nn.Module):
         """Return the joint distribution of a block; see :meth:`distribution`."""
         return self.distribution(prediction, tokens, masked)
 
+    @outside_inference_mode
     def distribution(
         self,
         prediction: Prediction | Tensor,

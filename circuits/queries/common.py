@@ -18,7 +18,7 @@ from circuits.engine.question import Question
 from circuits.engine.weights import CircuitWeights, check_compiled, check_kinds
 from circuits.errors import ArgumentError, PropertyError
 from circuits.evidence import Evidence
-from circuits.precision import own_precision
+from circuits.precision import outside_inference_mode, own_precision
 from circuits.randomness import Source
 from circuits.symbolic import Circuit, Sum
 
@@ -99,7 +99,7 @@ def query(function: Callable[P, R]) -> Callable[P, R]:
     ``generator``.
     """
     parameters = inspect.signature(function).parameters
-    run = own_precision(function)
+    run = outside_inference_mode(own_precision(function))
 
     @functools.wraps(function)
     def ask(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -102,7 +102,7 @@ class Posterior:
     @own_precision
     def _solved(self) -> tuple[Tensor, list[Tensor]]:
         with torch.inference_mode(False), torch.enable_grad():
-            leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
+            leaves = [(leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_() for leaf in self.leaves]
             values = leaves
             if self.divisors is not None:
                 values = [divided(_LOG, *pair) for pair in zip(leaves, self.divisors, strict=True)]

@@ -18,13 +18,16 @@ more than this to be a good head: where little is masked m is near q, and the pr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from circuits.arguments import checked_count, checked_number
+from circuits import CircuitWeights
+from circuits.arguments import checked_count, is_number
 from circuits.precision import own_precision
 from diffusion.conditioners.base import Conditioned, Conditioner, register
 from diffusion.conditioners.context import at_mask_ratio
@@ -33,7 +36,7 @@ from diffusion.errors import ArgumentError
 from diffusion.prediction import Prediction
 
 _LEAST = 1e-8
-"""Of a marginal: a token that is less probable than this is not made more so at once."""
+"""Of the marginals whose logarithm a step takes: what is less probable counts as this."""
 
 
 @register("marginal_matching")
@@ -41,8 +44,8 @@ class MarginalMatching(Conditioner):
     """A few steps of iterative proportional fitting, whose sizes depend on the mask ratio.
 
     Every step costs the circuit's forward and backward pass, whenever the denoiser is asked, and gradients go through
-    all of them, at some four times the time. The product has to be normalised globally. What conditioners before it
-    say, potentials for example, holds in the marginals too.
+    all of them, at some four times the time. The product has to be normalised globally, and a head has one of these.
+    What conditioners before it say, potentials for example, holds in the marginals too.
 
     Args:
         num_steps: K.
@@ -61,7 +64,7 @@ class MarginalMatching(Conditioner):
         super().__init__()
         checked_count("num_steps", num_steps)
         checked_count("num_knots", num_knots, 2)
-        if not 0 < checked_number("step", step) <= 1:
+        if not is_number(step) or not 0 < step <= 1:
             raise ArgumentError(f"step: expected a number above 0 and at most 1, got {step!r}")
         self.log_scale = nn.Parameter(torch.full((num_knots, num_steps), math.log(step)))
         self.discount = nn.Parameter(torch.full((num_knots, num_steps), float(step)))
@@ -89,14 +92,18 @@ class MarginalMatching(Conditioner):
         sizes = at_mask_ratio(dist.masked, self.log_scale, self.discount, where=said.where)  # (B or n, K) each
         dim = 1 if said.where is None else 0
         scales, discounts = (one.to(log_q).T.unsqueeze(1 + dim).unsqueeze(-1) for one in (sizes[0].exp(), sizes[1]))
-        dist = _with_factors(dist, replace(said, log_q=log_q.masked_fill(is_free, 0.0)))
+        weights, latents = cast(CircuitWeights, dist.weights), dist.evidence.latents or {}
+        tensors = [*weights.tensors(), *latents.values()]
+        base = _coupled(
+            dist, said.log_q.detach(), weights.detached(), {key: log.detach() for key, log in latents.items()}
+        )
+        factors = log_q.masked_fill(is_free, 0.0)
         log_q = log_q.masked_fill(~is_free, 0.0)
-        differentiable = torch.is_grad_enabled()
         for scale, discount in zip(scales, discounts, strict=True):  # (B, 1, 1) or (1, n, 1)
-            log_m = _marginals(dist, differentiable).nan_to_num(1.0).clamp_min(_LEAST).log()
-            moved = dist.said.log_q + scale * log_q - discount * log_m.masked_fill(~is_free, 0.0)
-            dist = _with_factors(dist, replace(dist.said, log_q=moved).normalised())
-        return dist
+            marginals: Tensor = _Marginals.apply(base, factors, *tensors)
+            log_m = marginals.nan_to_num(1.0).clamp_min(_LEAST).log().masked_fill(~is_free, 0.0)
+            factors = torch.log_softmax(factors + scale * log_q - discount * log_m, -1)
+        return _coupled(dist, factors, weights, latents)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -104,18 +111,48 @@ class MarginalMatching(Conditioner):
         return {"num_steps": num_steps, "num_knots": num_knots}
 
 
-def _with_factors(dist: CoupledDistribution, factors: Prediction) -> CoupledDistribution:
-    """Return the circuit with other factors on tokens, and everything else as it is."""
-    latents, absent = dist.evidence.latents, dist.summed_out
+class _Marginals(torch.autograd.Function):
+    """Marginals ``p_hat(x_i = v) = d log Z / d log f_i(v)`` (Darwiche 2003), in the shape of the factors.
+
+    Its own gradient computes them again: of a step nothing is kept but the factors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: CoupledDistribution, factors: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.base = base
+        ctx.save_for_backward(factors)
+        log_z, leaves = _log_z(base, factors, [True, *(False for _ in tensors)])
+        return torch.autograd.grad(log_z, leaves[0])[0]
+
+    @staticmethod
+    @once_differentiable
+    @own_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        (factors,) = ctx.saved_tensors
+        log_z, leaves = _log_z(ctx.base, factors, [True, *needs[1:]])
+        (marginals,) = torch.autograd.grad(log_z, leaves[0], create_graph=True)
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(marginals, wanted, grad, allow_unused=True))
+        return None, *(next(found) if need else None for need in needs)
+
+
+def _log_z(base: CoupledDistribution, factors: Tensor, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum of all log Z, and the leaves that it depends on: factors, weights and latents."""
+    with torch.inference_mode(False), torch.enable_grad():
+        factors, weights = factors.detach().clone(), cast(CircuitWeights, base.weights).detached()
+        latents = {key: log.detach() for key, log in (base.evidence.latents or {}).items()}
+        leaves = [factors, *weights.tensors(), *latents.values()]
+        for leaf, need in zip(leaves, needs, strict=True):
+            leaf.requires_grad_(need)
+        return _coupled(base, factors, weights, latents).log_partition.sum(), leaves
+
+
+def _coupled(
+    dist: CoupledDistribution, factors: Tensor, weights: CircuitWeights, latents: Mapping[Any, Tensor]
+) -> CoupledDistribution:
+    """Return the distribution with other factors on tokens, other weights and latents."""
+    said, absent = replace(dist.said, log_q=factors), dist.summed_out
     return CoupledDistribution.of(
-        dist.pc, factors, dist.tokens, dist.masked, latents=latents, weights=dist.weights, absent=absent
+        dist.pc, said, dist.tokens, dist.masked, latents=latents, weights=weights, absent=absent
     )
-
-
-def _marginals(dist: CoupledDistribution, differentiable: bool) -> Tensor:
-    """Return ``p_hat(x_i = v) = d log Z / d log q_i(v)`` (Darwiche 2003) in the shape of ``dist.said.log_q``."""
-    with torch.enable_grad():
-        log_q = dist.said.log_q if differentiable else dist.said.log_q.detach()
-        log_q = log_q if log_q.requires_grad else log_q.requires_grad_()
-        log_z = _with_factors(dist, replace(dist.said, log_q=log_q)).log_partition
-        return torch.autograd.grad(log_z.sum(), log_q, create_graph=differentiable)[0]

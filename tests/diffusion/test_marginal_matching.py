@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import circuits as ct
 from diffusion import (
     CircuitTraining,
+    CoupledDistribution,
     CoupledHead,
     HeadMixture,
     LatentPotentials,
@@ -226,6 +227,44 @@ def test_potentials_and_gates_before_it_hold_in_its_marginals(pc, said, block, g
     masked = block[1]
     torch.testing.assert_close(contextual.marginal_probs[masked], said.log_q.exp()[masked], rtol=1e-3, atol=1e-4)
     assert float((static.log_prob(texts(B)) - contextual.log_prob(texts(B))).nan_to_num(0.0).abs().max()) > 1e-2
+
+
+def test_it_works_where_nothing_is_recorded(pc, said, block, generator):
+    head = CoupledHead(pc, conditioners=[LatentPotentials.for_hmm(pc, H).double(), moved(generator)])
+    expected = head(said, *block).marginal_probs
+    with torch.inference_mode():
+        torch.testing.assert_close(head(said, *block).marginal_probs, expected.detach(), **CLOSE)
+        assert head(said, *block).draw(1.0).shape == (B, L)
+    found = head.requires_grad_(False)(said, *block).marginal_probs
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected.detach(), **CLOSE)
+
+
+def test_whole_texts_are_decoded_in_inference_mode():
+    denoiser, pc = small_denoiser(), ct.compile(ct.structures.hmm(4, 3, 9), seed=0)
+    for made in ([], [MarginalMatching(2)], [TransitionGates.for_hmm(pc, 16), MarginalMatching(2)]):
+        head = CoupledHead(pc, conditioners=made)
+        with torch.inference_mode():
+            out = generate(denoiser, torch.zeros(2, 4, dtype=torch.int64), gen_length=4, num_steps=2, head=head)
+        assert out.tokens.shape == (2, 8)
+
+
+def test_a_head_has_one(pc):
+    with pytest.raises(ArgumentError, match="conditioners: expected at most one"):
+        CoupledHead(pc, conditioners=[MarginalMatching(), MarginalMatching()])
+
+
+def test_training_a_circuit_too_costs_one_question_a_step_and_two_more_for_its_gradient(pc, said, block, monkeypatch):
+    """Not a number of them that grows with the square of the steps."""
+    asked, of = [], CoupledDistribution.log_partition.__get__
+    count = property(lambda dist: (asked.append(dist), of(dist))[1])
+    monkeypatch.setattr(CoupledDistribution, "log_partition", count)
+    numbers = []
+    for steps in (4, 8):
+        asked.clear()
+        CoupledHead(pc, conditioners=[MarginalMatching(steps).double()])(said, *block).log_partition.sum().backward()
+        numbers.append(len(asked))
+    assert numbers == [9, 17]
 
 
 def test_it_is_saved_and_loaded(pc, said, block, generator, tmp_path):

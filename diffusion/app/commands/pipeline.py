@@ -163,7 +163,7 @@ class FitOptions(OptionGroup):
         "calibration": flag("Calibrate the prediction by the noise level.", "--calibration/--no-calibration"),
         "matching": optional(
             int,
-            "Steps towards the denoiser's own marginals, in place of the calibration; 0 for none.",
+            "Steps towards the denoiser's own marginals, in place of the calibration, two passes each; 0 for none.",
             shown="the preset's",
             min=0,
             max=64,
