@@ -17,6 +17,7 @@ from diffusion import (
     CoupledHead,
     HeadMixture,
     LatentPotentials,
+    LowRankTransitions,
     MarginalMatching,
     NoiseCalibration,
     TransitionGates,
@@ -190,17 +191,29 @@ def test_a_token_that_the_circuit_rules_out_stays_impossible(said, block):
         head(said, tokens * 0, masked).log_prob(tokens * 0)
 
 
-def test_gradients_go_through_all_steps(pc, said, block, generator):
+CONTEXTUAL = {
+    "static": lambda pc: [],
+    "potentials": lambda pc: [LatentPotentials.for_hmm(pc, H).double()],
+    "gates": lambda pc: [TransitionGates.for_hmm(pc, H).double()],
+    "low rank": lambda pc: [LowRankTransitions.for_hmm(pc, H).double(), LatentPotentials.for_hmm(pc, H).double()],
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTUAL)
+def test_gradients_go_through_all_steps(name, pc, said, block, generator):
     tokens, masked = block
-    made = moved(generator, 2)
-    head = CoupledHead(pc, conditioners=[made])
+    contextual, made = CONTEXTUAL[name](pc), moved(generator, 2)
+    with torch.no_grad():
+        for parameter in (one for conditioner in contextual for one in conditioner.parameters()):
+            parameter.add_(torch.rand(parameter.shape, dtype=DOUBLE, generator=generator))
+    head = CoupledHead(pc, conditioners=[*contextual, made])
     truth = torch.where(masked, torch.randint(V, (B, L), generator=generator), tokens)
     log_q = said.log_q.clone().requires_grad_()
 
     def loss():
         return -head(replace(said, log_q=log_q), tokens, masked).log_prob(truth).sum()
 
-    tensors = [log_q, *made.parameters(), *pc.parameters()]
+    tensors = [log_q, *head.parameters()]
     found = torch.autograd.grad(loss(), tensors)
     with torch.no_grad():
         for tensor, gradient in zip(tensors, found, strict=True):
