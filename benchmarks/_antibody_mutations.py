@@ -16,9 +16,16 @@ from numpy.typing import NDArray
 LOOP = re.compile("C([A-Z]{4,40}?)WG[A-Z]G")
 MOST_MUTATED = 0.4
 """Share of the residues that mutation changes, at most; reads farther from every gene than this are of other genes."""
-_LENGTH = 110
+_MOST_PLACES = 110
+"""Of a V or J segment that are told apart."""
 _PRIOR = 10.0
 """Reads, so to say, in which every place is mutated as often as the whole chain."""
+_LOOP, _LOOP_ENDS = 1.3, 0.1
+"""Relative rates in CDR3, which no gene says, and of its first and last residues, which nearly always stay."""
+_GENERAL, _HERE = 5.0, 0.5
+"""What counts of what a residue becomes: how often it does anywhere, and every read that says so of the place."""
+_MOST_PROBABLE = 0.9
+"""The largest probability that a place is mutated."""
 
 
 class Chain(NamedTuple):
@@ -59,8 +66,8 @@ class Mutations:
             before: residues of germline V genes before that C.
             after: residues of germline J genes after that W.
         """
-        found, expected = np.zeros((2, _LENGTH)), np.zeros((2, _LENGTH))
-        becomes, at = np.zeros((20, 20)), np.zeros((_LENGTH, 20))
+        found, expected = np.zeros((2, _MOST_PLACES)), np.zeros((2, _MOST_PLACES))
+        becomes, at = np.zeros((20, 20)), np.zeros((_MOST_PLACES, 20))
         for read in reads:
             loop = LOOP.search(read)
             if loop is None:
@@ -83,7 +90,7 @@ class Mutations:
         rates = (found + _PRIOR) / (expected + _PRIOR)
         likely = np.array([[neighbours()[one].count(other) for other in RESIDUES] for one in RESIDUES])
         becomes += 2 * _PRIOR * likely / likely.sum(1, keepdims=True)
-        return cls(rates[0], rates[1], 1.3, becomes / becomes.sum(1, keepdims=True), at)
+        return cls(rates[0], rates[1], _LOOP, becomes / becomes.sum(1, keepdims=True), at)
 
     def mutated(self, chains: Sequence[Chain], *, seed: int) -> list[str]:
         """Mutate chains, each at a rate of its own, U(0, MOST_MUTATED)."""
@@ -91,15 +98,15 @@ class Mutations:
         for chain in chains:
             sizes = len(chain.before), len(chain.loop), len(chain.after)
             loop = np.full(sizes[1], self.loop)
-            loop[[0, -1]] = 0.1
+            loop[[0, -1]] = _LOOP_ENDS
             relative = np.concatenate([self.before[: sizes[0]][::-1], loop, self.after[: sizes[2]]])
             rate = generator.uniform(0.0, MOST_MUTATED)
             residues = list("".join(chain))
-            for place in np.flatnonzero(generator.random(len(residues)) < np.minimum(rate * relative, 0.9)):
+            for place in np.flatnonzero(generator.random(len(residues)) < np.minimum(rate * relative, _MOST_PROBABLE)):
                 one = RESIDUES.index(residues[place])
-                weights = 5 * self.becomes[one]
+                weights = _GENERAL * self.becomes[one]
                 if place < sizes[0]:
-                    weights = weights + self.at[sizes[0] - 1 - place] / 2
+                    weights = weights + _HERE * self.at[sizes[0] - 1 - place]
                 weights[one] = 0.0
                 residues[place] = RESIDUES[generator.choice(20, p=weights / weights.sum())]
             found.append("".join(residues))
