@@ -46,14 +46,12 @@ class Mutations:
     Attributes:
         before: relative rates of the places before CDR3, from its end, (110,).
         after: those after CDR3, (110,).
-        loop: that of CDR3, whose first and last residues stay.
         becomes: by residue how often mutation makes which of it, (20, 20); rows sum to 1.
         at: by place before CDR3 how many reads have which residue there by mutation, (110, 20).
     """
 
     before: NDArray[np.float64]
     after: NDArray[np.float64]
-    loop: float
     becomes: NDArray[np.float64]
     at: NDArray[np.float64]
 
@@ -82,22 +80,21 @@ class Mutations:
             for which, places in enumerate(pairs):
                 for place, (one, other) in enumerate(places):
                     expected[which, place] += rate
-                    found[which, place] += one != other
                     if one != other:
+                        found[which, place] += 1
                         becomes[RESIDUES.index(one), RESIDUES.index(other)] += 1
-                    if one != other and not which:
-                        at[place, RESIDUES.index(other)] += 1
+                        at[place, RESIDUES.index(other)] += which == 0
         rates = (found + _PRIOR) / (expected + _PRIOR)
         likely = np.array([[neighbours()[one].count(other) for other in RESIDUES] for one in RESIDUES])
         becomes += 2 * _PRIOR * likely / likely.sum(1, keepdims=True)
-        return cls(rates[0], rates[1], _LOOP, becomes / becomes.sum(1, keepdims=True), at)
+        return cls(rates[0], rates[1], becomes / becomes.sum(1, keepdims=True), at)
 
     def mutated(self, chains: Sequence[Chain], *, seed: int) -> list[str]:
         """Mutate chains, each at a rate of its own, U(0, MOST_MUTATED)."""
         generator, found = np.random.default_rng(seed), []
         for chain in chains:
             sizes = len(chain.before), len(chain.loop), len(chain.after)
-            loop = np.full(sizes[1], self.loop)
+            loop = np.full(sizes[1], _LOOP)
             loop[[0, -1]] = _LOOP_ENDS
             relative = np.concatenate([self.before[: sizes[0]][::-1], loop, self.after[: sizes[2]]])
             rate = generator.uniform(0.0, MOST_MUTATED)

@@ -183,36 +183,36 @@ class Fits:
 
     def head(self, denoiser: df.Denoiser, kind: str, name: str) -> df.CoupledHead:
         """Return a head of :data:`HEADS` for a denoiser of some name."""
-        path, sizes = self.path(kind, name), self.sizes
-        if not path.is_dir() and kind in MATCHED:
-            head, cache = self._matched(denoiser, kind, name), self.cache(denoiser, "validation", name)
-            began, updates = time.process_time(), sizes.matching_updates
-            config = df.CircuitTraining(
+        path = self.path(kind, name)
+        if not path.is_dir():
+            parts, made = (
+                (("validation",), self._matched) if kind in MATCHED else (("train", "validation"), self._first)
+            )
+            caches = [self.cache(denoiser, part, name) for part in parts]
+            head, began = made(denoiser, kind, name), time.process_time()
+            state, config = path.with_suffix(".safetensors"), self._training(kind)
+            curve = df.fit_coupled(head, *caches, config=config, checkpoint_path=state, progress=False)
+            head.save(path)
+            self._report(path, head, caches[-1], curve.steps[-1], time.process_time() - began)
+        return df.CoupledHead.load(path)
+
+    def _training(self, kind: str) -> df.CircuitTraining:
+        sizes = self.sizes
+        if kind in MATCHED:
+            updates = sizes.matching_updates
+            return df.CircuitTraining(
                 steps=updates, batch_size=32, learning_rate=0.03, validate_every=updates, checkpoint_every=10
             )
-            df.fit_coupled(head, cache, config=config, checkpoint_path=path.with_suffix(".safetensors"), progress=False)
-            head.save(path)
-            self._report(path, head, cache, updates, time.process_time() - began)
-        elif not path.is_dir():
-            caches = [self.cache(denoiser, part, name) for part in ("train", "validation")]
-            head, began = self._first(denoiser, kind, name), time.process_time()
-            head.pc.requires_grad_(not kind.startswith("aligned"))
-            config = df.CircuitTraining(
-                steps=sizes.steps,
-                batch_size=sizes.batch_size,
-                learning_rate=sizes.learning_rate,
-                feature_learning_rate=sizes.feature_learning_rate,
-                validate_every=sizes.validate_every,
-                checkpoint_every=sizes.validate_every,
-                patience=sizes.patience,
-                seed=self.common_seed if kind in STATIC else self.seed,
-            )
-            curve = df.fit_coupled(
-                head, *caches, config=config, checkpoint_path=path.with_suffix(".safetensors"), progress=False
-            )
-            head.save(path)
-            self._report(path, head, caches[1], curve.steps[-1], time.process_time() - began)
-        return df.CoupledHead.load(path)
+        return df.CircuitTraining(
+            steps=sizes.steps,
+            batch_size=sizes.batch_size,
+            learning_rate=sizes.learning_rate,
+            feature_learning_rate=sizes.feature_learning_rate,
+            validate_every=sizes.validate_every,
+            checkpoint_every=sizes.validate_every,
+            patience=sizes.patience,
+            seed=self.common_seed if kind in STATIC else self.seed,
+        )
 
     def path(self, kind: str, name: str) -> Path:
         """Return the folder of a head."""
@@ -242,6 +242,7 @@ class Fits:
             blocks = bed.train[:, -bed.block_length :].contiguous()
             counts = torch.bincount(torch.searchsorted(ids, blocks).flatten(), minlength=len(ids))
             made = [df.NoiseCalibration.dividing_out(counts, num_knots=self.sizes.knots)] if kind != "plain" else []
+            pc.requires_grad_(kind != "aligned")
             return df.CoupledHead(pc, conditioners=made, vocabulary=bed.vocabulary)
         static = self.head(denoiser, "aligned" if kind.startswith("aligned") else "calibrated", name)
         options = {"hidden": hidden, "seed": self.seed}
@@ -251,6 +252,7 @@ class Fits:
             "low rank": (df.LowRankTransitions,),
             "all": (df.LatentPotentials, df.TransitionGates),
         }[kind.removeprefix("aligned ")]
+        static.pc.requires_grad_(not kind.startswith("aligned"))
         made = [one.for_hmm(static.pc, bed.num_features, **options) for one in of]
         return df.CoupledHead(static.pc, conditioners=[*static.conditioners, *made], vocabulary=bed.vocabulary)
 

@@ -78,7 +78,7 @@ def initial_head(pc: CompiledCircuit, settings: CircuitRecipe, cache: LogitCache
     """
     conditioners: list[Conditioner] = []
     calibration = None
-    if settings.is_calibrated and not settings.num_matching_steps:
+    if settings.has_calibration:
         counts = np.bincount(cache.tokens.ravel(), minlength=cache.vocab_size)
         calibration = NoiseCalibration.dividing_out(torch.from_numpy(counts))
         conditioners.append(calibration)

@@ -89,10 +89,9 @@ def model_card(recipe: Recipe, workspace: Workspace, *, num_held_out: int) -> st
 
 
 def _conditioners(recipe: Recipe) -> str:
-    matches = recipe.circuit.num_matching_steps > 0
     parts = {
-        "its prediction calibrated by the noise level": recipe.circuit.is_calibrated and not matches,
-        "factors that give it the marginals of the denoiser": matches,
+        "its prediction calibrated by the noise level": recipe.circuit.has_calibration,
+        "factors that give it the marginals of the denoiser": recipe.circuit.num_matching_steps > 0,
         "mixed with the plain prediction": recipe.circuit.has_mixture,
         "potentials on its states read from the denoiser's features": recipe.circuit.has_potentials,
         "transitions gated by the denoiser's features": recipe.circuit.transitions == "gates",

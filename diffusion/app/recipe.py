@@ -134,6 +134,11 @@ class CircuitRecipe:
             )
 
     @property
+    def has_calibration(self) -> bool:
+        """Whether the prediction is calibrated: matched marginals take the calibration's place."""
+        return self.is_calibrated and not self.num_matching_steps
+
+    @property
     def needs_features(self) -> bool:
         """Whether something reads the denoiser's hidden states."""
         return self.has_potentials or self.transitions != "static"

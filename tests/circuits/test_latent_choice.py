@@ -10,6 +10,7 @@ from query_cases import compiled_with_evidence
 from scipy import stats
 
 import circuits as ct
+from circuits.precision import own_sum_of_rows
 
 DOUBLE = torch.float64
 L, N, V = 3, 2, 3
@@ -142,3 +143,37 @@ def test_a_distribution_with_weights_at_run_time_is_that_of_the_circuit_with_the
     assert entropy.shape == (2,)
     with pytest.raises(ct.ArgumentError, match="weights: expected weights for 3 queries"):
         ct.CircuitDistribution(pc, ct.Evidence.nothing(3, L), weights=dist.weights)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_sums_of_rows_can_be_differentiated_twice(needs):
+    generator = torch.Generator().manual_seed(0)
+    table, shares = (torch.rand(5, 3, dtype=DOUBLE, generator=generator).requires_grad_(need) for need in needs)
+    index = torch.randint(5, (5, 3), generator=generator)
+    assert torch.autograd.gradcheck(lambda t, s: own_sum_of_rows(t, index, s), (table, shares))
+    assert torch.autograd.gradgradcheck(lambda t, s: own_sum_of_rows(t, index, s), (table, shares))
+
+
+def test_a_sum_of_rows_that_was_differentiated_is_so_again_and_keeps_no_inner_graph():
+    table, shares = torch.rand(4, 2).requires_grad_(), torch.rand(3, 2).requires_grad_()
+    total = own_sum_of_rows(table, torch.randint(4, (3, 2)), shares)
+    first = torch.autograd.grad(total.sum(), [table, shares], retain_graph=True)
+    assert total.grad_fn.first is None
+    for one, other in zip(first, torch.autograd.grad(total.sum(), [table, shares]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_gradients_of_listed_marginals_are_those_of_the_marginals():
+    pc = ct.compile(ct.structures.hmm(3, 3, 4), dtype=DOUBLE, seed=0)
+    factors = torch.randn(2, 3, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    found = []
+    for listed in (False, True):
+        log_e = factors.clone().requires_grad_()
+        if listed:
+            evidence = ct.Evidence.sparse(torch.arange(4).expand(2, 3, 4), log_e)
+            probs = ct.queries.listed_marginals(pc, evidence, differentiable=True)
+        else:
+            probs = ct.queries.marginals(pc, ct.Evidence.soft(log_e), differentiable=True)
+        found.append(torch.autograd.grad((probs**2).sum(), [log_e, *pc.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,5 +1,6 @@
 """A small denoiser with hidden states, blocks to predict, and predictions with features, for tests of conditioners."""
 
+import numpy as np
 import torch
 from hmm_cases import L, V
 
@@ -31,3 +32,8 @@ def random_prediction(generator):
 def random_block(generator):
     masked = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
     return torch.randint(V, (B, L), generator=generator), masked
+
+
+def piecewise(knots, ratio):
+    """Linear interpolation between knots at 0, 1/2 and 1."""
+    return np.stack([np.interp(ratio, [0.0, 0.5, 1.0], column) for column in knots.detach().numpy().T], -1)

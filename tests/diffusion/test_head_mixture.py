@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contextual_cases import DOUBLE, B, H, random_block, random_prediction
+from contextual_cases import DOUBLE, B, H
 from hmm_cases import TEXTS, L, V, texts
 
 import circuits as ct
@@ -24,16 +24,6 @@ from diffusion import (
 from diffusion.errors import ArgumentError, ImpossibleEvidenceError
 from diffusion.evaluation import misspecification_gap
 from diffusion.testing.worlds import alternating
-
-
-@pytest.fixture
-def said(generator):
-    return random_prediction(generator)
-
-
-@pytest.fixture
-def block(generator):
-    return random_block(generator)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from contextual_cases import DOUBLE, B, H, random_block, random_prediction, small_denoiser, told_windows
+from contextual_cases import DOUBLE, B, H, piecewise, random_block, random_prediction, small_denoiser, told_windows
 from hmm_cases import TEXTS, L, V, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,16 +37,6 @@ def pc():
     return ct.compile(ct.structures.hmm(L, 3, V), dtype=DOUBLE, seed=0)
 
 
-@pytest.fixture
-def said(generator):
-    return random_prediction(generator)
-
-
-@pytest.fixture
-def block(generator):
-    return random_block(generator)
-
-
 def moved(generator, num_steps=3, **options):
     """A matching after some training, so to say."""
     made = MarginalMatching(num_steps, 3, **options).double()
@@ -54,11 +44,6 @@ def moved(generator, num_steps=3, **options):
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, dtype=DOUBLE, generator=generator))
     return made
-
-
-def piecewise(knots, ratio):
-    """Linear interpolation between knots at 0, 1/2 and 1: (B, K)."""
-    return np.stack([np.interp(ratio, [0.0, 0.5, 1.0], column) for column in knots.detach().numpy().T], -1)
 
 
 def enumerated(pc, log_q, tokens, masked, scale, discount):
@@ -107,7 +92,7 @@ def test_with_many_steps_the_marginals_are_the_prediction(seed):
     torch.testing.assert_close(dist.marginal_probs[masked], said.log_q.exp()[masked], rtol=1e-3, atol=1e-4)
 
 
-def test_it_is_the_nearest_to_the_circuit_with_these_marginals(pc, said, block):
+def test_it_is_the_nearest_to_the_circuit_with_these_marginals(pc, said):
     """Its relative entropy to the circuit is less than that of the product of the marginals."""
     tokens, masked = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
     with torch.no_grad():
@@ -166,7 +151,7 @@ def test_absent_positions_are_summed_out(pc, said, block, generator):
     torch.testing.assert_close(one[~absent], other[~absent], **CLOSE)
 
 
-def test_forbidden_tokens_stay_so(pc, said, block, generator):
+def test_forbidden_tokens_stay_so(pc, said, generator):
     tokens, masked = torch.zeros(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
     log_q = said.log_q.clone()
     log_q[:, :, 1] = -torch.inf
@@ -179,7 +164,7 @@ def test_forbidden_tokens_stay_so(pc, said, block, generator):
     assert all(bool(one.grad.isfinite().all()) for one in made.parameters())
 
 
-def test_a_token_that_the_circuit_rules_out_stays_impossible(said, block):
+def test_a_token_that_the_circuit_rules_out_stays_impossible(said):
     emission = torch.tensor([[0.0, *[1 / (V - 1)] * (V - 1)]], dtype=DOUBLE)
     pc = ct.compile(ct.structures.hmm(L, 1, V, emission=emission), dtype=DOUBLE)
     tokens, masked = torch.ones(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool)
@@ -199,9 +184,11 @@ CONTEXTUAL = {
 }
 
 
+@pytest.mark.parametrize("is_listed", [False, True])
 @pytest.mark.parametrize("name", CONTEXTUAL)
-def test_gradients_go_through_all_steps(name, pc, said, block, generator):
+def test_gradients_go_through_all_steps(name, is_listed, pc, said, block, generator):
     tokens, masked = block
+    said = replace(said, values=torch.arange(V).expand(B, L, V)) if is_listed else said
     contextual, made = CONTEXTUAL[name](pc), moved(generator, 2)
     with torch.no_grad():
         for parameter in (one for conditioner in contextual for one in conditioner.parameters()):
@@ -267,7 +254,7 @@ def test_a_head_has_one(pc):
         CoupledHead(pc, conditioners=[MarginalMatching(), MarginalMatching()])
 
 
-def test_training_a_circuit_too_costs_one_question_a_step_and_two_more_for_its_gradient(pc, said, block, monkeypatch):
+def test_training_a_circuit_too_costs_two_questions_a_step(pc, said, block, monkeypatch):
     """Not a number of them that grows with the square of the steps."""
     asked, of = [], CoupledDistribution.log_partition.__get__
     count = property(lambda dist: (asked.append(dist), of(dist))[1])

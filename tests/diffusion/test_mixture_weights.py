@@ -10,8 +10,7 @@ from contextual_cases import (
     TOKENS,
     B,
     H,
-    random_block,
-    random_prediction,
+    piecewise,
     small_denoiser,
     told_windows,
 )
@@ -58,16 +57,6 @@ def pc():
     return ct.compile(made, dtype=DOUBLE, seed=0)
 
 
-@pytest.fixture
-def said(generator):
-    return random_prediction(generator)
-
-
-@pytest.fixture
-def block(generator):
-    return random_block(generator)
-
-
 def moved(pc, generator, num_features=H, **options):
     """Mixture weights after some training, so to say."""
     made = MixtureWeights.for_mixture(pc, num_features, num_knots=3, **options).double()
@@ -84,11 +73,6 @@ def products(pc, said, tokens, masked, normalization="global"):
         dist = CoupledDistribution.of(member(pc, k), said, tokens, masked, normalization=normalization)
         found[..., k] = (dist.log_prob(texts(B)) + dist.log_partition).exp().detach().numpy().T
     return found, found.sum(1)
-
-
-def piecewise(knots, ratio):
-    """Linear interpolation between knots at 0, 1/2 and 1."""
-    return np.stack([np.interp(ratio, [0.0, 0.5, 1.0], column) for column in knots.detach().numpy().T], -1)
 
 
 @pytest.mark.parametrize("normalization", ["global", "local"])
