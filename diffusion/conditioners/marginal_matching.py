@@ -43,9 +43,9 @@ _LEAST = 1e-8
 class MarginalMatching(Conditioner):
     """A few steps of iterative proportional fitting, whose sizes depend on the mask ratio.
 
-    Every step costs the circuit's forward and backward pass, whenever the denoiser is asked, and gradients go through
-    all of them, at some four times the time. The product has to be normalised globally, and a head has one of these.
-    What conditioners before it say, potentials for example, holds in the marginals too.
+    Every step costs the circuit's forward and backward pass, whenever the denoiser is asked. Gradients go through all
+    of them: each step then costs another pass, and its gradient twice. The product has to be normalised globally, and a
+    head has one of these. What conditioners before it say, potentials for example, holds in the marginals too.
 
     Args:
         num_steps: K.
